@@ -1,0 +1,162 @@
+/// The model level: load a Hugging Face folder, forward to hidden states, backward into LoRA gradients, save the adapter.
+#ifndef ESPALIER_MODEL_H
+#define ESPALIER_MODEL_H
+
+#include "espalier/ctx.h"
+#include "espalier/tensor.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct esp_model esp_model;
+typedef struct esp_objective esp_objective; /* grpo.h */
+
+/// What trains: bit set for esp_model_config.lora_targets.
+enum {
+    ESP_LORA_Q = 1,
+    ESP_LORA_K = 2,
+    ESP_LORA_V = 4,
+    ESP_LORA_O = 8,
+    ESP_LORA_GATE_UP = 16, ///< per expert: gate and up share one A [R,H]; B is [2I,R]
+    ESP_LORA_DOWN = 32,    ///< per expert
+    ESP_LORA_ATTENTION = 15,
+    ESP_LORA_EXPERTS = 48,
+    ESP_LORA_ALL = 63,
+    ESP_LORA_NOTHING = 64 ///< no adapter at all (0 means the default)
+};
+
+typedef struct esp_model_config {
+    size_t struct_size;
+    esp_qformat experts;       ///< default ESP_NF4
+    bool double_quant;         ///< quantise the block scales as bitsandbytes does, then hold the restored values
+    int lora_rank;             ///< default 8
+    float lora_alpha;          ///< default 2 * lora_rank
+    bool rslora;               ///< scale alpha / sqrt(R) instead of alpha / R
+    unsigned lora_targets;     ///< default ESP_LORA_ALL
+    uint64_t seed;             ///< of the LoRA init: A uniform in +-1/sqrt(in), B = 0, Philox keyed (seed, layer, expert, matrix)
+    size_t activation_budget;  ///< bytes of saved activations; layers beyond it keep their input only and recompute.  0 = no bound
+    float router_aux_coef;     ///< load-balancing loss added to every backward; default 0 (off)
+    float router_z_coef;       ///< router z-loss; default 0 (off)
+    bool train_router;         ///< also form router weight gradients (for checks; the optimiser does not touch them)
+    const char *adapter_dir;   ///< a PEFT folder: take rank, scale and targets from it (the fields above are then ignored) and load it
+} esp_model_config;
+#define ESP_MODEL_CONFIG(...) ((esp_model_config){.struct_size = sizeof(esp_model_config), __VA_ARGS__})
+
+/// One packed batch: sequences one after the other, no padding.  Token-aligned arrays say something about the token at that place
+/// (not about the one before it): old_logprob[t] is log p(tokens[t] | what stands before it).
+typedef struct esp_batch {
+    size_t struct_size;
+    const int32_t *tokens;     ///< [T] ids in [0, V)
+    const int32_t *cu_seqlens; ///< [n_seqs + 1], 0 first, T last, strictly ascending
+    int64_t n_tokens;          ///< T; 0 is allowed and does nothing
+    int32_t n_seqs;
+    const uint8_t *loss_mask;     ///< [T] 1 = the loss counts this token; NULL = all but each sequence's first
+    const float *advantage;       ///< [n_seqs] GRPO
+    const float *old_logprob;     ///< [T] proximal policy; NULL = the current one (ratio exactly 1)
+    const float *ref_logprob;     ///< [T] reference policy; needed when beta > 0
+    const float *sampler_logprob; ///< [T] the sampler's; NULL = none
+    const float *is_ratio;        ///< [T] rollout correction factors, constants of the loss; NULL = 1
+    double step_tokens;           ///< loss tokens of the whole optimiser step; 0 = those of this batch
+    double step_seqs;             ///< sequences of the whole optimiser step; 0 = those of this batch
+    const esp_objective *objective; ///< GRPO: which loss; NULL = defaults
+} esp_batch;
+#define ESP_BATCH(...) ((esp_batch){.struct_size = sizeof(esp_batch), __VA_ARGS__})
+
+/// Loads a folder with config.json and model.safetensors (or shards with an index).  Experts are turned to 4 bits one by one, so peak
+/// memory is the packed model plus one staging buffer of at most 64 MiB.
+/// ESP_ERR_FORMAT / ESP_ERR_SHAPE name file and tensor; ESP_ERR_UNSUPPORTED names the family and what is offered
+ESP_API esp_status esp_model_load(esp_model **model, esp_ctx *ctx, const char *dir, const esp_model_config *config);
+ESP_API void esp_model_destroy(esp_model *model);
+
+/// What the folder's config.json says, and what was made of it.
+typedef struct esp_model_info {
+    size_t struct_size;
+    const char *family;
+    int64_t layers, hidden, heads, kv_heads, head_dim, experts, top_k, expert_width, vocab, max_position;
+    int64_t lora_rank, adapter_parameters;
+    int64_t bos_token_id, eos_token_id, pad_token_id; ///< -1 = not stated
+    size_t weight_bytes;
+} esp_model_info;
+#define ESP_MODEL_INFO_INIT {.struct_size = sizeof(esp_model_info)}
+ESP_API esp_status esp_model_info_get(const esp_model *model, esp_model_info *out);
+
+/// Forward to the final-norm hidden states.  Twin: esp_model_backward().
+/// hidden [out]  [T,H] view into the activation block (f32; f64 under "ref64"), valid until the next forward or backward of this model
+/// ESP_ERR_ARG: an id outside the vocabulary, a malformed cu_seqlens, a sequence longer than the context
+ESP_API esp_status esp_model_forward(esp_model *model, const esp_batch *batch, esp_tensor *hidden);
+
+/// The same without saving anything for a backward.
+ESP_API esp_status esp_model_forward_only(esp_model *model, const esp_batch *batch, esp_tensor *hidden);
+
+/// Backward of the last esp_model_forward(): adds into the LoRA gradients.  Twin: esp_model_forward().
+/// d_hidden [in]  [T,H] gradient of the loss by the hidden states; same dtype as `hidden`
+/// ESP_ERR_STATE: no forward before, or another batch; ESP_ERR_SHAPE: d_hidden is not [T,H]
+ESP_API esp_status esp_model_backward(esp_model *model, const esp_batch *batch, const esp_tensor *d_hidden);
+
+/// Turns the adapter off (the frozen base answers: the reference policy of GRPO) or on again.
+ESP_API esp_status esp_model_adapter_enable(esp_model *model, bool on);
+
+/// Head modes without logits.  Rows are those tokens that the mask counts; see esp_batch.
+/// logprob [out] [T] f32, entropy [out] [T] f32 or NULL: 0 where the mask does not count
+ESP_API esp_status esp_model_logprob(esp_model *model, const esp_batch *batch, const esp_tensor *hidden, float temperature,
+                                     float *logprob, float *entropy);
+
+/// Cross-entropy, summed over the counted tokens and divided by batch.step_tokens (one global denominator under accumulation).
+/// loss [out]; d_hidden [out] view [T,H] in the activation block, NULL = loss only
+ESP_API esp_status esp_model_cross_entropy(esp_model *model, const esp_batch *batch, const esp_tensor *hidden, double *loss,
+                                           esp_tensor *d_hidden);
+
+/// Full logits [T,V] for those who ask: logits [out] caller's memory, T*V f32.
+ESP_API esp_status esp_model_logits(esp_model *model, const esp_tensor *hidden, float *logits, size_t logits_count);
+
+/// Called from inside a pass with an intermediate tensor, for debugging and for `espalier verify`.  Names: "h" (residual stream before
+/// layer `layer`; layer = L: input of the final norm), "norm1", "q_norm", "k_norm", "q", "k", "v", "lse", "attn", "h1", "norm2",
+/// "router_logits", "topk_idx" (ESP_I32), "topk_w", "gu", "act", "down" (routed rows, in slot order [T,K,..]), "moe_out", "hidden"; and in a
+/// backward the same with "d_" in front for the gradient of: "h", "h1", "norm1", "norm2", "q", "k", "v", "attn", "router_logits", "topk_w", "hidden".
+/// The tensor is only valid during the call.
+typedef void (*esp_probe_fn)(void *user, const char *name, int64_t layer, const esp_tensor *tensor);
+ESP_API esp_status esp_model_set_probe(esp_model *model, esp_probe_fn fn, void *user);
+
+/// Makes room for batches of up to n_tokens in n_seqs sequences now, rather than at the first call that needs it.
+/// training: also for the backward and the loss head.  ESP_ERR_MEMORY: the context's limit
+ESP_API esp_status esp_model_reserve(esp_model *model, int64_t n_tokens, int32_t n_seqs, bool training);
+
+/// Load-balancing loss and z-loss of the last forward, over all MoE layers and tokens (formats-and-numerics 4.9), not yet times their
+/// coefficients.  A balanced router has load-balancing loss K.
+ESP_API esp_status esp_model_router_losses(esp_model *model, double *aux_loss, double *z_loss);
+
+/// One trainable tensor.  data and grad are live: f32 (f64 under "ref64"), dims as PEFT's per-expert view.
+typedef struct esp_param {
+    size_t struct_size;
+    const char *name;     ///< "layers.0.mlp.experts.gate_up.lora_A"
+    void *data, *grad;    ///< [E,R,in] or [E,out,R] for experts, [R,in] or [out,R] for attention
+    int64_t dims[3];
+    int32_t rank;
+    esp_dtype dtype;
+} esp_param;
+#define ESP_PARAM_INIT {.struct_size = sizeof(esp_param)}
+ESP_API int64_t esp_model_param_count(const esp_model *model);
+ESP_API esp_status esp_model_param_get(esp_model *model, int64_t index, esp_param *out);
+ESP_API esp_status esp_model_zero_grad(esp_model *model);
+
+/// PEFT files: adapter_config.json and adapter_model.safetensors.  Written to a temporary name, flushed, renamed.
+ESP_API esp_status esp_model_save_adapter(esp_model *model, const char *dir);
+/// Ranks, targets and shapes must be those of the model's config: ESP_ERR_MISMATCH names the first that is not.
+ESP_API esp_status esp_model_load_adapter(esp_model *model, const char *dir);
+
+/// Bytes by part for a batch of n_tokens in n_seqs equal sequences; predicted before anything is allocated, exact.
+typedef struct esp_plan {
+    size_t struct_size;
+    size_t dense_weights, expert_weights, adapter, gradients, optimizer, activations, head, total;
+    int64_t layers_recomputed;
+} esp_plan;
+#define ESP_PLAN_INIT {.struct_size = sizeof(esp_plan)}
+/// From config.json alone; no weight is read.
+ESP_API esp_status esp_plan_folder(esp_plan *out, esp_ctx *ctx, const char *dir, const esp_model_config *config, int64_t n_tokens,
+                                   int32_t n_seqs);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,109 @@
+/// The trainer level: SFT and GRPO loops on JSONL task files, with evaluation, checkpoints and logs.  Built on the public calls of the
+/// other headers only.
+#ifndef ESPALIER_TRAINER_H
+#define ESPALIER_TRAINER_H
+
+#include "espalier/grpo.h"
+#include "espalier/optim.h"
+#include "espalier/sampler.h"
+#include "espalier/tokenizer.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/// One batch of completions to be scored.  Row p*group_size + g is sample g of prompt p.
+typedef struct esp_reward_batch {
+    size_t struct_size;
+    int64_t n, group_size;
+    const char *const *prompt, *const *completion; ///< decoded text without special tokens, NUL-terminated
+    const char *const *answer;                     ///< the task line's "answer"
+    const int32_t *const *completion_ids;
+    const int32_t *completion_length;
+    const uint8_t *stopped; ///< 1 = the completion ended with the end token
+    int64_t step;
+} esp_reward_batch;
+
+/// reward [out] [n]; NaN = not scorable.  A non-zero return stops the run with ESP_ERR_CALLBACK (names the function and the value).
+typedef int (*esp_reward_fn)(void *user, const esp_reward_batch *batch, float *reward);
+
+/// Built in: 1 if the completion is the answer followed by the end token, else 0.
+ESP_API int esp_reward_exact(void *user, const esp_reward_batch *batch, float *reward);
+/// Built in: share of the answer's characters that stand at their place.
+ESP_API int esp_reward_match(void *user, const esp_reward_batch *batch, float *reward);
+
+typedef struct esp_reward {
+    const char *name;
+    esp_reward_fn fn;
+    void *user;
+    double weight;
+} esp_reward;
+
+typedef enum esp_trainer_kind { ESP_TRAIN_SFT = 1, ESP_TRAIN_GRPO = 2 } esp_trainer_kind;
+
+/// Every field is also an option of espalier-sft / espalier-grpo and a key of their --config file, under the same name.
+typedef struct esp_trainer_config {
+    size_t struct_size;
+    esp_trainer_kind kind;    ///< required
+    const char *train_file;   ///< JSONL with "prompt" and "answer"; required
+    const char *eval_file;    ///< JSONL of the same form; NULL = no evaluation
+    const char *out_dir;      ///< metrics.jsonl, completions.jsonl, checkpoint.h5, adapter/; NULL = nothing is written
+    const char *resume_dir;   ///< an out_dir to go on from; NULL = start afresh
+    int64_t steps;            ///< default 60
+    uint64_t seed;            ///< default 0
+    int32_t prompts_per_step; ///< default 16 (GRPO), 32 lines (SFT)
+    int32_t group_size;       ///< GRPO samples a prompt; default 8
+    int32_t max_new_tokens;   ///< default 10
+    int32_t micro_batch_tokens; ///< tokens of one forward/backward; 0 = the whole step at once
+    float temperature;        ///< default 1
+    esp_advantage_scale scale; ///< default none
+    esp_objective objective;  ///< all 0 = DAPO, no KL, no entropy bonus
+    int32_t updates_per_batch; ///< mu: optimiser steps on one generation batch; default 1
+    esp_adamw_config adamw;   ///< all 0 = lr 1e-3, clip 1
+    const esp_reward *rewards; ///< NULL = exact + 0.2 match
+    int32_t n_rewards;
+    bool shuffle_rewards;     ///< control run: rewards are permuted among the completions of a step
+    int64_t eval_every;       ///< default 10; before the first and after the last step in any case
+    int32_t eval_samples;     ///< sampled completions a line; default 4
+    int64_t checkpoint_every; ///< default 20; after the last step in any case
+    bool no_skip;             ///< also run forward and backward of groups whose advantages are all zero
+} esp_trainer_config;
+#define ESP_TRAINER_CONFIG(...) ((esp_trainer_config){.struct_size = sizeof(esp_trainer_config), __VA_ARGS__})
+
+typedef struct esp_trainer esp_trainer;
+
+/// Reads the task files, takes all memory, restores resume_dir if given.  The model's adapter is what trains.
+/// Not collective in this version.  Destroy before the model.
+ESP_API esp_status esp_trainer_create(esp_trainer **trainer, esp_model *model, const esp_tokenizer *tokenizer, const esp_trainer_config *config);
+ESP_API void esp_trainer_destroy(esp_trainer *trainer);
+
+typedef struct esp_step_stats {
+    size_t struct_size;
+    int64_t step; ///< of this step, from 1
+    double loss, reward, reward_std, exact, kl, entropy, grad_norm, lr, mean_length, clipped_ratio, frac_reward_zero_std, mean_abs_g;
+    double seconds, seconds_sample, seconds_train; ///< wall
+    int64_t tokens;
+} esp_step_stats;
+#define ESP_STEP_STATS_INIT {.struct_size = sizeof(esp_step_stats)}
+
+/// One step: (GRPO: sample, score,) forward, loss, backward, update, log, checkpoint when due.
+/// ESP_ERR_STATE when `steps` are done.
+ESP_API esp_status esp_trainer_step(esp_trainer *trainer, esp_step_stats *stats);
+ESP_API int64_t esp_trainer_steps_done(const esp_trainer *trainer);
+
+/// Share of exact answers on eval_file: among eval_samples samples a line at temperature 1, and greedy.
+ESP_API esp_status esp_trainer_evaluate(esp_trainer *trainer, double *sampled, double *greedy);
+
+/// Writes checkpoint.h5 and adapter/ now, each under a temporary name, flushed, renamed: an older one survives any failure.
+ESP_API esp_status esp_trainer_save(esp_trainer *trainer);
+
+/// What the trainer planned to take and what was measured, model, optimiser and sampler included; equal.
+ESP_API esp_status esp_trainer_memory(const esp_trainer *trainer, size_t *planned_bytes, size_t *peak_bytes);
+
+/// Draws metrics.jsonl as an SVG: reward, accuracy, KL, entropy, length.
+ESP_API esp_status esp_plot_metrics(const char *metrics_file, const char *svg_file);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,360 @@
+/* Argument structs of the ops.  This file is the specification that kernels/ref implements in plain C.
+ *
+ * Dimensions: T tokens, H hidden, E experts, K top-k, S = T*K routed rows, I expert width, R LoRA rank, V vocabulary, D head dim.
+ * `void *` fields marked "real" hold float, or double under the ref64 backend.  All arrays are dense row-major and do not overlap
+ * unless said.  Every op says of each output whether it overwrites or adds (rule 7: parameter gradients add, activation gradients
+ * overwrite).  T = 0 is legal everywhere and does nothing.
+ *
+ * Contract on bits (CPU): a row's result does not depend on how many other rows there are, on their content, or on the thread count. */
+#ifndef ESPI_KERNELS_OPS_H
+#define ESPI_KERNELS_OPS_H
+
+#include "espalier/tensor.h"
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+/* A frozen row-major matrix in the dtype it is stored in: F32, BF16 or F16. */
+typedef struct espi_mat {
+    const void *data;
+    esp_dtype dtype;
+    int64_t rows, cols;
+} espi_mat;
+
+/* A low-rank branch: y += scale * (x A^T) B^T.  r = 0: absent.  A real [r,in], B real [out,r]; for experts [E,r,in] and [E,out,r].
+ * d_a, d_b: gradients, added to; NULL in a forward. */
+typedef struct espi_lora {
+    const void *a, *b;
+    void *d_a, *d_b;
+    int64_t r;
+    double scale;
+} espi_lora;
+
+/* E frozen matrices [rows,cols], each cut into `parts` matrices of rows/parts rows that are quantised on their own (gate and up: 2,
+ * down: 1).  ESP_NF4, ESP_FP4: part p of expert e is flattened row by row; element i has its code in nibble i of the part's bytes (even i:
+ * HIGH nibble, as bitsandbytes packs) and its scale at block i / 64.  ESP_Q_NONE: plain matrices in `dtype`.
+ * value = lut[code] * absmax(block), one f32 rounding.  absmax: f32 from `absmax`, or, where absmax8 != NULL (double quantisation),
+ * f32(map[absmax8[b]] * nested[b / 256]) + offset, with b, nested and offset those of the part. */
+typedef struct espi_stack {
+    esp_qformat format;
+    esp_dtype dtype; /* of plain matrices */
+    int64_t experts, rows, cols;
+    int parts;
+    const void *data;        /* codes, or plain values */
+    size_t part_bytes;       /* from one part to the next: ceil(n/2) for codes, n * size for plain; n = rows/parts*cols */
+    const float *absmax;     /* [experts*parts, part_blocks] */
+    const uint8_t *absmax8;  /* the same shape, or NULL */
+    const float *nested;     /* [experts*parts, part_nested] */
+    const float *offset;     /* [experts*parts] */
+    int64_t part_blocks;     /* ceil(n / 64) */
+    int64_t part_nested;     /* ceil(part_blocks / 256) */
+    const float *lut;        /* [16] value of each code */
+    const float *map;        /* [256] dynamic map of double quantisation */
+} espi_stack;
+#define ESPI_QBLOCK 64
+#define ESPI_NESTED_BLOCK 256
+
+/* Which rows an expert works on: rows offsets[e] .. offsets[e+1]-1 of the routed order, ascending by token within an expert.
+ * Written by the op `dispatch`. */
+typedef struct espi_routing {
+    int64_t tokens, experts, top_k;
+    const int32_t *offsets;   /* [E+1] */
+    const int32_t *row_token; /* [S] token of a routed row */
+    const int32_t *slot_row;  /* [T,K] routed row of a slot */
+    const void *row_weight;   /* real [S] gate weight of a routed row */
+} espi_routing;
+
+/* Packed sequences: queries of sequence s are rows cu_q[s] .. cu_q[s+1]-1 of q; its keys are rows k_start[s] .. k_start[s]+k_len[s]-1 of k
+ * and v.  The last query sees the last key: query i of n sees keys 0 .. k_len - n + i.  In training k_start = cu_q, k_len = n. */
+typedef struct espi_spans {
+    const int32_t *cu_q; /* [n_seqs+1] */
+    const int32_t *k_start, *k_len;
+    int32_t n_seqs;
+} espi_spans;
+
+typedef struct espi_embed_fwd {
+    void *out; /* real [T,H] overwrite: table[ids[t]] */
+    const int32_t *ids;
+    espi_mat table; /* [V,H] */
+    int64_t tokens;
+} espi_embed_fwd;
+
+typedef struct espi_embed_bwd {
+    void *d_table;     /* real [V,H] add, in token order */
+    const void *d_out; /* real [T,H] */
+    const int32_t *ids;
+    int64_t tokens, vocab, hidden;
+} espi_embed_bwd;
+
+typedef struct espi_add {
+    void *out; /* real [n] overwrite: a + b; may be a or b */
+    const void *a, *b;
+    int64_t n;
+} espi_add;
+
+/* y = w * (x * rstd), rstd = 1/sqrt(mean(x^2) + eps), over rows of n values. */
+typedef struct espi_rmsnorm_fwd {
+    void *y;    /* real [rows,n] overwrite */
+    void *rstd; /* real [rows] overwrite */
+    const void *x;
+    const float *w; /* [n] */
+    int64_t rows, n;
+    double eps;
+} espi_rmsnorm_fwd;
+
+/* g = d_y*w; d_x = rstd*(g - xhat*mean(g*xhat)) + d_add; d_w += sum over rows of d_y*xhat. */
+typedef struct espi_rmsnorm_bwd {
+    void *d_x; /* real [rows,n] overwrite; may be d_y or d_add */
+    void *d_w; /* real [n] add, or NULL: frozen */
+    const void *d_y, *x, *rstd;
+    const void *d_add; /* real [rows,n] gradient of the residual path, or NULL */
+    const float *w;
+    int64_t rows, n;
+} espi_rmsnorm_bwd;
+
+typedef struct espi_rope_table {
+    void *cos, *sin; /* real [T,half] overwrite: factor*cos(pos*inv_freq), factor*sin(..); the product in double */
+    const int32_t *positions;
+    const double *inv_freq; /* [half] */
+    double factor;
+    int64_t tokens, half;
+} espi_rope_table;
+
+/* Half-split rotation in place: pairs (j, j+D/2).  The backward is the transpose. */
+typedef struct espi_rope {
+    void *x; /* real [T,heads,2*half] in place */
+    const void *cos, *sin;
+    int64_t tokens, heads, half;
+} espi_rope;
+
+/* Causal grouped-query attention by online softmax; query head h reads kv head h/(Hq/Hk).  S_ij = scale * q_i.k_j. */
+typedef struct espi_attention_fwd {
+    void *out; /* real [Tq,Hq,D] overwrite */
+    void *lse; /* real [Tq,Hq] overwrite: log-sum-exp of the scaled scores */
+    const void *q, *k, *v;
+    espi_spans spans;
+    int64_t heads, kv_heads, head_dim;
+    double scale;
+} espi_attention_fwd;
+
+/* P = exp(S - lse); delta_i = d_out_i.out_i; dS = P (d_out.v - delta).  Training spans only (k_start = cu_q). */
+typedef struct espi_attention_bwd {
+    void *d_q, *d_k, *d_v; /* real, overwrite */
+    const void *d_out, *q, *k, *v, *out, *lse;
+    espi_spans spans;
+    int64_t heads, kv_heads, head_dim;
+    double scale;
+} espi_attention_bwd;
+
+/* y = x W^T + bias + scale (x A^T) B^T. */
+typedef struct espi_linear_fwd {
+    void *y;           /* real [T,out] overwrite */
+    void *u;           /* real [T,r] overwrite: x A^T; NULL when lora.r = 0 */
+    const void *x;     /* real [T,in] */
+    espi_mat w;        /* [out,in] */
+    const float *bias; /* [out] or NULL */
+    espi_lora lora;
+    int64_t tokens;
+} espi_linear_fwd;
+
+/* q = scale d_y B; d_b += scale d_y^T u; d_a += q^T x; d_x = d_y W + q A. */
+typedef struct espi_linear_bwd {
+    void *d_x; /* real [T,in]: overwrite, or add when accumulate; NULL: not wanted */
+    bool accumulate;
+    const void *d_y, *x, *u;
+    espi_mat w;
+    espi_lora lora;
+    int64_t tokens;
+} espi_linear_bwd;
+
+/* logits = x W^T (f32 weight, no rounding in between), p = softmax over all E, top-K of the logits (ties to the lower index), weights p_k or,
+ * when renormalise, p_k / sum of the selected.  idx ascending within a token. */
+typedef struct espi_router_fwd {
+    void *logits;    /* real [T,E] overwrite */
+    void *lse;       /* real [T] overwrite: log-sum-exp of the logits */
+    int32_t *idx;    /* [T,K] overwrite */
+    void *weight;    /* real [T,K] overwrite */
+    int64_t *counts; /* [E] add: selections, or NULL */
+    double *p_sum;   /* [E] add: probabilities, in token order, or NULL */
+    double *z_sum;   /* [1] add: sum of lse^2, or NULL */
+    const void *x;
+    espi_mat w; /* [E,H] */
+    int64_t tokens, top_k;
+    bool renormalise;
+} espi_router_fwd;
+
+/* From the gradient of the K weights (and the two auxiliary losses) to the logits, then to x: a frozen router still passes it on.
+ * aux: d_logits[t,e] += aux_coef * p_te * (aux_f[e] - sum_j p_tj aux_f[j]);  z: d_logits[t,e] += z_coef * 2 * lse_t * p_te. */
+typedef struct espi_router_bwd {
+    void *d_x; /* real [T,H]: ADDS (the experts wrote it first) */
+    void *d_w; /* real [E,H] add, or NULL: frozen */
+    void *d_logits; /* real [T,E] overwrite */
+    const void *d_weight; /* real [T,K] */
+    const void *logits, *lse, *weight, *x;
+    const int32_t *idx;
+    espi_mat w;
+    int64_t tokens, top_k;
+    bool renormalise;
+    const double *aux_f; /* [E], or NULL: no load-balancing loss */
+    double aux_coef, z_coef;
+} espi_router_bwd;
+
+/* Sorts the slots by expert, then token.  offsets, row_token, slot_row, row_weight as in espi_routing. */
+typedef struct espi_dispatch {
+    int32_t *offsets, *row_token, *slot_row;
+    void *row_weight; /* real [S] */
+    const int32_t *idx;
+    const void *weight; /* real [T,K] */
+    int64_t tokens, experts, top_k;
+} espi_dispatch;
+
+/* Row s of token t = row_token[s], expert e: gu_s = W_e x_t + scale B_e (A_e x_t).  Rows of W: gate 0..I-1, then up I..2I-1. */
+typedef struct espi_gate_up_fwd {
+    void *gu; /* real [S,2I] overwrite */
+    void *u;  /* real [S,R] overwrite, or NULL when lora.r = 0 */
+    const void *x; /* real [T,H] */
+    espi_stack w;  /* [E,2I,H] */
+    espi_lora lora;
+    espi_routing routing;
+} espi_gate_up_fwd;
+
+/* d_rows_s = W_e^T d_gu_s + A_e^T q_s, q_s = scale B_e^T d_gu_s; dB_e += scale sum d_gu_s u_s^T; dA_e += sum q_s x_t^T. */
+typedef struct espi_gate_up_bwd {
+    void *d_rows; /* real [S,H] overwrite */
+    const void *d_gu, *x, *u;
+    espi_stack w;
+    espi_lora lora;
+    espi_routing routing;
+} espi_gate_up_bwd;
+
+/* act = silu(g) * u. */
+typedef struct espi_swiglu_fwd {
+    void *act;      /* real [rows,I] overwrite */
+    const void *gu; /* real [rows,2I] */
+    int64_t rows, width;
+} espi_swiglu_fwd;
+
+typedef struct espi_swiglu_bwd {
+    void *d_gu; /* real [rows,2I] overwrite; may be gu */
+    const void *d_act, *gu;
+    int64_t rows, width;
+} espi_swiglu_bwd;
+
+/* y_s = W_e act_s + scale B_e (A_e act_s), not yet weighted. */
+typedef struct espi_down_fwd {
+    void *y; /* real [S,H] overwrite */
+    void *u; /* real [S,R] overwrite, or NULL */
+    const void *act;
+    espi_stack w; /* [E,H,I] */
+    espi_lora lora;
+    espi_routing routing;
+} espi_down_fwd;
+
+/* The gate gradient in its exact form (no stored y, no division): a_s = W_e^T d_out_t + scale A_e^T (B_e^T d_out_t);
+ * d_row_weight_s = act_s . a_s;  d_act_s = w_s a_s;  LoRA gradients from w_s d_out_t. */
+typedef struct espi_down_bwd {
+    void *d_act;        /* real [S,I] overwrite */
+    void *d_row_weight; /* real [S] overwrite */
+    const void *d_out;  /* real [T,H] gradient of the block's output */
+    const void *act, *u;
+    espi_stack w;
+    espi_lora lora;
+    espi_routing routing;
+} espi_down_bwd;
+
+/* out_t = add_t + sum over k of weight_tk * y[slot_row(t,k)], in slot order. */
+typedef struct espi_combine_fwd {
+    void *out;       /* real [T,H] overwrite; may be add */
+    const void *y;   /* real [S,H] */
+    const void *add; /* real [T,H] or NULL */
+    espi_routing routing;
+    int64_t hidden;
+} espi_combine_fwd;
+
+/* The transpose of the gather: d_x_t = sum over k of d_rows[slot_row(t,k)], in slot order; d_weight_tk = d_row_weight[slot_row(t,k)]. */
+typedef struct espi_combine_bwd {
+    void *d_x;      /* real [T,H] overwrite */
+    void *d_weight; /* real [T,K] overwrite */
+    const void *d_rows, *d_row_weight;
+    espi_routing routing;
+    int64_t hidden;
+} espi_combine_bwd;
+
+/* The head: z = softcap(logit_scale (h W^T + bias)) / temperature;  lse = log sum e^z;  lp = z[target] - lse;  entropy = lse - sum p z.
+ * softcap(v) = cap tanh(v/cap), or v when cap = 0.  Work memory is a fixed number of bytes, whatever n: never [n,V]. */
+typedef struct espi_head {
+    const void *hidden;    /* real [T,H] */
+    const int32_t *rows;   /* [n] which row of hidden */
+    const int32_t *target; /* [n] */
+    espi_mat w;            /* [V,H] */
+    const float *bias;     /* [V] or NULL */
+    int64_t n;
+    double temperature, logit_scale, softcap; /* logit_scale 1 and softcap 0 = plain */
+} espi_head;
+
+/* LH0, and pass A of LH2. */
+typedef struct espi_head_stats {
+    espi_head head;
+    void *lp, *entropy, *lse; /* real [n] overwrite */
+} espi_head_stats;
+
+/* Pass B of LH2.  dz_j = g (1[j=y] - p_j) - e p_j (log p_j + entropy);  d_hidden = (dz through temperature, softcap and scale) W. */
+typedef struct espi_head_grad {
+    espi_head head;
+    void *d_hidden;    /* real [T,H]: the rows named are overwritten, others left; rows must be distinct */
+    const void *g, *e; /* real [n]: d loss / d lp, d loss / d entropy; e may be NULL */
+    const void *lse, *entropy;
+} espi_head_grad;
+
+/* LH1: one pass for losses whose coefficients of a row depend on that row alone.  coef() is called for consecutive chunks of rows, in
+ * order, on the calling thread: it reads lp[first..], entropy[first..] and writes g[first..], e[first..] (real). */
+typedef struct espi_head_fused {
+    espi_head head;
+    void *lp, *entropy, *lse, *g, *e; /* real [n] overwrite */
+    void *d_hidden;                   /* as in espi_head_grad */
+    esp_status (*coef)(void *user, int64_t first, int64_t count);
+    void *coef_user;
+} espi_head_fused;
+
+typedef struct espi_head_logits {
+    espi_head head; /* target unused */
+    void *logits;   /* real [n,V] overwrite: z */
+} espi_head_logits;
+
+/* Draws from softmax(z) by inverse CDF in ascending id order with the caller's uniforms; temperature 0 takes the largest logit of
+ * temperature 1 (lowest id on ties).  lp is bit-equal to what head_stats gives for that token and row. */
+typedef struct espi_head_sample {
+    espi_head head;    /* target unused */
+    int32_t *token;    /* [n] overwrite */
+    void *lp;          /* real [n] overwrite */
+    const double *uniform; /* [n] in [0,1) */
+} espi_head_sample;
+
+typedef struct espi_sumsq {
+    double *out; /* [1] ADDS the sum of squares: chunks of 4096 in order, each summed in double */
+    const void *x;
+    int64_t n;
+} espi_sumsq;
+
+/* torch.optim.AdamW: g' = grad_scale g;  p *= 1 - lr wd;  m += (1-b1)(g'-m);  v = b2 v + (1-b2) g'^2;
+ * p -= lr/(1-b1^step) m / (sqrt(v)/sqrt(1-b2^step) + eps). */
+typedef struct espi_adamw {
+    void *p, *m, *v; /* real [n] in place */
+    const void *g;
+    int64_t n, step; /* step counts from 1 */
+    double lr, beta1, beta2, eps, weight_decay, grad_scale;
+} espi_adamw;
+
+/* bitsandbytes' blockwise 8-bit AdamW (blocks of 256): see spec/formats 9.  map1 signed, map2 unsigned, [256] ascending. */
+typedef struct espi_adamw8 {
+    void *p;                   /* real [n] in place */
+    uint8_t *state1, *state2;  /* [n] */
+    float *absmax1, *absmax2;  /* [ceil(n/256)] */
+    const void *g;
+    const float *map1, *map2;
+    int64_t n, step;
+    double lr, beta1, beta2, eps, weight_decay, grad_scale;
+} espi_adamw8;
+
+#endif

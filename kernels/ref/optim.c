@@ -1,0 +1,1 @@
+typedef int espi_stub; /* being written */

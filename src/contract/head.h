@@ -1,0 +1,49 @@
+/* head: hidden states -> log-probabilities, entropies, losses; never [T,V].  Twins: forward/head.c, backward/head.c.
+ *
+ * The loss is the caller's: it sees log-probabilities and entropies of the counted tokens and answers with one coefficient a token,
+ * g = d loss / d logprob (and e = d loss / d entropy).  Nothing else about a loss ever reaches the head.
+ *   LH0  forward only: espi_head_logprob()
+ *   LH1  one pass, for losses whose coefficients of a row depend on that row alone: espi_head_loss(row_local = true)
+ *   LH2  two passes, any loss: espi_head_loss(row_local = false)
+ * Work memory of every mode is constant in the number of tokens, but for the O(n) scalars in espi_head_rows. */
+#ifndef ESPI_CONTRACT_HEAD_H
+#define ESPI_CONTRACT_HEAD_H
+
+#include "core/arena.h"
+#include "espalier/model.h"
+#include "kernels/ops.h"
+
+/* The counted tokens of a batch: row = the position whose hidden state predicts the token, target = that token. */
+typedef struct espi_head_rows {
+    int64_t n;
+    int32_t *row, *target;            /* [n] */
+    int32_t *token;                   /* [n] index of the target in the batch: row + 1 */
+    int32_t *cu;                      /* [n_seqs+1] rows of each sequence */
+    void *lp, *entropy, *lse, *g, *e; /* real [n] */
+} espi_head_rows;
+
+/* Collects the rows of `batch` (loss_mask, or all but each sequence's first token) and takes the arrays from the arena.
+ * On a dry arena n is the largest possible, T - n_seqs, and nothing is written.
+ * ESP_ERR_ARG when the mask counts a sequence's first token: nothing stands before it to predict it. */
+esp_status espi_head_rows_make(espi_head_rows *rows, const esp_model *model, espi_arena *arena, const esp_batch *batch);
+
+/* LH0: fills lp, entropy and lse. */
+esp_status espi_head_logprob(esp_model *model, espi_arena *arena, const espi_head_rows *rows, const void *hidden, double temperature);
+
+/* Reads rows->lp and rows->entropy from `first` on, `count` of them, and writes rows->g and rows->e there. */
+typedef esp_status (*espi_head_coef)(void *user, const espi_head_rows *rows, int64_t first, int64_t count);
+
+/* LH1 or LH2.  d_hidden real [T,H] overwritten, 0 where no row is. */
+esp_status espi_head_loss(esp_model *model, espi_arena *arena, const espi_head_rows *rows, const void *hidden, void *d_hidden,
+                          int64_t tokens, double temperature, bool row_local, espi_head_coef coef, void *user);
+
+/* Reads or writes element i of a real array whatever the context's dtype is. */
+static inline double espi_real_get(const void *p, int64_t i, esp_dtype real) {
+    return real == ESP_F64 ? ((const double *)p)[i] : (double)((const float *)p)[i];
+}
+static inline void espi_real_set(void *p, int64_t i, double value, esp_dtype real) {
+    if (real == ESP_F64) ((double *)p)[i] = value;
+    else ((float *)p)[i] = (float)value;
+}
+
+#endif

@@ -1,0 +1,22 @@
+/* How every internal function reports failure: a code, and one sentence in thread-local memory. */
+#ifndef ESPI_CORE_STATUS_H
+#define ESPI_CORE_STATUS_H
+
+#include "espalier/status.h"
+
+/* Records "what, got, expected (file:line)" for esp_last_error() and returns `code`. */
+esp_status espi_fail(esp_status code, const char *file, int line, const char *format, ...)
+    __attribute__((format(printf, 4, 5)));
+
+#define ESPI_FAIL(code, ...) espi_fail((code), __FILE__, __LINE__, __VA_ARGS__)
+
+/* Returns from the calling function when `call` failed.  Functions that own something use `goto done` instead. */
+#define ESPI_TRY(call)                                                                                                                     \
+    do {                                                                                                                                   \
+        esp_status espi_try_status_ = (call);                                                                                              \
+        if (espi_try_status_ != ESP_OK) return espi_try_status_;                                                                           \
+    } while (0)
+
+#define ESPI_COUNT(array) ((int)(sizeof(array) / sizeof((array)[0])))
+
+#endif

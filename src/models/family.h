@@ -1,0 +1,69 @@
+/* What a model family is: how its config.json reads, how its tensors are called, and which rules its layers follow.
+ * A family is one file here and one row in families.def; nothing else in the library asks for a family's name. */
+#ifndef ESPI_MODELS_FAMILY_H
+#define ESPI_MODELS_FAMILY_H
+
+#include "core/ctx.h"
+#include "espalier/model.h"
+
+#include <jansson.h>
+
+/* A layer's feed-forward part. */
+typedef enum espi_mlp_kind { ESPI_MLP_DENSE, ESPI_MLP_MOE } espi_mlp_kind;
+
+/* How routed experts lie in the checkpoint; stated by the family and the tensor names present, never by a shape. */
+typedef enum espi_expert_layout {
+    ESPI_EXPERTS_PER_EXPERT, /* experts.{e}.gate_proj|up_proj|down_proj.weight, [out,in] */
+    ESPI_EXPERTS_FUSED       /* experts.gate_up_proj [E,2I,H], experts.down_proj [E,H,I] */
+} espi_expert_layout;
+
+struct espi_family;
+
+/* config.json with every alias resolved and every number checked. */
+typedef struct espi_config {
+    const struct espi_family *family;
+    int64_t layers, hidden, heads, kv_heads, head_dim, vocab, max_position;
+    int64_t experts, top_k, expert_width; /* expert_width: I of a routed expert */
+    int64_t dense_width;                  /* I of a dense layer */
+    espi_mlp_kind *mlp_kind;              /* [layers], owned */
+    int64_t moe_layers;
+    bool renormalise;    /* norm_topk_prob */
+    bool attention_bias; /* q, k, v and o have biases */
+    bool qk_norm;
+    bool tied_head;
+    double norm_eps, aux_coef;
+    double rope_theta, rope_factor; /* rope_factor: inverse frequencies are divided by it ("linear"); 1 = none */
+    double rope_attention;          /* factor on cos and sin; 1 = none */
+    int64_t bos_id, eos_id, pad_id; /* -1 = not stated */
+    esp_dtype stored_dtype;
+    bool quantised; /* config.json has a quantization_config of bitsandbytes; the tensors present decide what is quantised */
+} espi_config;
+
+typedef struct espi_family {
+    const char *name; /* model_type */
+    /* Fills the family's part of `config` from the parsed file.  path: for error sentences. */
+    esp_status (*read_config)(espi_config *config, const json_t *root, const char *path);
+    /* Tensor names; %d where the layer number goes, a second %d where the expert's does. */
+    const char *embed, *final_norm, *head;
+    const char *norm1, *norm2, *q, *k, *v, *o, *q_norm, *k_norm; /* without ".weight" / ".bias" */
+    const char *router, *dense_gate, *dense_up, *dense_down;
+    const char *expert_gate, *expert_up, *expert_down; /* per expert, without ".weight" */
+    const char *fused_gate_up, *fused_down;            /* fused, complete names */
+    /* PEFT module names of adapters, relative to "model.layers.%d." */
+    const char *peft_gate, *peft_up, *peft_down; /* with %d for the expert */
+} espi_family;
+
+#define ESPI_FAMILY(name) extern const espi_family espi_family_##name;
+#include "models/families.def"
+#undef ESPI_FAMILY
+
+/* NULL when not known; espi_family_list() gives the known names, comma-separated. */
+const espi_family *espi_family_find(const char *model_type);
+const char *espi_family_list(void);
+
+/* io/hf_config.c: reads DIR/config.json.  ESP_ERR_IO, ESP_ERR_FORMAT (names key, got, expected), ESP_ERR_UNSUPPORTED (family, activation,
+ * rope type). */
+esp_status espi_config_read(espi_config *config, const char *dir);
+void espi_config_free(espi_config *config);
+
+#endif

@@ -1,0 +1,89 @@
+/* The model in memory: frozen weights, the adapter, and the block of activations. */
+#ifndef ESPI_MODELS_MODEL_H
+#define ESPI_MODELS_MODEL_H
+
+#include "core/arena.h"
+#include "core/ctx.h"
+#include "kernels/ops.h"
+#include "models/family.h"
+
+/* A dense projection: frozen weight f32 [out,in], optional bias f32 [out], optional LoRA branch. */
+typedef struct espi_linear {
+    espi_mat w;
+    const float *bias;
+    espi_lora lora;
+} espi_linear;
+
+typedef struct espi_layer {
+    espi_mlp_kind mlp;
+    const float *norm1, *norm2;   /* [H] */
+    const float *q_norm, *k_norm; /* [D] or NULL */
+    espi_linear q, k, v, o;
+    /* MoE */
+    espi_mat router; /* f32 [E,H] */
+    void *d_router;  /* real [E,H] gradient, or NULL: frozen */
+    espi_stack gate_up, down;
+    espi_lora lora_gate_up, lora_down;
+    /* dense */
+    espi_linear mlp_gate_up, mlp_down; /* f32 [2I,H] (gate rows, then up rows), [H,I] */
+} espi_layer;
+
+/* One allocation of the context, owned by the model. */
+typedef struct espi_block {
+    espi_purpose purpose;
+    void *p;
+    size_t bytes;
+} espi_block;
+
+/* What the passes of one forward/backward pair share; see contract/decoder.h. */
+typedef struct espi_decoder_saved espi_decoder_saved;
+
+/* LoRA as stated for one target: rank 0 = not trained. */
+typedef struct espi_lora_spec {
+    int64_t r;
+    double scale;
+} espi_lora_spec;
+enum { ESPI_T_Q, ESPI_T_K, ESPI_T_V, ESPI_T_O, ESPI_T_GATE_UP, ESPI_T_DOWN, ESPI_T_COUNT };
+
+struct esp_model {
+    esp_ctx *ctx;
+    espi_config config;
+    esp_model_config options; /* defaults filled in; adapter_dir not kept */
+    espi_lora_spec lora[ESPI_T_COUNT];
+    float lora_alpha;
+
+    espi_mat embed, head; /* stored dtype [V,H]; the same matrix when tied */
+    const float *final_norm;
+    espi_layer *layers;
+    double *inv_freq; /* [D/2] */
+
+    espi_block weights, adapter; /* two blocks of the context: all frozen bytes; parameters then gradients */
+    esp_param *params;           /* the public view of the adapter, in canonical order: layer, then q k v o gate_up down, A before B */
+    int64_t n_params;
+
+    espi_block activations; /* grows between calls only */
+    espi_arena arena;
+    espi_decoder_saved *saved; /* of the last forward; NULL when none is valid */
+    bool adapter_on;
+    esp_probe_fn probe;
+    void *probe_user;
+};
+
+/* Bytes of the frozen weights and of the adapter, from the config alone: what models/load.c will take, exactly. */
+typedef struct espi_weight_plan {
+    size_t dense, experts, adapter, gradients;
+} espi_weight_plan;
+esp_status espi_weight_plan_make(espi_weight_plan *out, const espi_config *config, const esp_model_config *options,
+                                 const espi_lora_spec lora[ESPI_T_COUNT], size_t real_size);
+
+/* models/load.c: layers, embed, head, norms, stacks from the folder.  Peak = the weights + one staging buffer of <= 64 MiB. */
+esp_status espi_model_load_weights(esp_model *model, const char *dir);
+
+/* models/adapter_init.c: allocates parameters and gradients, names them, draws A (uniform in +-1/sqrt(in), Philox keyed by seed, layer,
+ * expert, matrix), B = 0. */
+esp_status espi_model_init_adapter(esp_model *model);
+
+/* io/adapter.c: rank, scale and targets that a PEFT folder states, before a model exists. */
+esp_status espi_adapter_read_spec(espi_lora_spec lora[ESPI_T_COUNT], float *alpha, bool *rslora, const char *dir, const espi_config *config);
+
+#endif
