@@ -87,6 +87,11 @@ typedef struct espi_embed_bwd {
     int64_t tokens, vocab, hidden;
 } espi_embed_bwd;
 
+typedef struct espi_zero {
+    void *out; /* real [n] overwrite: 0 */
+    int64_t n;
+} espi_zero;
+
 typedef struct espi_add {
     void *out; /* real [n] overwrite: a + b; may be a or b */
     const void *a, *b;
@@ -127,6 +132,15 @@ typedef struct espi_rope {
     const void *cos, *sin;
     int64_t tokens, heads, half;
 } espi_rope;
+
+/* Puts the new keys and values of each sequence behind those it has: token i of the n new ones of sequence s goes to cache row
+ * k_start[s] + k_len[s] - n + i. */
+typedef struct espi_kv_append {
+    void *k_cache, *v_cache; /* real [rows,width]: the rows named are overwritten, others left */
+    const void *k, *v;       /* real [Tq,width] */
+    espi_spans spans;
+    int64_t width; /* Hk*D */
+} espi_kv_append;
 
 /* Causal grouped-query attention by online softmax; query head h reads kv head h/(Hq/Hk).  S_ij = scale * q_i.k_j. */
 typedef struct espi_attention_fwd {
