@@ -1,1 +1,114 @@
-typedef int espi_stub; /* being written */
+/* The context: configuration, and the accounting of every byte of tensor memory. */
+#include "core/ctx.h"
+#include "core/select.h"
+
+#include <omp.h>
+#include <stdlib.h>
+#include <string.h>
+
+static const char *const purpose_names[ESPI_MEM_COUNT] = {
+    [ESPI_MEM_WEIGHTS] = "weights",         [ESPI_MEM_ADAPTER] = "adapter", [ESPI_MEM_OPTIMIZER] = "optimizer",
+    [ESPI_MEM_ACTIVATIONS] = "activations", [ESPI_MEM_CACHE] = "cache",     [ESPI_MEM_STAGING] = "staging",
+};
+
+static void *default_alloc(void *user, size_t bytes) {
+    (void)user;
+    size_t rounded = ESPI_ALIGNED(bytes);
+    return rounded < bytes ? NULL : aligned_alloc(ESPI_ALIGN, rounded);
+}
+
+static void default_free(void *user, void *p, size_t bytes) {
+    (void)user;
+    (void)bytes;
+    free(p);
+}
+
+static esp_status configure(esp_ctx *ctx, const esp_ctx_config *config) {
+    if ((config->alloc == NULL) != (config->free == NULL))
+        return ESPI_FAIL(ESP_ERR_ARG, "esp_ctx_config.%s is set but .%s is not: give both allocator hooks or none",
+                         config->alloc ? "alloc" : "free", config->alloc ? "free" : "alloc");
+    if (config->threads < 0)
+        return ESPI_FAIL(ESP_ERR_ARG, "esp_ctx_config.threads is %d, expected a number of threads, or 0 for OMP_NUM_THREADS or the cores",
+                         config->threads);
+    ctx->comm = config->comm;
+    ctx->threads = config->threads > 0 ? config->threads : omp_get_max_threads();
+    ctx->memory_limit = config->memory_limit;
+    ctx->alloc = config->alloc ? config->alloc : default_alloc;
+    ctx->free = config->free ? config->free : default_free;
+    ctx->alloc_user = config->alloc_user;
+    ESPI_TRY(espi_log_setup(ctx, config->log, config->log_user));
+    return espi_select_backends(ctx, config->backend ? config->backend : "auto");
+}
+
+esp_status esp_ctx_create(esp_ctx **ctx, const esp_ctx_config *config) {
+    if (ctx == NULL) return ESPI_FAIL(ESP_ERR_ARG, "esp_ctx_create: ctx is NULL");
+    *ctx = NULL;
+    esp_ctx_config settings;
+    ESPI_TRY(espi_config_read(&settings, sizeof settings, config, "esp_ctx_config"));
+    esp_ctx *made = calloc(1, sizeof *made);
+    if (made == NULL) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for a context (%zu bytes)", sizeof *made);
+    esp_status status = configure(made, &settings);
+    if (status != ESP_OK) {
+        free(made);
+        return status;
+    }
+    *ctx = made;
+    return ESP_OK;
+}
+
+void esp_ctx_destroy(esp_ctx *ctx) {
+    free(ctx);
+}
+
+const char *esp_ctx_backend(const esp_ctx *ctx) {
+    const char *name = ctx->backends[0]->name;
+    return strncmp(name, "cpu-", 4) == 0 ? "cpu" : name;
+}
+
+esp_status esp_ctx_memory(const esp_ctx *ctx, esp_memory *out) {
+    esp_memory memory = {
+        .live = ctx->total,
+        .peak = ctx->peak,
+        .weights = ctx->live[ESPI_MEM_WEIGHTS],
+        .adapter = ctx->live[ESPI_MEM_ADAPTER],
+        .optimizer = ctx->live[ESPI_MEM_OPTIMIZER],
+        .activations = ctx->live[ESPI_MEM_ACTIVATIONS],
+        .cache = ctx->live[ESPI_MEM_CACHE],
+        .staging = ctx->live[ESPI_MEM_STAGING],
+        .activations_used = ctx->activations_used,
+    };
+    return espi_stats_write(out, &memory, sizeof memory, "esp_memory");
+}
+
+esp_status espi_ctx_alloc(esp_ctx *ctx, espi_purpose purpose, size_t bytes, void *out) {
+    void *p = NULL;
+    memcpy(out, &p, sizeof p);
+    if (bytes == 0) return ESP_OK;
+    if (ctx->memory_limit != 0 && (ctx->total > ctx->memory_limit || bytes > ctx->memory_limit - ctx->total))
+        return ESPI_FAIL(
+            ESP_ERR_MEMORY,
+            "%zu bytes wanted for %s, but %zu are taken and esp_ctx_config.memory_limit is %zu: raise the limit or make batch, rank "
+            "or context smaller",
+            bytes, purpose_names[purpose], ctx->total, ctx->memory_limit);
+    p = ctx->alloc(ctx->alloc_user, bytes);
+    if (p == NULL)
+        return ESPI_FAIL(ESP_ERR_MEMORY, "%zu bytes wanted for %s, but the allocator gave none (%zu are taken)", bytes,
+                         purpose_names[purpose], ctx->total);
+    if ((uintptr_t)p % ESPI_ALIGN != 0) {
+        ctx->free(ctx->alloc_user, p, bytes);
+        return ESPI_FAIL(ESP_ERR_ARG, "esp_ctx_config.alloc gave memory that is not aligned to %d bytes", ESPI_ALIGN);
+    }
+    memset(p, 0, bytes);
+    ctx->live[purpose] += bytes;
+    ctx->total += bytes;
+    if (ctx->total > ctx->peak) ctx->peak = ctx->total;
+    memcpy(out, &p, sizeof p);
+    return ESP_OK;
+}
+
+void espi_ctx_free(esp_ctx *ctx, espi_purpose purpose, void *p, size_t bytes) {
+    if (p == NULL) return;
+    ctx->free(ctx->alloc_user, p, bytes);
+    ctx->live[purpose] -= bytes;
+    ctx->total -= bytes;
+}
