@@ -1,1 +1,56 @@
-typedef int espi_stub; /* being written */
+/* Backward of attention.  Twin: forward/attention.c. */
+#include "contract/attention.h"
+
+#include <math.h>
+
+static esp_status rotate_back(espi_pass *pass, void *d_x, int64_t heads) {
+    const espi_rope args = {
+        .x = d_x, .cos = pass->cos, .sin = pass->sin, .tokens = pass->tokens, .heads = heads, .half = pass->model->config.head_dim / 2};
+    return espi_op_rope_bwd(pass->ctx, pass->arena, &args);
+}
+
+/* d real [T,heads*D] is used up: rotation and norm are undone in it, then the projection. */
+static esp_status project_back(espi_pass *pass, void *d_x, bool accumulate, void *d, const void *raw, const void *rstd, const void *u,
+                               const void *x, const espi_linear *linear, const float *norm, int64_t heads) {
+    if (norm) ESPI_TRY(espi_norm_backward(pass, d, d, NULL, raw, rstd, norm, pass->tokens * heads, pass->model->config.head_dim));
+    return espi_linear_backward(pass, d_x, accumulate, d, x, u, linear);
+}
+
+esp_status espi_attention_backward(espi_pass *pass, int64_t layer, void *d_x, const void *d_y, const void *x, const espi_attention_saved *saved) {
+    const espi_config *c = &pass->model->config;
+    const espi_layer *w = &pass->model->layers[layer];
+    const int64_t t = pass->tokens, nq = c->heads * c->head_dim, nk = c->kv_heads * c->head_dim;
+    const size_t mark = espi_arena_mark(pass->arena);
+    void *d_out, *d_q, *d_k, *d_v;
+    ESPI_TRY(espi_take_real(pass, t * nq, &d_out));
+    ESPI_TRY(espi_take_real(pass, t * nq, &d_q));
+    ESPI_TRY(espi_take_real(pass, t * nk, &d_k));
+    ESPI_TRY(espi_take_real(pass, t * nk, &d_v));
+    ESPI_TRY(espi_linear_backward(pass, d_out, false, d_y, saved->out, saved->u_o, &w->o));
+    espi_probe(pass, "d_attn", layer, d_out, t, nq);
+    const espi_attention_bwd args = {.d_q = d_q,
+                                     .d_k = d_k,
+                                     .d_v = d_v,
+                                     .d_out = d_out,
+                                     .q = saved->q,
+                                     .k = saved->k,
+                                     .v = saved->v,
+                                     .out = saved->out,
+                                     .lse = saved->lse,
+                                     .spans = pass->spans,
+                                     .heads = c->heads,
+                                     .kv_heads = c->kv_heads,
+                                     .head_dim = c->head_dim,
+                                     .scale = 1.0 / sqrt((double)c->head_dim)};
+    ESPI_TRY(espi_op_attention_bwd(pass->ctx, pass->arena, &args));
+    espi_probe(pass, "d_q", layer, d_q, t, nq);
+    espi_probe(pass, "d_k", layer, d_k, t, nk);
+    espi_probe(pass, "d_v", layer, d_v, t, nk);
+    ESPI_TRY(rotate_back(pass, d_q, c->heads));
+    ESPI_TRY(rotate_back(pass, d_k, c->kv_heads));
+    ESPI_TRY(project_back(pass, d_x, false, d_q, saved->q_raw, saved->q_rstd, saved->u_q, x, &w->q, w->q_norm, c->heads));
+    ESPI_TRY(project_back(pass, d_x, true, d_k, saved->k_raw, saved->k_rstd, saved->u_k, x, &w->k, w->k_norm, c->kv_heads));
+    ESPI_TRY(espi_linear_backward(pass, d_x, true, d_v, x, saved->u_v, &w->v));
+    espi_arena_release(pass->arena, mark);
+    return ESP_OK;
+}

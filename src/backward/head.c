@@ -1,1 +1,42 @@
-typedef int espi_stub; /* being written */
+/* Backward of head: the loss and its gradient by the hidden states.  Twin: forward/head.c. */
+#include "contract/head.h"
+
+#include "core/select.h"
+#include "models/model.h"
+
+/* The op knows of chunks of rows only; the caller's function wants the rows too. */
+typedef struct coef_call {
+    espi_head_coef coef;
+    void *user;
+    const espi_head_rows *rows;
+} coef_call;
+
+static esp_status call_coef(void *user, int64_t first, int64_t count) {
+    const coef_call *c = user;
+    return c->coef(c->user, c->rows, first, count);
+}
+
+esp_status espi_head_loss(esp_model *model, espi_arena *arena, const espi_head_rows *rows, const void *hidden, void *d_hidden,
+                          int64_t tokens, double temperature, bool row_local, espi_head_coef coef, void *user) {
+    const espi_head head = espi_head_describe(model, rows, hidden, temperature);
+    const espi_zero zero = {.out = d_hidden, .n = tokens * model->config.hidden};
+    ESPI_TRY(espi_op_zero(model->ctx, arena, &zero));
+    if (row_local) {
+        coef_call call = {.coef = coef, .user = user, .rows = rows};
+        const espi_head_fused fused = {.head = head,
+                                       .lp = rows->lp,
+                                       .entropy = rows->entropy,
+                                       .lse = rows->lse,
+                                       .g = rows->g,
+                                       .e = rows->e,
+                                       .d_hidden = d_hidden,
+                                       .coef = call_coef,
+                                       .coef_user = &call};
+        return espi_op_head_fused(model->ctx, arena, &fused);
+    }
+    ESPI_TRY(espi_head_logprob(model, arena, rows, hidden, temperature));
+    if (!arena->dry) ESPI_TRY(coef(user, rows, 0, rows->n));
+    const espi_head_grad grad = {
+        .head = head, .d_hidden = d_hidden, .g = rows->g, .e = rows->e, .lse = rows->lse, .entropy = rows->entropy};
+    return espi_op_head_grad(model->ctx, arena, &grad);
+}

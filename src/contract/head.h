@@ -27,6 +27,9 @@ typedef struct espi_head_rows {
  * ESP_ERR_ARG when the mask counts a sequence's first token: nothing stands before it to predict it. */
 esp_status espi_head_rows_make(espi_head_rows *rows, const esp_model *model, espi_arena *arena, const esp_batch *batch);
 
+/* The op's arguments for these rows. */
+espi_head espi_head_describe(const esp_model *model, const espi_head_rows *rows, const void *hidden, double temperature);
+
 /* LH0: fills lp, entropy and lse. */
 esp_status espi_head_logprob(esp_model *model, espi_arena *arena, const espi_head_rows *rows, const void *hidden, double temperature);
 

@@ -1,1 +1,188 @@
-typedef int espi_stub; /* being written */
+/* Forward of decoder.  Twin: backward/decoder.c. */
+#include "contract/decoder.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+esp_status espi_decoder_saved_create(espi_decoder_saved **saved, const espi_config *config) {
+    espi_decoder_saved *s = calloc(1, sizeof *s);
+    if (s) {
+        s->h = calloc((size_t)config->layers + 1, sizeof *s->h);
+        s->blocks = calloc((size_t)config->layers, sizeof *s->blocks);
+    }
+    if (!s || !s->h || !s->blocks) {
+        espi_decoder_saved_free(s);
+        return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for the bookkeeping of %lld layers", (long long)config->layers);
+    }
+    *saved = s;
+    return ESP_OK;
+}
+
+void espi_decoder_saved_free(espi_decoder_saved *saved) {
+    if (!saved) return;
+    free(saved->h);
+    free(saved->blocks);
+    free(saved);
+}
+
+/* cos and sin of this batch's positions: token i of sequence s stands at k_len[s] - n + i. */
+static esp_status positions_table(espi_pass *pass) {
+    const espi_config *c = &pass->model->config;
+    const int64_t half = c->head_dim / 2;
+    void *cos, *sin;
+    ESPI_TRY(espi_take_real(pass, pass->tokens * half, &cos));
+    ESPI_TRY(espi_take_real(pass, pass->tokens * half, &sin));
+    const size_t mark = espi_arena_mark(pass->arena);
+    int32_t *positions;
+    ESPI_TRY(espi_arena_take(pass->arena, (size_t)pass->tokens * sizeof *positions, &positions));
+    if (!pass->arena->dry) {
+        const espi_spans *s = &pass->spans;
+        for (int32_t i = 0; i < s->n_seqs; i++) {
+            const int32_t first = s->k_len[i] - (s->cu_q[i + 1] - s->cu_q[i]);
+            for (int32_t t = s->cu_q[i]; t < s->cu_q[i + 1]; t++) positions[t] = first + t - s->cu_q[i];
+        }
+    }
+    const espi_rope_table args = {.cos = cos,
+                                  .sin = sin,
+                                  .positions = positions,
+                                  .inv_freq = pass->model->inv_freq,
+                                  .factor = c->rope_attention,
+                                  .tokens = pass->tokens,
+                                  .half = half};
+    ESPI_TRY(espi_op_rope_table(pass->ctx, pass->arena, &args));
+    espi_arena_release(pass->arena, mark);
+    pass->cos = cos;
+    pass->sin = sin;
+    return ESP_OK;
+}
+
+/* How many bytes a layer keeps beyond its input and its routing: found by walking it dry. */
+static esp_status kept_bytes(const espi_pass *pass, int64_t layer, size_t *bytes) {
+    espi_arena dry = espi_arena_dry();
+    espi_pass walk = *pass;
+    espi_block_saved saved;
+    walk.arena = &dry;
+    ESPI_TRY(espi_block_take_route(&walk, layer, &saved));
+    const size_t before = dry.used;
+    ESPI_TRY(espi_block_forward(&walk, layer, NULL, NULL, &saved, false));
+    *bytes = dry.used - before;
+    return ESP_OK;
+}
+
+/* The last layers are kept, as many as the budget holds: they are the first that the backward needs. */
+static esp_status first_kept(const espi_pass *pass, int64_t *first) {
+    const espi_config *c = &pass->model->config;
+    const size_t budget = pass->model->options.activation_budget;
+    *first = 0;
+    if (budget == 0) return ESP_OK;
+    size_t used = 0;
+    for (int64_t l = c->layers - 1; l >= 0; l--) {
+        size_t bytes;
+        ESPI_TRY(kept_bytes(pass, l, &bytes));
+        used += bytes;
+        if (used > budget) {
+            *first = l + 1;
+            return ESP_OK;
+        }
+    }
+    return ESP_OK;
+}
+
+static esp_status final_norm(espi_pass *pass, void *hidden, void *rstd, const void *h) {
+    const espi_config *c = &pass->model->config;
+    espi_probe(pass, "h", c->layers, h, pass->tokens, c->hidden);
+    ESPI_TRY(espi_norm_forward(pass, hidden, rstd, h, pass->model->final_norm, pass->tokens, c->hidden));
+    espi_probe(pass, "hidden", c->layers, hidden, pass->tokens, c->hidden);
+    return ESP_OK;
+}
+
+static esp_status take_batch(espi_pass *pass, const esp_batch *batch, espi_decoder_saved *saved) {
+    const size_t t = (size_t)batch->n_tokens, n = (size_t)batch->n_seqs;
+    ESPI_TRY(espi_arena_take(pass->arena, t * sizeof(int32_t), &saved->ids));
+    ESPI_TRY(espi_arena_take(pass->arena, (n + 1) * sizeof(int32_t), &saved->cu));
+    ESPI_TRY(espi_arena_take(pass->arena, n * sizeof(int32_t), &saved->k_len));
+    if (!pass->arena->dry) {
+        saved->cu[0] = 0;
+        if (t) memcpy(saved->ids, batch->tokens, t * sizeof(int32_t));
+        if (n) memcpy(saved->cu, batch->cu_seqlens, (n + 1) * sizeof(int32_t));
+        for (size_t i = 0; i < n; i++) saved->k_len[i] = saved->cu[i + 1] - saved->cu[i];
+    }
+    pass->ids = saved->ids;
+    pass->spans = (espi_spans){.cu_q = saved->cu, .k_start = saved->cu, .k_len = saved->k_len, .n_seqs = batch->n_seqs};
+    return ESP_OK;
+}
+
+static esp_status take_statistics(espi_pass *pass, espi_decoder_saved *saved) {
+    const size_t e = (size_t)pass->model->config.experts;
+    ESPI_TRY(espi_arena_take(pass->arena, e * sizeof(int64_t), &saved->router_counts));
+    ESPI_TRY(espi_arena_take(pass->arena, e * sizeof(double), &saved->router_p_sum));
+    ESPI_TRY(espi_arena_take(pass->arena, sizeof(double), &saved->router_z_sum));
+    if (!pass->arena->dry) {
+        if (e) memset(saved->router_counts, 0, e * sizeof(int64_t));
+        if (e) memset(saved->router_p_sum, 0, e * sizeof(double));
+        *saved->router_z_sum = 0.0;
+    }
+    pass->router_counts = saved->router_counts;
+    pass->router_p_sum = saved->router_p_sum;
+    pass->router_z_sum = saved->router_z_sum;
+    return ESP_OK;
+}
+
+esp_status espi_decoder_forward(esp_model *model, espi_arena *arena, const esp_batch *batch, espi_decoder_saved *saved) {
+    const espi_config *c = &model->config;
+    const int64_t t = batch->n_tokens;
+    espi_pass pass = {.model = model, .ctx = model->ctx, .arena = arena, .tokens = t, .adapter = model->adapter_on};
+    saved->tokens = t;
+    saved->n_seqs = batch->n_seqs;
+    saved->adapter = model->adapter_on;
+    ESPI_TRY(take_batch(&pass, batch, saved));
+    ESPI_TRY(take_statistics(&pass, saved));
+    ESPI_TRY(positions_table(&pass));
+    saved->cos = (void *)pass.cos;
+    saved->sin = (void *)pass.sin;
+    ESPI_TRY(first_kept(&pass, &saved->first_kept));
+    ESPI_TRY(espi_take_real(&pass, t * c->hidden, &saved->hidden));
+    ESPI_TRY(espi_take_real(&pass, t, &saved->rstd));
+    ESPI_TRY(espi_take_real(&pass, t * c->hidden, &saved->h[0]));
+    ESPI_TRY(espi_embed_forward(&pass, saved->h[0]));
+    for (int64_t l = 0; l < c->layers; l++) {
+        ESPI_TRY(espi_take_real(&pass, t * c->hidden, &saved->h[l + 1]));
+        ESPI_TRY(espi_block_take_route(&pass, l, &saved->blocks[l]));
+        const size_t mark = espi_arena_mark(arena);
+        ESPI_TRY(espi_block_forward(&pass, l, saved->h[l + 1], saved->h[l], &saved->blocks[l], false));
+        if (l < saved->first_kept) espi_arena_release(arena, mark);
+    }
+    ESPI_TRY(final_norm(&pass, saved->hidden, saved->rstd, saved->h[c->layers]));
+    saved->mark = espi_arena_mark(arena);
+    return ESP_OK;
+}
+
+esp_status espi_decoder_extend(esp_model *model, espi_arena *arena, void *hidden, espi_kv_cache *cache, const int32_t *ids,
+                               const espi_spans *spans, int64_t tokens) {
+    const espi_config *c = &model->config;
+    const size_t all = espi_arena_mark(arena);
+    espi_pass pass = {.model = model,
+                      .ctx = model->ctx,
+                      .arena = arena,
+                      .tokens = tokens,
+                      .ids = ids,
+                      .spans = *spans,
+                      .cache = cache,
+                      .adapter = model->adapter_on};
+    void *h[2], *rstd;
+    ESPI_TRY(positions_table(&pass));
+    ESPI_TRY(espi_take_real(&pass, tokens * c->hidden, &h[0]));
+    ESPI_TRY(espi_take_real(&pass, tokens * c->hidden, &h[1]));
+    ESPI_TRY(espi_take_real(&pass, tokens, &rstd));
+    ESPI_TRY(espi_embed_forward(&pass, h[0]));
+    for (int64_t l = 0; l < c->layers; l++) {
+        espi_block_saved saved;
+        const size_t mark = espi_arena_mark(arena);
+        ESPI_TRY(espi_block_take_route(&pass, l, &saved));
+        ESPI_TRY(espi_block_forward(&pass, l, h[(l + 1) % 2], h[l % 2], &saved, false));
+        espi_arena_release(arena, mark);
+    }
+    ESPI_TRY(final_norm(&pass, hidden, rstd, h[c->layers % 2]));
+    espi_arena_release(arena, all);
+    return ESP_OK;
+}

@@ -1,1 +1,41 @@
-typedef int espi_stub; /* being written */
+/* Forward of experts.  Twin: backward/experts.c. */
+#include "contract/experts.h"
+
+esp_status espi_experts_take_saved(espi_pass *pass, const espi_experts *experts, int64_t slots, espi_experts_saved *saved) {
+    const espi_lora gate_up = espi_pass_lora(pass, experts->lora_gate_up), down = espi_pass_lora(pass, experts->lora_down);
+    *saved = (espi_experts_saved){0};
+    ESPI_TRY(espi_take_real(pass, slots * experts->gate_up.rows, &saved->gu));
+    if (gate_up.r) ESPI_TRY(espi_take_real(pass, slots * gate_up.r, &saved->u_gu));
+    if (down.r) ESPI_TRY(espi_take_real(pass, slots * down.r, &saved->u_dn));
+    return ESP_OK;
+}
+
+esp_status espi_experts_forward(espi_pass *pass, int64_t layer, void *y, const void *x, const espi_experts *experts, const espi_routing *routing,
+                                const espi_experts_saved *saved) {
+    const int64_t slots = routing->tokens * routing->top_k, width = experts->down.cols;
+    const espi_gate_up_fwd gate_up = {.gu = saved->gu,
+                                      .u = saved->u_gu,
+                                      .x = x,
+                                      .w = experts->gate_up,
+                                      .lora = espi_pass_lora(pass, experts->lora_gate_up),
+                                      .routing = *routing};
+    ESPI_TRY(espi_op_gate_up_fwd(pass->ctx, pass->arena, &gate_up));
+    espi_probe_slots(pass, "gu", layer, saved->gu, routing, 2 * width);
+
+    const size_t mark = espi_arena_mark(pass->arena);
+    void *act;
+    ESPI_TRY(espi_take_real(pass, slots * width, &act));
+    const espi_swiglu_fwd swiglu = {.act = act, .gu = saved->gu, .rows = slots, .width = width};
+    ESPI_TRY(espi_op_swiglu_fwd(pass->ctx, pass->arena, &swiglu));
+    espi_probe_slots(pass, "act", layer, act, routing, width);
+    const espi_down_fwd down = {.y = y,
+                                .u = saved->u_dn,
+                                .act = act,
+                                .w = experts->down,
+                                .lora = espi_pass_lora(pass, experts->lora_down),
+                                .routing = *routing};
+    ESPI_TRY(espi_op_down_fwd(pass->ctx, pass->arena, &down));
+    espi_probe_slots(pass, "down", layer, y, routing, experts->down.rows);
+    espi_arena_release(pass->arena, mark);
+    return ESP_OK;
+}

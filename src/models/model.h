@@ -63,7 +63,9 @@ struct esp_model {
 
     espi_block activations; /* grows between calls only */
     espi_arena arena;
-    espi_decoder_saved *saved; /* of the last forward; NULL when none is valid */
+    espi_decoder_saved *saved; /* bookkeeping of the last training forward */
+    bool saved_valid;          /* ... which a backward may still read */
+    size_t loss_mark;          /* the arena behind what the last forward left: losses and backwards start here */
     bool adapter_on;
     esp_probe_fn probe;
     void *probe_user;
@@ -75,6 +77,11 @@ typedef struct espi_weight_plan {
 } espi_weight_plan;
 esp_status espi_weight_plan_make(espi_weight_plan *out, const espi_config *config, const esp_model_config *options,
                                  const espi_lora_spec lora[ESPI_T_COUNT], size_t real_size);
+
+/* models/skeleton.c: model->layers with every shape, format and LoRA rank filled in from config, options and lora, and no data yet; embed and
+ * head likewise.  Enough to walk a pass dry; the loader and the adapter then fill the pointers. */
+esp_status espi_model_skeleton(esp_model *model);
+void espi_model_skeleton_free(esp_model *model);
 
 /* models/load.c: layers, embed, head, norms, stacks from the folder.  Peak = the weights + one staging buffer of <= 64 MiB. */
 esp_status espi_model_load_weights(esp_model *model, const char *dir);

@@ -1,0 +1,41 @@
+/* decoder: ids -> final hidden states through all layers.  Twins: forward/decoder.c, backward/decoder.c.
+ * A layer keeps all its saved tensors, or, beyond the activation budget, only its input and its routing, and is run again in the backward
+ * with the same bits. */
+#ifndef ESPI_CONTRACT_DECODER_H
+#define ESPI_CONTRACT_DECODER_H
+
+#include "contract/block.h"
+#include "contract/embed.h"
+
+struct espi_decoder_saved {
+    int64_t tokens;
+    int32_t n_seqs;
+    int32_t *ids, *cu, *k_len; /* copies: [T], [n_seqs+1], [n_seqs] */
+    void *cos, *sin;
+    void **h;                 /* [L+1] real [T,H]: the residual stream at the layer borders */
+    void *rstd;               /* real [T] of the final norm */
+    void *hidden;             /* real [T,H] */
+    espi_block_saved *blocks; /* [L] */
+    int64_t first_kept;       /* layers before it are checkpointed */
+    bool adapter;             /* was the adapter on? */
+    /* Router statistics over all MoE layers and tokens. */
+    int64_t *router_counts;
+    double *router_p_sum, *router_z_sum;
+    size_t mark; /* the arena behind everything saved */
+};
+
+/* Bookkeeping of a model's saved state: arrays of pointers, not tensor memory. */
+esp_status espi_decoder_saved_create(espi_decoder_saved **saved, const espi_config *config);
+void espi_decoder_saved_free(espi_decoder_saved *saved);
+
+/* Training forward.  On a dry arena only n_tokens and n_seqs of the batch are read.  Fills saved->hidden. */
+esp_status espi_decoder_forward(esp_model *model, espi_arena *arena, const esp_batch *batch, espi_decoder_saved *saved);
+/* d_hidden real [T,H].  loss_share: this batch's share of the optimiser step, for the router losses.  LoRA gradients: add. */
+esp_status espi_decoder_backward(esp_model *model, espi_arena *arena, const void *d_hidden, double loss_share, espi_decoder_saved *saved);
+
+/* Forward without anything kept but hidden real [T,H] (the caller's).  cache: NULL, or where keys and values go and are read: the token i of
+ * the n new ones of sequence s stands at cache row k_start[s] + k_len[s] - n + i and at position k_len[s] - n + i. */
+esp_status espi_decoder_extend(esp_model *model, espi_arena *arena, void *hidden, espi_kv_cache *cache, const int32_t *ids,
+                               const espi_spans *spans, int64_t tokens);
+
+#endif

@@ -1,0 +1,30 @@
+/* route: which experts see a token, and with which weight.  Twins: forward/route.c, backward/route.c.
+ * Routing is saved, never recomputed: a checkpointed layer keeps it. */
+#ifndef ESPI_CONTRACT_ROUTE_H
+#define ESPI_CONTRACT_ROUTE_H
+
+#include "contract/pass.h"
+
+typedef struct espi_route_saved {
+    void *logits, *lse; /* real [T,E], [T] */
+    int32_t *idx;       /* [T,K] ascending within a token */
+    void *weight;       /* real [T,K] */
+    espi_routing routing;
+} espi_route_saved;
+
+/* The router of a layer, or of a block that somebody holds by itself. */
+typedef struct espi_router {
+    espi_mat w;      /* f32 [E,H] */
+    void *d_w;       /* real [E,H] or NULL: frozen */
+    int64_t top_k;
+    bool renormalise;
+} espi_router;
+
+esp_status espi_route_take_saved(espi_pass *pass, const espi_router *router, espi_route_saved *saved);
+/* x real [T,H].  layer: for the probe. */
+esp_status espi_route_forward(espi_pass *pass, int64_t layer, const void *x, const espi_router *router, const espi_route_saved *saved);
+/* d_x real [T,H]: ADDS to what the experts wrote.  d_weight real [T,K]. */
+esp_status espi_route_backward(espi_pass *pass, int64_t layer, void *d_x, const void *d_weight, const void *x, const espi_router *router,
+                               const espi_route_saved *saved);
+
+#endif
