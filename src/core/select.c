@@ -26,6 +26,10 @@ static void add_text(refusals *list, const char *separator, const char *who, con
     if (list->length >= sizeof list->text) list->length = sizeof list->text - 1;
 }
 
+static void refuse(refusals *list, const espi_backend *backend, const char *reason) {
+    add_text(list, "; ", backend->name, reason);
+}
+
 /* Once for each op and backend: the choice, and as a warning when a better backend refused. */
 static void report(esp_ctx *ctx, espi_op_id op, int b, const refusals *refused) {
     unsigned char *done = &ctx->reported[op * ESPI_MAX_BACKENDS + b];
@@ -63,10 +67,6 @@ static esp_status unsupported(const esp_ctx *ctx, espi_op_id op, const refusals 
         }                                                                                                                                  \
         return unsupported(ctx, ESPI_OP_##name, &refused);                                                                                 \
     }
-
-static void refuse(refusals *list, const espi_backend *backend, const char *reason) {
-    add_text(list, "; ", backend->name, reason);
-}
 
 #include "kernels/ops.def"
 #undef ESPI_OP

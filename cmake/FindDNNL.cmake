@@ -1,0 +1,16 @@
+# oneDNN 2.6 or 3.x (C API).  Sets DNNL_FOUND, DNNL_VERSION, DNNL_INCLUDE_DIR, DNNL_LIBRARY.
+find_path(DNNL_INCLUDE_DIR dnnl.h)
+find_library(DNNL_LIBRARY dnnl)
+if(DNNL_INCLUDE_DIR)
+  # dnnl_version.h only forwards to the header below oneapi/.
+  foreach(header oneapi/dnnl/dnnl_version.h dnnl_version.h)
+    if(EXISTS ${DNNL_INCLUDE_DIR}/${header} AND NOT DNNL_VERSION)
+      file(STRINGS ${DNNL_INCLUDE_DIR}/${header} lines REGEX "define DNNL_VERSION_(MAJOR|MINOR|PATCH) +[0-9]+")
+      string(REGEX MATCHALL "[0-9]+" numbers "${lines}")
+      list(JOIN numbers "." DNNL_VERSION)
+    endif()
+  endforeach()
+endif()
+include(FindPackageHandleStandardArgs)
+find_package_handle_standard_args(DNNL REQUIRED_VARS DNNL_LIBRARY DNNL_INCLUDE_DIR VERSION_VAR DNNL_VERSION)
+mark_as_advanced(DNNL_INCLUDE_DIR DNNL_LIBRARY)
