@@ -2,7 +2,17 @@
 # espalier_{dnnl,cblas}_{include,libraries,summary}.
 option(ESPALIER_WERROR "Warnings are errors" OFF)
 set(ESPALIER_SANITIZE "" CACHE STRING "Sanitizers of every target: \"address;undefined\", or thread")
-option(ESPALIER_BUILD_TESTS "Build the tests" ${PROJECT_IS_TOP_LEVEL})
+pkg_check_modules(CRITERION QUIET IMPORTED_TARGET criterion)
+set(tests_by_default ${PROJECT_IS_TOP_LEVEL})
+if(PROJECT_IS_TOP_LEVEL AND NOT CRITERION_FOUND)
+  set(tests_by_default OFF)
+endif()
+option(ESPALIER_BUILD_TESTS "Build the tests (needs Criterion)" ${tests_by_default})
+if(ESPALIER_BUILD_TESTS AND NOT CRITERION_FOUND)
+  message(FATAL_ERROR "ESPALIER_BUILD_TESTS=ON, but Criterion was not found (Debian: libcriterion-dev)")
+elseif(PROJECT_IS_TOP_LEVEL AND NOT CRITERION_FOUND)
+  message(STATUS "no tests: Criterion was not found (Debian: libcriterion-dev); install it and set ESPALIER_BUILD_TESTS=ON")
+endif()
 option(ESPALIER_BUILD_EXAMPLES "Build espalier-grpo, espalier-sft and the other examples" ${PROJECT_IS_TOP_LEVEL})
 option(ESPALIER_BUILD_BENCH "Build the benchmarks" ${PROJECT_IS_TOP_LEVEL})
 

@@ -44,7 +44,7 @@ esp_status esp_ctx_create(esp_ctx **ctx, const esp_ctx_config *config) {
     if (ctx == NULL) return ESPI_FAIL(ESP_ERR_ARG, "esp_ctx_create: ctx is NULL");
     *ctx = NULL;
     esp_ctx_config settings;
-    ESPI_TRY(espi_config_read(&settings, sizeof settings, config, "esp_ctx_config"));
+    ESPI_TRY(espi_struct_read(&settings, sizeof settings, config, "esp_ctx_config"));
     esp_ctx *made = calloc(1, sizeof *made);
     if (made == NULL) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for a context (%zu bytes)", sizeof *made);
     esp_status status = configure(made, &settings);
@@ -77,7 +77,7 @@ esp_status esp_ctx_memory(const esp_ctx *ctx, esp_memory *out) {
         .staging = ctx->live[ESPI_MEM_STAGING],
         .activations_used = ctx->activations_used,
     };
-    return espi_stats_write(out, &memory, sizeof memory, "esp_memory");
+    return espi_struct_write(out, &memory, sizeof memory, "esp_memory");
 }
 
 esp_status espi_ctx_alloc(esp_ctx *ctx, espi_purpose purpose, size_t bytes, void *out) {

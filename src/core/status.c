@@ -69,7 +69,7 @@ static bool sane_struct_size(size_t size) {
     return size >= sizeof(size_t) && size <= MAX_STRUCT_BYTES;
 }
 
-esp_status espi_config_read(void *config, size_t size, const void *given, const char *type) {
+esp_status espi_struct_read(void *config, size_t size, const void *given, const char *type) {
     memset(config, 0, size);
     size_t given_size = size;
     if (given != NULL) {
@@ -89,7 +89,7 @@ esp_status espi_config_read(void *config, size_t size, const void *given, const 
     return ESP_OK;
 }
 
-esp_status espi_stats_write(void *out, const void *stats, size_t size, const char *type) {
+esp_status espi_struct_write(void *out, const void *stats, size_t size, const char *type) {
     if (out == NULL) return ESPI_FAIL(ESP_ERR_ARG, "%s: the result pointer is NULL", type);
     size_t out_size;
     memcpy(&out_size, out, sizeof out_size);

@@ -21,8 +21,8 @@ esp_status espi_fail(esp_status code, const char *file, int line, const char *fo
 /* Structs that start with `size_t struct_size`.  Read: zeroes `config` (`size` bytes), then copies what `given` has, NULL = all defaults;
  * config->struct_size becomes `size`.  ESP_ERR_ARG when the size was never filled in, ESP_ERR_UNSUPPORTED when a field that this version
  * does not know is set.  Write: the opposite way, `stats` into the smaller or larger struct of the caller, whose struct_size stays. */
-esp_status espi_config_read(void *config, size_t size, const void *given, const char *type);
-esp_status espi_stats_write(void *out, const void *stats, size_t size, const char *type);
+esp_status espi_struct_read(void *config, size_t size, const void *given, const char *type);
+esp_status espi_struct_write(void *out, const void *stats, size_t size, const char *type);
 
 #define ESPI_COUNT(array) ((int)(sizeof(array) / sizeof((array)[0])))
 
