@@ -19,6 +19,7 @@
 #include "espalier/model.h"
 #include "espalier/moe.h"
 #include "espalier/optim.h"
+#include "espalier/plan.h"
 #include "espalier/quant.h"
 #include "espalier/sampler.h"
 #include "espalier/status.h"

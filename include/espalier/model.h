@@ -145,17 +145,6 @@ ESP_API esp_status esp_model_save_adapter(esp_model *model, const char *dir);
 /// Ranks, targets and shapes must be those of the model's config: ESP_ERR_MISMATCH names the first that is not.
 ESP_API esp_status esp_model_load_adapter(esp_model *model, const char *dir);
 
-/// Bytes by part for a batch of n_tokens in n_seqs equal sequences; predicted before anything is allocated, exact.
-typedef struct esp_plan {
-    size_t struct_size;
-    size_t dense_weights, expert_weights, adapter, gradients, optimizer, activations, head, total;
-    int64_t layers_recomputed;
-} esp_plan;
-#define ESP_PLAN_INIT {.struct_size = sizeof(esp_plan)}
-/// From config.json alone; no weight is read.
-ESP_API esp_status esp_plan_folder(esp_plan *out, esp_ctx *ctx, const char *dir, const esp_model_config *config, int64_t n_tokens,
-                                   int32_t n_seqs);
-
 #ifdef __cplusplus
 }
 #endif

@@ -28,6 +28,10 @@ struct espi_decoder_saved {
 esp_status espi_decoder_saved_create(espi_decoder_saved **saved, const espi_config *config);
 void espi_decoder_saved_free(espi_decoder_saved *saved);
 
+/* The last layers are kept whole, as many as model->options.activation_budget holds: they are the first that the backward needs.
+ * *first: layers before it are checkpointed. */
+esp_status espi_decoder_first_kept(int64_t *first, esp_model *model, int64_t tokens);
+
 /* Training forward.  On a dry arena only n_tokens and n_seqs of the batch are read.  Fills saved->hidden. */
 esp_status espi_decoder_forward(esp_model *model, espi_arena *arena, const esp_batch *batch, espi_decoder_saved *saved);
 /* d_hidden real [T,H].  loss_share: this batch's share of the optimiser step, for the router losses.  LoRA gradients: add. */
@@ -37,5 +41,8 @@ esp_status espi_decoder_backward(esp_model *model, espi_arena *arena, const void
  * the n new ones of sequence s stands at cache row k_start[s] + k_len[s] - n + i and at position k_len[s] - n + i. */
 esp_status espi_decoder_extend(esp_model *model, espi_arena *arena, void *hidden, espi_kv_cache *cache, const int32_t *ids,
                                const espi_spans *spans, int64_t tokens);
+
+/* The same on a batch of its own, without a cache: *hidden real [T,H] is taken here and stays, the rest is given back. */
+esp_status espi_decoder_forward_only(void **hidden, esp_model *model, espi_arena *arena, const esp_batch *batch);
 
 #endif

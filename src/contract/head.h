@@ -30,6 +30,12 @@ esp_status espi_head_rows_make(espi_head_rows *rows, const esp_model *model, esp
 /* The op's arguments for these rows. */
 espi_head espi_head_describe(const esp_model *model, const espi_head_rows *rows, const void *hidden, double temperature);
 
+/* How many tokens the batch counts. */
+int64_t espi_head_count_rows(const esp_batch *batch);
+
+/* Full logits, for those who ask: logits [T,V] f32, the caller's.  Temperature 1. */
+esp_status espi_head_full_logits(esp_model *model, espi_arena *arena, float *logits, const void *hidden, int64_t tokens);
+
 /* LH0: fills lp, entropy and lse. */
 esp_status espi_head_logprob(esp_model *model, espi_arena *arena, const espi_head_rows *rows, const void *hidden, double temperature);
 

@@ -69,16 +69,15 @@ static esp_status kept_bytes(const espi_pass *pass, int64_t layer, size_t *bytes
     return ESP_OK;
 }
 
-/* The last layers are kept, as many as the budget holds: they are the first that the backward needs. */
-static esp_status first_kept(const espi_pass *pass, int64_t *first) {
-    const espi_config *c = &pass->model->config;
-    const size_t budget = pass->model->options.activation_budget;
+esp_status espi_decoder_first_kept(int64_t *first, esp_model *model, int64_t tokens) {
+    const size_t budget = model->options.activation_budget;
+    const espi_pass pass = {.model = model, .ctx = model->ctx, .tokens = tokens, .adapter = model->adapter_on};
+    size_t used = 0;
     *first = 0;
     if (budget == 0) return ESP_OK;
-    size_t used = 0;
-    for (int64_t l = c->layers - 1; l >= 0; l--) {
+    for (int64_t l = model->config.layers - 1; l >= 0; l--) {
         size_t bytes;
-        ESPI_TRY(kept_bytes(pass, l, &bytes));
+        ESPI_TRY(kept_bytes(&pass, l, &bytes));
         used += bytes;
         if (used > budget) {
             *first = l + 1;
@@ -140,7 +139,7 @@ esp_status espi_decoder_forward(esp_model *model, espi_arena *arena, const esp_b
     ESPI_TRY(positions_table(&pass));
     saved->cos = (void *)pass.cos;
     saved->sin = (void *)pass.sin;
-    ESPI_TRY(first_kept(&pass, &saved->first_kept));
+    ESPI_TRY(espi_decoder_first_kept(&saved->first_kept, model, t));
     ESPI_TRY(espi_take_real(&pass, t * c->hidden, &saved->hidden));
     ESPI_TRY(espi_take_real(&pass, t, &saved->rstd));
     ESPI_TRY(espi_take_real(&pass, t * c->hidden, &saved->h[0]));
@@ -184,5 +183,16 @@ esp_status espi_decoder_extend(esp_model *model, espi_arena *arena, void *hidden
     }
     ESPI_TRY(final_norm(&pass, hidden, rstd, h[c->layers % 2]));
     espi_arena_release(arena, all);
+    return ESP_OK;
+}
+
+esp_status espi_decoder_forward_only(void **hidden, esp_model *model, espi_arena *arena, const esp_batch *batch) {
+    espi_decoder_saved copy = {0};
+    espi_pass pass = {.model = model, .ctx = model->ctx, .arena = arena, .tokens = batch->n_tokens};
+    ESPI_TRY(espi_take_real(&pass, batch->n_tokens * model->config.hidden, hidden));
+    const size_t mark = espi_arena_mark(arena);
+    ESPI_TRY(take_batch(&pass, batch, &copy));
+    ESPI_TRY(espi_decoder_extend(model, arena, *hidden, NULL, pass.ids, &pass.spans, batch->n_tokens));
+    espi_arena_release(arena, mark);
     return ESP_OK;
 }

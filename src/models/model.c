@@ -1,1 +1,393 @@
-typedef int espi_stub; /* being written */
+/* The model level of the public API: load, forward, losses that need nothing but the head, backward. */
+#include "models/passes.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+static esp_status check_options(const esp_model_config *o) {
+    if (o->lora_rank < 0) return ESPI_FAIL(ESP_ERR_ARG, "lora_rank: got %d, expected 1 or more (0 = the default, 8)", o->lora_rank);
+    if (!isfinite(o->lora_alpha) || o->lora_alpha < 0)
+        return ESPI_FAIL(ESP_ERR_ARG, "lora_alpha: got %g, expected a positive number (0 = twice the rank)", (double)o->lora_alpha);
+    if (!isfinite(o->router_aux_coef) || !isfinite(o->router_z_coef))
+        return ESPI_FAIL(ESP_ERR_ARG, "router_aux_coef, router_z_coef: got %g, %g, expected finite numbers", (double)o->router_aux_coef,
+                         (double)o->router_z_coef);
+    if (o->experts == ESP_MXFP4)
+        return ESPI_FAIL(ESP_ERR_UNSUPPORTED, "experts: got MXFP4, expected NF4, FP4 or none: this version does not hold MXFP4");
+    if ((unsigned)o->experts > ESP_MXFP4) return ESPI_FAIL(ESP_ERR_ARG, "experts: got %d, expected an esp_qformat", (int)o->experts);
+    if (o->lora_targets & ~(unsigned)(ESP_LORA_ALL | ESP_LORA_NOTHING))
+        return ESPI_FAIL(ESP_ERR_ARG, "lora_targets: got %#x, expected a sum of ESP_LORA_ values (at most %#x)", o->lora_targets, ESP_LORA_ALL);
+    return ESP_OK;
+}
+
+esp_status espi_model_options(esp_model_config *options, espi_lora_spec lora[ESPI_T_COUNT], const esp_model_config *config,
+                              const espi_config *c) {
+    *options = (esp_model_config){0};
+    if (config) memcpy(options, config, config->struct_size < sizeof *options ? config->struct_size : sizeof *options);
+    options->struct_size = sizeof *options;
+    ESPI_TRY(check_options(options));
+    if (options->experts == ESP_Q_DEFAULT) options->experts = ESP_NF4;
+    if (options->experts == ESP_Q_NONE && options->double_quant)
+        return ESPI_FAIL(ESP_ERR_ARG, "double_quant: got true with unquantised experts, expected NF4 or FP4 experts");
+    if (options->adapter_dir) return espi_adapter_read_spec(lora, &options->lora_alpha, &options->rslora, options->adapter_dir, c);
+
+    if (options->lora_rank == 0) options->lora_rank = 8;
+    if (options->lora_alpha == 0) options->lora_alpha = 2.0f * (float)options->lora_rank;
+    if (options->lora_targets == 0) options->lora_targets = ESP_LORA_ALL;
+    const double r = options->lora_rank;
+    for (int i = 0; i < ESPI_T_COUNT; i++) {
+        const bool on = options->lora_targets & (1u << i) && !(options->lora_targets & ESP_LORA_NOTHING);
+        lora[i] = (espi_lora_spec){.r = on ? options->lora_rank : 0, .scale = options->lora_alpha / (options->rslora ? sqrt(r) : r)};
+    }
+    return ESP_OK;
+}
+
+esp_status espi_rope_frequencies(double **inv_freq, const espi_config *c) {
+    const int64_t half = c->head_dim / 2;
+    double *f = malloc((size_t)half * sizeof *f);
+    if (!f) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for %lld inverse frequencies", (long long)half);
+    for (int64_t j = 0; j < half; j++) f[j] = pow(c->rope_theta, -2.0 * (double)j / (double)c->head_dim) / c->rope_factor;
+    *inv_freq = f;
+    return ESP_OK;
+}
+
+static esp_status build(esp_model *m, const char *dir) {
+    const esp_model_config *o = &m->options;
+    ESPI_TRY(espi_model_load_weights(m, dir));
+    ESPI_TRY(espi_rope_frequencies(&m->inv_freq, &m->config));
+    ESPI_TRY(espi_model_init_adapter(m));
+    ESPI_TRY(espi_decoder_saved_create(&m->saved, &m->config));
+    if (o->adapter_dir) ESPI_TRY(esp_model_load_adapter(m, o->adapter_dir));
+    m->options.adapter_dir = NULL; /* the caller's string need not outlive the call */
+    m->adapter_on = true;
+    return ESP_OK;
+}
+
+esp_status esp_model_load(esp_model **model, esp_ctx *ctx, const char *dir, const esp_model_config *config) {
+    if (!model || !ctx || !dir) return ESPI_FAIL(ESP_ERR_ARG, "esp_model_load: model, ctx or dir is NULL, expected all three");
+    *model = NULL;
+    esp_model *m = calloc(1, sizeof *m);
+    if (!m) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for a model's bookkeeping");
+    m->ctx = ctx;
+    esp_status status = espi_config_read(&m->config, dir);
+    if (status == ESP_OK) status = espi_model_options(&m->options, m->lora, config, &m->config);
+    if (status == ESP_OK) status = build(m, dir);
+    if (status != ESP_OK) {
+        esp_model_destroy(m);
+        return status;
+    }
+    *model = m;
+    return ESP_OK;
+}
+
+static void free_block(esp_ctx *ctx, espi_block *block) {
+    espi_ctx_free(ctx, block->purpose, block->p, block->bytes);
+    *block = (espi_block){0};
+}
+
+void esp_model_destroy(esp_model *model) {
+    if (!model) return;
+    free_block(model->ctx, &model->weights);
+    free_block(model->ctx, &model->adapter);
+    free_block(model->ctx, &model->activations);
+    espi_decoder_saved_free(model->saved);
+    espi_adapter_names_free(model);
+    espi_model_skeleton_free(model);
+    free(model->inv_freq);
+    espi_config_free(&model->config);
+    free(model);
+}
+
+esp_status esp_model_info_get(const esp_model *model, esp_model_info *out) {
+    if (!model || !out) return ESPI_FAIL(ESP_ERR_ARG, "esp_model_info_get: model or out is NULL");
+    const espi_config *c = &model->config;
+    esp_model_info info = {.struct_size = out->struct_size,
+                           .family = c->family->name,
+                           .layers = c->layers,
+                           .hidden = c->hidden,
+                           .heads = c->heads,
+                           .kv_heads = c->kv_heads,
+                           .head_dim = c->head_dim,
+                           .experts = c->experts,
+                           .top_k = c->top_k,
+                           .expert_width = c->expert_width,
+                           .vocab = c->vocab,
+                           .max_position = c->max_position,
+                           .bos_token_id = c->bos_id,
+                           .eos_token_id = c->eos_id,
+                           .pad_token_id = c->pad_id,
+                           .weight_bytes = model->weights.bytes};
+    for (int i = 0; i < ESPI_T_COUNT; i++)
+        if (model->lora[i].r > info.lora_rank) info.lora_rank = model->lora[i].r;
+    for (int64_t i = 0; i < model->n_params; i++) {
+        const esp_param *p = &model->params[i];
+        const esp_tensor view = esp_tensor_view(p->data, p->dtype, p->rank, p->dims);
+        info.adapter_parameters += esp_tensor_count(&view);
+    }
+    memcpy(out, &info, out->struct_size < sizeof info ? out->struct_size : sizeof info);
+    return ESP_OK;
+}
+
+esp_status esp_model_set_probe(esp_model *model, esp_probe_fn fn, void *user) {
+    if (!model) return ESPI_FAIL(ESP_ERR_ARG, "esp_model_set_probe: model is NULL");
+    model->probe = fn;
+    model->probe_user = user;
+    return ESP_OK;
+}
+
+esp_status esp_model_adapter_enable(esp_model *model, bool on) {
+    if (!model) return ESPI_FAIL(ESP_ERR_ARG, "esp_model_adapter_enable: model is NULL");
+    model->adapter_on = on;
+    return ESP_OK;
+}
+
+static esp_status check_batch(const esp_model *model, const esp_batch *b) {
+    if (!model || !b) return ESPI_FAIL(ESP_ERR_ARG, "model or batch is NULL");
+    if (b->n_tokens < 0 || b->n_seqs < 0 || b->n_tokens > INT32_MAX)
+        return ESPI_FAIL(ESP_ERR_ARG, "batch: got %lld tokens in %d sequences, expected 0 to %d tokens", (long long)b->n_tokens, b->n_seqs,
+                         INT32_MAX);
+    if (b->n_tokens == 0 && b->n_seqs == 0) return ESP_OK;
+    if (!b->tokens || !b->cu_seqlens) return ESPI_FAIL(ESP_ERR_ARG, "batch: tokens or cu_seqlens is NULL, expected both");
+    if (b->cu_seqlens[0] != 0 || b->cu_seqlens[b->n_seqs] != b->n_tokens)
+        return ESPI_FAIL(ESP_ERR_ARG, "batch.cu_seqlens: got first %d and last %d, expected 0 and n_tokens = %lld", b->cu_seqlens[0],
+                         b->cu_seqlens[b->n_seqs], (long long)b->n_tokens);
+    for (int32_t s = 0; s < b->n_seqs; s++) {
+        const int64_t n = (int64_t)b->cu_seqlens[s + 1] - b->cu_seqlens[s];
+        if (n <= 0) return ESPI_FAIL(ESP_ERR_ARG, "batch: sequence %d has %lld tokens, expected at least 1", s, (long long)n);
+        if (n > model->config.max_position)
+            return ESPI_FAIL(ESP_ERR_ARG, "batch: sequence %d has %lld tokens, expected at most the model's context of %lld: shorten it", s,
+                             (long long)n, (long long)model->config.max_position);
+    }
+    for (int64_t t = 0; t < b->n_tokens; t++) {
+        if (b->tokens[t] < 0 || b->tokens[t] >= model->config.vocab)
+            return ESPI_FAIL(ESP_ERR_ARG, "batch.tokens[%lld]: got id %d, expected 0 to %lld (the vocabulary)", (long long)t, b->tokens[t],
+                             (long long)model->config.vocab - 1);
+    }
+    return ESP_OK;
+}
+
+static void note_use(esp_model *model) {
+    if (model->arena.high > model->ctx->activations_used) model->ctx->activations_used = model->arena.high;
+}
+
+esp_status esp_model_reserve(esp_model *model, int64_t n_tokens, int32_t n_seqs, bool training) {
+    if (!model) return ESPI_FAIL(ESP_ERR_ARG, "esp_model_reserve: model is NULL");
+    if (n_tokens < n_seqs || n_seqs < 0)
+        return ESPI_FAIL(ESP_ERR_ARG, "esp_model_reserve: got %lld tokens in %d sequences, expected at least one token each", (long long)n_tokens,
+                         n_seqs);
+    size_t bytes;
+    ESPI_TRY(espi_activation_bytes(&bytes, model, n_tokens, n_seqs, training));
+    if (bytes <= model->activations.bytes) return ESP_OK;
+    /* The old block goes first, so that growing never holds two; what it held is lost. */
+    free_block(model->ctx, &model->activations);
+    model->arena = espi_arena_over(NULL, 0);
+    model->saved_valid = false;
+    void *p;
+    ESPI_TRY(espi_ctx_alloc(model->ctx, ESPI_MEM_ACTIVATIONS, bytes, &p));
+    model->activations = (espi_block){.purpose = ESPI_MEM_ACTIVATIONS, .p = p, .bytes = bytes};
+    model->arena = espi_arena_over(p, bytes);
+    return ESP_OK;
+}
+
+static esp_tensor real_view(const esp_model *model, void *data, int64_t tokens) {
+    return esp_tensor_view(data, model->ctx->real, 2, (int64_t[]){tokens, model->config.hidden});
+}
+
+esp_status esp_model_forward(esp_model *model, const esp_batch *batch, esp_tensor *hidden) {
+    ESPI_TRY(check_batch(model, batch));
+    if (!hidden) return ESPI_FAIL(ESP_ERR_ARG, "esp_model_forward: hidden is NULL");
+    ESPI_TRY(esp_model_reserve(model, batch->n_tokens, batch->n_seqs, true));
+    model->saved_valid = false;
+    espi_arena_release(&model->arena, 0);
+    ESPI_TRY(espi_decoder_forward(model, &model->arena, batch, model->saved));
+    model->loss_mark = model->saved->mark;
+    model->saved_valid = true;
+    note_use(model);
+    *hidden = real_view(model, model->saved->hidden, batch->n_tokens);
+    return ESP_OK;
+}
+
+esp_status esp_model_forward_only(esp_model *model, const esp_batch *batch, esp_tensor *hidden) {
+    ESPI_TRY(check_batch(model, batch));
+    if (!hidden) return ESPI_FAIL(ESP_ERR_ARG, "esp_model_forward_only: hidden is NULL");
+    ESPI_TRY(esp_model_reserve(model, batch->n_tokens, batch->n_seqs, false));
+    model->saved_valid = false;
+    espi_arena_release(&model->arena, 0);
+    void *out;
+    ESPI_TRY(espi_decoder_forward_only(&out, model, &model->arena, batch));
+    model->loss_mark = espi_arena_mark(&model->arena);
+    note_use(model);
+    *hidden = real_view(model, out, batch->n_tokens);
+    return ESP_OK;
+}
+
+/* The batch must be the one that the saved tensors came from. */
+static esp_status check_saved(const esp_model *model, const esp_batch *batch) {
+    const espi_decoder_saved *s = model->saved;
+    if (!model->saved_valid)
+        return ESPI_FAIL(ESP_ERR_STATE, "esp_model_backward: nothing is saved, expected esp_model_forward() on this batch right before");
+    if (batch->n_tokens != s->tokens || batch->n_seqs != s->n_seqs)
+        return ESPI_FAIL(ESP_ERR_STATE, "esp_model_backward: got a batch of %lld tokens in %d sequences, expected that of the forward: %lld in %d",
+                         (long long)batch->n_tokens, batch->n_seqs, (long long)s->tokens, s->n_seqs);
+    if (batch->n_tokens && (memcmp(batch->tokens, s->ids, (size_t)s->tokens * sizeof *s->ids) != 0 ||
+                            memcmp(batch->cu_seqlens, s->cu, ((size_t)s->n_seqs + 1) * sizeof *s->cu) != 0))
+        return ESPI_FAIL(ESP_ERR_STATE, "esp_model_backward: got a batch with other tokens or borders than the forward had, expected the same");
+    return ESP_OK;
+}
+
+esp_status espi_check_hidden(const esp_model *model, const esp_batch *batch, const esp_tensor *hidden, const char *name) {
+    if (!hidden) return ESPI_FAIL(ESP_ERR_ARG, "%s is NULL", name);
+    if (hidden->dtype != model->ctx->real)
+        return ESPI_FAIL(ESP_ERR_DTYPE, "%s: got %s, expected %s as esp_model_forward gives it", name, esp_dtype_name(hidden->dtype),
+                         esp_dtype_name(model->ctx->real));
+    if (hidden->rank != 2 || hidden->dims[0] != batch->n_tokens || hidden->dims[1] != model->config.hidden)
+        return ESPI_FAIL(ESP_ERR_SHAPE, "%s: got rank %d, first dims [%lld, %lld], expected [%lld, %lld]", name, hidden->rank,
+                         (long long)hidden->dims[0], (long long)hidden->dims[1], (long long)batch->n_tokens, (long long)model->config.hidden);
+    if (hidden->strides[1] != 1 || hidden->strides[0] != hidden->dims[1])
+        return ESPI_FAIL(ESP_ERR_SHAPE, "%s: got strides [%lld, %lld], expected a dense row-major tensor", name, (long long)hidden->strides[0],
+                         (long long)hidden->strides[1]);
+    return ESP_OK;
+}
+
+double espi_loss_share(const esp_batch *batch) {
+    return batch->step_tokens > 0 ? (double)espi_head_count_rows(batch) / batch->step_tokens : 1.0;
+}
+
+esp_status esp_model_backward(esp_model *model, const esp_batch *batch, const esp_tensor *d_hidden) {
+    ESPI_TRY(check_batch(model, batch));
+    ESPI_TRY(check_saved(model, batch));
+    ESPI_TRY(espi_check_hidden(model, batch, d_hidden, "d_hidden"));
+    ESPI_TRY(espi_decoder_backward(model, &model->arena, d_hidden->data, espi_loss_share(batch), model->saved));
+    note_use(model);
+    return ESP_OK;
+}
+
+esp_status espi_loss_begin(esp_model *model, const esp_batch *batch, const esp_tensor *hidden, void *d_hidden) {
+    ESPI_TRY(check_batch(model, batch));
+    ESPI_TRY(espi_check_hidden(model, batch, hidden, "hidden"));
+    espi_arena_release(&model->arena, model->loss_mark);
+    return d_hidden ? espi_arena_take(&model->arena, (size_t)batch->n_tokens * (size_t)model->config.hidden * model->ctx->real_size, d_hidden)
+                    : ESP_OK;
+}
+
+void espi_loss_end(esp_model *model, const esp_batch *batch, void *data, esp_tensor *d_hidden) {
+    note_use(model);
+    if (d_hidden) *d_hidden = real_view(model, data, batch->n_tokens);
+}
+
+esp_status esp_model_logprob(esp_model *model, const esp_batch *batch, const esp_tensor *hidden, float temperature, float *logprob,
+                             float *entropy) {
+    if (!model || !batch || !logprob) return ESPI_FAIL(ESP_ERR_ARG, "esp_model_logprob: model, batch or logprob is NULL");
+    if (!(temperature > 0) || !isfinite(temperature))
+        return ESPI_FAIL(ESP_ERR_ARG, "temperature: got %g, expected a positive number", (double)temperature);
+    ESPI_TRY(espi_loss_begin(model, batch, hidden, NULL));
+    const size_t mark = espi_arena_mark(&model->arena);
+    espi_head_rows rows;
+    ESPI_TRY(espi_head_rows_make(&rows, model, &model->arena, batch));
+    ESPI_TRY(espi_head_logprob(model, &model->arena, &rows, hidden->data, temperature));
+    for (int64_t t = 0; t < batch->n_tokens; t++) {
+        logprob[t] = 0;
+        if (entropy) entropy[t] = 0;
+    }
+    for (int64_t i = 0; i < rows.n; i++) {
+        logprob[rows.token[i]] = (float)espi_real_get(rows.lp, i, model->ctx->real);
+        if (entropy) entropy[rows.token[i]] = (float)espi_real_get(rows.entropy, i, model->ctx->real);
+    }
+    espi_arena_release(&model->arena, mark);
+    espi_loss_end(model, batch, NULL, NULL);
+    return ESP_OK;
+}
+
+/* Cross-entropy: every counted token has the same coefficient. */
+typedef struct cross_entropy {
+    double g, loss;
+    esp_dtype real;
+} cross_entropy;
+
+static esp_status cross_entropy_coef(void *user, const espi_head_rows *rows, int64_t first, int64_t count) {
+    cross_entropy *ce = user;
+    for (int64_t i = first; i < first + count; i++) {
+        ce->loss += ce->g * espi_real_get(rows->lp, i, ce->real);
+        espi_real_set(rows->g, i, ce->g, ce->real);
+        espi_real_set(rows->e, i, 0.0, ce->real);
+    }
+    return ESP_OK;
+}
+
+esp_status esp_model_cross_entropy(esp_model *model, const esp_batch *batch, const esp_tensor *hidden, double *loss, esp_tensor *d_hidden) {
+    if (!model || !batch || !loss) return ESPI_FAIL(ESP_ERR_ARG, "esp_model_cross_entropy: model, batch or loss is NULL");
+    void *d = NULL;
+    ESPI_TRY(espi_loss_begin(model, batch, hidden, d_hidden ? &d : NULL));
+    const size_t mark = espi_arena_mark(&model->arena);
+    espi_head_rows rows;
+    ESPI_TRY(espi_head_rows_make(&rows, model, &model->arena, batch));
+    const double tokens = batch->step_tokens > 0 ? batch->step_tokens : (double)rows.n;
+    cross_entropy ce = {.g = tokens > 0 ? -1.0 / tokens : 0.0, .real = model->ctx->real};
+    if (d_hidden) {
+        ESPI_TRY(espi_head_loss(model, &model->arena, &rows, hidden->data, d, batch->n_tokens, 1.0, true, cross_entropy_coef, &ce));
+    } else {
+        ESPI_TRY(espi_head_logprob(model, &model->arena, &rows, hidden->data, 1.0));
+        ESPI_TRY(cross_entropy_coef(&ce, &rows, 0, rows.n));
+    }
+    espi_arena_release(&model->arena, mark);
+    *loss = ce.loss;
+    espi_loss_end(model, batch, d, d_hidden);
+    return ESP_OK;
+}
+
+esp_status esp_model_logits(esp_model *model, const esp_tensor *hidden, float *logits, size_t logits_count) {
+    if (!model || !hidden || !logits) return ESPI_FAIL(ESP_ERR_ARG, "esp_model_logits: model, hidden or logits is NULL");
+    const esp_batch shape = ESP_BATCH(.n_tokens = hidden->dims[0]);
+    ESPI_TRY(espi_check_hidden(model, &shape, hidden, "hidden"));
+    const size_t v = (size_t)model->config.vocab, t = (size_t)hidden->dims[0];
+    if (logits_count < t * v)
+        return ESPI_FAIL(ESP_ERR_SHAPE, "logits: got room for %zu values, expected T*V = %zu", logits_count, t * v);
+    if (t == 0) return ESP_OK;
+    espi_arena dry = espi_arena_dry();
+    ESPI_TRY(espi_head_full_logits(model, &dry, NULL, NULL, hidden->dims[0]));
+    void *p;
+    ESPI_TRY(espi_ctx_alloc(model->ctx, ESPI_MEM_STAGING, dry.high, &p));
+    espi_arena arena = espi_arena_over(p, dry.high);
+    const esp_status status = espi_head_full_logits(model, &arena, logits, hidden->data, hidden->dims[0]);
+    espi_ctx_free(model->ctx, ESPI_MEM_STAGING, p, dry.high);
+    return status;
+}
+
+esp_status esp_model_router_losses(esp_model *model, double *aux_loss, double *z_loss) {
+    if (!model || !aux_loss || !z_loss) return ESPI_FAIL(ESP_ERR_ARG, "esp_model_router_losses: an argument is NULL");
+    if (!model->saved_valid) return ESPI_FAIL(ESP_ERR_STATE, "esp_model_router_losses: no forward before, expected esp_model_forward()");
+    const espi_decoder_saved *s = model->saved;
+    const double n = (double)model->config.moe_layers * (double)s->tokens;
+    *aux_loss = *z_loss = 0;
+    if (n == 0) return ESP_OK;
+    for (int64_t e = 0; e < model->config.experts; e++) *aux_loss += (double)s->router_counts[e] / n * (s->router_p_sum[e] / n);
+    *aux_loss *= (double)model->config.experts;
+    *z_loss = *s->router_z_sum / n;
+    return ESP_OK;
+}
+
+int64_t esp_model_param_count(const esp_model *model) { return model ? model->n_params : 0; }
+
+esp_status esp_model_param_get(esp_model *model, int64_t index, esp_param *out) {
+    if (!model || !out) return ESPI_FAIL(ESP_ERR_ARG, "esp_model_param_get: model or out is NULL");
+    if (index < 0 || index >= model->n_params)
+        return ESPI_FAIL(ESP_ERR_ARG, "parameter index: got %lld, expected 0 to %lld", (long long)index, (long long)model->n_params - 1);
+    memcpy(out, &model->params[index], out->struct_size < sizeof *out ? out->struct_size : sizeof *out);
+    return ESP_OK;
+}
+
+esp_status esp_model_zero_grad(esp_model *model) {
+    if (!model) return ESPI_FAIL(ESP_ERR_ARG, "esp_model_zero_grad: model is NULL");
+    espi_arena none = espi_arena_over(NULL, 0);
+    for (int64_t i = 0; i < model->n_params; i++) {
+        const esp_param *p = &model->params[i];
+        const esp_tensor view = esp_tensor_view(p->grad, p->dtype, p->rank, p->dims);
+        const espi_zero args = {.out = p->grad, .n = esp_tensor_count(&view)};
+        ESPI_TRY(espi_op_zero(model->ctx, &none, &args));
+    }
+    for (int64_t l = 0; l < model->config.layers; l++) {
+        const espi_zero args = {.out = model->layers[l].d_router, .n = model->config.experts * model->config.hidden};
+        if (args.out) ESPI_TRY(espi_op_zero(model->ctx, &none, &args));
+    }
+    return ESP_OK;
+}

@@ -1,0 +1,30 @@
+/* Between the public calls of model.c, the losses of rl/ and the planner: the order in which a model's activation block is used.
+ *
+ *   [ what the last forward left | d_hidden of the last loss | scratch of the loss, then of the backward ]
+ *                                ^ loss_mark
+ * A loss or a backward starts at loss_mark again, so d_hidden lives until the next loss or forward. */
+#ifndef ESPI_MODELS_PASSES_H
+#define ESPI_MODELS_PASSES_H
+
+#include "contract/decoder.h"
+#include "contract/head.h"
+
+/* Defaults filled in, contradictions refused, the rank and scale of every target stated. */
+esp_status espi_model_options(esp_model_config *options, espi_lora_spec lora[ESPI_T_COUNT], const esp_model_config *config,
+                              const espi_config *c);
+esp_status espi_rope_frequencies(double **inv_freq, const espi_config *config);
+
+/* models/plan.c: bytes of the activation block for such batches, by walking forward, both kinds of loss, and backward dry. */
+esp_status espi_activation_bytes(size_t *bytes, esp_model *model, int64_t n_tokens, int32_t n_seqs, bool training);
+
+esp_status espi_check_hidden(const esp_model *model, const esp_batch *batch, const esp_tensor *hidden, const char *name);
+
+/* Checks batch and hidden, goes back to loss_mark, and takes d_hidden real [T,H] unless d_hidden is NULL (else: address of a pointer). */
+esp_status espi_loss_begin(esp_model *model, const esp_batch *batch, const esp_tensor *hidden, void *d_hidden);
+/* Accounts for the peak; *d_hidden becomes the view of what begin took. */
+void espi_loss_end(esp_model *model, const esp_batch *batch, void *data, esp_tensor *d_hidden);
+
+/* This batch's share of the optimiser step: counted tokens / step_tokens, 1 when that is not stated. */
+double espi_loss_share(const esp_batch *batch);
+
+#endif
