@@ -63,7 +63,8 @@ typedef struct esp_memory {
     size_t weights, adapter, optimizer, activations, cache, staging; ///< live bytes of each purpose
     size_t activations_used; ///< high-water mark inside the activation block; equals `activations` when the plan was exact
 } esp_memory;
-#define ESP_MEMORY_INIT {.struct_size = sizeof(esp_memory)}
+#define ESP_MEMORY_INIT                                                                                                                    \
+    { .struct_size = sizeof(esp_memory) }
 ESP_API esp_status esp_ctx_memory(const esp_ctx *ctx, esp_memory *out);
 
 #ifdef __cplusplus

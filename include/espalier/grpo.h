@@ -38,14 +38,14 @@ struct esp_objective {
     float delta;                     ///< upper bound on the ratio (2505.07291); 0 = none
     float beta;                      ///< KL coefficient; 0 = no reference needed
     esp_kl_grad kl_grad;
-    bool kl_bias_correction;         ///< multiply the KL term by the ratio (DeepSeek-V3.2)
-    float sapo_temperature_pos, sapo_temperature_neg; ///< default 1.0, 1.05
+    bool kl_bias_correction;                                            ///< multiply the KL term by the ratio (DeepSeek-V3.2)
+    float sapo_temperature_pos, sapo_temperature_neg;                   ///< default 1.0, 1.05
     float vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg; ///< default 2, 3, 3, 2
-    float off_policy_mask_threshold; ///< drop sequences with A < 0 and mean(old - lp) above it; 0 = off
-    float top_entropy_quantile;      ///< keep this share of tokens, those of highest entropy; 0 or 1 = all
-    float entropy_coef;              ///< entropy bonus; 0 = none
-    float temperature;               ///< default 1: logits / temperature before the log-softmax, as in the sampler
-    int32_t max_completion_length;   ///< dr_grpo's constant; 0 = the longest completion of the batch
+    float off_policy_mask_threshold;                                    ///< drop sequences with A < 0 and mean(old - lp) above it; 0 = off
+    float top_entropy_quantile;    ///< keep this share of tokens, those of highest entropy; 0 or 1 = all
+    float entropy_coef;            ///< entropy bonus; 0 = none
+    float temperature;             ///< default 1: logits / temperature before the log-softmax, as in the sampler
+    int32_t max_completion_length; ///< dr_grpo's constant; 0 = the longest completion of the batch
 };
 #define ESP_OBJECTIVE(...) ((esp_objective){.struct_size = sizeof(esp_objective), __VA_ARGS__})
 
@@ -53,18 +53,19 @@ struct esp_objective {
 typedef struct esp_grpo_stats {
     size_t struct_size;
     double loss, policy_loss, kl, entropy, ratio_mean;
-    double clip_low, clip_high; ///< share of tokens clipped below / above
-    double mean_abs_g;          ///< mean |d loss / d lp|: why a loss of 0 still trains
+    double clip_low, clip_high;           ///< share of tokens clipped below / above
+    double mean_abs_g;                    ///< mean |d loss / d lp|: why a loss of 0 still trains
     double logp_diff_mean, logp_diff_max; ///< |sampler_logprob - logprob|, where given
     int64_t tokens, tokens_skipped;       ///< counted; of those without any gradient (exactly zero coefficients)
 } esp_grpo_stats;
-#define ESP_GRPO_STATS_INIT {.struct_size = sizeof(esp_grpo_stats)}
+#define ESP_GRPO_STATS_INIT                                                                                                                \
+    { .struct_size = sizeof(esp_grpo_stats) }
 
 /// Loss and its gradient by the hidden states; never holds [T,V].  Options come from batch.objective.
-/// One pass over the head (LH1) when a token's coefficient depends on that token alone, two passes (LH2) otherwise; ESP_LOG=select says which.
-/// d_hidden [out]  [T,H] view in the activation block; rows that the mask does not count are 0
-/// ESP_ERR_ARG: advantage missing, ref_logprob missing with beta > 0, contradicting options (the sentence names both)
-/// ESP_ERR_NONFINITE: an advantage or log-probability that is NaN or infinite (names the sequence)
+/// One pass over the head (LH1) when a token's coefficient depends on that token alone, two passes (LH2) otherwise; ESP_LOG=select says
+/// which. d_hidden [out]  [T,H] view in the activation block; rows that the mask does not count are 0 ESP_ERR_ARG: advantage missing,
+/// ref_logprob missing with beta > 0, contradicting options (the sentence names both) ESP_ERR_NONFINITE: an advantage or log-probability
+/// that is NaN or infinite (names the sequence)
 ESP_API esp_status esp_grpo_loss(esp_model *model, const esp_batch *batch, const esp_tensor *hidden, esp_tensor *d_hidden,
                                  esp_grpo_stats *stats);
 

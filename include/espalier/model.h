@@ -28,18 +28,18 @@ enum {
 
 typedef struct esp_model_config {
     size_t struct_size;
-    esp_qformat experts;       ///< default ESP_NF4
-    bool double_quant;         ///< quantise the block scales as bitsandbytes does, then hold the restored values
-    int lora_rank;             ///< default 8
-    float lora_alpha;          ///< default 2 * lora_rank
-    bool rslora;               ///< scale alpha / sqrt(R) instead of alpha / R
-    unsigned lora_targets;     ///< default ESP_LORA_ALL
-    uint64_t seed;             ///< of the LoRA init: A uniform in +-1/sqrt(in), B = 0, Philox keyed (seed, layer, expert, matrix)
-    size_t activation_budget;  ///< bytes of saved activations; layers beyond it keep their input only and recompute.  0 = no bound
-    float router_aux_coef;     ///< load-balancing loss added to every backward; default 0 (off)
-    float router_z_coef;       ///< router z-loss; default 0 (off)
-    bool train_router;         ///< also form router weight gradients (for checks; the optimiser does not touch them)
-    const char *adapter_dir;   ///< a PEFT folder: take rank, scale and targets from it (the fields above are then ignored) and load it
+    esp_qformat experts;      ///< default ESP_NF4
+    bool double_quant;        ///< quantise the block scales as bitsandbytes does, then hold the restored values
+    int lora_rank;            ///< default 8
+    float lora_alpha;         ///< default 2 * lora_rank
+    bool rslora;              ///< scale alpha / sqrt(R) instead of alpha / R
+    unsigned lora_targets;    ///< default ESP_LORA_ALL
+    uint64_t seed;            ///< of the LoRA init: A uniform in +-1/sqrt(in), B = 0, Philox keyed (seed, layer, expert, matrix)
+    size_t activation_budget; ///< bytes of saved activations; layers beyond it keep their input only and recompute.  0 = no bound
+    float router_aux_coef;    ///< load-balancing loss added to every backward; default 0 (off)
+    float router_z_coef;      ///< router z-loss; default 0 (off)
+    bool train_router;        ///< also form router weight gradients (for checks; the optimiser does not touch them)
+    const char *adapter_dir;  ///< a PEFT folder: take rank, scale and targets from it (the fields above are then ignored) and load it
 } esp_model_config;
 #define ESP_MODEL_CONFIG(...) ((esp_model_config){.struct_size = sizeof(esp_model_config), __VA_ARGS__})
 
@@ -51,14 +51,14 @@ typedef struct esp_batch {
     const int32_t *cu_seqlens; ///< [n_seqs + 1], 0 first, T last, strictly ascending
     int64_t n_tokens;          ///< T; 0 is allowed and does nothing
     int32_t n_seqs;
-    const uint8_t *loss_mask;     ///< [T] 1 = the loss counts this token; NULL = all but each sequence's first
-    const float *advantage;       ///< [n_seqs] GRPO
-    const float *old_logprob;     ///< [T] proximal policy; NULL = the current one (ratio exactly 1)
-    const float *ref_logprob;     ///< [T] reference policy; needed when beta > 0
-    const float *sampler_logprob; ///< [T] the sampler's; NULL = none
-    const float *is_ratio;        ///< [T] rollout correction factors, constants of the loss; NULL = 1
-    double step_tokens;           ///< loss tokens of the whole optimiser step; 0 = those of this batch
-    double step_seqs;             ///< sequences of the whole optimiser step; 0 = those of this batch
+    const uint8_t *loss_mask;       ///< [T] 1 = the loss counts this token; NULL = all but each sequence's first
+    const float *advantage;         ///< [n_seqs] GRPO
+    const float *old_logprob;       ///< [T] proximal policy; NULL = the current one (ratio exactly 1)
+    const float *ref_logprob;       ///< [T] reference policy; needed when beta > 0
+    const float *sampler_logprob;   ///< [T] the sampler's; NULL = none
+    const float *is_ratio;          ///< [T] rollout correction factors, constants of the loss; NULL = 1
+    double step_tokens;             ///< loss tokens of the whole optimiser step; 0 = those of this batch
+    double step_seqs;               ///< sequences of the whole optimiser step; 0 = those of this batch
     const esp_objective *objective; ///< GRPO: which loss; NULL = defaults
 } esp_batch;
 #define ESP_BATCH(...) ((esp_batch){.struct_size = sizeof(esp_batch), __VA_ARGS__})
@@ -78,7 +78,8 @@ typedef struct esp_model_info {
     int64_t bos_token_id, eos_token_id, pad_token_id; ///< -1 = not stated
     size_t weight_bytes;
 } esp_model_info;
-#define ESP_MODEL_INFO_INIT {.struct_size = sizeof(esp_model_info)}
+#define ESP_MODEL_INFO_INIT                                                                                                                \
+    { .struct_size = sizeof(esp_model_info) }
 ESP_API esp_status esp_model_info_get(const esp_model *model, esp_model_info *out);
 
 /// Forward to the final-norm hidden states.  Twin: esp_model_backward().
@@ -99,8 +100,8 @@ ESP_API esp_status esp_model_adapter_enable(esp_model *model, bool on);
 
 /// Head modes without logits.  Rows are those tokens that the mask counts; see esp_batch.
 /// logprob [out] [T] f32, entropy [out] [T] f32 or NULL: 0 where the mask does not count
-ESP_API esp_status esp_model_logprob(esp_model *model, const esp_batch *batch, const esp_tensor *hidden, float temperature,
-                                     float *logprob, float *entropy);
+ESP_API esp_status esp_model_logprob(esp_model *model, const esp_batch *batch, const esp_tensor *hidden, float temperature, float *logprob,
+                                     float *entropy);
 
 /// Cross-entropy, summed over the counted tokens and divided by batch.step_tokens (one global denominator under accumulation).
 /// loss [out]; d_hidden [out] view [T,H] in the activation block, NULL = loss only
@@ -112,9 +113,9 @@ ESP_API esp_status esp_model_logits(esp_model *model, const esp_tensor *hidden, 
 
 /// Called from inside a pass with an intermediate tensor, for debugging and for `espalier verify`.  Names: "h" (residual stream before
 /// layer `layer`; layer = L: input of the final norm), "norm1", "q_norm", "k_norm", "q", "k", "v", "lse", "attn", "h1", "norm2",
-/// "router_logits", "topk_idx" (ESP_I32), "topk_w", "gu", "act", "down" (routed rows, in slot order [T,K,..]), "moe_out", "hidden"; and in a
-/// backward the same with "d_" in front for the gradient of: "h", "h1", "norm1", "norm2", "q", "k", "v", "attn", "router_logits", "topk_w", "hidden".
-/// The tensor is only valid during the call.
+/// "router_logits", "topk_idx" (ESP_I32), "topk_w", "gu", "act", "down" (routed rows, in slot order [T,K,..]), "moe_out", "hidden"; and in
+/// a backward the same with "d_" in front for the gradient of: "h", "h1", "norm1", "norm2", "q", "k", "v", "attn", "router_logits",
+/// "topk_w", "hidden". The tensor is only valid during the call.
 typedef void (*esp_probe_fn)(void *user, const char *name, int64_t layer, const esp_tensor *tensor);
 ESP_API esp_status esp_model_set_probe(esp_model *model, esp_probe_fn fn, void *user);
 
@@ -129,13 +130,14 @@ ESP_API esp_status esp_model_router_losses(esp_model *model, double *aux_loss, d
 /// One trainable tensor.  data and grad are live: f32 (f64 under "ref64"), dims as PEFT's per-expert view.
 typedef struct esp_param {
     size_t struct_size;
-    const char *name;     ///< "layers.0.mlp.experts.gate_up.lora_A"
-    void *data, *grad;    ///< [E,R,in] or [E,out,R] for experts, [R,in] or [out,R] for attention
+    const char *name;  ///< "layers.0.mlp.experts.gate_up.lora_A"
+    void *data, *grad; ///< [E,R,in] or [E,out,R] for experts, [R,in] or [out,R] for attention
     int64_t dims[3];
     int32_t rank;
     esp_dtype dtype;
 } esp_param;
-#define ESP_PARAM_INIT {.struct_size = sizeof(esp_param)}
+#define ESP_PARAM_INIT                                                                                                                     \
+    { .struct_size = sizeof(esp_param) }
 ESP_API int64_t esp_model_param_count(const esp_model *model);
 ESP_API esp_status esp_model_param_get(esp_model *model, int64_t index, esp_param *out);
 ESP_API esp_status esp_model_zero_grad(esp_model *model);

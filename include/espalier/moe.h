@@ -14,12 +14,12 @@ typedef struct esp_moe esp_moe;
 typedef struct esp_moe_config {
     size_t struct_size;
     int64_t hidden, experts, top_k, width; ///< H, E, K, I: all required
-    bool plain_topk_weights; ///< use the softmax probabilities as they are; default: renormalise them over the K selected
-    esp_qformat format;      ///< default ESP_NF4; ESP_Q_NONE keeps f32
-    int64_t lora_rank;       ///< 0 = no LoRA
-    float lora_alpha;        ///< default 2 * lora_rank
+    bool plain_topk_weights;               ///< use the softmax probabilities as they are; default: renormalise them over the K selected
+    esp_qformat format;                    ///< default ESP_NF4; ESP_Q_NONE keeps f32
+    int64_t lora_rank;                     ///< 0 = no LoRA
+    float lora_alpha;                      ///< default 2 * lora_rank
     uint64_t seed;
-    bool train_router;       ///< give the router a gradient too
+    bool train_router; ///< give the router a gradient too
 } esp_moe_config;
 #define ESP_MOE_CONFIG(...) ((esp_moe_config){.struct_size = sizeof(esp_moe_config), __VA_ARGS__})
 
@@ -46,7 +46,8 @@ typedef struct esp_moe_memory {
     size_t struct_size;
     size_t saved, scratch;
 } esp_moe_memory;
-#define ESP_MOE_MEMORY_INIT {.struct_size = sizeof(esp_moe_memory)}
+#define ESP_MOE_MEMORY_INIT                                                                                                                \
+    { .struct_size = sizeof(esp_moe_memory) }
 ESP_API esp_status esp_moe_sizes(esp_moe *moe, int64_t n_tokens, esp_moe_memory *out);
 
 /// Forward of one MoE block.  Twin: esp_moe_backward().
@@ -64,7 +65,8 @@ ESP_API esp_status esp_moe_forward(esp_moe *moe, void *out, const void *x, int64
 /// saved   [in]     exactly what the twin wrote for this batch
 /// scratch [in,out] contents lost
 /// ESP_ERR_SHAPE if T differs from the twin's call
-ESP_API esp_status esp_moe_backward(esp_moe *moe, void *d_x, const void *d_out, const void *x, int64_t n_tokens, void *saved, void *scratch);
+ESP_API esp_status esp_moe_backward(esp_moe *moe, void *d_x, const void *d_out, const void *x, int64_t n_tokens, void *saved,
+                                    void *scratch);
 
 #ifdef __cplusplus
 }

@@ -15,14 +15,14 @@ typedef enum esp_schedule { ESP_SCHEDULE_CONSTANT = 0, ESP_SCHEDULE_LINEAR = 1, 
 
 typedef struct esp_adamw_config {
     size_t struct_size;
-    float lr;              ///< default 1e-3
-    float beta1, beta2;    ///< default 0.9, 0.999
-    float eps;             ///< default 1e-8
-    float weight_decay;    ///< default 0
-    float max_grad_norm;   ///< default 1; negative = no clipping
-    esp_schedule schedule; ///< default constant
+    float lr;                          ///< default 1e-3
+    float beta1, beta2;                ///< default 0.9, 0.999
+    float eps;                         ///< default 1e-8
+    float weight_decay;                ///< default 0
+    float max_grad_norm;               ///< default 1; negative = no clipping
+    esp_schedule schedule;             ///< default constant
     int64_t warmup_steps, total_steps; ///< total_steps is needed by linear and cosine
-    bool eight_bit;        ///< moments in bitsandbytes' blockwise 8-bit form, for tensors of at least 4096 values
+    bool eight_bit;                    ///< moments in bitsandbytes' blockwise 8-bit form, for tensors of at least 4096 values
 } esp_adamw_config;
 #define ESP_ADAMW_CONFIG(...) ((esp_adamw_config){.struct_size = sizeof(esp_adamw_config), __VA_ARGS__})
 
@@ -37,12 +37,13 @@ ESP_API esp_status esp_optim_step(esp_optim *optim);
 
 typedef struct esp_optim_stats {
     size_t struct_size;
-    int64_t step;    ///< completed steps, skipped ones not counted
-    int64_t skipped; ///< steps skipped because the norm was not finite
+    int64_t step;     ///< completed steps, skipped ones not counted
+    int64_t skipped;  ///< steps skipped because the norm was not finite
     double grad_norm; ///< of the last step, before clipping
     double lr;        ///< used by the last step
 } esp_optim_stats;
-#define ESP_OPTIM_STATS_INIT {.struct_size = sizeof(esp_optim_stats)}
+#define ESP_OPTIM_STATS_INIT                                                                                                               \
+    { .struct_size = sizeof(esp_optim_stats) }
 ESP_API esp_status esp_optim_stats_get(const esp_optim *optim, esp_optim_stats *out);
 
 /// The multiplier for optimiser step n = 0, 1, ..: with warm-up the first is 0.
@@ -56,7 +57,8 @@ typedef struct esp_optim_array {
     int64_t count;
     esp_dtype dtype;
 } esp_optim_array;
-#define ESP_OPTIM_ARRAY_INIT {.struct_size = sizeof(esp_optim_array)}
+#define ESP_OPTIM_ARRAY_INIT                                                                                                               \
+    { .struct_size = sizeof(esp_optim_array) }
 ESP_API int64_t esp_optim_array_count(const esp_optim *optim);
 ESP_API esp_status esp_optim_array_get(esp_optim *optim, int64_t index, esp_optim_array *out);
 /// Sets the step counters (after the arrays have been filled from a checkpoint).

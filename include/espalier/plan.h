@@ -20,13 +20,14 @@ typedef struct esp_plan {
     size_t peak;               ///< the larger of total and of weights + staging while loading
     int64_t layers_recomputed; ///< layers that keep their input only, under esp_model_config.activation_budget
 } esp_plan;
-#define ESP_PLAN_INIT {.struct_size = sizeof(esp_plan)}
+#define ESP_PLAN_INIT                                                                                                                      \
+    { .struct_size = sizeof(esp_plan) }
 
 /// From config.json alone; no weight is read.
 /// config, adamw [in]  NULL = all defaults
 /// n_tokens, n_seqs [in]  the largest batch of one forward and backward
-ESP_API esp_status esp_plan_folder(esp_plan *out, esp_ctx *ctx, const char *dir, const esp_model_config *config, const esp_adamw_config *adamw,
-                                   int64_t n_tokens, int32_t n_seqs);
+ESP_API esp_status esp_plan_folder(esp_plan *out, esp_ctx *ctx, const char *dir, const esp_model_config *config,
+                                   const esp_adamw_config *adamw, int64_t n_tokens, int32_t n_seqs);
 
 #ifdef __cplusplus
 }

@@ -12,8 +12,8 @@ typedef struct esp_sampler esp_sampler;
 
 typedef struct esp_sampler_config {
     size_t struct_size;
-    int32_t max_sequences;  ///< rows decoded together; default 128.  More requests are served in waves
-    int32_t max_length;     ///< prompt + completion of one sequence; default: the model's context, at most 4096
+    int32_t max_sequences; ///< rows decoded together; default 128.  More requests are served in waves
+    int32_t max_length;    ///< prompt + completion of one sequence; default: the model's context, at most 4096
 } esp_sampler_config;
 #define ESP_SAMPLER_CONFIG(...) ((esp_sampler_config){.struct_size = sizeof(esp_sampler_config), __VA_ARGS__})
 
@@ -27,16 +27,16 @@ typedef struct esp_generate_config {
     const int32_t *prompts;    ///< packed ids
     const int32_t *cu_prompts; ///< [n_prompts+1]
     int32_t n_prompts;
-    int32_t samples;        ///< per prompt; default 1
-    int32_t max_new_tokens; ///< default 16
-    float temperature;      ///< default 1
-    bool greedy;            ///< largest logit, lowest id on ties; log-probabilities at temperature 1
+    int32_t samples;         ///< per prompt; default 1
+    int32_t max_new_tokens;  ///< default 16
+    float temperature;       ///< default 1
+    bool greedy;             ///< largest logit, lowest id on ties; log-probabilities at temperature 1
     const int32_t *stop_ids; ///< generation ends with (and includes) one of these; NULL: the model's eos
     int32_t n_stop_ids;
-    uint64_t seed;           ///< with step, key and the sample's number: the Philox counter, so no draw depends on the batch
+    uint64_t seed; ///< with step, key and the sample's number: the Philox counter, so no draw depends on the batch
     uint32_t step;
-    bool evaluation;         ///< a stream of its own, so evaluating never changes training
-    const uint32_t *keys;    ///< [n_prompts] a stable number of each prompt; NULL: its index
+    bool evaluation;      ///< a stream of its own, so evaluating never changes training
+    const uint32_t *keys; ///< [n_prompts] a stable number of each prompt; NULL: its index
 } esp_generate_config;
 #define ESP_GENERATE_CONFIG(...) ((esp_generate_config){.struct_size = sizeof(esp_generate_config), __VA_ARGS__})
 

@@ -18,8 +18,8 @@ typedef struct esp_tokenizer esp_tokenizer;
 ESP_API esp_status esp_tokenizer_load(esp_tokenizer **tokenizer, const char *path);
 ESP_API void esp_tokenizer_destroy(esp_tokenizer *tokenizer);
 
-/// add_special: run the post-processor (e.g. put <bos> in front).  specials_as_text: added tokens in the text are plain text (untrusted input).
-/// ids [out] up to `capacity` ids; n [out] how many there are.  ESP_ERR_SHAPE when n > capacity (n is set; nothing else is lost).
+/// add_special: run the post-processor (e.g. put <bos> in front).  specials_as_text: added tokens in the text are plain text (untrusted
+/// input). ids [out] up to `capacity` ids; n [out] how many there are.  ESP_ERR_SHAPE when n > capacity (n is set; nothing else is lost).
 ESP_API esp_status esp_tokenizer_encode(const esp_tokenizer *tokenizer, const char *text, size_t text_bytes, bool add_special,
                                         bool specials_as_text, int32_t *ids, size_t capacity, size_t *n);
 
@@ -33,10 +33,10 @@ typedef struct esp_decode_state {
     unsigned char pending[4];
     int n_pending;
 } esp_decode_state;
-ESP_API esp_status esp_tokenizer_decode_next(const esp_tokenizer *tokenizer, esp_decode_state *state, int32_t id, bool skip_special, char *text,
-                                             size_t capacity, size_t *n);
+ESP_API esp_status esp_tokenizer_decode_next(const esp_tokenizer *tokenizer, esp_decode_state *state, int32_t id, bool skip_special,
+                                             char *text, size_t capacity, size_t *n);
 
-ESP_API int32_t esp_tokenizer_size(const esp_tokenizer *tokenizer); ///< largest id + 1
+ESP_API int32_t esp_tokenizer_size(const esp_tokenizer *tokenizer);                  ///< largest id + 1
 ESP_API int32_t esp_tokenizer_id(const esp_tokenizer *tokenizer, const char *token); ///< -1 = unknown
 
 #ifdef __cplusplus

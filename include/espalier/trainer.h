@@ -44,23 +44,23 @@ typedef enum esp_trainer_kind { ESP_TRAIN_SFT = 1, ESP_TRAIN_GRPO = 2 } esp_trai
 /// Every field is also an option of espalier-sft / espalier-grpo and a key of their --config file, under the same name.
 typedef struct esp_trainer_config {
     size_t struct_size;
-    esp_trainer_kind kind;    ///< required
-    const char *train_file;   ///< JSONL with "prompt" and "answer"; required
-    const char *eval_file;    ///< JSONL of the same form; NULL = no evaluation
-    const char *out_dir;      ///< metrics.jsonl, completions.jsonl, checkpoint.h5, adapter/; NULL = nothing is written
-    const char *resume_dir;   ///< an out_dir to go on from; NULL = start afresh
-    int64_t steps;            ///< default 60
-    uint64_t seed;            ///< default 0
-    int32_t prompts_per_step; ///< default 16 (GRPO), 32 lines (SFT)
-    int32_t group_size;       ///< GRPO samples a prompt; default 8
-    int32_t max_new_tokens;   ///< default 10
+    esp_trainer_kind kind;      ///< required
+    const char *train_file;     ///< JSONL with "prompt" and "answer"; required
+    const char *eval_file;      ///< JSONL of the same form; NULL = no evaluation
+    const char *out_dir;        ///< metrics.jsonl, completions.jsonl, checkpoint.h5, adapter/; NULL = nothing is written
+    const char *resume_dir;     ///< an out_dir to go on from; NULL = start afresh
+    int64_t steps;              ///< default 60
+    uint64_t seed;              ///< default 0
+    int32_t prompts_per_step;   ///< default 16 (GRPO), 32 lines (SFT)
+    int32_t group_size;         ///< GRPO samples a prompt; default 8
+    int32_t max_new_tokens;     ///< default 10
     int32_t micro_batch_tokens; ///< tokens of one forward/backward; 0 = the whole step at once
-    float temperature;        ///< default 1
-    esp_advantage_scale scale; ///< default none
-    esp_objective objective;  ///< all 0 = DAPO, no KL, no entropy bonus
-    int32_t updates_per_batch; ///< mu: optimiser steps on one generation batch; default 1
-    esp_adamw_config adamw;   ///< all 0 = lr 1e-3, clip 1
-    const esp_reward *rewards; ///< NULL = exact + 0.2 match
+    float temperature;          ///< default 1
+    esp_advantage_scale scale;  ///< default none
+    esp_objective objective;    ///< all 0 = DAPO, no KL, no entropy bonus
+    int32_t updates_per_batch;  ///< mu: optimiser steps on one generation batch; default 1
+    esp_adamw_config adamw;     ///< all 0 = lr 1e-3, clip 1
+    const esp_reward *rewards;  ///< NULL = exact + 0.2 match
     int32_t n_rewards;
     bool shuffle_rewards;     ///< control run: rewards are permuted among the completions of a step
     int64_t eval_every;       ///< default 10; before the first and after the last step in any case
@@ -74,7 +74,8 @@ typedef struct esp_trainer esp_trainer;
 
 /// Reads the task files, takes all memory, restores resume_dir if given.  The model's adapter is what trains.
 /// Not collective in this version.  Destroy before the model.
-ESP_API esp_status esp_trainer_create(esp_trainer **trainer, esp_model *model, const esp_tokenizer *tokenizer, const esp_trainer_config *config);
+ESP_API esp_status esp_trainer_create(esp_trainer **trainer, esp_model *model, const esp_tokenizer *tokenizer,
+                                      const esp_trainer_config *config);
 ESP_API void esp_trainer_destroy(esp_trainer *trainer);
 
 typedef struct esp_step_stats {
@@ -84,7 +85,8 @@ typedef struct esp_step_stats {
     double seconds, seconds_sample, seconds_train; ///< wall
     int64_t tokens;
 } esp_step_stats;
-#define ESP_STEP_STATS_INIT {.struct_size = sizeof(esp_step_stats)}
+#define ESP_STEP_STATS_INIT                                                                                                                \
+    { .struct_size = sizeof(esp_step_stats) }
 
 /// One step: (GRPO: sample, score,) forward, loss, backward, update, log, checkpoint when due.
 /// ESP_ERR_STATE when `steps` are done.

@@ -16,7 +16,8 @@ static esp_status project_back(espi_pass *pass, void *d_x, bool accumulate, void
     return espi_linear_backward(pass, d_x, accumulate, d, x, u, linear);
 }
 
-esp_status espi_attention_backward(espi_pass *pass, int64_t layer, void *d_x, const void *d_y, const void *x, const espi_attention_saved *saved) {
+esp_status espi_attention_backward(espi_pass *pass, int64_t layer, void *d_x, const void *d_y, const void *x,
+                                   const espi_attention_saved *saved) {
     const espi_config *c = &pass->model->config;
     const espi_layer *w = &pass->model->layers[layer];
     const int64_t t = pass->tokens, nq = c->heads * c->head_dim, nk = c->kv_heads * c->head_dim;

@@ -17,7 +17,7 @@ typedef struct espi_block_saved {
     void *norm1, *rstd1, *norm2, *rstd2; /* real [T,H], [T] */
     void *h1;                            /* real [T,H] after attention */
     espi_attention_saved attention;
-    espi_moe_saved moe;             /* MoE layers */
+    espi_moe_saved moe;                 /* MoE layers */
     void *mlp_gu, *u_mlp_gu, *u_mlp_dn; /* dense layers: real [T,2I], LoRA */
 } espi_block_saved;
 
@@ -30,9 +30,9 @@ esp_status espi_block_forward(espi_pass *pass, int64_t layer, void *out, const v
 /* d real [T,H]: gradient of the layer's output on entry, of its input on return. */
 esp_status espi_block_backward(espi_pass *pass, int64_t layer, void *d, const void *x, const espi_block_saved *saved);
 
-/* The MoE half.  out real [T,H] overwrite: add + MoE(x).  Experts' saved tensors are taken here, the routing was taken before. */
+/* The MoE half.  out real [T,H] overwrite: add (or 0 when NULL) + MoE(x).  All of `saved` was taken before. */
 esp_status espi_moe_forward(espi_pass *pass, int64_t layer, void *out, const void *x, const void *add, const espi_router *router,
-                            const espi_experts *experts, espi_moe_saved *saved, bool replay);
+                            const espi_experts *experts, const espi_moe_saved *saved, bool replay);
 /* d_x real [T,H] overwrite; d_out real [T,H]. */
 esp_status espi_moe_backward(espi_pass *pass, int64_t layer, void *d_x, const void *d_out, const void *x, const espi_router *router,
                              const espi_experts *experts, const espi_moe_saved *saved);

@@ -1,4 +1,5 @@
-/* combine: routed rows back to tokens, weighted, in slot order.  Twins: forward/combine.c, backward/combine.c.  Saved: nothing of its own. */
+/* combine: routed rows back to tokens, weighted, in slot order.  Twins: forward/combine.c, backward/combine.c.  Saved: nothing of its own.
+ */
 #ifndef ESPI_CONTRACT_COMBINE_H
 #define ESPI_CONTRACT_COMBINE_H
 

@@ -37,8 +37,8 @@ esp_status espi_decoder_forward(esp_model *model, espi_arena *arena, const esp_b
 /* d_hidden real [T,H].  loss_share: this batch's share of the optimiser step, for the router losses.  LoRA gradients: add. */
 esp_status espi_decoder_backward(esp_model *model, espi_arena *arena, const void *d_hidden, double loss_share, espi_decoder_saved *saved);
 
-/* Forward without anything kept but hidden real [T,H] (the caller's).  cache: NULL, or where keys and values go and are read: the token i of
- * the n new ones of sequence s stands at cache row k_start[s] + k_len[s] - n + i and at position k_len[s] - n + i. */
+/* Forward without anything kept but hidden real [T,H] (the caller's).  cache: NULL, or where keys and values go and are read: the token i
+ * of the n new ones of sequence s stands at cache row k_start[s] + k_len[s] - n + i and at position k_len[s] - n + i. */
 esp_status espi_decoder_extend(esp_model *model, espi_arena *arena, void *hidden, espi_kv_cache *cache, const int32_t *ids,
                                const espi_spans *spans, int64_t tokens);
 

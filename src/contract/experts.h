@@ -16,8 +16,8 @@ typedef struct espi_experts_saved {
 
 esp_status espi_experts_take_saved(espi_pass *pass, const espi_experts *experts, int64_t slots, espi_experts_saved *saved);
 /* y real [S,H] overwrite: each routed row's output, not yet weighted. */
-esp_status espi_experts_forward(espi_pass *pass, int64_t layer, void *y, const void *x, const espi_experts *experts, const espi_routing *routing,
-                                const espi_experts_saved *saved);
+esp_status espi_experts_forward(espi_pass *pass, int64_t layer, void *y, const void *x, const espi_experts *experts,
+                                const espi_routing *routing, const espi_experts_saved *saved);
 /* d_rows real [S,H] overwrite: gradient of each routed row's input; d_row_weight real [S] overwrite: of its gate weight.
  * d_out real [T,H] gradient of the combined output.  LoRA gradients: add. */
 esp_status espi_experts_backward(espi_pass *pass, void *d_rows, void *d_row_weight, const void *d_out, const void *x,

@@ -51,8 +51,10 @@ static inline double espi_real_get(const void *p, int64_t i, esp_dtype real) {
     return real == ESP_F64 ? ((const double *)p)[i] : (double)((const float *)p)[i];
 }
 static inline void espi_real_set(void *p, int64_t i, double value, esp_dtype real) {
-    if (real == ESP_F64) ((double *)p)[i] = value;
-    else ((float *)p)[i] = (float)value;
+    if (real == ESP_F64)
+        ((double *)p)[i] = value;
+    else
+        ((float *)p)[i] = (float)value;
 }
 
 #endif

@@ -8,7 +8,7 @@
 /* y real [rows,n], rstd real [rows]: overwrite. */
 esp_status espi_norm_forward(espi_pass *pass, void *y, void *rstd, const void *x, const float *w, int64_t rows, int64_t n);
 /* d_x real [rows,n] overwrite, plus d_add (the gradient that came past the norm) unless NULL; may be d_y or d_add.  w is frozen. */
-esp_status espi_norm_backward(espi_pass *pass, void *d_x, const void *d_y, const void *d_add, const void *x, const void *rstd, const float *w,
-                              int64_t rows, int64_t n);
+esp_status espi_norm_backward(espi_pass *pass, void *d_x, const void *d_y, const void *d_add, const void *x, const void *rstd,
+                              const float *w, int64_t rows, int64_t n);
 
 #endif

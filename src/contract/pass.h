@@ -1,7 +1,7 @@
 /* What every room of one forward or backward pass is handed: the model, the memory, and the shape of the batch.
  *
- * Saved tensors are taken from the arena by a forward and read by its twin; scratch is taken above them and released before the call returns.
- * On a dry arena a room takes the same bytes in the same order and touches no data, so a plan is the walk itself. */
+ * Saved tensors are taken from the arena by a forward and read by its twin; scratch is taken above them and released before the call
+ * returns. On a dry arena a room takes the same bytes in the same order and touches no data, so a plan is the walk itself. */
 #ifndef ESPI_CONTRACT_PASS_H
 #define ESPI_CONTRACT_PASS_H
 
@@ -21,10 +21,10 @@ typedef struct espi_pass {
     int64_t tokens;
     const int32_t *ids; /* [T] */
     espi_spans spans;
-    const void *cos, *sin;  /* real [T,D/2] */
-    espi_kv_cache *cache;   /* NULL: keys and values are those of this batch */
-    bool adapter;           /* LoRA branches on */
-    bool quiet;             /* no probe: a layer is being run again */
+    const void *cos, *sin; /* real [T,D/2] */
+    espi_kv_cache *cache;  /* NULL: keys and values are those of this batch */
+    bool adapter;          /* LoRA branches on */
+    bool quiet;            /* no probe: a layer is being run again */
     /* Router statistics of a training forward, added up over its MoE layers; NULL where nobody asks. */
     int64_t *router_counts; /* [E] */
     double *router_p_sum;   /* [E] */
@@ -40,7 +40,9 @@ static inline esp_status espi_take_real(espi_pass *pass, int64_t count, void *ou
 }
 
 /* The LoRA branch as this pass sees it: absent when the adapter is off. */
-static inline espi_lora espi_pass_lora(const espi_pass *pass, espi_lora lora) { return pass->adapter ? lora : (espi_lora){0}; }
+static inline espi_lora espi_pass_lora(const espi_pass *pass, espi_lora lora) {
+    return pass->adapter ? lora : (espi_lora){0};
+}
 
 /* Shows rows x cols values to the model's probe, if it has one.  models/probe.c */
 void espi_probe(const espi_pass *pass, const char *name, int64_t layer, const void *data, int64_t rows, int64_t cols);

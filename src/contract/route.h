@@ -14,8 +14,8 @@ typedef struct espi_route_saved {
 
 /* The router of a layer, or of a block that somebody holds by itself. */
 typedef struct espi_router {
-    espi_mat w;      /* f32 [E,H] */
-    void *d_w;       /* real [E,H] or NULL: frozen */
+    espi_mat w; /* f32 [E,H] */
+    void *d_w;  /* real [E,H] or NULL: frozen */
     int64_t top_k;
     bool renormalise;
 } espi_router;

@@ -20,10 +20,9 @@ esp_status espi_block_take_route(espi_pass *pass, int64_t layer, espi_block_save
 }
 
 esp_status espi_moe_forward(espi_pass *pass, int64_t layer, void *out, const void *x, const void *add, const espi_router *router,
-                            const espi_experts *experts, espi_moe_saved *saved, bool replay) {
+                            const espi_experts *experts, const espi_moe_saved *saved, bool replay) {
     const espi_routing *routing = &saved->route.routing;
     const int64_t slots = pass->tokens * router->top_k, hidden = experts->down.rows;
-    ESPI_TRY(espi_experts_take_saved(pass, experts, slots, &saved->experts));
     if (!replay) ESPI_TRY(espi_route_forward(pass, layer, x, router, &saved->route));
     const size_t mark = espi_arena_mark(pass->arena);
     void *y;
@@ -78,5 +77,6 @@ esp_status espi_block_forward(espi_pass *pass, int64_t layer, void *out, const v
     if (w->mlp == ESPI_MLP_DENSE) return dense_forward(pass, w, out, saved);
     const espi_router router = espi_layer_router(pass, layer);
     const espi_experts experts = espi_layer_experts(pass, layer);
+    ESPI_TRY(espi_experts_take_saved(pass, &experts, t * router.top_k, &saved->moe.experts));
     return espi_moe_forward(pass, layer, out, saved->norm2, saved->h1, &router, &experts, &saved->moe, replay);
 }

@@ -10,8 +10,8 @@ esp_status espi_experts_take_saved(espi_pass *pass, const espi_experts *experts,
     return ESP_OK;
 }
 
-esp_status espi_experts_forward(espi_pass *pass, int64_t layer, void *y, const void *x, const espi_experts *experts, const espi_routing *routing,
-                                const espi_experts_saved *saved) {
+esp_status espi_experts_forward(espi_pass *pass, int64_t layer, void *y, const void *x, const espi_experts *experts,
+                                const espi_routing *routing, const espi_experts_saved *saved) {
     const int64_t slots = routing->tokens * routing->top_k, width = experts->down.cols;
     const espi_gate_up_fwd gate_up = {.gu = saved->gu,
                                       .u = saved->u_gu,
@@ -28,12 +28,8 @@ esp_status espi_experts_forward(espi_pass *pass, int64_t layer, void *y, const v
     const espi_swiglu_fwd swiglu = {.act = act, .gu = saved->gu, .rows = slots, .width = width};
     ESPI_TRY(espi_op_swiglu_fwd(pass->ctx, pass->arena, &swiglu));
     espi_probe_slots(pass, "act", layer, act, routing, width);
-    const espi_down_fwd down = {.y = y,
-                                .u = saved->u_dn,
-                                .act = act,
-                                .w = experts->down,
-                                .lora = espi_pass_lora(pass, experts->lora_down),
-                                .routing = *routing};
+    const espi_down_fwd down = {
+        .y = y, .u = saved->u_dn, .act = act, .w = experts->down, .lora = espi_pass_lora(pass, experts->lora_down), .routing = *routing};
     ESPI_TRY(espi_op_down_fwd(pass->ctx, pass->arena, &down));
     espi_probe_slots(pass, "down", layer, y, routing, experts->down.rows);
     espi_arena_release(pass->arena, mark);

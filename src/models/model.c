@@ -16,15 +16,14 @@ static esp_status check_options(const esp_model_config *o) {
         return ESPI_FAIL(ESP_ERR_UNSUPPORTED, "experts: got MXFP4, expected NF4, FP4 or none: this version does not hold MXFP4");
     if ((unsigned)o->experts > ESP_MXFP4) return ESPI_FAIL(ESP_ERR_ARG, "experts: got %d, expected an esp_qformat", (int)o->experts);
     if (o->lora_targets & ~(unsigned)(ESP_LORA_ALL | ESP_LORA_NOTHING))
-        return ESPI_FAIL(ESP_ERR_ARG, "lora_targets: got %#x, expected a sum of ESP_LORA_ values (at most %#x)", o->lora_targets, ESP_LORA_ALL);
+        return ESPI_FAIL(ESP_ERR_ARG, "lora_targets: got %#x, expected a sum of ESP_LORA_ values (at most %#x)", o->lora_targets,
+                         ESP_LORA_ALL);
     return ESP_OK;
 }
 
 esp_status espi_model_options(esp_model_config *options, espi_lora_spec lora[ESPI_T_COUNT], const esp_model_config *config,
                               const espi_config *c) {
-    *options = (esp_model_config){0};
-    if (config) memcpy(options, config, config->struct_size < sizeof *options ? config->struct_size : sizeof *options);
-    options->struct_size = sizeof *options;
+    ESPI_TRY(espi_struct_read(options, sizeof *options, config, "esp_model_config"));
     ESPI_TRY(check_options(options));
     if (options->experts == ESP_Q_DEFAULT) options->experts = ESP_NF4;
     if (options->experts == ESP_Q_NONE && options->double_quant)
@@ -101,8 +100,7 @@ void esp_model_destroy(esp_model *model) {
 esp_status esp_model_info_get(const esp_model *model, esp_model_info *out) {
     if (!model || !out) return ESPI_FAIL(ESP_ERR_ARG, "esp_model_info_get: model or out is NULL");
     const espi_config *c = &model->config;
-    esp_model_info info = {.struct_size = out->struct_size,
-                           .family = c->family->name,
+    esp_model_info info = {.family = c->family->name,
                            .layers = c->layers,
                            .hidden = c->hidden,
                            .heads = c->heads,
@@ -124,8 +122,7 @@ esp_status esp_model_info_get(const esp_model *model, esp_model_info *out) {
         const esp_tensor view = esp_tensor_view(p->data, p->dtype, p->rank, p->dims);
         info.adapter_parameters += esp_tensor_count(&view);
     }
-    memcpy(out, &info, out->struct_size < sizeof info ? out->struct_size : sizeof info);
-    return ESP_OK;
+    return espi_struct_write(out, &info, sizeof info, "esp_model_info");
 }
 
 esp_status esp_model_set_probe(esp_model *model, esp_probe_fn fn, void *user) {
@@ -173,8 +170,8 @@ static void note_use(esp_model *model) {
 esp_status esp_model_reserve(esp_model *model, int64_t n_tokens, int32_t n_seqs, bool training) {
     if (!model) return ESPI_FAIL(ESP_ERR_ARG, "esp_model_reserve: model is NULL");
     if (n_tokens < n_seqs || n_seqs < 0)
-        return ESPI_FAIL(ESP_ERR_ARG, "esp_model_reserve: got %lld tokens in %d sequences, expected at least one token each", (long long)n_tokens,
-                         n_seqs);
+        return ESPI_FAIL(ESP_ERR_ARG, "esp_model_reserve: got %lld tokens in %d sequences, expected at least one token each",
+                         (long long)n_tokens, n_seqs);
     size_t bytes;
     ESPI_TRY(espi_activation_bytes(&bytes, model, n_tokens, n_seqs, training));
     if (bytes <= model->activations.bytes) return ESP_OK;
@@ -227,11 +224,13 @@ static esp_status check_saved(const esp_model *model, const esp_batch *batch) {
     if (!model->saved_valid)
         return ESPI_FAIL(ESP_ERR_STATE, "esp_model_backward: nothing is saved, expected esp_model_forward() on this batch right before");
     if (batch->n_tokens != s->tokens || batch->n_seqs != s->n_seqs)
-        return ESPI_FAIL(ESP_ERR_STATE, "esp_model_backward: got a batch of %lld tokens in %d sequences, expected that of the forward: %lld in %d",
+        return ESPI_FAIL(ESP_ERR_STATE,
+                         "esp_model_backward: got a batch of %lld tokens in %d sequences, expected that of the forward: %lld in %d",
                          (long long)batch->n_tokens, batch->n_seqs, (long long)s->tokens, s->n_seqs);
     if (batch->n_tokens && (memcmp(batch->tokens, s->ids, (size_t)s->tokens * sizeof *s->ids) != 0 ||
                             memcmp(batch->cu_seqlens, s->cu, ((size_t)s->n_seqs + 1) * sizeof *s->cu) != 0))
-        return ESPI_FAIL(ESP_ERR_STATE, "esp_model_backward: got a batch with other tokens or borders than the forward had, expected the same");
+        return ESPI_FAIL(ESP_ERR_STATE,
+                         "esp_model_backward: got a batch with other tokens or borders than the forward had, expected the same");
     return ESP_OK;
 }
 
@@ -242,10 +241,11 @@ esp_status espi_check_hidden(const esp_model *model, const esp_batch *batch, con
                          esp_dtype_name(model->ctx->real));
     if (hidden->rank != 2 || hidden->dims[0] != batch->n_tokens || hidden->dims[1] != model->config.hidden)
         return ESPI_FAIL(ESP_ERR_SHAPE, "%s: got rank %d, first dims [%lld, %lld], expected [%lld, %lld]", name, hidden->rank,
-                         (long long)hidden->dims[0], (long long)hidden->dims[1], (long long)batch->n_tokens, (long long)model->config.hidden);
+                         (long long)hidden->dims[0], (long long)hidden->dims[1], (long long)batch->n_tokens,
+                         (long long)model->config.hidden);
     if (hidden->strides[1] != 1 || hidden->strides[0] != hidden->dims[1])
-        return ESPI_FAIL(ESP_ERR_SHAPE, "%s: got strides [%lld, %lld], expected a dense row-major tensor", name, (long long)hidden->strides[0],
-                         (long long)hidden->strides[1]);
+        return ESPI_FAIL(ESP_ERR_SHAPE, "%s: got strides [%lld, %lld], expected a dense row-major tensor", name,
+                         (long long)hidden->strides[0], (long long)hidden->strides[1]);
     return ESP_OK;
 }
 
@@ -266,8 +266,9 @@ esp_status espi_loss_begin(esp_model *model, const esp_batch *batch, const esp_t
     ESPI_TRY(check_batch(model, batch));
     ESPI_TRY(espi_check_hidden(model, batch, hidden, "hidden"));
     espi_arena_release(&model->arena, model->loss_mark);
-    return d_hidden ? espi_arena_take(&model->arena, (size_t)batch->n_tokens * (size_t)model->config.hidden * model->ctx->real_size, d_hidden)
-                    : ESP_OK;
+    return d_hidden
+               ? espi_arena_take(&model->arena, (size_t)batch->n_tokens * (size_t)model->config.hidden * model->ctx->real_size, d_hidden)
+               : ESP_OK;
 }
 
 void espi_loss_end(esp_model *model, const esp_batch *batch, void *data, esp_tensor *d_hidden) {
@@ -340,8 +341,7 @@ esp_status esp_model_logits(esp_model *model, const esp_tensor *hidden, float *l
     const esp_batch shape = ESP_BATCH(.n_tokens = hidden->dims[0]);
     ESPI_TRY(espi_check_hidden(model, &shape, hidden, "hidden"));
     const size_t v = (size_t)model->config.vocab, t = (size_t)hidden->dims[0];
-    if (logits_count < t * v)
-        return ESPI_FAIL(ESP_ERR_SHAPE, "logits: got room for %zu values, expected T*V = %zu", logits_count, t * v);
+    if (logits_count < t * v) return ESPI_FAIL(ESP_ERR_SHAPE, "logits: got room for %zu values, expected T*V = %zu", logits_count, t * v);
     if (t == 0) return ESP_OK;
     espi_arena dry = espi_arena_dry();
     ESPI_TRY(espi_head_full_logits(model, &dry, NULL, NULL, hidden->dims[0]));
@@ -366,14 +366,15 @@ esp_status esp_model_router_losses(esp_model *model, double *aux_loss, double *z
     return ESP_OK;
 }
 
-int64_t esp_model_param_count(const esp_model *model) { return model ? model->n_params : 0; }
+int64_t esp_model_param_count(const esp_model *model) {
+    return model ? model->n_params : 0;
+}
 
 esp_status esp_model_param_get(esp_model *model, int64_t index, esp_param *out) {
     if (!model || !out) return ESPI_FAIL(ESP_ERR_ARG, "esp_model_param_get: model or out is NULL");
     if (index < 0 || index >= model->n_params)
         return ESPI_FAIL(ESP_ERR_ARG, "parameter index: got %lld, expected 0 to %lld", (long long)index, (long long)model->n_params - 1);
-    memcpy(out, &model->params[index], out->struct_size < sizeof *out ? out->struct_size : sizeof *out);
-    return ESP_OK;
+    return espi_struct_write(out, &model->params[index], sizeof *out, "esp_param");
 }
 
 esp_status esp_model_zero_grad(esp_model *model) {

@@ -78,8 +78,8 @@ typedef struct espi_weight_plan {
 esp_status espi_weight_plan_make(espi_weight_plan *out, const espi_config *config, const esp_model_config *options,
                                  const espi_lora_spec lora[ESPI_T_COUNT], size_t real_size);
 
-/* models/skeleton.c: model->layers with every shape, format and LoRA rank filled in from config, options and lora, and no data yet; embed and
- * head likewise.  Enough to walk a pass dry; the loader and the adapter then fill the pointers. */
+/* models/skeleton.c: model->layers with every shape, format and LoRA rank filled in from config, options and lora, and no data yet; embed
+ * and head likewise.  Enough to walk a pass dry; the loader and the adapter then fill the pointers. */
 esp_status espi_model_skeleton(esp_model *model);
 void espi_model_skeleton_free(esp_model *model);
 
@@ -89,8 +89,13 @@ esp_status espi_model_load_weights(esp_model *model, const char *dir);
 /* models/adapter_init.c: allocates parameters and gradients, names them, draws A (uniform in +-1/sqrt(in), Philox keyed by seed, layer,
  * expert, matrix), B = 0. */
 esp_status espi_model_init_adapter(esp_model *model);
+/* The bookkeeping of model->params (the tensors themselves are the block model->adapter). */
+void espi_adapter_names_free(esp_model *model);
+/* A of one target for `experts` experts (1 for attention): real [experts,r,in], uniform in +-1/sqrt(in). */
+void espi_lora_draw(void *a, esp_dtype real, uint64_t seed, int64_t layer, int target, int64_t experts, int64_t r, int64_t in);
 
 /* io/adapter.c: rank, scale and targets that a PEFT folder states, before a model exists. */
-esp_status espi_adapter_read_spec(espi_lora_spec lora[ESPI_T_COUNT], float *alpha, bool *rslora, const char *dir, const espi_config *config);
+esp_status espi_adapter_read_spec(espi_lora_spec lora[ESPI_T_COUNT], float *alpha, bool *rslora, const char *dir,
+                                  const espi_config *config);
 
 #endif

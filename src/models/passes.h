@@ -8,6 +8,7 @@
 
 #include "contract/decoder.h"
 #include "contract/head.h"
+#include "espalier/optim.h"
 
 /* Defaults filled in, contradictions refused, the rank and scale of every target stated. */
 esp_status espi_model_options(esp_model_config *options, espi_lora_spec lora[ESPI_T_COUNT], const esp_model_config *config,
@@ -23,6 +24,9 @@ esp_status espi_check_hidden(const esp_model *model, const esp_batch *batch, con
 esp_status espi_loss_begin(esp_model *model, const esp_batch *batch, const esp_tensor *hidden, void *d_hidden);
 /* Accounts for the peak; *d_hidden becomes the view of what begin took. */
 void espi_loss_end(esp_model *model, const esp_batch *batch, void *data, esp_tensor *d_hidden);
+
+/* optim/adamw.c: bytes that esp_adamw_create takes for this model; config NULL = defaults. */
+esp_status espi_adamw_plan(size_t *bytes, const esp_model *model, const esp_adamw_config *config);
 
 /* This batch's share of the optimiser step: counted tokens / step_tokens, 1 when that is not stated. */
 double espi_loss_share(const esp_batch *batch);

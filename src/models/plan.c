@@ -1,9 +1,6 @@
 /* The plan: how many bytes a run will take, part by part, found by walking it dry.  What is planned is what is taken, to the byte. */
 #include "espalier/plan.h"
 #include "models/passes.h"
-#include "optim/optim.h"
-
-#include <string.h>
 
 static esp_status no_coef(void *user, const espi_head_rows *rows, int64_t first, int64_t count) {
     (void)user, (void)rows, (void)first, (void)count; /* never called: the arena is dry */
@@ -22,8 +19,7 @@ static esp_status training_walk(esp_model *model, espi_arena *dry, const esp_bat
         const size_t mark = espi_arena_mark(dry);
         espi_head_rows rows;
         status = espi_head_rows_make(&rows, model, dry, batch);
-        if (status == ESP_OK)
-            status = espi_head_loss(model, dry, &rows, NULL, NULL, batch->n_tokens, 1.0, row_local != 0, no_coef, NULL);
+        if (status == ESP_OK) status = espi_head_loss(model, dry, &rows, NULL, NULL, batch->n_tokens, 1.0, row_local != 0, no_coef, NULL);
         espi_arena_release(dry, mark);
     }
     if (status == ESP_OK) status = espi_decoder_backward(model, dry, NULL, 1.0, saved);
@@ -72,13 +68,14 @@ static esp_status fill_plan(esp_plan *plan, esp_model *model, const esp_adamw_co
     return ESP_OK;
 }
 
-esp_status esp_plan_folder(esp_plan *out, esp_ctx *ctx, const char *dir, const esp_model_config *config,
-                           const esp_adamw_config *adamw, int64_t n_tokens, int32_t n_seqs) {
+esp_status esp_plan_folder(esp_plan *out, esp_ctx *ctx, const char *dir, const esp_model_config *config, const esp_adamw_config *adamw,
+                           int64_t n_tokens, int32_t n_seqs) {
     if (!out || !ctx || !dir) return ESPI_FAIL(ESP_ERR_ARG, "esp_plan_folder: out, ctx or dir is NULL, expected all three");
     if (n_seqs < 1 || n_tokens < n_seqs)
-        return ESPI_FAIL(ESP_ERR_ARG, "esp_plan_folder: got %lld tokens in %d sequences, expected at least one token in each of at least one",
+        return ESPI_FAIL(ESP_ERR_ARG,
+                         "esp_plan_folder: got %lld tokens in %d sequences, expected at least one token in each of at least one",
                          (long long)n_tokens, n_seqs);
-    esp_plan plan = {.struct_size = out->struct_size};
+    esp_plan plan = {0};
     esp_model model = {.ctx = ctx, .adapter_on = true};
     esp_status status = espi_config_read(&model.config, dir);
     if (status == ESP_OK) status = espi_model_options(&model.options, model.lora, config, &model.config);
@@ -86,6 +83,5 @@ esp_status esp_plan_folder(esp_plan *out, esp_ctx *ctx, const char *dir, const e
     if (status == ESP_OK) status = fill_plan(&plan, &model, adamw, n_tokens, n_seqs);
     espi_model_skeleton_free(&model);
     espi_config_free(&model.config);
-    if (status == ESP_OK) memcpy(out, &plan, out->struct_size < sizeof plan ? out->struct_size : sizeof plan);
-    return status;
+    return status == ESP_OK ? espi_struct_write(out, &plan, sizeof plan, "esp_plan") : status;
 }

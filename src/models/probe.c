@@ -4,7 +4,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-static bool silent(const espi_pass *pass) { return !pass->model->probe || pass->arena->dry || pass->quiet; }
+static bool silent(const espi_pass *pass) {
+    return !pass->model->probe || pass->arena->dry || pass->quiet;
+}
 
 static void show(const espi_pass *pass, const char *name, int64_t layer, const void *data, esp_dtype dtype, int rank, const int64_t *dims) {
     const esp_tensor view = esp_tensor_view((void *)data, dtype, rank, dims);
