@@ -183,7 +183,7 @@ typedef struct espi_linear_bwd {
 } espi_linear_bwd;
 
 /* logits = x W^T (f32 weight, no rounding in between), p = softmax over all E, top-K of the logits (ties to the lower index), weights p_k or,
- * when renormalise, p_k / sum of the selected.  idx ascending within a token. */
+ * when renormalise, p_k / sum of the selected.  idx ascending within a token.  A logit that is not finite: ESP_ERR_NONFINITE. */
 typedef struct espi_router_fwd {
     void *logits;    /* real [T,E] overwrite */
     void *lse;       /* real [T] overwrite: log-sum-exp of the logits */

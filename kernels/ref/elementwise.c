@@ -1,1 +1,30 @@
-typedef int espi_stub; /* being written */
+/* Zeroing, the sum of two arrays, and the sum of squares that gradient clipping needs. */
+#include "kernels/ref/ref.h"
+
+enum { SUMSQ_CHUNK = 4096 };
+
+esp_status ESPI_REF_NAME(espi_zero)(const espi_exec *exec, const espi_zero *a) {
+    (void)exec;
+    for (int64_t i = 0; i < a->n; i++) ((real *)a->out)[i] = 0;
+    return ESP_OK;
+}
+
+esp_status ESPI_REF_NAME(espi_add)(const espi_exec *exec, const espi_add *a) {
+    (void)exec;
+    real *out = a->out;
+    const real *left = a->a, *right = a->b;
+    for (int64_t i = 0; i < a->n; i++) out[i] = left[i] + right[i];
+    return ESP_OK;
+}
+
+esp_status ESPI_REF_NAME(espi_sumsq)(const espi_exec *exec, const espi_sumsq *a) {
+    (void)exec;
+    const real *x = a->x;
+    for (int64_t first = 0; first < a->n; first += SUMSQ_CHUNK) {
+        const int64_t end = a->n - first < SUMSQ_CHUNK ? a->n : first + SUMSQ_CHUNK;
+        double sum = 0;
+        for (int64_t i = first; i < end; i++) sum += (double)x[i] * x[i];
+        *a->out += sum;
+    }
+    return ESP_OK;
+}

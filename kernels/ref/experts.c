@@ -1,1 +1,170 @@
-typedef int espi_stub; /* being written */
+/* Everything between the router's choice and the block's output: sorting slots by expert, the frozen expert matrices with their low-rank
+ * branches, the activation, and the weighted sum per token. */
+#include "kernels/ref/ref.h"
+
+esp_status ESPI_REF_NAME(espi_dispatch)(const espi_exec *exec, const espi_dispatch *a) {
+    (void)exec;
+    int32_t row = 0;
+    for (int64_t e = 0; e < a->experts; e++) {
+        a->offsets[e] = row;
+        for (int64_t slot = 0; slot < a->tokens * a->top_k; slot++) {
+            if (a->idx[slot] != e) continue;
+            a->row_token[row] = (int32_t)(slot / a->top_k);
+            ((real *)a->row_weight)[row] = ((const real *)a->weight)[slot];
+            a->slot_row[slot] = row++;
+        }
+    }
+    a->offsets[a->experts] = row;
+    return ESP_OK;
+}
+
+/* y = W_e x + scale B_e u, u = A_e x, for one row. */
+static void expert_row(real *y, real *u, const real *x, const espi_stack *w, const branch *l, int64_t e) {
+    branch_down(l, u, x);
+    for (int64_t o = 0; o < w->rows; o++) {
+        double sum = 0;
+        for (int64_t i = 0; i < w->cols; i++) sum += (double)espi_stack_value(w, e, o, i) * x[i];
+        y[o] = (real)(sum + branch_up(l, u, o));
+    }
+}
+
+/* d_x = W_e^T d_y + A_e^T q, q = scale B_e^T d_y, for one row. */
+static void expert_row_bwd(double *d_x, double *q, const real *d_y, const espi_stack *w, const branch *l, int64_t e) {
+    branch_up_bwd(l, q, d_y);
+    for (int64_t i = 0; i < w->cols; i++) d_x[i] = 0;
+    for (int64_t o = 0; o < w->rows; o++)
+        for (int64_t i = 0; i < w->cols; i++) d_x[i] += (double)d_y[o] * espi_stack_value(w, e, o, i);
+    branch_down_bwd(l, d_x, q);
+}
+
+/* q of every routed row, then one row of the input's gradient. */
+static size_t expert_scratch(const espi_stack *w, const espi_lora *lora, const espi_routing *routing) {
+    return (size_t)(routing->tokens * routing->top_k * lora->r + w->cols) * sizeof(double);
+}
+
+esp_status ESPI_REF_NAME(espi_gate_up_fwd)(const espi_exec *exec, const espi_gate_up_fwd *a) {
+    (void)exec;
+    const espi_stack *w = &a->w;
+    for (int64_t e = 0; e < w->experts; e++) {
+        const branch l = branch_of(&a->lora, e, w->cols, w->rows);
+        for (int64_t s = a->routing.offsets[e]; s < a->routing.offsets[e + 1]; s++) {
+            real *u = l.r ? (real *)a->u + s * l.r : NULL;
+            expert_row((real *)a->gu + s * w->rows, u, (const real *)a->x + a->routing.row_token[s] * w->cols, w, &l, e);
+        }
+    }
+    return ESP_OK;
+}
+
+size_t ESPI_REF_NAME(espi_gate_up_bwd_scratch)(const espi_exec *exec, const espi_gate_up_bwd *a) {
+    (void)exec;
+    return expert_scratch(&a->w, &a->lora, &a->routing);
+}
+
+esp_status ESPI_REF_NAME(espi_gate_up_bwd)(const espi_exec *exec, const espi_gate_up_bwd *a) {
+    const espi_stack *w = &a->w;
+    double *sum = exec->scratch, *q = sum + w->cols;
+    for (int64_t e = 0; e < w->experts; e++) {
+        const branch l = branch_of(&a->lora, e, w->cols, w->rows);
+        const int64_t begin = a->routing.offsets[e], end = a->routing.offsets[e + 1];
+        for (int64_t s = begin; s < end; s++) {
+            expert_row_bwd(sum, q + s * l.r, (const real *)a->d_gu + s * w->rows, w, &l, e);
+            for (int64_t i = 0; i < w->cols; i++) ((real *)a->d_rows)[s * w->cols + i] = (real)sum[i];
+        }
+        branch_grads(
+            &l, &(branch_rows){.x = a->x, .x_index = a->routing.row_token, .d_y = a->d_gu, .u = a->u, .q = q, .begin = begin, .end = end});
+    }
+    return ESP_OK;
+}
+
+esp_status ESPI_REF_NAME(espi_swiglu_fwd)(const espi_exec *exec, const espi_swiglu_fwd *a) {
+    (void)exec;
+    for (int64_t row = 0; row < a->rows; row++) {
+        const real *gate = (const real *)a->gu + row * 2 * a->width, *up = gate + a->width;
+        for (int64_t i = 0; i < a->width; i++) ((real *)a->act)[row * a->width + i] = (real)(gate[i] / (1 + exp(-(double)gate[i])) * up[i]);
+    }
+    return ESP_OK;
+}
+
+esp_status ESPI_REF_NAME(espi_swiglu_bwd)(const espi_exec *exec, const espi_swiglu_bwd *a) {
+    (void)exec;
+    for (int64_t row = 0; row < a->rows; row++) {
+        const real *gate = (const real *)a->gu + row * 2 * a->width, *up = gate + a->width;
+        real *d_gate = (real *)a->d_gu + row * 2 * a->width, *d_up = d_gate + a->width;
+        for (int64_t i = 0; i < a->width; i++) {
+            const double d = ((const real *)a->d_act)[row * a->width + i], g = gate[i], u = up[i], sigma = 1 / (1 + exp(-g));
+            d_gate[i] = (real)(d * u * sigma * (1 + g * (1 - sigma)));
+            d_up[i] = (real)(d * g * sigma);
+        }
+    }
+    return ESP_OK;
+}
+
+esp_status ESPI_REF_NAME(espi_down_fwd)(const espi_exec *exec, const espi_down_fwd *a) {
+    (void)exec;
+    const espi_stack *w = &a->w;
+    for (int64_t e = 0; e < w->experts; e++) {
+        const branch l = branch_of(&a->lora, e, w->cols, w->rows);
+        for (int64_t s = a->routing.offsets[e]; s < a->routing.offsets[e + 1]; s++)
+            expert_row((real *)a->y + s * w->rows, l.r ? (real *)a->u + s * l.r : NULL, (const real *)a->act + s * w->cols, w, &l, e);
+    }
+    return ESP_OK;
+}
+
+size_t ESPI_REF_NAME(espi_down_bwd_scratch)(const espi_exec *exec, const espi_down_bwd *a) {
+    (void)exec;
+    return expert_scratch(&a->w, &a->lora, &a->routing);
+}
+
+esp_status ESPI_REF_NAME(espi_down_bwd)(const espi_exec *exec, const espi_down_bwd *a) {
+    const espi_stack *w = &a->w;
+    const real *act = a->act, *weight = a->routing.row_weight;
+    const int32_t *token = a->routing.row_token;
+    double *through = exec->scratch, *q = through + w->cols;
+    for (int64_t e = 0; e < w->experts; e++) {
+        const branch l = branch_of(&a->lora, e, w->cols, w->rows);
+        const int64_t begin = a->routing.offsets[e], end = a->routing.offsets[e + 1];
+        for (int64_t s = begin; s < end; s++) {
+            expert_row_bwd(through, q + s * l.r, (const real *)a->d_out + token[s] * w->rows, w, &l, e);
+            double d_weight = 0;
+            for (int64_t i = 0; i < w->cols; i++) {
+                d_weight += act[s * w->cols + i] * through[i];
+                ((real *)a->d_act)[s * w->cols + i] = (real)(weight[s] * through[i]);
+            }
+            ((real *)a->d_row_weight)[s] = (real)d_weight;
+        }
+        branch_grads(&l, &(branch_rows){
+                             .x = act, .d_y = a->d_out, .y_index = token, .weight = weight, .u = a->u, .q = q, .begin = begin, .end = end});
+    }
+    return ESP_OK;
+}
+
+esp_status ESPI_REF_NAME(espi_combine_fwd)(const espi_exec *exec, const espi_combine_fwd *a) {
+    (void)exec;
+    const int64_t hidden = a->hidden, top_k = a->routing.top_k;
+    for (int64_t t = 0; t < a->routing.tokens; t++) {
+        for (int64_t h = 0; h < hidden; h++) {
+            double sum = a->add ? ((const real *)a->add)[t * hidden + h] : 0;
+            for (int64_t k = 0; k < top_k; k++) {
+                const int64_t row = a->routing.slot_row[t * top_k + k];
+                sum += (double)((const real *)a->routing.row_weight)[row] * ((const real *)a->y)[row * hidden + h];
+            }
+            ((real *)a->out)[t * hidden + h] = (real)sum;
+        }
+    }
+    return ESP_OK;
+}
+
+esp_status ESPI_REF_NAME(espi_combine_bwd)(const espi_exec *exec, const espi_combine_bwd *a) {
+    (void)exec;
+    const int64_t hidden = a->hidden, top_k = a->routing.top_k;
+    for (int64_t t = 0; t < a->routing.tokens; t++) {
+        const int32_t *row = a->routing.slot_row + t * top_k;
+        for (int64_t h = 0; h < hidden; h++) {
+            double sum = 0;
+            for (int64_t k = 0; k < top_k; k++) sum += ((const real *)a->d_rows)[row[k] * hidden + h];
+            ((real *)a->d_x)[t * hidden + h] = (real)sum;
+        }
+        for (int64_t k = 0; k < top_k; k++) ((real *)a->d_weight)[t * top_k + k] = ((const real *)a->d_row_weight)[row[k]];
+    }
+    return ESP_OK;
+}

@@ -1,1 +1,99 @@
-typedef int espi_stub; /* being written */
+/* The router: softmax over all experts, top-k of the logits, and the gradients of the gate weights and of the two auxiliary losses. */
+#include "kernels/ref/ref.h"
+
+static double log_sum_exp(const real *z, int64_t n) {
+    double max = -INFINITY, sum = 0;
+    for (int64_t e = 0; e < n; e++) max = z[e] > max ? z[e] : max;
+    for (int64_t e = 0; e < n; e++) sum += exp(z[e] - max);
+    return max + log(sum);
+}
+
+/* An expert is selected when fewer than k others beat it: a larger logit beats, and so does an equal one of a lower index. */
+static void select_top(int32_t *idx, const real *z, int64_t experts, int64_t k) {
+    int64_t taken = 0;
+    for (int64_t e = 0; e < experts; e++) {
+        int64_t better = 0;
+        for (int64_t other = 0; other < experts; other++) better += z[other] > z[e] || (z[other] == z[e] && other < e);
+        if (better < k && taken < k) idx[taken++] = (int32_t)e;
+    }
+}
+
+esp_status ESPI_REF_NAME(espi_router_fwd)(const espi_exec *exec, const espi_router_fwd *a) {
+    (void)exec;
+    const int64_t experts = a->w.rows, hidden = a->w.cols;
+    for (int64_t t = 0; t < a->tokens; t++) {
+        const real *x = (const real *)a->x + t * hidden;
+        real *z = (real *)a->logits + t * experts, *weight = (real *)a->weight + t * a->top_k;
+        int32_t *idx = a->idx + t * a->top_k;
+        for (int64_t e = 0; e < experts; e++) {
+            double sum = 0;
+            for (int64_t h = 0; h < hidden; h++) sum += (double)espi_mat_value(&a->w, e, h) * x[h];
+            if (!isfinite(sum))
+                return ESPI_FAIL(ESP_ERR_NONFINITE,
+                                 "router logit of token %lld, expert %lld is %g, expected a finite number: look for NaN or infinity in the "
+                                 "weights or the input",
+                                 (long long)t, (long long)e, sum);
+            z[e] = (real)sum;
+        }
+        select_top(idx, z, experts, a->top_k);
+        const double lse = log_sum_exp(z, experts);
+        double selected = 0;
+        for (int64_t k = 0; k < a->top_k; k++) selected += exp(z[idx[k]] - lse);
+        for (int64_t k = 0; k < a->top_k; k++) {
+            const double p = exp(z[idx[k]] - lse);
+            weight[k] = (real)(a->renormalise ? p / selected : p);
+            if (a->counts) a->counts[idx[k]]++;
+        }
+        for (int64_t e = 0; a->p_sum && e < experts; e++) a->p_sum[e] += exp(z[e] - lse);
+        if (a->z_sum) *a->z_sum += lse * lse;
+        ((real *)a->lse)[t] = (real)lse;
+    }
+    return ESP_OK;
+}
+
+/* d_z [out] of one token, all losses together. */
+static void logits_grad(real *d_z, const espi_router_bwd *a, int64_t t) {
+    const int64_t experts = a->w.rows;
+    const real *z = (const real *)a->logits + t * experts, *weight = (const real *)a->weight + t * a->top_k;
+    const real *d_weight = (const real *)a->d_weight + t * a->top_k;
+    const int32_t *idx = a->idx + t * a->top_k;
+    const double lse = ((const real *)a->lse)[t];
+    double gate = 0, balance = 0;
+    for (int64_t k = 0; k < a->top_k; k++) gate += (double)weight[k] * d_weight[k];
+    for (int64_t e = 0; a->aux_f && e < experts; e++) balance += exp(z[e] - lse) * a->aux_f[e];
+    int64_t k = 0; /* idx ascends, so one walk over the experts meets the selected in order */
+    for (int64_t e = 0; e < experts; e++) {
+        const double p = exp(z[e] - lse);
+        double d = a->z_coef * 2 * lse * p;
+        if (a->aux_f) d += a->aux_coef * p * (a->aux_f[e] - balance);
+        if (!a->renormalise) d -= p * gate;
+        if (k < a->top_k && idx[k] == e) {
+            d += weight[k] * (d_weight[k] - (a->renormalise ? gate : 0));
+            k++;
+        }
+        d_z[e] = (real)d;
+    }
+}
+
+esp_status ESPI_REF_NAME(espi_router_bwd)(const espi_exec *exec, const espi_router_bwd *a) {
+    (void)exec;
+    const int64_t experts = a->w.rows, hidden = a->w.cols;
+    const real *x = a->x;
+    real *d_logits = a->d_logits, *d_x = a->d_x, *d_w = a->d_w;
+    for (int64_t t = 0; t < a->tokens; t++) {
+        logits_grad(d_logits + t * experts, a, t);
+        for (int64_t h = 0; h < hidden; h++) {
+            double sum = d_x[t * hidden + h];
+            for (int64_t e = 0; e < experts; e++) sum += (double)d_logits[t * experts + e] * espi_mat_value(&a->w, e, h);
+            d_x[t * hidden + h] = (real)sum;
+        }
+    }
+    for (int64_t e = 0; d_w && e < experts; e++) {
+        for (int64_t h = 0; h < hidden; h++) {
+            double sum = 0;
+            for (int64_t t = 0; t < a->tokens; t++) sum += (double)d_logits[t * experts + e] * x[t * hidden + h];
+            d_w[e * hidden + h] = (real)(d_w[e * hidden + h] + sum);
+        }
+    }
+    return ESP_OK;
+}

@@ -1,0 +1,81 @@
+/* Frozen weights as numbers: one element of a plain matrix or of a stack of (4-bit) expert matrices as the f32 that all backends agree on.
+ */
+#ifndef ESPI_KERNELS_STACK_H
+#define ESPI_KERNELS_STACK_H
+
+#include "kernels/ops.h"
+
+#include <math.h>
+#include <string.h>
+
+static inline float espi_f32_of_bits(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+static inline float espi_bf16_value(uint16_t bits) {
+    return espi_f32_of_bits((uint32_t)bits << 16);
+}
+
+static inline float espi_f16_value(uint16_t bits) {
+    const uint32_t sign = (uint32_t)(bits & 0x8000u) << 16, exponent = (bits >> 10) & 31u, mantissa = bits & 0x3ffu;
+    if (exponent == 0) { /* zero or subnormal: mantissa * 2^-24 is exact in f32 */
+        const float magnitude = (float)mantissa * 0x1p-24f;
+        return sign ? -magnitude : magnitude;
+    }
+    const uint32_t wide = exponent == 31 ? 255u : exponent + 112u;
+    return espi_f32_of_bits(sign | wide << 23 | mantissa << 13);
+}
+
+/* Element i of an array of `dtype`; NaN for a dtype that espi_mat_refusal() refuses. */
+static inline float espi_plain_value(const void *data, esp_dtype dtype, int64_t i) {
+    switch (dtype) {
+    case ESP_F32:
+        return ((const float *)data)[i];
+    case ESP_BF16:
+        return espi_bf16_value(((const uint16_t *)data)[i]);
+    case ESP_F16:
+        return espi_f16_value(((const uint16_t *)data)[i]);
+    default:
+        return NAN;
+    }
+}
+
+static inline float espi_mat_value(const espi_mat *w, int64_t row, int64_t col) {
+    return espi_plain_value(w->data, w->dtype, row * w->cols + col);
+}
+
+/* The scale of block b of a part, parts counted through all experts. */
+static inline float espi_stack_absmax(const espi_stack *w, int64_t part, int64_t b) {
+    if (!w->absmax8) return w->absmax[part * w->part_blocks + b];
+    const float nested = w->nested[part * w->part_nested + b / ESPI_NESTED_BLOCK];
+    const float centred = w->map[w->absmax8[part * w->part_blocks + b]] * nested;
+    return centred + w->offset[part];
+}
+
+static inline float espi_stack_value(const espi_stack *w, int64_t expert, int64_t row, int64_t col) {
+    const int64_t part_rows = w->rows / w->parts;
+    const int64_t part = expert * w->parts + row / part_rows;
+    const int64_t i = row % part_rows * w->cols + col;
+    const uint8_t *data = (const uint8_t *)w->data + (size_t)part * w->part_bytes;
+    if (w->format == ESP_Q_NONE) return espi_plain_value(data, w->dtype, i);
+    const uint8_t byte = data[i / 2];
+    const unsigned code = i % 2 == 0 ? byte >> 4 : byte & 15u;
+    return w->lut[code] * espi_stack_absmax(w, part, i / ESPI_QBLOCK);
+}
+
+/* The reason why a weight cannot be read, or NULL. */
+static inline const char *espi_mat_refusal(const espi_mat *w) {
+    const bool known = w->dtype == ESP_F32 || w->dtype == ESP_BF16 || w->dtype == ESP_F16;
+    return known ? NULL : "weight is neither F32 nor BF16 nor F16";
+}
+
+static inline const char *espi_stack_refusal(const espi_stack *w) {
+    if (w->format == ESP_NF4 || w->format == ESP_FP4) return NULL;
+    if (w->format != ESP_Q_NONE) return "experts are neither NF4 nor FP4 nor plain";
+    const espi_mat plain = {.dtype = w->dtype};
+    return espi_mat_refusal(&plain);
+}
+
+#endif
