@@ -22,6 +22,11 @@ typedef enum esp_loss_type {
     ESP_LOSS_VESPO = 8    ///< 2602.10693
 } esp_loss_type;
 
+/// "grpo", "dapo", ..; "?" for an unknown value.
+ESP_API const char *esp_loss_type_name(esp_loss_type loss);
+/// ESP_ERR_ARG on another name; the sentence lists the known ones.
+ESP_API esp_status esp_loss_type_parse(esp_loss_type *loss, const char *name);
+
 typedef enum esp_is_level { ESP_IS_TOKEN = 0, ESP_IS_SEQUENCE = 1 /* GSPO, 2507.18071 */ } esp_is_level;
 
 /// Whose gradient the KL term has; the value reported is always k3.
@@ -30,6 +35,7 @@ typedef enum esp_kl_grad {
     ESP_KL_GRAD_K3 = 1  ///< 1 - e^-D: TRL
 } esp_kl_grad;
 
+/// Numbers mean the decimal that was written: 0.2f is taken as 0.2.
 struct esp_objective {
     size_t struct_size;
     esp_loss_type loss;
@@ -52,7 +58,9 @@ struct esp_objective {
 /// What a call of esp_grpo_loss measured.  Means are over the counted tokens of the batch.
 typedef struct esp_grpo_stats {
     size_t struct_size;
-    double loss, policy_loss, kl, entropy, ratio_mean;
+    double loss;        ///< policy_loss less the entropy bonus
+    double policy_loss; ///< policy and KL terms
+    double kl, entropy, ratio_mean;
     double clip_low, clip_high;           ///< share of tokens clipped below / above
     double mean_abs_g;                    ///< mean |d loss / d lp|: why a loss of 0 still trains
     double logp_diff_mean, logp_diff_max; ///< |sampler_logprob - logprob|, where given
@@ -70,8 +78,10 @@ ESP_API esp_status esp_grpo_loss(esp_model *model, const esp_batch *batch, const
                                  esp_grpo_stats *stats);
 
 /// The same on plain arrays, for those who own their forward: one coefficient a token.  Arrays are [n_tokens] of the counted tokens only,
-/// sequence after sequence; cu [n_seqs+1].  old, ref, is_ratio, entropy may be NULL where the options do not need them.
-/// g [out] d loss / d logprob; e [out] d loss / d entropy (0 without an entropy bonus)
+/// sequence after sequence; cu [n_seqs+1]; advantage [n_seqs].  old, ref, is_ratio, entropy may be NULL where the options do not need them.
+/// step_tokens, step_seqs: of the whole optimiser step, as in esp_batch; 0 = those given here.  Micro-batches then add up to the gradient
+/// of the whole (bnpo, a mean over each micro-batch by definition, only when all have the same tokens a sequence). g [out] d loss / d
+/// logprob; e [out] d loss / d entropy (0 without an entropy bonus)
 ESP_API esp_status esp_objective_coefficients(const esp_objective *objective, int32_t n_seqs, const int32_t *cu, const double *logprob,
                                               const double *old, const double *ref, const double *is_ratio, const double *entropy,
                                               const double *advantage, double step_tokens, double step_seqs, double *g, double *e,

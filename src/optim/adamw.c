@@ -1,1 +1,336 @@
-typedef int espi_stub; /* being written */
+/* AdamW over a model's adapter: moments in one block of the context, global-norm clipping, learning rate by schedule. */
+#include "core/decimal.h"
+#include "core/select.h"
+#include "espalier/quant.h"
+#include "models/passes.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* bitsandbytes' 8-bit form: scale blocks of this many values, and only for tensors of at least EIGHT_BIT_MIN. */
+#define EIGHT_BIT_BLOCK 256
+#define EIGHT_BIT_MIN 4096
+/* Keeps the clip factor finite at norm 0, as torch has it. */
+#define CLIP_FLOOR 1e-6
+
+/* esp_adamw_config with defaults filled in. */
+typedef struct settings {
+    double lr, beta1, beta2, eps, weight_decay, max_grad_norm;
+    esp_schedule schedule;
+    int64_t warmup_steps, total_steps;
+    bool eight_bit;
+} settings;
+
+/* Of one trained tensor. */
+typedef struct moments {
+    int64_t count;
+    bool eight_bit;
+    void *m, *v;                /* real [count], or codes u8 [count] */
+    float *absmax_m, *absmax_v; /* [blocks] of codes, else NULL */
+} moments;
+
+struct esp_optim {
+    esp_model *model;
+    settings set;
+    int64_t n;
+    moments *tensors;        /* [n] in the order of the model's parameters */
+    esp_optim_array *arrays; /* [n_arrays] what a checkpoint keeps */
+    int64_t n_arrays;
+    espi_block block;
+    espi_arena arena; /* over the block: moments, then the scratch of the ops */
+    double *square_sum;
+    int64_t step, skipped;
+    double grad_norm, lr;
+};
+
+static double or_default(float value, double standard) {
+    return value == 0 ? standard : espi_decimal(value);
+}
+
+static esp_status check_settings(const settings *s) {
+    if (!(s->lr > 0) || !isfinite(s->lr)) return ESPI_FAIL(ESP_ERR_ARG, "adamw: lr is %g, expected a positive number", s->lr);
+    if (!(s->beta1 >= 0 && s->beta1 < 1) || !(s->beta2 >= 0 && s->beta2 < 1))
+        return ESPI_FAIL(ESP_ERR_ARG, "adamw: beta1 is %g and beta2 %g, expected numbers in [0, 1)", s->beta1, s->beta2);
+    if (!(s->eps > 0) || !isfinite(s->eps)) return ESPI_FAIL(ESP_ERR_ARG, "adamw: eps is %g, expected a positive number", s->eps);
+    if (!(s->weight_decay >= 0) || !isfinite(s->weight_decay))
+        return ESPI_FAIL(ESP_ERR_ARG, "adamw: weight_decay is %g, expected 0 or a positive number", s->weight_decay);
+    if (isnan(s->max_grad_norm)) return ESPI_FAIL(ESP_ERR_ARG, "adamw: max_grad_norm is NaN, expected a number (negative = no clipping)");
+    if ((int)s->schedule < ESP_SCHEDULE_CONSTANT || (int)s->schedule > ESP_SCHEDULE_COSINE)
+        return ESPI_FAIL(ESP_ERR_ARG, "adamw: schedule is %d, expected 0 to 2 (esp_schedule)", (int)s->schedule);
+    if (s->warmup_steps < 0 || s->total_steps < 0)
+        return ESPI_FAIL(ESP_ERR_ARG, "adamw: warmup_steps is %lld and total_steps %lld, expected 0 or more", (long long)s->warmup_steps,
+                         (long long)s->total_steps);
+    if (s->schedule != ESP_SCHEDULE_CONSTANT && s->total_steps <= s->warmup_steps)
+        return ESPI_FAIL(ESP_ERR_ARG,
+                         "adamw: a linear or cosine schedule with total_steps %lld and warmup_steps %lld; set total_steps above",
+                         (long long)s->total_steps, (long long)s->warmup_steps);
+    return ESP_OK;
+}
+
+static esp_status read_settings(settings *s, const esp_adamw_config *config) {
+    esp_adamw_config given;
+    ESPI_TRY(espi_struct_read(&given, sizeof given, config, "esp_adamw_config"));
+    *s = (settings){.lr = or_default(given.lr, 1e-3),
+                    .beta1 = or_default(given.beta1, 0.9),
+                    .beta2 = or_default(given.beta2, 0.999),
+                    .eps = or_default(given.eps, 1e-8),
+                    .weight_decay = espi_decimal(given.weight_decay),
+                    .max_grad_norm = or_default(given.max_grad_norm, 1),
+                    .schedule = given.schedule,
+                    .warmup_steps = given.warmup_steps,
+                    .total_steps = given.total_steps,
+                    .eight_bit = given.eight_bit};
+    return check_settings(s);
+}
+
+static void add_branch(esp_optim *o, const espi_lora *lora, int64_t copies, int64_t in, int64_t out) {
+    if (lora->r == 0) return;
+    o->tensors[o->n++].count = copies * lora->r * in;
+    o->tensors[o->n++].count = copies * out * lora->r;
+}
+
+static void add_linear(esp_optim *o, const espi_linear *linear) {
+    add_branch(o, &linear->lora, 1, linear->w.cols, linear->w.rows);
+}
+
+static void add_stack(esp_optim *o, const espi_lora *lora, const espi_stack *w) {
+    add_branch(o, lora, w->experts, w->cols, w->rows);
+}
+
+/* Settings, and the size of every trained tensor from the layers' shapes, which a plan has too: in the order of model.params. */
+static esp_status describe(esp_optim *o, esp_model *model, const esp_adamw_config *config) {
+    o->model = model;
+    ESPI_TRY(read_settings(&o->set, config));
+    o->tensors = calloc((size_t)(model->config.layers * ESPI_T_COUNT * 2), sizeof *o->tensors);
+    if (!o->tensors) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for the optimiser's list of %lld layers", (long long)model->config.layers);
+    for (int64_t l = 0; l < model->config.layers; l++) {
+        const espi_layer *layer = &model->layers[l];
+        add_linear(o, &layer->q);
+        add_linear(o, &layer->k);
+        add_linear(o, &layer->v);
+        add_linear(o, &layer->o);
+        add_stack(o, &layer->lora_gate_up, &layer->gate_up);
+        add_stack(o, &layer->lora_down, &layer->down);
+    }
+    for (int64_t i = 0; i < o->n; i++) o->tensors[i].eight_bit = o->set.eight_bit && o->tensors[i].count >= EIGHT_BIT_MIN;
+    return ESP_OK;
+}
+
+static esp_status take_moments(espi_arena *arena, moments *t, size_t real_size) {
+    size_t bytes = (size_t)t->count * (t->eight_bit ? 1 : real_size);
+    ESPI_TRY(espi_arena_take(arena, bytes, &t->m));
+    ESPI_TRY(espi_arena_take(arena, bytes, &t->v));
+    if (!t->eight_bit) return ESP_OK;
+    size_t scales = (size_t)((t->count + EIGHT_BIT_BLOCK - 1) / EIGHT_BIT_BLOCK) * sizeof(float);
+    ESPI_TRY(espi_arena_take(arena, scales, &t->absmax_m));
+    return espi_arena_take(arena, scales, &t->absmax_v);
+}
+
+/* The parameter of tensor i; without pointers in a plan, which has no parameters yet. */
+static esp_param param(const esp_optim *o, int64_t i) {
+    return o->model->params ? o->model->params[i] : (esp_param){0};
+}
+
+static esp_status square_sum(esp_optim *o) {
+    if (!o->arena.dry) *o->square_sum = 0;
+    for (int64_t i = 0; i < o->n; i++) {
+        espi_sumsq args = {.out = o->square_sum, .x = param(o, i).grad, .n = o->tensors[i].count};
+        ESPI_TRY(espi_op_sumsq(o->model->ctx, &o->arena, &args));
+    }
+    return ESP_OK;
+}
+
+static esp_status update(esp_optim *o, double lr, double grad_scale) {
+    const settings *s = &o->set;
+    for (int64_t i = 0; i < o->n; i++) {
+        const moments *t = &o->tensors[i];
+        const esp_param p = param(o, i);
+        if (t->eight_bit) {
+            espi_adamw8 args = {.p = p.data,
+                                .state1 = t->m,
+                                .state2 = t->v,
+                                .absmax1 = t->absmax_m,
+                                .absmax2 = t->absmax_v,
+                                .g = p.grad,
+                                .map1 = esp_dynamic_map(true),
+                                .map2 = esp_dynamic_map(false),
+                                .n = t->count,
+                                .step = o->step + 1,
+                                .lr = lr,
+                                .beta1 = s->beta1,
+                                .beta2 = s->beta2,
+                                .eps = s->eps,
+                                .weight_decay = s->weight_decay,
+                                .grad_scale = grad_scale};
+            ESPI_TRY(espi_op_adamw8(o->model->ctx, &o->arena, &args));
+        } else {
+            espi_adamw args = {.p = p.data,
+                               .m = t->m,
+                               .v = t->v,
+                               .g = p.grad,
+                               .n = t->count,
+                               .step = o->step + 1,
+                               .lr = lr,
+                               .beta1 = s->beta1,
+                               .beta2 = s->beta2,
+                               .eps = s->eps,
+                               .weight_decay = s->weight_decay,
+                               .grad_scale = grad_scale};
+            ESPI_TRY(espi_op_adamw(o->model->ctx, &o->arena, &args));
+        }
+    }
+    return ESP_OK;
+}
+
+/* Everything the optimiser ever takes from its block: walked dry for the plan, then over the memory. */
+static esp_status take_all(esp_optim *o) {
+    for (int64_t i = 0; i < o->n; i++) ESPI_TRY(take_moments(&o->arena, &o->tensors[i], o->model->ctx->real_size));
+    return espi_arena_take(&o->arena, sizeof *o->square_sum, &o->square_sum);
+}
+
+static esp_status plan_bytes(size_t *bytes, esp_optim *o) {
+    *bytes = 0;
+    if (o->n == 0) return ESP_OK;
+    o->arena = espi_arena_dry();
+    ESPI_TRY(take_all(o));
+    ESPI_TRY(square_sum(o));
+    ESPI_TRY(update(o, 0, 0));
+    *bytes = o->arena.high;
+    return ESP_OK;
+}
+
+esp_status espi_adamw_plan(size_t *bytes, const esp_model *model, const esp_adamw_config *config) {
+    esp_model shape = *model;
+    esp_optim o = {0};
+    esp_status status = describe(&o, &shape, config);
+    if (status == ESP_OK) status = plan_bytes(bytes, &o);
+    free(o.tensors);
+    return status;
+}
+
+/* ---- the arrays of a checkpoint ---- */
+
+static esp_status add_array(esp_optim *o, int64_t tensor, const char *suffix, void *data, int64_t count, esp_dtype dtype) {
+    const char *of = o->model->params[tensor].name;
+    size_t of_length = strlen(of), suffix_length = strlen(suffix);
+    char *name = malloc(of_length + suffix_length + 1);
+    if (!name) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for the name of a moment of %s", of);
+    memcpy(name, of, of_length);
+    memcpy(name + of_length, suffix, suffix_length + 1);
+    o->arrays[o->n_arrays++] =
+        (esp_optim_array){.struct_size = sizeof(esp_optim_array), .name = name, .data = data, .count = count, .dtype = dtype};
+    return ESP_OK;
+}
+
+static esp_status list_arrays(esp_optim *o) {
+    o->arrays = calloc((size_t)o->n * 4, sizeof *o->arrays);
+    if (!o->arrays) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for the list of %lld moments", (long long)o->n * 4);
+    for (int64_t i = 0; i < o->n; i++) {
+        const moments *t = &o->tensors[i];
+        esp_dtype dtype = t->eight_bit ? ESP_U8 : o->model->ctx->real;
+        ESPI_TRY(add_array(o, i, "/m", t->m, t->count, dtype));
+        ESPI_TRY(add_array(o, i, "/v", t->v, t->count, dtype));
+        if (!t->eight_bit) continue;
+        int64_t blocks = (t->count + EIGHT_BIT_BLOCK - 1) / EIGHT_BIT_BLOCK;
+        ESPI_TRY(add_array(o, i, "/absmax_m", t->absmax_m, blocks, ESP_F32));
+        ESPI_TRY(add_array(o, i, "/absmax_v", t->absmax_v, blocks, ESP_F32));
+    }
+    return ESP_OK;
+}
+
+int64_t esp_optim_array_count(const esp_optim *optim) {
+    return optim ? optim->n_arrays : 0;
+}
+
+esp_status esp_optim_array_get(esp_optim *optim, int64_t index, esp_optim_array *out) {
+    if (!optim || index < 0 || index >= optim->n_arrays)
+        return ESPI_FAIL(ESP_ERR_ARG, "esp_optim_array_get: index %lld, expected 0 to %lld of an optimiser", (long long)index,
+                         optim ? (long long)optim->n_arrays - 1 : -1);
+    return espi_struct_write(out, &optim->arrays[index], sizeof optim->arrays[index], "esp_optim_array");
+}
+
+/* ---- public ---- */
+
+static esp_status check_params(const esp_optim *o) {
+    if (o->n == 0) return ESPI_FAIL(ESP_ERR_ARG, "esp_adamw_create: the model has nothing to train; load it with LoRA targets");
+    if (o->n != o->model->n_params)
+        return ESPI_FAIL(ESP_ERR_INTERNAL, "esp_adamw_create: %lld tensors by the layers, %lld parameters", (long long)o->n,
+                         (long long)o->model->n_params);
+    for (int64_t i = 0; i < o->n; i++) {
+        const esp_param *p = &o->model->params[i];
+        const esp_tensor view = esp_tensor_view(p->data, p->dtype, p->rank, p->dims);
+        if (esp_tensor_count(&view) != o->tensors[i].count)
+            return ESPI_FAIL(ESP_ERR_INTERNAL, "esp_adamw_create: %s has %lld values, expected %lld by its layer", p->name,
+                             (long long)esp_tensor_count(&view), (long long)o->tensors[i].count);
+    }
+    return ESP_OK;
+}
+
+static esp_status build(esp_optim *o, esp_model *model, const esp_adamw_config *config) {
+    ESPI_TRY(describe(o, model, config));
+    ESPI_TRY(check_params(o));
+    size_t bytes;
+    void *p;
+    ESPI_TRY(plan_bytes(&bytes, o));
+    ESPI_TRY(espi_ctx_alloc(model->ctx, ESPI_MEM_OPTIMIZER, bytes, &p));
+    o->block = (espi_block){.purpose = ESPI_MEM_OPTIMIZER, .p = p, .bytes = bytes};
+    o->arena = espi_arena_over(p, bytes);
+    ESPI_TRY(take_all(o));
+    return list_arrays(o);
+}
+
+esp_status esp_adamw_create(esp_optim **optim, esp_model *model, const esp_adamw_config *config) {
+    if (!optim || !model) return ESPI_FAIL(ESP_ERR_ARG, "esp_adamw_create: optim and model must not be NULL");
+    *optim = NULL;
+    esp_optim *o = calloc(1, sizeof *o);
+    if (!o) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for an optimiser's bookkeeping");
+    esp_status status = build(o, model, config);
+    if (status == ESP_OK)
+        *optim = o;
+    else
+        esp_optim_destroy(o);
+    return status;
+}
+
+void esp_optim_destroy(esp_optim *optim) {
+    if (!optim) return;
+    if (optim->block.p) espi_ctx_free(optim->model->ctx, optim->block.purpose, optim->block.p, optim->block.bytes);
+    for (int64_t i = 0; i < optim->n_arrays; i++) free((void *)optim->arrays[i].name);
+    free(optim->arrays);
+    free(optim->tensors);
+    free(optim);
+}
+
+esp_status esp_optim_step(esp_optim *optim) {
+    if (!optim) return ESPI_FAIL(ESP_ERR_ARG, "esp_optim_step: optim is NULL");
+    const settings *s = &optim->set;
+    ESPI_TRY(square_sum(optim));
+    optim->grad_norm = sqrt(*optim->square_sum);
+    optim->lr = s->lr * esp_schedule_multiplier(s->schedule, optim->step, s->warmup_steps, s->total_steps);
+    if (isfinite(optim->grad_norm)) {
+        double clip = s->max_grad_norm < 0 ? 1 : fmin(1, s->max_grad_norm / (optim->grad_norm + CLIP_FLOOR));
+        ESPI_TRY(update(optim, optim->lr, clip));
+        optim->step++;
+    } else {
+        optim->skipped++;
+        espi_log(optim->model->ctx, ESP_LOG_WARN, "optimiser step %lld skipped: the gradient norm is %g", (long long)optim->step + 1,
+                 optim->grad_norm);
+    }
+    return esp_model_zero_grad(optim->model);
+}
+
+esp_status esp_optim_stats_get(const esp_optim *optim, esp_optim_stats *out) {
+    if (!optim) return ESPI_FAIL(ESP_ERR_ARG, "esp_optim_stats_get: optim is NULL");
+    esp_optim_stats stats = {.step = optim->step, .skipped = optim->skipped, .grad_norm = optim->grad_norm, .lr = optim->lr};
+    return espi_struct_write(out, &stats, sizeof stats, "esp_optim_stats");
+}
+
+esp_status esp_optim_restore(esp_optim *optim, int64_t step, int64_t skipped) {
+    if (!optim || step < 0 || skipped < 0)
+        return ESPI_FAIL(ESP_ERR_ARG, "esp_optim_restore: step %lld and skipped %lld, expected an optimiser and counts of 0 or more",
+                         (long long)step, (long long)skipped);
+    optim->step = step;
+    optim->skipped = skipped;
+    return ESP_OK;
+}
