@@ -1,0 +1,11 @@
+#!/bin/sh
+# The library neither prints nor exits nor asserts: nothing of the kind in src/ (but its command line) and kernels/.
+# The default log sink of src/core/log.c is the one place that may write to standard error.
+. "$(dirname "$0")/lib.sh"
+
+code src kernels | grep -v '^src/cli/' | grep -v '^src/core/log\.c:[0-9]*: *fprintf(stderr,' >"$offences.code"
+forbid "the library does not end the program" '\b(exit|_exit|_Exit|quick_exit|abort|raise|kill|assert|__builtin_trap)[ ]*\(' <"$offences.code"
+forbid "the library does not print" '\b(printf|vprintf|puts|putchar|perror|dprintf|psignal)[ ]*\(|\b(stdout|stderr)\b' <"$offences.code"
+forbid "the library does not fork" '\b(fork|vfork|system|popen|posix_spawnp?)[ ]*\(' <"$offences.code"
+rm -f "$offences.code"
+finish
