@@ -31,7 +31,7 @@ typedef enum espi_op_id {
 typedef struct espi_backend {
     const char *name; /* "ref", "ref64", "cpu-generic", "cpu-avx2", "cpu-avx512" */
     esp_dtype real;
-    bool (*available)(void); /* can this machine run it? */
+    bool (*available)(void);       /* can this machine run it? */
     const char *(*describe)(void); /* one line for ESP_LOG=select (e.g. which dense GEMM), or NULL */
 #define ESPI_OP(name, args) espi_slot_##name name;
 #include "kernels/ops.def"

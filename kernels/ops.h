@@ -41,16 +41,16 @@ typedef struct espi_stack {
     esp_dtype dtype; /* of plain matrices */
     int64_t experts, rows, cols;
     int parts;
-    const void *data;        /* codes, or plain values */
-    size_t part_bytes;       /* from one part to the next: ceil(n/2) for codes, n * size for plain; n = rows/parts*cols */
-    const float *absmax;     /* [experts*parts, part_blocks] */
-    const uint8_t *absmax8;  /* the same shape, or NULL */
-    const float *nested;     /* [experts*parts, part_nested] */
-    const float *offset;     /* [experts*parts] */
-    int64_t part_blocks;     /* ceil(n / 64) */
-    int64_t part_nested;     /* ceil(part_blocks / 256) */
-    const float *lut;        /* [16] value of each code */
-    const float *map;        /* [256] dynamic map of double quantisation */
+    const void *data;       /* codes, or plain values */
+    size_t part_bytes;      /* from one part to the next: ceil(n/2) for codes, n * size for plain; n = rows/parts*cols */
+    const float *absmax;    /* [experts*parts, part_blocks] */
+    const uint8_t *absmax8; /* the same shape, or NULL */
+    const float *nested;    /* [experts*parts, part_nested] */
+    const float *offset;    /* [experts*parts] */
+    int64_t part_blocks;    /* ceil(n / 64) */
+    int64_t part_nested;    /* ceil(part_blocks / 256) */
+    const float *lut;       /* [16] value of each code */
+    const float *map;       /* [256] dynamic map of double quantisation */
 } espi_stack;
 #define ESPI_QBLOCK 64
 #define ESPI_NESTED_BLOCK 256
@@ -182,8 +182,8 @@ typedef struct espi_linear_bwd {
     int64_t tokens;
 } espi_linear_bwd;
 
-/* logits = x W^T (f32 weight, no rounding in between), p = softmax over all E, top-K of the logits (ties to the lower index), weights p_k or,
- * when renormalise, p_k / sum of the selected.  idx ascending within a token.  A logit that is not finite: ESP_ERR_NONFINITE. */
+/* logits = x W^T (f32 weight, no rounding in between), p = softmax over all E, top-K of the logits (ties to the lower index), weights p_k
+ * or, when renormalise, p_k / sum of the selected.  idx ascending within a token.  A logit that is not finite: ESP_ERR_NONFINITE. */
 typedef struct espi_router_fwd {
     void *logits;    /* real [T,E] overwrite */
     void *lse;       /* real [T] overwrite: log-sum-exp of the logits */
@@ -201,9 +201,9 @@ typedef struct espi_router_fwd {
 /* From the gradient of the K weights (and the two auxiliary losses) to the logits, then to x: a frozen router still passes it on.
  * aux: d_logits[t,e] += aux_coef * p_te * (aux_f[e] - sum_j p_tj aux_f[j]);  z: d_logits[t,e] += z_coef * 2 * lse_t * p_te. */
 typedef struct espi_router_bwd {
-    void *d_x; /* real [T,H]: ADDS (the experts wrote it first) */
-    void *d_w; /* real [E,H] add, or NULL: frozen */
-    void *d_logits; /* real [T,E] overwrite */
+    void *d_x;            /* real [T,H]: ADDS (the experts wrote it first) */
+    void *d_w;            /* real [E,H] add, or NULL: frozen */
+    void *d_logits;       /* real [T,E] overwrite */
     const void *d_weight; /* real [T,K] */
     const void *logits, *lse, *weight, *x;
     const int32_t *idx;
@@ -225,8 +225,8 @@ typedef struct espi_dispatch {
 
 /* Row s of token t = row_token[s], expert e: gu_s = W_e x_t + scale B_e (A_e x_t).  Rows of W: gate 0..I-1, then up I..2I-1. */
 typedef struct espi_gate_up_fwd {
-    void *gu; /* real [S,2I] overwrite */
-    void *u;  /* real [S,R] overwrite, or NULL when lora.r = 0 */
+    void *gu;      /* real [S,2I] overwrite */
+    void *u;       /* real [S,R] overwrite, or NULL when lora.r = 0 */
     const void *x; /* real [T,H] */
     espi_stack w;  /* [E,2I,H] */
     espi_lora lora;
@@ -339,9 +339,9 @@ typedef struct espi_head_logits {
 /* Draws from softmax(z) by inverse CDF in ascending id order with the caller's uniforms; temperature 0 takes the largest logit of
  * temperature 1 (lowest id on ties).  lp is bit-equal to what head_stats gives for that token and row. */
 typedef struct espi_head_sample {
-    espi_head head;    /* target unused */
-    int32_t *token;    /* [n] overwrite */
-    void *lp;          /* real [n] overwrite */
+    espi_head head;        /* target unused */
+    int32_t *token;        /* [n] overwrite */
+    void *lp;              /* real [n] overwrite */
     const double *uniform; /* [n] in [0,1) */
 } espi_head_sample;
 
@@ -362,9 +362,9 @@ typedef struct espi_adamw {
 
 /* bitsandbytes' blockwise 8-bit AdamW (blocks of 256): see spec/formats 9.  map1 signed, map2 unsigned, [256] ascending. */
 typedef struct espi_adamw8 {
-    void *p;                   /* real [n] in place */
-    uint8_t *state1, *state2;  /* [n] */
-    float *absmax1, *absmax2;  /* [ceil(n/256)] */
+    void *p;                  /* real [n] in place */
+    uint8_t *state1, *state2; /* [n] */
+    float *absmax1, *absmax2; /* [ceil(n/256)] */
     const void *g;
     const float *map1, *map2;
     int64_t n, step;
