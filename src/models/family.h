@@ -34,14 +34,14 @@ typedef struct espi_config {
     double norm_eps, aux_coef;
     double rope_theta, rope_factor; /* rope_factor: inverse frequencies are divided by it ("linear"); 1 = none */
     double rope_attention;          /* factor on cos and sin; 1 = none */
-    int64_t bos_id, eos_id, pad_id; /* -1 = not stated */
-    esp_dtype stored_dtype;
+    int64_t bos_id, eos_id, pad_id; /* -1 = not stated; of a list the first */
+    esp_dtype stored_dtype;         /* in which embedding, head and plain experts are held; what the file has narrower is widened */
     bool quantised; /* config.json has a quantization_config of bitsandbytes; the tensors present decide what is quantised */
 } espi_config;
 
 typedef struct espi_family {
     const char *name; /* model_type */
-    /* Fills the family's part of `config` from the parsed file.  path: for error sentences. */
+    /* Fills the family's part of `config` from the parsed file: everything about experts and layer kinds.  path: for error sentences. */
     esp_status (*read_config)(espi_config *config, const json_t *root, const char *path);
     /* Tensor names; %d where the layer number goes, a second %d where the expert's does. */
     const char *embed, *final_norm, *head;
@@ -65,5 +65,11 @@ const char *espi_family_list(void);
  * rope type). */
 esp_status espi_config_read(espi_config *config, const char *dir);
 void espi_config_free(espi_config *config);
+
+/* For read_config: the value of `key`, or of its alias (NULL: none); null = absent; both there and different is ESP_ERR_FORMAT.
+ * Absent: `fallback`, where that is -1 (count) or NAN (real) ESP_ERR_FORMAT. */
+esp_status espi_json_count(int64_t *out, const json_t *root, const char *path, const char *key, const char *alias, int64_t fallback);
+esp_status espi_json_real(double *out, const json_t *root, const char *path, const char *key, const char *alias, double fallback);
+esp_status espi_json_flag(bool *out, const json_t *root, const char *path, const char *key, bool fallback);
 
 #endif
