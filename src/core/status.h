@@ -9,7 +9,11 @@
 /* Records "what, got, expected (file:line)" for esp_last_error() and returns `code`. */
 esp_status espi_fail(esp_status code, const char *file, int line, const char *format, ...) __attribute__((format(printf, 4, 5)));
 
+#ifdef __clang_analyzer__ /* which cannot see into espi_fail, and would follow paths on which a failure is ESP_OK */
+#define ESPI_FAIL(code, ...) (espi_fail((code), __FILE__, __LINE__, __VA_ARGS__), (code))
+#else
 #define ESPI_FAIL(code, ...) espi_fail((code), __FILE__, __LINE__, __VA_ARGS__)
+#endif
 
 /* Returns from the calling function when `call` failed.  Functions that own something use `goto done` instead. */
 #define ESPI_TRY(call)                                                                                                                     \
