@@ -10,6 +10,7 @@
 #define ESPI_KERNELS_OPS_H
 
 #include "espalier/tensor.h"
+#include "kernels/plain.h"
 
 #include <stdbool.h>
 #include <stddef.h>

@@ -1,0 +1,45 @@
+/* F32, BF16 and F16 as numbers: the f32 that kernels, quantisers and the loader agree on. */
+#ifndef ESPI_KERNELS_PLAIN_H
+#define ESPI_KERNELS_PLAIN_H
+
+#include "espalier/tensor.h"
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+static inline float espi_f32_of_bits(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+static inline float espi_bf16_value(uint16_t bits) {
+    return espi_f32_of_bits((uint32_t)bits << 16);
+}
+
+static inline float espi_f16_value(uint16_t bits) {
+    const uint32_t sign = (uint32_t)(bits & 0x8000u) << 16, exponent = (bits >> 10) & 31u, mantissa = bits & 0x3ffu;
+    if (exponent == 0) { /* zero or subnormal: mantissa * 2^-24 is exact in f32 */
+        const float magnitude = (float)mantissa * 0x1p-24f;
+        return sign ? -magnitude : magnitude;
+    }
+    const uint32_t wide = exponent == 31 ? 255u : exponent + 112u;
+    return espi_f32_of_bits(sign | wide << 23 | mantissa << 13);
+}
+
+/* Element i of an array of `dtype`; NaN for another dtype. */
+static inline float espi_plain_value(const void *data, esp_dtype dtype, int64_t i) {
+    switch (dtype) {
+    case ESP_F32:
+        return ((const float *)data)[i];
+    case ESP_BF16:
+        return espi_bf16_value(((const uint16_t *)data)[i]);
+    case ESP_F16:
+        return espi_f16_value(((const uint16_t *)data)[i]);
+    default:
+        return NAN;
+    }
+}
+
+#endif
