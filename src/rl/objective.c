@@ -116,6 +116,11 @@ static double or_default(float value, double standard) {
     return value == 0 ? standard : espi_decimal(value);
 }
 
+/* The float itself, where others (the sampler, TRL's tensor of SAPO temperatures) hold a float too. */
+static double float_or(float value, float standard) {
+    return value == 0 ? standard : value;
+}
+
 static esp_status check_range(const char *name, double value, double low, double high) {
     if (value >= low && value <= high && isfinite(value)) return ESP_OK;
     return ESPI_FAIL(ESP_ERR_ARG, "objective: %s is %g, expected a number in [%g, %g]", name, value, low, high);
@@ -176,9 +181,9 @@ esp_status espi_objective_make(espi_objective *objective, const esp_objective *o
         .off_policy_mask_threshold = espi_decimal(given.off_policy_mask_threshold),
         .top_entropy_quantile = or_default(given.top_entropy_quantile, 1),
         .entropy_coef = espi_decimal(given.entropy_coef),
-        .temperature = given.temperature == 0 ? 1 : (double)given.temperature, /* bit for bit the sampler's */
+        .temperature = float_or(given.temperature, 1), /* bit for bit the sampler's */
         .delta = or_default(given.delta, HUGE_VAL),
-        .sapo_temperature = {or_default(given.sapo_temperature_pos, 1), or_default(given.sapo_temperature_neg, 1.05)},
+        .sapo_temperature = {float_or(given.sapo_temperature_pos, 1), float_or(given.sapo_temperature_neg, 1.05f)},
         .vespo_k = {or_default(given.vespo_k_pos, 2), or_default(given.vespo_k_neg, 3)},
         .vespo_lambda = {or_default(given.vespo_lambda_pos, 3), or_default(given.vespo_lambda_neg, 2)},
         .max_completion_length = given.max_completion_length,
