@@ -1,0 +1,651 @@
+/* A builder for each row of ops.def. */
+#include "cases.h"
+
+#include <criterion/criterion.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+static void *in(problem *p, const char *name, int64_t n) {
+    return field_add(p, name, ROLE_IN, ESP_DTYPE_NONE, n);
+}
+static void *out(problem *p, const char *name, int64_t n) {
+    return field_add(p, name, ROLE_OUT, ESP_DTYPE_NONE, n);
+}
+static void *inout(problem *p, const char *name, int64_t n) {
+    return field_add(p, name, ROLE_INOUT, ESP_DTYPE_NONE, n);
+}
+static float *in_f32(problem *p, const char *name, int64_t n) {
+    return field_add(p, name, ROLE_IN, ESP_F32, n);
+}
+static int32_t *in_i32(problem *p, const char *name, int64_t n) {
+    return field_add(p, name, ROLE_IN, ESP_I32, n);
+}
+
+/* After a builder has chosen an input's values itself. */
+static void settle(problem *p, const char *name) {
+    field *f = field_find(p, name);
+    memcpy(f->before, f->data, (size_t)f->count * esp_dtype_size(f->dtype));
+}
+
+/* The forward whose saved arrays a backward needs, run on the saver. */
+static void saved(problem *f, const problem *p, espi_op_id op) {
+    shape s = p->shape;
+    s.in_place = s.decode = false;
+    problem_run(f, op, &s, p->saver, p->saver);
+}
+
+static espi_mat mat(problem *p, int64_t rows, int64_t cols) {
+    return (espi_mat){field_add(p, "w", ROLE_IN, p->shape.plain, rows * cols), p->shape.plain, rows, cols};
+}
+
+static espi_lora lora(problem *p, int64_t copies, int64_t cols, int64_t rows, bool backward) {
+    const int64_t r = p->shape.rank;
+    espi_lora l = {.r = r, .scale = 0.75};
+    if (r == 0) return l;
+    l.a = in(p, "a", copies * r * cols);
+    l.b = in(p, "b", copies * rows * r);
+    if (!backward) return l;
+    l.d_a = inout(p, "d_a", copies * r * cols);
+    l.d_b = inout(p, "d_b", copies * rows * r);
+    return l;
+}
+
+static espi_stack stack(problem *p, int64_t rows, int64_t cols, int parts) {
+    const shape *s = &p->shape;
+    const int64_t n = rows / parts * cols, all = s->experts * parts;
+    espi_stack w = {.format = s->format, .dtype = s->plain, .experts = s->experts, .rows = rows, .cols = cols, .parts = parts};
+    if (s->format == ESP_Q_NONE) {
+        w.part_bytes = (size_t)n * esp_dtype_size(s->plain);
+        w.data = field_add(p, "w", ROLE_IN, s->plain, all * n);
+        return w;
+    }
+    w.part_bytes = (size_t)(n + 1) / 2;
+    w.part_blocks = (n + ESPI_QBLOCK - 1) / ESPI_QBLOCK;
+    w.part_nested = (w.part_blocks + ESPI_NESTED_BLOCK - 1) / ESPI_NESTED_BLOCK;
+    w.data = field_add(p, "w", ROLE_IN, ESP_U8, all * (int64_t)w.part_bytes);
+    w.lut = in_f32(p, "lut", 16);
+    if (s->nested) {
+        w.absmax8 = field_add(p, "absmax8", ROLE_IN, ESP_U8, all * w.part_blocks);
+        w.nested = in_f32(p, "nested", all * w.part_nested);
+        w.offset = in_f32(p, "offset", all);
+        w.map = in_f32(p, "map", 256);
+    } else {
+        w.absmax = in_f32(p, "absmax", all * w.part_blocks);
+    }
+    return w;
+}
+
+/* The experts of token t, ascending: those of the k largest scores. */
+static void choose(int32_t *idx, const problem *p, int64_t t) {
+    const shape *s = &p->shape;
+    bool taken[256] = {false};
+    for (int64_t k = 0; k < s->top_k; k++) {
+        int64_t best = -1;
+        double best_score = -INFINITY;
+        for (int64_t e = 0; e < s->experts; e++) {
+            double score = value_of(p->seed, "route", t * s->experts + e);
+            if (s->pattern == ROUTE_EMPTY && e % 2 == 1) score -= 10;
+            if (s->pattern == ROUTE_ONE) score = -(double)((e + 1) % s->experts);
+            if (s->pattern == ROUTE_SKEWED && e == 0) score += 1.5;
+            if (!taken[e] && score > best_score) {
+                best_score = score;
+                best = e;
+            }
+        }
+        taken[best] = true;
+    }
+    for (int64_t e = 0, k = 0; e < s->experts; e++)
+        if (taken[e]) idx[k++] = (int32_t)e;
+}
+
+static void build_dispatch(problem *p, espi_dispatch *a) {
+    const shape *s = &p->shape;
+    const int64_t slots = s->tokens * s->top_k;
+    int32_t *idx = in_i32(p, "idx", slots);
+    for (int64_t t = 0; t < s->tokens; t++) choose(idx + t * s->top_k, p, t);
+    settle(p, "idx");
+    *a = (espi_dispatch){.idx = idx,
+                         .weight = in(p, "weight", slots),
+                         .offsets = field_add(p, "offsets", ROLE_OUT, ESP_I32, s->experts + 1),
+                         .row_token = field_add(p, "row_token", ROLE_OUT, ESP_I32, slots),
+                         .slot_row = field_add(p, "slot_row", ROLE_OUT, ESP_I32, slots),
+                         .row_weight = out(p, "row_weight", slots),
+                         .tokens = s->tokens,
+                         .experts = s->experts,
+                         .top_k = s->top_k};
+}
+
+static espi_routing routing(problem *p) {
+    problem sorted;
+    saved(&sorted, p, ESPI_OP_dispatch);
+    espi_routing r = {.tokens = p->shape.tokens,
+                      .experts = p->shape.experts,
+                      .top_k = p->shape.top_k,
+                      .offsets = field_take(p, "offsets", &sorted),
+                      .row_token = field_take(p, "row_token", &sorted),
+                      .slot_row = field_take(p, "slot_row", &sorted),
+                      .row_weight = field_take(p, "row_weight", &sorted)};
+    problem_free(&sorted);
+    return r;
+}
+
+/* Sequences of lengths 1, about half, and the rest.  decode: `past` keys lie before each sequence's queries. */
+static espi_spans spans(problem *p, int64_t past) {
+    const int64_t tokens = p->shape.tokens, n_seqs = tokens < 3 ? tokens : 3;
+    int32_t *cu = in_i32(p, "cu_q", n_seqs + 1), *start = in_i32(p, "k_start", n_seqs), *len = in_i32(p, "k_len", n_seqs);
+    const int64_t ends[] = {0, 1, n_seqs < 3 ? 2 : 1 + tokens / 2, tokens};
+    for (int64_t s = 0; s <= n_seqs; s++) cu[s] = (int32_t)ends[s];
+    for (int64_t s = 0; s < n_seqs; s++) {
+        start[s] = (int32_t)(ends[s] + s * past);
+        len[s] = (int32_t)(ends[s + 1] - ends[s] + past);
+    }
+    settle(p, "cu_q");
+    settle(p, "k_start");
+    settle(p, "k_len");
+    return (espi_spans){cu, start, len, (int32_t)n_seqs};
+}
+
+static int32_t *ids(problem *p) {
+    int32_t *id = in_i32(p, "ids", p->shape.tokens);
+    for (int64_t t = 0; t < p->shape.tokens; t++) id[t] = (int32_t)pick(p->seed, "ids", t, p->shape.vocab);
+    settle(p, "ids");
+    return id;
+}
+
+static void build_embed_fwd(problem *p, espi_embed_fwd *a) {
+    const shape *s = &p->shape;
+    *a = (espi_embed_fwd){out(p, "out", s->tokens * s->hidden), ids(p), mat(p, s->vocab, s->hidden), s->tokens};
+}
+
+static void build_embed_bwd(problem *p, espi_embed_bwd *a) {
+    const shape *s = &p->shape;
+    *a = (espi_embed_bwd){
+        inout(p, "d_table", s->vocab * s->hidden), in(p, "d_out", s->tokens * s->hidden), ids(p), s->tokens, s->vocab, s->hidden};
+}
+
+static void build_zero(problem *p, espi_zero *a) {
+    const int64_t n = p->shape.tokens * p->shape.hidden;
+    *a = (espi_zero){out(p, "out", n), n};
+}
+
+static void build_add(problem *p, espi_add *a) {
+    const int64_t n = p->shape.tokens * p->shape.hidden;
+    *a = (espi_add){.b = in(p, "right", n), .n = n};
+    if (p->shape.in_place)
+        a->out = inout(p, "out", n);
+    else
+        a->out = out(p, "out", n);
+    a->a = p->shape.in_place ? a->out : in(p, "left", n);
+}
+
+static void build_rmsnorm_fwd(problem *p, espi_rmsnorm_fwd *a) {
+    const shape *s = &p->shape;
+    *a = (espi_rmsnorm_fwd){out(p, "y", s->tokens * s->hidden),
+                            out(p, "rstd", s->tokens),
+                            in(p, "x", s->tokens * s->hidden),
+                            in_f32(p, "w", s->hidden),
+                            s->tokens,
+                            s->hidden,
+                            1e-6};
+}
+
+static void build_rmsnorm_bwd(problem *p, espi_rmsnorm_bwd *a) {
+    const shape *s = &p->shape;
+    const int64_t n = s->tokens * s->hidden;
+    problem f;
+    saved(&f, p, ESPI_OP_rmsnorm_fwd);
+    *a = (espi_rmsnorm_bwd){
+        .x = in(p, "x", n), .rstd = field_take(p, "rstd", &f), .w = in_f32(p, "w", s->hidden), .rows = s->tokens, .n = s->hidden};
+    problem_free(&f);
+    if (s->in_place) {
+        a->d_y = a->d_x = inout(p, "d_x", n);
+    } else {
+        a->d_y = in(p, "d_y", n);
+        a->d_x = out(p, "d_x", n);
+    }
+    if (s->extras) a->d_add = in(p, "d_add", n);
+    a->d_w = s->decode ? NULL : inout(p, "d_w", s->hidden);
+}
+
+static void build_rope_table(problem *p, espi_rope_table *a) {
+    const int64_t tokens = p->shape.tokens, half = p->shape.head_dim / 2;
+    double *inv_freq = field_add(p, "inv_freq", ROLE_IN, ESP_F64, half);
+    for (int64_t j = 0; j < half; j++) inv_freq[j] = pow(10000, -(double)j / (double)half);
+    settle(p, "inv_freq");
+    *a = (espi_rope_table){
+        out(p, "cos", tokens * half), out(p, "sin", tokens * half), in_i32(p, "positions", tokens), inv_freq, 1.25, tokens, half};
+}
+
+static void build_rope(problem *p, espi_rope *a) {
+    const shape *s = &p->shape;
+    const int64_t half = s->head_dim / 2;
+    *a = (espi_rope){inout(p, "x", s->tokens * s->heads * s->head_dim),
+                     in(p, "cos", s->tokens * half),
+                     in(p, "sin", s->tokens * half),
+                     s->tokens,
+                     s->heads,
+                     half};
+}
+static void build_rope_fwd(problem *p, espi_rope *a) {
+    build_rope(p, a);
+}
+static void build_rope_bwd(problem *p, espi_rope *a) {
+    build_rope(p, a);
+}
+
+enum { PAST = 3 };
+
+static void build_kv_append(problem *p, espi_kv_append *a) {
+    const int64_t width = p->shape.kv_heads * p->shape.head_dim, tokens = p->shape.tokens;
+    *a = (espi_kv_append){.spans = spans(p, PAST), .width = width};
+    const int64_t rows = tokens + a->spans.n_seqs * PAST;
+    a->k_cache = inout(p, "k_cache", rows * width);
+    a->v_cache = inout(p, "v_cache", rows * width);
+    a->k = in(p, "k", tokens * width);
+    a->v = in(p, "v", tokens * width);
+}
+
+static void build_attention_fwd(problem *p, espi_attention_fwd *a) {
+    const shape *s = &p->shape;
+    const int64_t n_q = s->tokens * s->heads, past = s->decode ? PAST : 0;
+    *a = (espi_attention_fwd){.out = out(p, "out", n_q * s->head_dim),
+                              .lse = out(p, "lse", n_q),
+                              .q = in(p, "q", n_q * s->head_dim),
+                              .spans = spans(p, past),
+                              .heads = s->heads,
+                              .kv_heads = s->kv_heads,
+                              .head_dim = s->head_dim,
+                              .scale = 1.5 / sqrt((double)s->head_dim)};
+    const int64_t n_kv = (s->tokens + a->spans.n_seqs * past) * s->kv_heads * s->head_dim;
+    a->k = in(p, "k", n_kv);
+    a->v = in(p, "v", n_kv);
+}
+
+static void build_attention_bwd(problem *p, espi_attention_bwd *a) {
+    const shape *s = &p->shape;
+    const int64_t n_q = s->tokens * s->heads * s->head_dim, n_kv = s->tokens * s->kv_heads * s->head_dim;
+    problem f;
+    saved(&f, p, ESPI_OP_attention_fwd);
+    *a = (espi_attention_bwd){.d_q = out(p, "d_q", n_q),
+                              .d_k = out(p, "d_k", n_kv),
+                              .d_v = out(p, "d_v", n_kv),
+                              .d_out = in(p, "d_out", n_q),
+                              .q = in(p, "q", n_q),
+                              .k = in(p, "k", n_kv),
+                              .v = in(p, "v", n_kv),
+                              .out = field_take(p, "out", &f),
+                              .lse = field_take(p, "lse", &f),
+                              .spans = spans(p, 0),
+                              .heads = s->heads,
+                              .kv_heads = s->kv_heads,
+                              .head_dim = s->head_dim,
+                              .scale = f.args.attention_fwd.scale};
+    problem_free(&f);
+}
+
+/* hidden -> width */
+static void build_linear_fwd(problem *p, espi_linear_fwd *a) {
+    const shape *s = &p->shape;
+    *a = (espi_linear_fwd){.y = out(p, "y", s->tokens * s->width),
+                           .x = in(p, "x", s->tokens * s->hidden),
+                           .w = mat(p, s->width, s->hidden),
+                           .lora = lora(p, 1, s->hidden, s->width, false),
+                           .tokens = s->tokens};
+    if (s->rank) a->u = out(p, "u", s->tokens * s->rank);
+    if (s->extras) a->bias = in_f32(p, "bias", s->width);
+}
+
+static void build_linear_bwd(problem *p, espi_linear_bwd *a) {
+    const shape *s = &p->shape;
+    problem f;
+    saved(&f, p, ESPI_OP_linear_fwd);
+    *a = (espi_linear_bwd){.accumulate = s->extras,
+                           .d_y = in(p, "d_y", s->tokens * s->width),
+                           .x = in(p, "x", s->tokens * s->hidden),
+                           .w = mat(p, s->width, s->hidden),
+                           .lora = lora(p, 1, s->hidden, s->width, true),
+                           .tokens = s->tokens};
+    if (s->rank) a->u = field_take(p, "u", &f);
+    problem_free(&f);
+    if (!s->decode) a->d_x = field_add(p, "d_x", s->extras ? ROLE_INOUT : ROLE_OUT, ESP_DTYPE_NONE, s->tokens * s->hidden);
+}
+
+static void build_router_fwd(problem *p, espi_router_fwd *a) {
+    const shape *s = &p->shape;
+    const int64_t slots = s->tokens * s->top_k;
+    *a = (espi_router_fwd){.logits = out(p, "logits", s->tokens * s->experts),
+                           .lse = out(p, "lse", s->tokens),
+                           .idx = field_add(p, "idx", ROLE_OUT, ESP_I32, slots),
+                           .weight = out(p, "weight", slots),
+                           .x = in(p, "x", s->tokens * s->hidden),
+                           .w = mat(p, s->experts, s->hidden),
+                           .tokens = s->tokens,
+                           .top_k = s->top_k,
+                           .renormalise = s->renormalise};
+    if (!s->extras) return;
+    a->counts = field_add(p, "counts", ROLE_INOUT, ESP_I64, s->experts);
+    a->p_sum = field_add(p, "p_sum", ROLE_INOUT, ESP_F64, s->experts);
+    a->z_sum = field_add(p, "z_sum", ROLE_INOUT, ESP_F64, 1);
+}
+
+static void build_router_bwd(problem *p, espi_router_bwd *a) {
+    const shape *s = &p->shape;
+    const int64_t n = s->tokens * s->hidden;
+    problem f;
+    saved(&f, p, ESPI_OP_router_fwd);
+    *a = (espi_router_bwd){.d_x = inout(p, "d_x", n),
+                           .d_w = s->decode ? NULL : inout(p, "d_w", s->experts * s->hidden),
+                           .d_logits = out(p, "d_logits", s->tokens * s->experts),
+                           .d_weight = in(p, "d_weight", s->tokens * s->top_k),
+                           .logits = field_take(p, "logits", &f),
+                           .lse = field_take(p, "lse", &f),
+                           .weight = field_take(p, "weight", &f),
+                           .x = in(p, "x", n),
+                           .idx = field_take(p, "idx", &f),
+                           .w = mat(p, s->experts, s->hidden),
+                           .tokens = s->tokens,
+                           .top_k = s->top_k,
+                           .renormalise = s->renormalise};
+    problem_free(&f);
+    if (!s->extras) return;
+    a->aux_f = field_add(p, "aux_f", ROLE_IN, ESP_F64, s->experts);
+    a->aux_coef = AUX_COEF;
+    a->z_coef = Z_COEF;
+}
+
+static void build_gate_up_fwd(problem *p, espi_gate_up_fwd *a) {
+    const shape *s = &p->shape;
+    const int64_t rows = s->tokens * s->top_k;
+    *a = (espi_gate_up_fwd){.gu = out(p, "gu", rows * 2 * s->width),
+                            .x = in(p, "x", s->tokens * s->hidden),
+                            .w = stack(p, 2 * s->width, s->hidden, 2),
+                            .lora = lora(p, s->experts, s->hidden, 2 * s->width, false),
+                            .routing = routing(p)};
+    if (s->rank) a->u = out(p, "u", rows * s->rank);
+}
+
+static void build_gate_up_bwd(problem *p, espi_gate_up_bwd *a) {
+    const shape *s = &p->shape;
+    const int64_t rows = s->tokens * s->top_k;
+    problem f;
+    saved(&f, p, ESPI_OP_gate_up_fwd);
+    *a = (espi_gate_up_bwd){.d_rows = out(p, "d_rows", rows * s->hidden),
+                            .d_gu = in(p, "d_gu", rows * 2 * s->width),
+                            .x = in(p, "x", s->tokens * s->hidden),
+                            .w = stack(p, 2 * s->width, s->hidden, 2),
+                            .lora = lora(p, s->experts, s->hidden, 2 * s->width, true),
+                            .routing = routing(p)};
+    if (s->rank) a->u = field_take(p, "u", &f);
+    problem_free(&f);
+}
+
+static void build_swiglu_fwd(problem *p, espi_swiglu_fwd *a) {
+    const int64_t rows = p->shape.tokens, width = p->shape.width;
+    *a = (espi_swiglu_fwd){out(p, "act", rows * width), in(p, "gu", rows * 2 * width), rows, width};
+}
+
+static void build_swiglu_bwd(problem *p, espi_swiglu_bwd *a) {
+    const int64_t rows = p->shape.tokens, width = p->shape.width;
+    *a = (espi_swiglu_bwd){.d_act = in(p, "d_act", rows * width), .rows = rows, .width = width};
+    if (p->shape.in_place) {
+        a->gu = a->d_gu = inout(p, "d_gu", rows * 2 * width);
+    } else {
+        a->gu = in(p, "gu", rows * 2 * width);
+        a->d_gu = out(p, "d_gu", rows * 2 * width);
+    }
+}
+
+static void build_down_fwd(problem *p, espi_down_fwd *a) {
+    const shape *s = &p->shape;
+    const int64_t rows = s->tokens * s->top_k;
+    *a = (espi_down_fwd){.y = out(p, "y", rows * s->hidden),
+                         .act = in(p, "act", rows * s->width),
+                         .w = stack(p, s->hidden, s->width, 1),
+                         .lora = lora(p, s->experts, s->width, s->hidden, false),
+                         .routing = routing(p)};
+    if (s->rank) a->u = out(p, "u", rows * s->rank);
+}
+
+static void build_down_bwd(problem *p, espi_down_bwd *a) {
+    const shape *s = &p->shape;
+    const int64_t rows = s->tokens * s->top_k;
+    problem f;
+    saved(&f, p, ESPI_OP_down_fwd);
+    *a = (espi_down_bwd){.d_act = out(p, "d_act", rows * s->width),
+                         .d_row_weight = out(p, "d_row_weight", rows),
+                         .d_out = in(p, "d_out", s->tokens * s->hidden),
+                         .act = in(p, "act", rows * s->width),
+                         .w = stack(p, s->hidden, s->width, 1),
+                         .lora = lora(p, s->experts, s->width, s->hidden, true),
+                         .routing = routing(p)};
+    if (s->rank) a->u = field_take(p, "u", &f);
+    problem_free(&f);
+}
+
+static void build_combine_fwd(problem *p, espi_combine_fwd *a) {
+    const shape *s = &p->shape;
+    const int64_t n = s->tokens * s->hidden;
+    *a = (espi_combine_fwd){.y = in(p, "y", n * s->top_k), .routing = routing(p), .hidden = s->hidden};
+    if (s->in_place)
+        a->add = a->out = inout(p, "out", n);
+    else
+        a->out = out(p, "out", n);
+    if (!s->in_place && s->extras) a->add = in(p, "add", n);
+}
+
+static void build_combine_bwd(problem *p, espi_combine_bwd *a) {
+    const shape *s = &p->shape;
+    const int64_t slots = s->tokens * s->top_k;
+    *a = (espi_combine_bwd){.d_x = out(p, "d_x", s->tokens * s->hidden),
+                            .d_weight = out(p, "d_weight", slots),
+                            .d_rows = in(p, "d_rows", slots * s->hidden),
+                            .d_row_weight = in(p, "d_row_weight", slots),
+                            .routing = routing(p),
+                            .hidden = s->hidden};
+}
+
+/* Every second row of hidden, from the last down. */
+static espi_head head(problem *p) {
+    const shape *s = &p->shape;
+    const int64_t n = (s->tokens + 1) / 2;
+    int32_t *rows = in_i32(p, "rows", n), *target = in_i32(p, "target", n);
+    for (int64_t i = 0; i < n; i++) {
+        rows[i] = (int32_t)(s->tokens - 1 - 2 * i);
+        target[i] = (int32_t)pick(p->seed, "target", i, s->vocab);
+    }
+    settle(p, "rows");
+    settle(p, "target");
+    espi_head h = {.hidden = in(p, "hidden", s->tokens * s->hidden),
+                   .rows = rows,
+                   .target = target,
+                   .w = mat(p, s->vocab, s->hidden),
+                   .n = n,
+                   .temperature = 1,
+                   .logit_scale = 1};
+    if (!s->extras) return h;
+    h.bias = in_f32(p, "bias", s->vocab);
+    h.temperature = 0.8;
+    h.logit_scale = 0.7;
+    h.softcap = 5;
+    return h;
+}
+
+static void build_head_stats(problem *p, espi_head_stats *a) {
+    a->head = head(p);
+    a->lp = out(p, "lp", a->head.n);
+    a->entropy = out(p, "entropy", a->head.n);
+    a->lse = out(p, "lse", a->head.n);
+}
+
+static void build_head_grad(problem *p, espi_head_grad *a) {
+    problem f;
+    saved(&f, p, ESPI_OP_head_stats);
+    a->head = head(p);
+    a->d_hidden = inout(p, "d_hidden", p->shape.tokens * p->shape.hidden);
+    a->g = in(p, "g", a->head.n);
+    a->e = p->shape.extras ? in(p, "e", a->head.n) : NULL;
+    a->lse = field_take(p, "lse", &f);
+    a->entropy = field_take(p, "entropy", &f);
+    problem_free(&f);
+}
+
+/* Some smooth function of the row's own numbers, refused when chunks are out of order. */
+static esp_status row_coefficients(void *user, int64_t first, int64_t count) {
+    problem *p = user;
+    if (first != p->coef_next || first + count > field_find(p, "lp")->count) return ESP_ERR_CALLBACK;
+    for (int64_t i = first; i < first + count; i++) {
+        field_set(field_find(p, "g"), i, -1 - 0.25 * field_get(field_find(p, "lp"), i));
+        field_set(field_find(p, "e"), i, p->shape.extras ? 0.5 * field_get(field_find(p, "entropy"), i) : 0);
+    }
+    p->coef_next = first + count;
+    return ESP_OK;
+}
+
+static void build_head_fused(problem *p, espi_head_fused *a) {
+    a->head = head(p);
+    a->lp = out(p, "lp", a->head.n);
+    a->entropy = out(p, "entropy", a->head.n);
+    a->lse = out(p, "lse", a->head.n);
+    a->g = out(p, "g", a->head.n);
+    a->e = out(p, "e", a->head.n);
+    a->d_hidden = inout(p, "d_hidden", p->shape.tokens * p->shape.hidden);
+    a->coef = row_coefficients;
+    a->coef_user = p;
+}
+
+static void build_head_logits(problem *p, espi_head_logits *a) {
+    a->head = head(p);
+    a->logits = out(p, "logits", a->head.n * p->shape.vocab);
+}
+
+static void build_head_sample(problem *p, espi_head_sample *a) {
+    a->head = head(p);
+    if (p->shape.in_place) a->head.temperature = 0;
+    a->token = field_add(p, "token", ROLE_OUT, ESP_I32, a->head.n);
+    a->lp = out(p, "lp", a->head.n);
+    double *uniform = field_add(p, "uniform", ROLE_IN, ESP_F64, a->head.n);
+    for (int64_t i = 0; i < a->head.n; i++) uniform[i] = i == 0 ? 0 : fabs(uniform[i]) * 0.999;
+    settle(p, "uniform");
+    a->uniform = uniform;
+}
+
+static void build_sumsq(problem *p, espi_sumsq *a) {
+    const int64_t n = p->shape.tokens * p->shape.hidden * 3;
+    *a = (espi_sumsq){field_add(p, "sum", ROLE_INOUT, ESP_F64, 1), in(p, "x", n), n};
+}
+
+static void build_adamw(problem *p, espi_adamw *a) {
+    const int64_t n = p->shape.tokens * p->shape.hidden;
+    *a = (espi_adamw){.p = inout(p, "p", n),
+                      .m = inout(p, "m", n),
+                      .v = inout(p, "v", n),
+                      .g = in(p, "g", n),
+                      .n = n,
+                      .step = 3,
+                      .lr = 1e-2,
+                      .beta1 = 0.9,
+                      .beta2 = 0.99,
+                      .eps = 1e-8,
+                      .weight_decay = 0.1,
+                      .grad_scale = 0.5};
+    field *v = field_find(p, "v");
+    for (int64_t i = 0; i < n; i++) field_set(v, i, fabs(field_get(v, i)));
+    settle(p, "v");
+}
+
+static void build_adamw8(problem *p, espi_adamw8 *a) {
+    const int64_t n = p->shape.tokens * p->shape.hidden, blocks = (n + 255) / 256;
+    float *map1 = in_f32(p, "map1", 256), *map2 = in_f32(p, "map2", 256);
+    for (int i = 0; i < 256; i++) { /* dense at zero, as the dynamic maps are */
+        map1[i] = (float)(i - 127) * (float)abs(i - 127) / 16384;
+        map2[i] = (float)i * (float)i / 65025;
+    }
+    settle(p, "map1");
+    settle(p, "map2");
+    *a = (espi_adamw8){.p = inout(p, "p", n),
+                       .state1 = field_add(p, "state1", ROLE_INOUT, ESP_U8, n),
+                       .state2 = field_add(p, "state2", ROLE_INOUT, ESP_U8, n),
+                       .absmax1 = field_add(p, "absmax1", ROLE_INOUT, ESP_F32, blocks),
+                       .absmax2 = field_add(p, "absmax2", ROLE_INOUT, ESP_F32, blocks),
+                       .g = in(p, "g", n),
+                       .map1 = map1,
+                       .map2 = map2,
+                       .n = n,
+                       .step = 3,
+                       .lr = 1e-2,
+                       .beta1 = 0.9,
+                       .beta2 = 0.99,
+                       .eps = 1e-8,
+                       .weight_decay = 0.1,
+                       .grad_scale = 0.5};
+    for (int64_t b = 0; b < blocks; b++) {
+        a->absmax1[b] = fabsf(a->absmax1[b]);
+        a->absmax2[b] = fabsf(a->absmax2[b]);
+    }
+    settle(p, "absmax1");
+    settle(p, "absmax2");
+}
+
+/* Scratch of exactly the bytes asked for, all NaN, between guards. */
+static esp_status with_scratch(espi_exec *exec, size_t bytes) {
+    unsigned char *block = aligned_alloc(GUARD, (bytes + GUARD - 1) / GUARD * GUARD + (size_t)2 * GUARD);
+    if (!block) return ESP_ERR_MEMORY;
+    memset(block, 0xA5, GUARD);
+    memset(block + GUARD, 0xFF, bytes);
+    memset(block + GUARD + bytes, 0xA5, GUARD);
+    exec->scratch = block + GUARD;
+    return ESP_OK;
+}
+
+static bool drop_scratch(const espi_exec *exec, size_t bytes) {
+    unsigned char *scratch = exec->scratch;
+    bool whole = true;
+    for (size_t i = 0; i < GUARD; i++) whole = whole && scratch[-1 - (ptrdiff_t)i] == 0xA5 && scratch[bytes + i] == 0xA5;
+    free(scratch - GUARD);
+    return whole;
+}
+
+#define ESPI_OP(op, args_type)                                                                                                             \
+    static void make_##op(problem *p) {                                                                                                    \
+        build_##op(p, &p->args.op);                                                                                                        \
+    }                                                                                                                                      \
+    static esp_status run_##op(const espi_backend *backend, problem *p, int threads, const char **refusal) {                               \
+        const args_type *a = &p->args.op;                                                                                                  \
+        *refusal = backend->op.run == NULL ? "no such kernel" : backend->op.refuse ? backend->op.refuse(a) : NULL;                         \
+        if (*refusal) return ESP_OK;                                                                                                       \
+        espi_exec exec = {.threads = threads};                                                                                             \
+        const size_t bytes = backend->op.scratch ? backend->op.scratch(&exec, a) : 0;                                                      \
+        esp_status status = with_scratch(&exec, bytes);                                                                                    \
+        if (status != ESP_OK) return status;                                                                                               \
+        status = backend->op.run(&exec, a);                                                                                                \
+        cr_assert(drop_scratch(&exec, bytes), "%s on %s, %s: wrote outside its scratch", #op, backend->name, p->shape.name);               \
+        return status;                                                                                                                     \
+    }
+#include "kernels/ops.def"
+#undef ESPI_OP
+
+const op_case op_cases[ESPI_OP_COUNT] = {
+#define ESPI_OP(name, args) {#name, make_##name, run_##name},
+#include "kernels/ops.def"
+#undef ESPI_OP
+};
+
+void problem_build(problem *p, espi_op_id op, const shape *shape, esp_dtype real, const espi_backend *saver) {
+    *p = (problem){.shape = *shape, .op = op, .real = real, .saver = saver, .seed = seed_of(shape->name)};
+    op_cases[op].build(p);
+}
+
+void problem_call(problem *p, const espi_backend *backend) {
+    const char *refusal = NULL, *name = "";
+    const esp_status status = op_cases[p->op].run(backend, p, 1, &refusal);
+    cr_assert(status == ESP_OK && !refusal, "%s on %s, shape %s, seed %llu: status %d, refusal %s, %s", op_cases[p->op].name, backend->name,
+              p->shape.name, (unsigned long long)p->seed, status, refusal ? refusal : "none", esp_last_error());
+    const char *damage = problem_damage(p, &name);
+    cr_assert_null(damage, "%s on %s, shape %s: array %s: %s", op_cases[p->op].name, backend->name, p->shape.name, name, damage);
+}
+
+void problem_run(problem *p, espi_op_id op, const shape *shape, const espi_backend *backend, const espi_backend *saver) {
+    problem_build(p, op, shape, backend->real, saver);
+    problem_call(p, backend);
+}

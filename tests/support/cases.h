@@ -1,0 +1,27 @@
+/* How to make a call of each op of ops.def from a shape, and how to run it.  A row without a builder does not compile. */
+#ifndef ESP_TESTS_CASES_H
+#define ESP_TESTS_CASES_H
+
+#include "problem.h"
+
+/* Coefficients of the router's two auxiliary losses, with `extras`. */
+#define AUX_COEF 0.7
+#define Z_COEF 0.3
+
+typedef struct op_case {
+    const char *name;
+    void (*build)(problem *p);
+    /* Runs on `backend` with scratch that is poisoned and guarded.  *refusal: the backend's reason, or NULL when it ran. */
+    esp_status (*run)(const espi_backend *backend, problem *p, int threads, const char **refusal);
+} op_case;
+
+extern const op_case op_cases[ESPI_OP_COUNT];
+
+/* Fills *p: the call of `op` on `shape`, arrays in `real`. */
+void problem_build(problem *p, espi_op_id op, const shape *shape, esp_dtype real, const espi_backend *saver);
+/* Builds and runs; every failure ends the test, refusals too. */
+void problem_run(problem *p, espi_op_id op, const shape *shape, const espi_backend *backend, const espi_backend *saver);
+/* Runs what has been built; every failure ends the test. */
+void problem_call(problem *p, const espi_backend *backend);
+
+#endif
