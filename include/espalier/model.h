@@ -29,7 +29,7 @@ enum {
 typedef struct esp_model_config {
     size_t struct_size;
     esp_qformat experts;      ///< default ESP_NF4
-    bool double_quant;        ///< quantise the block scales as bitsandbytes does, then hold the restored values
+    bool double_quant;        ///< hold the block scales in 8 bits, as bitsandbytes does: about 0.37 bits a weight less
     int lora_rank;            ///< default 8
     float lora_alpha;         ///< default 2 * lora_rank
     bool rslora;              ///< scale alpha / sqrt(R) instead of alpha / R

@@ -299,11 +299,12 @@ esp_status espi_st_read(const espi_st_tensor *tensor, void *buffer, uint64_t fir
     return pread_full(f->fd, buffer, bytes, tensor->offset + first, f->path);
 }
 
-static void print_dims(char *out, size_t capacity, int rank, const int64_t *dims) {
-    size_t at = (size_t)snprintf(out, capacity, "[");
-    for (int i = 0; i < rank && at < capacity; i++)
-        at += (size_t)snprintf(out + at, capacity - at, "%s%" PRId64, i > 0 ? "," : "", dims[i]);
-    if (at < capacity) snprintf(out + at, capacity - at, "]");
+void espi_dims_text(char out[ESPI_DIMS_TEXT], int rank, const int64_t *dims) {
+    size_t at = 0;
+    out[at++] = '[';
+    for (int i = 0; i < rank && at < ESPI_DIMS_TEXT; i++)
+        at += (size_t)snprintf(out + at, ESPI_DIMS_TEXT - at, "%s%" PRId64, i > 0 ? "," : "", dims[i]);
+    snprintf(out + at, ESPI_DIMS_TEXT - at, "]"); /* eight numbers of 20 digits fit */
 }
 
 esp_status espi_st_expect(const espi_st_tensor *tensor, esp_dtype dtype, int rank, const int64_t *dims) {
@@ -312,9 +313,9 @@ esp_status espi_st_expect(const espi_st_tensor *tensor, esp_dtype dtype, int ran
         return ESPI_FAIL(ESP_ERR_DTYPE, "%s: tensor %s: dtype %s, expected %s", path, tensor->name, tensor->dtype_name,
                          esp_dtype_name(dtype));
     if (rank == tensor->rank && memcmp(dims, tensor->dims, (size_t)rank * sizeof *dims) == 0) return ESP_OK;
-    char got[200], expected[200];
-    print_dims(got, sizeof got, tensor->rank, tensor->dims);
-    print_dims(expected, sizeof expected, rank, dims);
+    char got[ESPI_DIMS_TEXT], expected[ESPI_DIMS_TEXT];
+    espi_dims_text(got, tensor->rank, tensor->dims);
+    espi_dims_text(expected, rank, dims);
     return ESPI_FAIL(ESP_ERR_SHAPE, "%s: tensor %s: shape %s, expected %s", path, tensor->name, got, expected);
 }
 
@@ -444,10 +445,18 @@ const espi_st_tensor *espi_st_set_at(const espi_st_set *set, size_t i) {
     return i < set->n ? set->tensors[i] : NULL;
 }
 
-const espi_st_tensor *espi_st_set_find(const espi_st_set *set, const char *name) {
+static const espi_st_tensor **place_in_set(const espi_st_set *set, const char *name) {
     const espi_st_tensor key = {.name = name}, *pointer = &key;
-    const espi_st_tensor **found = set->n > 0 ? bsearch(&pointer, set->tensors, set->n, sizeof pointer, pointers_by_name) : NULL;
+    return set->n > 0 ? bsearch(&pointer, set->tensors, set->n, sizeof pointer, pointers_by_name) : NULL;
+}
+
+const espi_st_tensor *espi_st_set_find(const espi_st_set *set, const char *name) {
+    const espi_st_tensor **found = place_in_set(set, name);
     return found ? *found : NULL;
+}
+
+size_t espi_st_set_index(const espi_st_set *set, const espi_st_tensor *tensor) {
+    return (size_t)(place_in_set(set, tensor->name) - set->tensors);
 }
 
 /* ---- the writer ---- */

@@ -40,6 +40,10 @@ esp_status espi_st_read(const espi_st_tensor *tensor, void *buffer, uint64_t fir
  * dtype ESP_DTYPE_NONE: any. */
 esp_status espi_st_expect(const espi_st_tensor *tensor, esp_dtype dtype, int rank, const int64_t *dims);
 
+/* "[2,3]", for sentences. */
+#define ESPI_DIMS_TEXT 200
+void espi_dims_text(char out[ESPI_DIMS_TEXT], int rank, const int64_t *dims);
+
 /* A folder: model.safetensors, or the shards of model.safetensors.index.json. */
 typedef struct espi_st_set espi_st_set;
 esp_status espi_st_set_open(espi_st_set **set, const char *dir);
@@ -48,6 +52,7 @@ const char *espi_st_set_path(const espi_st_set *set); /* the single file, or the
 size_t espi_st_set_count(const espi_st_set *set);
 const espi_st_tensor *espi_st_set_at(const espi_st_set *set, size_t i); /* ascending by name */
 const espi_st_tensor *espi_st_set_find(const espi_st_set *set, const char *name);
+size_t espi_st_set_index(const espi_st_set *set, const espi_st_tensor *tensor); /* its place in the set */
 
 /* What to write: `data`, or `fill` when data is NULL.  fill writes the whole tensor, row-major, into buffer. */
 typedef struct espi_st_item {
