@@ -20,7 +20,7 @@ void espi_arena_reset(espi_arena *arena) {
 esp_status espi_arena_take(espi_arena *arena, size_t bytes, void *out) {
     unsigned char *place = NULL;
     size_t left = arena->capacity - arena->used;
-    if (bytes > left || ESPI_ALIGNED(bytes) > left || ESPI_ALIGNED(bytes) < bytes)
+    if (ESPI_ALIGNED(bytes) > left || ESPI_ALIGNED(bytes) < bytes)
         return ESPI_FAIL(ESP_ERR_MEMORY, "%zu bytes of working memory wanted, %zu of %zu left: the plan was made for a smaller batch",
                          bytes, left, arena->capacity);
     if (!arena->dry && bytes > 0) place = arena->base + arena->used;

@@ -133,6 +133,18 @@ Test(ctx, backend_names) {
     cr_expect(strstr(esp_last_error(), "sse9") != NULL && strstr(esp_last_error(), "generic") != NULL, "%s", esp_last_error());
 }
 
+Test(ctx, every_instruction_set_by_name) {
+    for (int i = 0; espi_backends_cpu[i] != NULL; i++) {
+        const espi_backend *backend = espi_backends_cpu[i];
+        bool there = backend->available == NULL || backend->available();
+        esp_ctx *ctx;
+        esp_status status = esp_ctx_create(&ctx, &ESP_CTX_CONFIG(.backend = backend->name));
+        cr_expect_eq(status, there ? ESP_OK : ESP_ERR_ARG, "%s: %s", backend->name, esp_last_error());
+        if (status == ESP_OK) cr_expect(ctx->backends[0] == backend);
+        esp_ctx_destroy(ctx);
+    }
+}
+
 Test(ctx, instruction_set_by_environment) {
     esp_ctx *ctx;
     setenv("ESP_CPU_ISA", "generic", 1);
