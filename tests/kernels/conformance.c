@@ -1,0 +1,183 @@
+/* Every op of ops.def, on every backend that this machine runs, over a table of shapes, against the double reference.
+ *
+ * The error of an array is its largest difference from ref64 over ref64's largest magnitude.  It may be twice the error of the float
+ * reference, plus FLOOR: that one sums in double and rounds once, so a kernel that sums in float needs room for its partial sums' rounding.
+ * Integers must be equal; 8-bit optimiser codes may be neighbours, for a float moment may fall on the other side of a midpoint. */
+#include "cases.h"
+
+#include <criterion/criterion.h>
+#include <criterion/parameterized.h>
+#include <math.h>
+#include <string.h>
+
+#define FLOOR 1e-6
+
+/* T, H, E, K, I, R, V, Hq, Hk, D. */
+static const shape shapes[] = {
+    {"no token", 0, 17, 4, 2, 16, 4, 33, 4, 2, 16, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .extras = true},
+    {"one token", 1, 64, 8, 2, 32, 8, 97, 4, 2, 16, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .extras = true},
+    {"ones", 1, 1, 1, 1, 1, 1, 1, 1, 1, 2, ROUTE_RANDOM, ESP_NF4, ESP_F32, .extras = false},
+    {"two tokens, odd all over", 2, 15, 3, 2, 7, 3, 31, 3, 1, 6, ROUTE_RANDOM, ESP_FP4, ESP_BF16, .nested = true, .renormalise = true},
+    {"15", 15, 15, 4, 2, 15, 4, 65, 4, 4, 8, ROUTE_RANDOM, ESP_NF4, ESP_F32, .in_place = true, .decode = true},
+    {"16", 16, 16, 4, 2, 16, 8, 64, 4, 2, 16, ROUTE_RANDOM, ESP_FP4, ESP_F32, .extras = true, .in_place = true},
+    {"17", 17, 17, 5, 3, 17, 5, 67, 6, 2, 10, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .extras = true, .decode = true},
+    {"31", 31, 31, 6, 1, 33, 2, 127, 2, 1, 30, ROUTE_SKEWED, ESP_NF4, ESP_F16, .nested = true},
+    {"33", 33, 33, 6, 6, 31, 16, 129, 2, 2, 34, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .renormalise = true, .in_place = true},
+    {"64", 64, 64, 8, 4, 32, 16, 256, 8, 2, 32, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .renormalise = true, .extras = true},
+    {"65", 65, 65, 8, 2, 65, 17, 257, 5, 5, 12, ROUTE_SKEWED, ESP_FP4, ESP_F32, .extras = true},
+    {"experts without tokens", 20, 32, 8, 2, 48, 4, 100, 4, 1, 8, ROUTE_EMPTY, ESP_NF4, ESP_BF16, .renormalise = true},
+    {"all on one", 37, 48, 4, 1, 24, 4, 50, 4, 2, 16, ROUTE_ONE, ESP_NF4, ESP_BF16, .extras = true, .decode = true},
+    {"plain bf16", 19, 40, 4, 2, 20, 4, 70, 4, 2, 20, ROUTE_RANDOM, ESP_Q_NONE, ESP_BF16, .renormalise = true},
+    {"plain f16", 18, 24, 4, 2, 12, 4, 70, 4, 2, 18, ROUTE_SKEWED, ESP_Q_NONE, ESP_F16, .extras = true},
+    {"plain f32", 21, 40, 4, 3, 20, 3, 70, 4, 2, 22, ROUTE_EMPTY, ESP_Q_NONE, ESP_F32, .extras = true},
+    {"no branch", 23, 36, 4, 2, 20, 0, 80, 4, 2, 8, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .renormalise = true},
+    {"many blocks, double quantisation", 9, 256, 3, 2, 80, 8, 90, 2, 1, 64, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .nested = true,
+     .extras = true},
+    {"long rows", 5, 300, 2, 1, 130, 4, 700, 2, 1, 128, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .renormalise = true, .extras = true},
+    {"a long sequence", 150, 16, 4, 2, 8, 2, 40, 2, 1, 16, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .extras = true},
+};
+enum { SHAPES = sizeof shapes / sizeof shapes[0] };
+
+static double error_of(const field *got, const field *want) {
+    double worst = 0, largest = 0;
+    for (int64_t i = 0; i < want->count; i++) {
+        const double difference = fabs(field_get(got, i) - field_get(want, i)), size = fabs(field_get(want, i));
+        if (isnan(difference)) return difference; /* in either: an element that was not written, or went wrong */
+        if (difference > worst) worst = difference;
+        if (size > largest) largest = size;
+    }
+    return largest > 0 ? worst / largest : worst;
+}
+
+static void compare(const espi_backend *backend, problem *got, problem *plain, problem *want) {
+    for (int i = 0; i < want->n_fields; i++) {
+        const field *g = &got->fields[i], *w = &want->fields[i];
+        if (w->role == ROLE_IN) continue;
+        double limit = 0;
+        if (w->dtype == ESP_F32 || w->dtype == ESP_F64) limit = 2 * error_of(&plain->fields[i], w) + FLOOR;
+        double error = error_of(g, w);
+        if (w->dtype == ESP_U8) {
+            limit = 1;
+            error = 0;
+            for (int64_t k = 0; k < w->count; k++) error = fmax(error, fabs(field_get(g, k) - field_get(w, k)));
+        }
+        cr_expect(!!(error <= limit), "%s on %s, shape %s, seed %llu, array %s: error %.3g is beyond its limit %.3g",
+                  op_cases[want->op].name, backend->name, want->shape.name, (unsigned long long)want->seed, w->name, error, limit);
+    }
+}
+
+/* What a backend made of a shape; false: it refuses this case, with a reason. */
+static bool run_on(problem *p, espi_op_id op, const shape *shape, const espi_backend *backend, int threads) {
+    const char *refusal = NULL, *damaged = NULL;
+    problem_build(p, op, shape, backend->real, &espi_backend_ref);
+    const esp_status status = op_cases[op].run(backend, p, threads, &refusal);
+    if (refusal) return false;
+    cr_assert_eq(status, ESP_OK, "%s on %s, shape %s, seed %llu: %s", op_cases[op].name, backend->name, shape->name,
+                 (unsigned long long)p->seed, esp_last_error());
+    const char *damage = problem_damage(p, &damaged);
+    cr_assert_null(damage, "%s on %s, shape %s, %d threads, array %s: %s", op_cases[op].name, backend->name, shape->name, threads, damaged,
+                   damage);
+    return true;
+}
+
+static void expect_same_bits(const problem *a, const problem *b, const char *what, const espi_backend *backend) {
+    for (int i = 0; i < a->n_fields; i++) {
+        const size_t bytes = (size_t)a->fields[i].count * esp_dtype_size(a->fields[i].dtype);
+        cr_expect(memcmp(a->fields[i].data, b->fields[i].data, bytes) == 0, "%s on %s, shape %s, seed %llu, array %s: not bit-equal for %s",
+                  op_cases[a->op].name, backend->name, a->shape.name, (unsigned long long)a->seed, a->fields[i].name, what);
+    }
+}
+
+static void conform(espi_op_id op, const shape *shape, const espi_backend *backend, problem *plain, problem *want) {
+    problem one, two;
+    if (run_on(&one, op, shape, backend, 1)) {
+        compare(backend, &one, plain, want);
+        run_on(&two, op, shape, backend, 2);
+        expect_same_bits(&one, &two, "1 and 2 threads", backend);
+        problem_free(&two);
+    }
+    problem_free(&one);
+}
+
+static struct criterion_test_params all_ops(void) {
+    static int index[ESPI_OP_COUNT];
+    for (int i = 0; i < ESPI_OP_COUNT; i++) index[i] = i;
+    return cr_make_param_array(int, index, ESPI_OP_COUNT);
+}
+
+ParameterizedTestParameters(kernels, conformance) {
+    return all_ops();
+}
+
+ParameterizedTest(int *op, kernels, conformance) {
+    for (int s = 0; s < SHAPES; s++) {
+        problem plain, want;
+        cr_assert(run_on(&want, (espi_op_id)*op, &shapes[s], &espi_backend_ref64, 1), "ref64 refuses %s", op_cases[*op].name);
+        cr_assert(run_on(&plain, (espi_op_id)*op, &shapes[s], &espi_backend_ref, 1), "ref refuses %s", op_cases[*op].name);
+        compare(&espi_backend_ref, &plain, &plain, &want);
+        for (const espi_backend *const *backend = espi_backends_cpu; *backend; backend++)
+            if ((*backend)->available()) conform((espi_op_id)*op, &shapes[s], *backend, &plain, &want);
+        problem_free(&plain);
+        problem_free(&want);
+    }
+}
+
+/* What a float reference may differ from the double one by: it rounds what it stores and nothing else. */
+Test(kernels, float_reference_rounds_once) {
+    for (int op = 0; op < ESPI_OP_COUNT; op++) {
+        for (int s = 0; s < SHAPES; s++) {
+            problem plain, want;
+            run_on(&want, (espi_op_id)op, &shapes[s], &espi_backend_ref64, 1);
+            run_on(&plain, (espi_op_id)op, &shapes[s], &espi_backend_ref, 1);
+            for (int i = 0; i < want.n_fields; i++) {
+                if (want.fields[i].role == ROLE_IN) continue;
+                const double error = error_of(&plain.fields[i], &want.fields[i]);
+                cr_expect(!!(error <= FLOOR), "%s, shape %s, array %s: error %.3g", op_cases[op].name, shapes[s].name, want.fields[i].name,
+                          error);
+            }
+            problem_free(&plain);
+            problem_free(&want);
+        }
+    }
+}
+
+static bool has_refusal(const espi_backend *backend, espi_op_id op, problem *p) {
+    const char *refusal = NULL;
+    op_cases[op].run(backend, p, 1, &refusal);
+    return refusal != NULL;
+}
+
+/* A format or dtype that nobody reads is refused with a reason, before anything is computed. */
+Test(kernels, reference_refuses_unknown_weights) {
+    const espi_op_id experts[] = {ESPI_OP_gate_up_fwd, ESPI_OP_gate_up_bwd, ESPI_OP_down_fwd, ESPI_OP_down_bwd};
+    problem p;
+    for (size_t i = 0; i < sizeof experts / sizeof experts[0]; i++) {
+        problem_build(&p, experts[i], &shapes[1], ESP_F32, &espi_backend_ref);
+        espi_stack *w = experts[i] == ESPI_OP_gate_up_fwd   ? &p.args.gate_up_fwd.w
+                        : experts[i] == ESPI_OP_gate_up_bwd ? &p.args.gate_up_bwd.w
+                        : experts[i] == ESPI_OP_down_fwd    ? &p.args.down_fwd.w
+                                                            : &p.args.down_bwd.w;
+        w->format = ESP_MXFP4;
+        cr_expect(has_refusal(&espi_backend_ref, experts[i], &p), "%s takes MXFP4", op_cases[experts[i]].name);
+        problem_free(&p);
+    }
+    problem_build(&p, ESPI_OP_linear_fwd, &shapes[1], ESP_F32, &espi_backend_ref);
+    p.args.linear_fwd.w.dtype = ESP_I8;
+    cr_expect(has_refusal(&espi_backend_ref, ESPI_OP_linear_fwd, &p), "linear_fwd takes an I8 weight");
+    problem_free(&p);
+}
+
+/* Not a number in, error out: a router without finite logits has no choice to make. */
+Test(kernels, router_refuses_nan) {
+    const espi_backend *all[8] = {&espi_backend_ref, &espi_backend_ref64};
+    for (int i = 0; i < 6 && espi_backends_cpu[i]; i++) all[i + 2] = espi_backends_cpu[i];
+    for (int i = 0; i < 8 && all[i]; i++) {
+        if (!all[i]->available() || !all[i]->router_fwd.run) continue;
+        problem p;
+        const char *refusal = NULL;
+        problem_build(&p, ESPI_OP_router_fwd, &shapes[9], all[i]->real, &espi_backend_ref);
+        field_set(field_find(&p, "x"), 100, NAN);
+        cr_expect_eq(op_cases[ESPI_OP_router_fwd].run(all[i], &p, 1, &refusal), ESP_ERR_NONFINITE, "%s", all[i]->name);
+        problem_free(&p);
+    }
+}

@@ -1,0 +1,386 @@
+/* The contract on bits: what a row becomes depends neither on the rows beside it nor on how many there are.  Each row-wise op runs a batch
+ * at once, and again row by row (and in two pieces), on every backend.  Then what several ops must agree on. */
+#include "cases.h"
+
+#include <criterion/criterion.h>
+#include <criterion/parameterized.h>
+#include <string.h>
+
+/* T, H, E, K, I, R, V, Hq, Hk, D. */
+static const shape shapes[] = {
+    {"rows, small", 7, 24, 4, 2, 12, 4, 61, 4, 2, 8, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .extras = true},
+    {"rows, odd", 33, 65, 6, 3, 31, 5, 130, 3, 1, 18, ROUTE_SKEWED, ESP_FP4, ESP_F32, .renormalise = true},
+    {"rows, wide", 70, 128, 8, 2, 64, 16, 300, 8, 4, 32, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .nested = true, .extras = true},
+};
+enum { SHAPES = sizeof shapes / sizeof shapes[0], BACKENDS = 8 };
+
+/* The reference first, then what runs here of kernels/cpu; their number. */
+static int backends(const espi_backend *all[BACKENDS]) {
+    int n = 0;
+    all[n++] = &espi_backend_ref;
+    all[n++] = &espi_backend_ref64;
+    for (int i = 0; espi_backends_cpu[i] && n < BACKENDS; i++)
+        if (espi_backends_cpu[i]->available()) all[n++] = espi_backends_cpu[i];
+    return n;
+}
+
+/* A batch that has run, and the same batch again, its arrays as they were before. */
+typedef struct twice {
+    problem whole, pieces;
+    const espi_backend *backend;
+    size_t size; /* of one real */
+} twice;
+
+static bool begin(twice *t, espi_op_id op, const shape *shape, const espi_backend *backend) {
+    const char *refusal = NULL;
+    t->backend = backend;
+    t->size = esp_dtype_size(backend->real);
+    problem_build(&t->whole, op, shape, backend->real, &espi_backend_ref);
+    problem_build(&t->pieces, op, shape, backend->real, &espi_backend_ref);
+    cr_assert_eq(op_cases[op].run(backend, &t->whole, 2, &refusal), ESP_OK, "%s", esp_last_error());
+    return refusal == NULL;
+}
+
+static void end(twice *t, bool ran) {
+    for (int i = 0; ran && i < t->whole.n_fields; i++) {
+        const field *a = &t->whole.fields[i], *b = &t->pieces.fields[i];
+        cr_expect(memcmp(a->data, b->data, (size_t)a->count * esp_dtype_size(a->dtype)) == 0,
+                  "%s on %s, shape %s, seed %llu, array %s: rows are not bit-equal when the batch is cut", op_cases[t->whole.op].name,
+                  t->backend->name, t->whole.shape.name, (unsigned long long)t->whole.seed, a->name);
+    }
+    problem_free(&t->whole);
+    problem_free(&t->pieces);
+}
+
+/* Runs t->pieces with `args` in place of its own. */
+static void piece(twice *t, const any_args *args) {
+    const any_args own = t->pieces.args;
+    const char *refusal = NULL;
+    t->pieces.args = *args;
+    const esp_status status = op_cases[t->pieces.op].run(t->backend, &t->pieces, 2, &refusal);
+    cr_assert(status == ESP_OK && !refusal, "%s on %s takes the batch but not its piece: %s", op_cases[t->pieces.op].name, t->backend->name,
+              refusal ? refusal : esp_last_error());
+    t->pieces.args = own;
+}
+
+/* p + n elements of the backend's real; const is given up because one helper serves inputs and outputs. */
+static void *plus(const twice *t, const void *p, int64_t n) {
+    return p ? (char *)(uintptr_t)p + (size_t)n * t->size : NULL;
+}
+
+/* Cuts of T rows: one at a time, and in two pieces. */
+static int64_t cut(int64_t first, int64_t rows, bool singly) {
+    if (singly) return first + 1;
+    return first < rows / 3 ? rows / 3 : rows;
+}
+
+static void norm_rows(const shape *s, const espi_backend *backend, bool singly) {
+    twice t;
+    const bool ran = begin(&t, ESPI_OP_rmsnorm_fwd, s, backend);
+    for (int64_t i = 0, next; ran && i < s->tokens; i = next) {
+        next = cut(i, s->tokens, singly);
+        any_args args = t.pieces.args;
+        espi_rmsnorm_fwd *a = &args.rmsnorm_fwd;
+        a->x = plus(&t, a->x, i * s->hidden);
+        a->y = plus(&t, a->y, i * s->hidden);
+        a->rstd = plus(&t, a->rstd, i);
+        a->rows = next - i;
+        piece(&t, &args);
+    }
+    end(&t, ran);
+}
+
+static void linear_rows(const shape *s, const espi_backend *backend, bool singly) {
+    twice t;
+    const bool ran = begin(&t, ESPI_OP_linear_fwd, s, backend);
+    for (int64_t i = 0, next; ran && i < s->tokens; i = next) {
+        next = cut(i, s->tokens, singly);
+        any_args args = t.pieces.args;
+        espi_linear_fwd *a = &args.linear_fwd;
+        a->x = plus(&t, a->x, i * s->hidden);
+        a->y = plus(&t, a->y, i * s->width);
+        a->u = plus(&t, a->u, i * s->rank);
+        a->tokens = next - i;
+        piece(&t, &args);
+    }
+    end(&t, ran);
+}
+
+static void router_rows(const shape *s, const espi_backend *backend, bool singly) {
+    twice t;
+    shape plain = *s;
+    plain.extras = false; /* the sums over the batch are not row-wise */
+    const bool ran = begin(&t, ESPI_OP_router_fwd, &plain, backend);
+    for (int64_t i = 0, next; ran && i < s->tokens; i = next) {
+        next = cut(i, s->tokens, singly);
+        any_args args = t.pieces.args;
+        espi_router_fwd *a = &args.router_fwd;
+        a->x = plus(&t, a->x, i * s->hidden);
+        a->logits = plus(&t, a->logits, i * s->experts);
+        a->lse = plus(&t, a->lse, i);
+        a->idx += i * s->top_k;
+        a->weight = plus(&t, a->weight, i * s->top_k);
+        a->tokens = next - i;
+        piece(&t, &args);
+    }
+    end(&t, ran);
+}
+
+/* Tokens first..next-1 routed alone: their routing, and where their rows lie in the whole batch. */
+typedef struct part {
+    int32_t offsets[64], row_token[512], slot_row[512], whole_row[512];
+    double row_weight[512];
+    espi_routing routing;
+    int64_t rows;
+} part;
+
+static void route_part(part *p, const twice *t, const espi_routing *whole, int64_t first, int64_t next) {
+    int32_t row = 0;
+    for (int64_t e = 0; e < whole->experts; e++) {
+        p->offsets[e] = row;
+        for (int64_t s = whole->offsets[e]; s < whole->offsets[e + 1]; s++) {
+            if (whole->row_token[s] < first || whole->row_token[s] >= next) continue;
+            p->row_token[row] = whole->row_token[s] - (int32_t)first;
+            memcpy((char *)p->row_weight + (size_t)row * t->size, plus(t, whole->row_weight, s), t->size);
+            p->whole_row[row++] = (int32_t)s;
+        }
+    }
+    p->offsets[whole->experts] = row;
+    for (int64_t slot = first * whole->top_k; slot < next * whole->top_k; slot++)
+        for (int32_t r = 0; r < row; r++)
+            if (p->whole_row[r] == whole->slot_row[slot]) p->slot_row[slot - first * whole->top_k] = r;
+    p->routing = (espi_routing){next - first, whole->experts, whole->top_k, p->offsets, p->row_token, p->slot_row, p->row_weight};
+    p->rows = row;
+}
+
+/* Rows of a part, gathered from the whole batch's array or scattered into it. */
+static void gather(const twice *t, const part *p, void *rows, const void *whole, int64_t width) {
+    for (int64_t r = 0; r < p->rows; r++)
+        memcpy(plus(t, rows, r * width), plus(t, whole, p->whole_row[r] * width), (size_t)width * t->size);
+}
+static void scatter(const twice *t, const part *p, void *whole, const void *rows, int64_t width) {
+    for (int64_t r = 0; r < p->rows; r++)
+        memcpy(plus(t, whole, p->whole_row[r] * width), plus(t, rows, r * width), (size_t)width * t->size);
+}
+
+enum { PART_VALUES = 210 * 128 };
+static double part_in[PART_VALUES], part_out[PART_VALUES], part_u[210 * 16];
+
+static void gate_up_rows(const shape *s, const espi_backend *backend, bool singly) {
+    twice t;
+    static part p;
+    const bool ran = begin(&t, ESPI_OP_gate_up_fwd, s, backend);
+    for (int64_t i = 0, next; ran && i < s->tokens; i = next) {
+        next = cut(i, s->tokens, singly);
+        any_args args = t.pieces.args;
+        espi_gate_up_fwd *a = &args.gate_up_fwd;
+        route_part(&p, &t, &t.pieces.args.gate_up_fwd.routing, i, next);
+        a->x = plus(&t, a->x, i * s->hidden);
+        a->gu = part_out;
+        a->u = part_u;
+        a->routing = p.routing;
+        piece(&t, &args);
+        scatter(&t, &p, t.pieces.args.gate_up_fwd.gu, part_out, 2 * s->width);
+        scatter(&t, &p, t.pieces.args.gate_up_fwd.u, part_u, s->rank);
+    }
+    end(&t, ran);
+}
+
+static void down_rows(const shape *s, const espi_backend *backend, bool singly) {
+    twice t;
+    static part p;
+    const bool ran = begin(&t, ESPI_OP_down_fwd, s, backend);
+    for (int64_t i = 0, next; ran && i < s->tokens; i = next) {
+        next = cut(i, s->tokens, singly);
+        any_args args = t.pieces.args;
+        espi_down_fwd *a = &args.down_fwd;
+        route_part(&p, &t, &t.pieces.args.down_fwd.routing, i, next);
+        gather(&t, &p, part_in, a->act, s->width);
+        a->act = part_in;
+        a->y = part_out;
+        a->u = part_u;
+        a->routing = p.routing;
+        piece(&t, &args);
+        scatter(&t, &p, t.pieces.args.down_fwd.y, part_out, s->hidden);
+        scatter(&t, &p, t.pieces.args.down_fwd.u, part_u, s->rank);
+    }
+    end(&t, ran);
+}
+
+/* Each query alone against the keys before it, as the sampler does it, or every sequence alone. */
+static void attention_rows(const shape *s, const espi_backend *backend, bool singly) {
+    twice t;
+    const bool ran = begin(&t, ESPI_OP_attention_fwd, s, backend);
+    const espi_spans spans = t.pieces.args.attention_fwd.spans;
+    for (int32_t q = 0; ran && q < spans.n_seqs; q++) {
+        const int32_t n = spans.cu_q[q + 1] - spans.cu_q[q], step = singly ? 1 : n;
+        for (int32_t i = 0; i < n; i += step) {
+            const int32_t cu[] = {0, step}, start = spans.k_start[q], len = i + step;
+            any_args args = t.pieces.args;
+            espi_attention_fwd *a = &args.attention_fwd;
+            const int64_t first = spans.cu_q[q] + i;
+            a->q = plus(&t, a->q, first * s->heads * s->head_dim);
+            a->out = plus(&t, a->out, first * s->heads * s->head_dim);
+            a->lse = plus(&t, a->lse, first * s->heads);
+            a->spans = (espi_spans){cu, &start, &len, 1};
+            piece(&t, &args);
+        }
+    }
+    end(&t, ran);
+}
+
+static void head_part(espi_head *h, int64_t first, int64_t next) {
+    h->rows += first;
+    h->target += first;
+    h->n = next - first;
+}
+
+static void head_stats_rows(const shape *s, const espi_backend *backend, bool singly) {
+    twice t;
+    const bool ran = begin(&t, ESPI_OP_head_stats, s, backend);
+    const int64_t n = t.pieces.args.head_stats.head.n;
+    for (int64_t i = 0, next; ran && i < n; i = next) {
+        next = cut(i, n, singly);
+        any_args args = t.pieces.args;
+        espi_head_stats *a = &args.head_stats;
+        head_part(&a->head, i, next);
+        a->lp = plus(&t, a->lp, i);
+        a->entropy = plus(&t, a->entropy, i);
+        a->lse = plus(&t, a->lse, i);
+        piece(&t, &args);
+    }
+    end(&t, ran);
+}
+
+static void head_sample_rows(const shape *s, const espi_backend *backend, bool singly) {
+    twice t;
+    const bool ran = begin(&t, ESPI_OP_head_sample, s, backend);
+    const int64_t n = t.pieces.args.head_sample.head.n;
+    for (int64_t i = 0, next; ran && i < n; i = next) {
+        next = cut(i, n, singly);
+        any_args args = t.pieces.args;
+        espi_head_sample *a = &args.head_sample;
+        head_part(&a->head, i, next);
+        a->token += i;
+        a->uniform += i;
+        a->lp = plus(&t, a->lp, i);
+        piece(&t, &args);
+    }
+    end(&t, ran);
+}
+
+static void head_grad_rows(const shape *s, const espi_backend *backend, bool singly) {
+    twice t;
+    const bool ran = begin(&t, ESPI_OP_head_grad, s, backend);
+    const int64_t n = t.pieces.args.head_grad.head.n;
+    for (int64_t i = 0, next; ran && i < n; i = next) {
+        next = cut(i, n, singly);
+        any_args args = t.pieces.args;
+        espi_head_grad *a = &args.head_grad;
+        head_part(&a->head, i, next);
+        a->g = plus(&t, a->g, i);
+        a->e = plus(&t, a->e, i);
+        a->lse = plus(&t, a->lse, i);
+        a->entropy = plus(&t, a->entropy, i);
+        piece(&t, &args);
+    }
+    end(&t, ran);
+}
+
+static void (*const cutters[])(const shape *s, const espi_backend *backend, bool singly) = {
+    norm_rows, linear_rows, router_rows, gate_up_rows, down_rows, attention_rows, head_stats_rows, head_sample_rows, head_grad_rows,
+};
+enum { CUTTERS = sizeof cutters / sizeof cutters[0] };
+
+ParameterizedTestParameters(rows, cut_batch) {
+    static int index[CUTTERS];
+    for (int i = 0; i < CUTTERS; i++) index[i] = i;
+    return cr_make_param_array(int, index, CUTTERS);
+}
+
+ParameterizedTest(int *index, rows, cut_batch) {
+    const espi_backend *all[BACKENDS];
+    const int n = backends(all);
+    for (int s = 0; s < SHAPES; s++) {
+        for (int b = 0; b < n; b++) {
+            cutters[*index](&shapes[s], all[b], true);
+            cutters[*index](&shapes[s], all[b], false);
+        }
+    }
+}
+
+/* The sampler's log-probability of the token it drew is, bit for bit, what the trainer finds for that token. */
+Test(rows, sampled_log_prob_is_the_trainers) {
+    const espi_backend *all[BACKENDS];
+    const int n = backends(all);
+    for (int b = 0; b < n; b++) {
+        for (int s = 0; s < 2 * SHAPES; s++) {
+            problem drawn, found;
+            shape greedy = shapes[s / 2];
+            greedy.in_place = s % 2 == 1;
+            if (greedy.in_place) greedy.extras = false; /* greedy means temperature 1 */
+            problem_run(&drawn, ESPI_OP_head_sample, &greedy, all[b], &espi_backend_ref);
+            problem_build(&found, ESPI_OP_head_stats, &greedy, all[b]->real, &espi_backend_ref);
+            found.args.head_stats.head.target = field_find(&drawn, "token")->data;
+            problem_call(&found, all[b]);
+            const field *lp = field_find(&drawn, "lp");
+            cr_expect_arr_eq(lp->data, field_find(&found, "lp")->data, (size_t)lp->count * esp_dtype_size(lp->dtype), "%s, shape %s%s",
+                             all[b]->name, greedy.name, greedy.in_place ? ", greedy" : "");
+            problem_free(&drawn);
+            problem_free(&found);
+        }
+    }
+}
+
+/* dispatch against its definition: rows ascend by (expert, token), and slot_row is where a slot went; combine_bwd walks back along it. */
+Test(rows, dispatch_sorts_slots) {
+    const routing_pattern patterns[] = {ROUTE_RANDOM, ROUTE_EMPTY, ROUTE_ONE, ROUTE_SKEWED};
+    const espi_backend *all[BACKENDS];
+    const int n = backends(all);
+    for (int c = 0; c < 4 * n; c++) {
+        shape s = shapes[1];
+        s.pattern = patterns[c % 4];
+        problem p;
+        problem_run(&p, ESPI_OP_dispatch, &s, all[c / 4], &espi_backend_ref);
+        const espi_dispatch *a = &p.args.dispatch;
+        const field *weight = field_find(&p, "weight"), *row_weight = field_find(&p, "row_weight");
+        cr_expect_eq(a->offsets[0], 0);
+        cr_expect_eq(a->offsets[s.experts], s.tokens * s.top_k);
+        for (int64_t slot = 0; slot < s.tokens * s.top_k; slot++) {
+            const int32_t row = a->slot_row[slot], e = a->idx[slot];
+            cr_expect(a->offsets[e] <= row && row < a->offsets[e + 1], "%s: slot %lld lies outside its expert", all[c / 4]->name,
+                      (long long)slot);
+            cr_expect_eq(a->row_token[row], slot / s.top_k);
+            cr_expect_eq(field_get(row_weight, row), field_get(weight, slot));
+            cr_expect(row == a->offsets[e] || a->row_token[row - 1] < a->row_token[row], "%s: tokens of an expert do not ascend",
+                      all[c / 4]->name);
+        }
+        problem_free(&p);
+    }
+}
+
+/* Ties go to the lower expert, and to the lower token id. */
+Test(rows, ties_go_to_the_lower_index) {
+    const espi_backend *all[BACKENDS];
+    const int n = backends(all);
+    for (int b = 0; b < n; b++) {
+        problem p;
+        shape s = shapes[1];
+        s.in_place = true;
+        problem_build(&p, ESPI_OP_router_fwd, &s, all[b]->real, &espi_backend_ref);
+        field *w = field_find(&p, "w");
+        for (int64_t i = 0; i < w->count; i++) field_set(w, i, field_get(w, i % s.hidden));
+        memcpy(w->before, w->data, (size_t)w->count * sizeof(float));
+        problem_call(&p, all[b]);
+        for (int64_t slot = 0; slot < s.tokens * s.top_k; slot++)
+            cr_expect_eq(p.args.router_fwd.idx[slot], slot % s.top_k, "%s", all[b]->name);
+        problem_free(&p);
+        problem_build(&p, ESPI_OP_head_sample, &s, all[b]->real, &espi_backend_ref);
+        w = field_find(&p, "w");
+        for (int64_t i = 0; i < w->count; i++) field_set(w, i, field_get(w, i % s.hidden));
+        memcpy(w->before, w->data, (size_t)w->count * sizeof(float));
+        problem_call(&p, all[b]);
+        for (int64_t i = 0; i < p.args.head_sample.head.n; i++) cr_expect_eq(p.args.head_sample.token[i], 0, "%s", all[b]->name);
+        problem_free(&p);
+    }
+}
