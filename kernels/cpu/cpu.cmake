@@ -1,4 +1,38 @@
 # Sets espalier_cpu_objects and espalier_cpu_libraries.  The same sources are compiled once per instruction set.
-set(cpu_sources kernels/cpu/backend.c)
+set(cpu_sources
+    kernels/cpu/attention.c
+    kernels/cpu/backend.c
+    kernels/cpu/experts.c
+    kernels/cpu/head.c
+    kernels/cpu/linear.c
+    kernels/cpu/optim.c
+    kernels/cpu/product.c
+    kernels/cpu/router.c
+    kernels/cpu/rows.c)
+set(cpu_isas generic)
+set(cpu_flags_generic)
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
+  list(APPEND cpu_isas avx2 avx512)
+  set(cpu_flags_avx2 -mavx2 -mfma)
+  set(cpu_flags_avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512)
+endif()
+
 set(espalier_cpu_objects)
 set(espalier_cpu_libraries)
+foreach(isa IN LISTS cpu_isas)
+  set(target espalier_cpu_${isa})
+  add_library(${target} OBJECT ${cpu_sources})
+  # -ffp-contract=fast: multiply-adds are fused wherever the machine can, in every row alike.
+  # -Wno-psabi: vectors are passed between functions of one file only.
+  target_compile_options(${target} PRIVATE -O3 -ffp-contract=fast -fno-math-errno -Wno-psabi ${cpu_flags_${isa}})
+  target_compile_definitions(${target} PRIVATE ESPI_CPU_ISA=${isa})
+  target_include_directories(${target} PRIVATE include src .)
+  target_link_libraries(${target} PRIVATE OpenMP::OpenMP_C)
+  list(APPEND espalier_cpu_objects $<TARGET_OBJECTS:${target}>)
+endforeach()
+add_library(espalier_cpu_list OBJECT kernels/cpu/cpu.c)
+target_include_directories(espalier_cpu_list PRIVATE include src .)
+if(avx512 IN_LIST cpu_isas)
+  target_compile_definitions(espalier_cpu_list PRIVATE ESPI_CPU_X86)
+endif()
+list(APPEND espalier_cpu_objects $<TARGET_OBJECTS:espalier_cpu_list>)

@@ -1,0 +1,165 @@
+/* The key-value cache, and causal grouped-query attention over packed sequences: keys in blocks of KEYS from the sequence's start, an
+ * online softmax over the blocks.  A query meets its keys in the same blocks whether they are new or in a cache, so decoding gives the bits
+ * of the prefill. */
+#include "kernels/cpu/cpu.h"
+
+enum { KEYS = 32 };
+
+esp_status ESPI_CPU(espi_kv_append)(const espi_exec *exec, const espi_kv_append *a) {
+    (void)exec;
+    for (int32_t s = 0; s < a->spans.n_seqs; s++) {
+        const int64_t first = a->spans.cu_q[s], n = a->spans.cu_q[s + 1] - first;
+        const int64_t row = a->spans.k_start[s] + a->spans.k_len[s] - n;
+        memcpy((float *)a->k_cache + row * a->width, (const float *)a->k + first * a->width, (size_t)(n * a->width) * sizeof(float));
+        memcpy((float *)a->v_cache + row * a->width, (const float *)a->v + first * a->width, (size_t)(n * a->width) * sizeof(float));
+    }
+    return ESP_OK;
+}
+
+static inline float dot(const float *x, const float *y, int64_t n) {
+    vec sum = {0};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) sum += load(x + i) * load(y + i);
+    if (i < n) sum += load_part(x + i, n - i, 0) * load_part(y + i, n - i, 0);
+    return vsum(sum);
+}
+
+/* out += sum over j of p[j] * row j. */
+static inline void add_rows(float *out, const float *p, const float *rows, int64_t stride, int64_t keys, int64_t dim) {
+    int64_t d = 0;
+    for (; d + 4 * LANES <= dim; d += 4 * LANES) {
+        vec s0 = load(out + d), s1 = load(out + d + LANES), s2 = load(out + d + 2 * LANES), s3 = load(out + d + 3 * LANES);
+        for (int64_t j = 0; j < keys; j++) {
+            const float *row = rows + j * stride + d;
+            const vec x = splat(p[j]);
+            s0 += x * load(row);
+            s1 += x * load(row + LANES);
+            s2 += x * load(row + 2 * LANES);
+            s3 += x * load(row + 3 * LANES);
+        }
+        store(out + d, s0);
+        store(out + d + LANES, s1);
+        store(out + d + 2 * LANES, s2);
+        store(out + d + 3 * LANES, s3);
+    }
+    for (; d < dim; d++)
+        for (int64_t j = 0; j < keys; j++) out[d] += p[j] * rows[j * stride + d];
+}
+
+/* out += x * row. */
+static inline void add_scaled(float *out, float x, const float *row, int64_t dim) {
+    int64_t d = 0;
+    for (; d + LANES <= dim; d += LANES) store(out + d, load(out + d) + splat(x) * load(row + d));
+    for (; d < dim; d++) out[d] += x * row[d];
+}
+
+/* p = e^(p - shift) over a block, entries from `keys` on become 0; returns the sum. */
+static inline float exp_block(float p[KEYS], float shift, int64_t keys) {
+    vec sum = {0};
+    for (int64_t j = keys; j < KEYS; j++) p[j] = shift - 100; /* e^-100 counts as 0 */
+    for (int64_t j = 0; j < KEYS; j += LANES) {
+        const vec e = vexp(load(p + j) - splat(shift));
+        store(p + j, e);
+        sum += e;
+    }
+    return vsum(sum);
+}
+
+/* One query of one head; the rows of k and v lie `stride` apart. */
+static void attend(float *out, float *lse, const float *q, const float *k, const float *v, int64_t keys, int64_t stride, int64_t dim,
+                   float scale) {
+    float max = -INFINITY, sum = 0, p[KEYS];
+    memset(out, 0, (size_t)dim * sizeof *out);
+    for (int64_t j0 = 0; j0 < keys; j0 += KEYS) {
+        const int64_t n = cpu_min(keys - j0, KEYS);
+        float largest = max;
+        for (int64_t j = 0; j < n; j++) {
+            p[j] = scale * dot(q, k + (j0 + j) * stride, dim);
+            largest = p[j] > largest ? p[j] : largest;
+        }
+        if (largest > max && j0 > 0) { /* what was summed so far was relative to the old maximum */
+            const float shrink = expf(max - largest);
+            sum *= shrink;
+            for (int64_t d = 0; d < dim; d++) out[d] *= shrink;
+        }
+        max = largest;
+        sum += exp_block(p, max, n);
+        add_rows(out, p, v + j0 * stride, stride, n, dim);
+    }
+    const float inverse = 1 / sum;
+    for (int64_t d = 0; d < dim; d++) out[d] *= inverse;
+    *lse = max + logf(sum);
+}
+
+/* Multiply-adds of the products of queries with keys, if all sequences were of the mean length: from sizes alone. */
+static double attention_work(int64_t tokens, int64_t sequences, int64_t width) {
+    return sequences ? (double)tokens * (double)tokens / (double)sequences * (double)width : 0;
+}
+
+esp_status ESPI_CPU(espi_attention_fwd)(const espi_exec *exec, const espi_attention_fwd *a) {
+    const int64_t dim = a->head_dim, group = a->heads / a->kv_heads, stride = a->kv_heads * dim;
+    const int32_t sequences = a->spans.n_seqs;
+    const int64_t tokens = sequences ? a->spans.cu_q[sequences] : 0;
+    const int threads = cpu_threads(exec, attention_work(tokens, sequences, a->heads * dim));
+    /* A task is a head of a sequence's QUERIES queries; they are numbered through by walking the sequences. */
+    enum { QUERIES = 64 };
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    for (int32_t s = 0; s < sequences; s++) {
+        const int64_t first = a->spans.cu_q[s], n = a->spans.cu_q[s + 1] - first, blocks = cpu_blocks(n, QUERIES);
+#pragma omp for schedule(dynamic, 1) nowait
+        for (int64_t task = 0; task < blocks * a->heads; task++) {
+            const int64_t head = task % a->heads, begin = task / a->heads * QUERIES, end = cpu_min(n, begin + QUERIES);
+            const int64_t key = a->spans.k_start[s] * stride + head / group * dim;
+            for (int64_t i = begin; i < end; i++) {
+                const int64_t row = (first + i) * a->heads + head;
+                attend((float *)a->out + row * dim, (float *)a->lse + row, (const float *)a->q + row * dim, (const float *)a->k + key,
+                       (const float *)a->v + key, a->spans.k_len[s] - n + i + 1, stride, dim, (float)a->scale);
+            }
+        }
+    }
+    return ESP_OK;
+}
+
+/* All gradients of one kv head of one sequence: the task owns d_q of the group's heads, d_k and d_v there. */
+static void head_grads(const espi_attention_bwd *a, int64_t first, int64_t end, int64_t kv_head) {
+    const int64_t dim = a->head_dim, group = a->heads / a->kv_heads, stride = a->kv_heads * dim, key0 = first * stride + kv_head * dim;
+    const float *k = (const float *)a->k + key0, *v = (const float *)a->v + key0, scale = (float)a->scale;
+    float *d_k = (float *)a->d_k + key0, *d_v = (float *)a->d_v + key0;
+    for (int64_t j = 0; j < end - first; j++) {
+        memset(d_k + j * stride, 0, (size_t)dim * sizeof(float));
+        memset(d_v + j * stride, 0, (size_t)dim * sizeof(float));
+    }
+    for (int64_t i = first; i < end; i++) {
+        for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++) {
+            const int64_t row = i * a->heads + head, keys = i - first + 1;
+            const float *q = (const float *)a->q + row * dim, *d_out = (const float *)a->d_out + row * dim;
+            const float delta = dot(d_out, (const float *)a->out + row * dim, dim), lse = ((const float *)a->lse)[row];
+            float *d_q = (float *)a->d_q + row * dim;
+            memset(d_q, 0, (size_t)dim * sizeof(float));
+            for (int64_t j0 = 0; j0 < keys; j0 += KEYS) {
+                const int64_t n = cpu_min(keys - j0, KEYS);
+                float p[KEYS], d_s[KEYS];
+                for (int64_t j = 0; j < n; j++) p[j] = scale * dot(q, k + (j0 + j) * stride, dim);
+                exp_block(p, lse, n);
+                for (int64_t j = 0; j < n; j++) {
+                    const int64_t at = (j0 + j) * stride;
+                    d_s[j] = scale * p[j] * (dot(d_out, v + at, dim) - delta);
+                    add_scaled(d_k + at, d_s[j], q, dim);
+                    add_scaled(d_v + at, p[j], d_out, dim);
+                }
+                add_rows(d_q, d_s, k + j0 * stride, stride, n, dim);
+            }
+        }
+    }
+}
+
+esp_status ESPI_CPU(espi_attention_bwd)(const espi_exec *exec, const espi_attention_bwd *a) {
+    const int64_t sequences = a->spans.n_seqs, tokens = sequences ? a->spans.cu_q[sequences] : 0;
+    const int threads = cpu_threads(exec, 3 * attention_work(tokens, sequences, a->heads * a->head_dim));
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
+    for (int64_t task = 0; task < sequences * a->kv_heads; task++) {
+        const int64_t s = task / a->kv_heads;
+        head_grads(a, a->spans.cu_q[s], a->spans.cu_q[s + 1], task % a->kv_heads);
+    }
+    return ESP_OK;
+}

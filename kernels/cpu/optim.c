@@ -1,0 +1,87 @@
+/* Gradient norm and AdamW. */
+#include "kernels/cpu/cpu.h"
+
+enum { SUMSQ_CHUNK = 4096, ADAM8_BLOCK = 256, MAP_SIZE = 256, CODE_ZERO_SIGNED = 127, CODE_ZERO_UNSIGNED = 0 };
+
+typedef double dvec __attribute__((vector_size(LANES * 8)));
+
+esp_status ESPI_CPU(espi_sumsq)(const espi_exec *exec, const espi_sumsq *a) {
+    (void)exec;
+    const float *x = a->x;
+    for (int64_t first = 0; first < a->n; first += SUMSQ_CHUNK) {
+        const int64_t end = cpu_min(a->n, first + SUMSQ_CHUNK);
+        dvec lanes = {0};
+        int64_t i = first;
+        for (; i + LANES <= end; i += LANES) {
+            const dvec d = __builtin_convertvector(load(x + i), dvec);
+            lanes += d * d;
+        }
+        double sum = 0;
+        for (int lane = 0; lane < LANES; lane++) sum += lanes[lane];
+        for (; i < end; i++) sum += (double)x[i] * x[i];
+        *a->out += sum;
+    }
+    return ESP_OK;
+}
+
+esp_status ESPI_CPU(espi_adamw)(const espi_exec *exec, const espi_adamw *a) {
+    float *restrict p = a->p, *restrict m = a->m, *restrict v = a->v;
+    const float *restrict g = a->g;
+    const float keep = (float)(1 - a->lr * a->weight_decay), step_size = (float)(a->lr / (1 - pow(a->beta1, (double)a->step)));
+    const float correction = (float)(1 / sqrt(1 - pow(a->beta2, (double)a->step)));
+    const float new1 = (float)(1 - a->beta1), old2 = (float)a->beta2, new2 = (float)(1 - a->beta2), eps = (float)a->eps;
+    const float grad_scale = (float)a->grad_scale;
+    const int threads = cpu_threads(exec, (double)a->n * 16);
+#pragma omp parallel for simd schedule(static) num_threads(threads) if (parallel : threads > 1)
+    for (int64_t i = 0; i < a->n; i++) {
+        const float d = grad_scale * g[i];
+        m[i] = m[i] + new1 * (d - m[i]);
+        v[i] = old2 * v[i] + new2 * d * d;
+        p[i] = p[i] * keep - step_size * m[i] / (sqrtf(v[i]) * correction + eps);
+    }
+    return ESP_OK;
+}
+
+/* The nearest of 256 ascending values; on a midpoint the lower. */
+static uint8_t nearest(const float *map, float x) {
+    int low = 0; /* map[low] <= x < map[low + span] once x is inside the map */
+    for (int span = MAP_SIZE / 2; span >= 1; span /= 2)
+        if (low + span < MAP_SIZE && map[low + span] <= x) low += span;
+    const int high = low + 1 < MAP_SIZE ? low + 1 : low;
+    return (uint8_t)(x > (map[low] + map[high]) / 2 ? high : low);
+}
+
+/* New scale and codes of one block of moments.  A block of zeros has scale 0: nothing may be divided by it. */
+static float requantise(uint8_t *codes, const float *x, int64_t n, const float *map, uint8_t zero_code) {
+    float absmax = 0;
+    for (int64_t i = 0; i < n; i++) absmax = fabsf(x[i]) > absmax ? fabsf(x[i]) : absmax;
+    for (int64_t i = 0; i < n; i++) codes[i] = absmax > 0 ? nearest(map, x[i] / absmax) : zero_code;
+    return absmax;
+}
+
+/* As the reference: decay before the update, codes by nearest value, the parameter sees the moments before they are quantised, an element
+ * whose gradient is not finite loses its moments and keeps its value. */
+esp_status ESPI_CPU(espi_adamw8)(const espi_exec *exec, const espi_adamw8 *a) {
+    const double correction1 = 1 - pow(a->beta1, (double)a->step), correction2 = sqrt(1 - pow(a->beta2, (double)a->step));
+    const float step_size = (float)(a->lr * correction2 / correction1), eps = (float)(a->eps * correction2);
+    const float keep = (float)(1 - a->lr * a->weight_decay), grad_scale = (float)a->grad_scale;
+    const float old1 = (float)a->beta1, new1 = (float)(1 - a->beta1), old2 = (float)a->beta2, new2 = (float)(1 - a->beta2);
+    const int threads = cpu_threads(exec, (double)a->n * 64);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t block = 0; block < cpu_blocks(a->n, ADAM8_BLOCK); block++) {
+        const int64_t first = block * ADAM8_BLOCK, n = cpu_min(a->n - first, ADAM8_BLOCK);
+        float *p = (float *)a->p + first, m[ADAM8_BLOCK], v[ADAM8_BLOCK];
+        uint8_t *code1 = a->state1 + first, *code2 = a->state2 + first;
+        for (int64_t i = 0; i < n; i++) {
+            const float g = grad_scale * ((const float *)a->g)[first + i];
+            m[i] = v[i] = 0;
+            if (!isfinite(g)) continue;
+            m[i] = old1 * (a->map1[code1[i]] * a->absmax1[block]) + new1 * g;
+            v[i] = old2 * (a->map2[code2[i]] * a->absmax2[block]) + new2 * g * g;
+            p[i] = p[i] * keep - step_size * m[i] / (sqrtf(v[i]) + eps);
+        }
+        a->absmax1[block] = requantise(code1, m, n, a->map1, CODE_ZERO_SIGNED);
+        a->absmax2[block] = requantise(code2, v, n, a->map2, CODE_ZERO_UNSIGNED);
+    }
+    return ESP_OK;
+}

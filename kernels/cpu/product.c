@@ -1,0 +1,266 @@
+/* The matrix product of the cpu backend: weights are decoded to f32 and packed a panel at a time, and a register tile runs over the rows.
+ */
+#include "kernels/cpu/cpu.h"
+
+#define INLINE static inline __attribute__((always_inline))
+
+/* c[i] = (add ? c[i] : 0) + a[i] * panel for `rows` rows and `vecs` vectors, both constants where this is inlined: the accumulators are
+ * registers. */
+INLINE void tile(float *const *c, const float *const *a, const float *panel, int64_t depth, bool add, const int rows, const int vecs) {
+    vec sum[TILE_ROWS][TILE_VECS];
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 8
+        for (int j = 0; j < vecs; j++) sum[i][j] = add ? load(c[i] + j * LANES) : (vec){0};
+    for (int64_t k = 0; k < depth; k++) {
+        vec b[TILE_VECS];
+#pragma GCC unroll 8
+        for (int j = 0; j < vecs; j++) b[j] = *(const vec *)(panel + k * PANEL_COLS + j * LANES);
+#pragma GCC unroll 8
+        for (int i = 0; i < rows; i++) {
+            const vec x = splat(a[i][k]);
+#pragma GCC unroll 8
+            for (int j = 0; j < vecs; j++) sum[i][j] = x * b[j] + sum[i][j];
+        }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 8
+        for (int j = 0; j < vecs; j++) store(c[i] + j * LANES, sum[i][j]);
+}
+
+typedef void tile_fn(float *const *c, const float *const *a, const float *panel, int64_t depth, bool add);
+#define TILE(rows, vecs)                                                                                                                   \
+    static void tile_##rows##_##vecs(float *const *c, const float *const *a, const float *panel, int64_t depth, bool add) {                \
+        if (add)                                                                                                                           \
+            tile(c, a, panel, depth, true, rows, vecs);                                                                                    \
+        else                                                                                                                               \
+            tile(c, a, panel, depth, false, rows, vecs);                                                                                   \
+    }
+#define TILES(vecs) TILE(1, vecs) TILE(2, vecs) TILE(3, vecs) TILE(4, vecs)
+TILES(1)
+TILES(2)
+#if defined(__AVX2__)
+TILE(5, 1)
+TILE(6, 1)
+TILE(5, 2)
+TILE(6, 2)
+#define TILE_TABLE(vecs)                                                                                                                   \
+    { tile_1_##vecs, tile_2_##vecs, tile_3_##vecs, tile_4_##vecs, tile_5_##vecs, tile_6_##vecs }
+#else
+#define TILE_TABLE(vecs)                                                                                                                   \
+    { tile_1_##vecs, tile_2_##vecs, tile_3_##vecs, tile_4_##vecs }
+#endif
+#if defined(__AVX512F__)
+TILES(3)
+TILES(4)
+TILE(5, 3)
+TILE(6, 3)
+TILE(5, 4)
+TILE(6, 4)
+#endif
+static tile_fn *const tiles[TILE_VECS][TILE_ROWS] = {
+    TILE_TABLE(1),
+    TILE_TABLE(2),
+#if defined(__AVX512F__)
+    TILE_TABLE(3),
+    TILE_TABLE(4),
+#endif
+};
+
+static void scale_by(float *x, float scale, int64_t n) {
+    for (int64_t i = 0; i < n; i++) x[i] *= scale;
+}
+
+static void decode_plain(float *dst, const void *data, esp_dtype dtype, int64_t at, int64_t n) {
+    if (dtype == ESP_F32) {
+        memcpy(dst, (const float *)data + at, (size_t)n * sizeof *dst);
+    } else if (dtype == ESP_BF16) {
+        const uint16_t *bits = (const uint16_t *)data + at;
+        uint32_t wide[PANEL_DEPTH];
+        for (int64_t done = 0; done < n; done += PANEL_DEPTH) {
+            const int64_t count = cpu_min(n - done, PANEL_DEPTH);
+            for (int64_t i = 0; i < count; i++) wide[i] = (uint32_t)bits[done + i] << 16;
+            memcpy(dst + done, wide, (size_t)count * sizeof *dst);
+        }
+    } else {
+        for (int64_t i = 0; i < n; i++) dst[i] = espi_plain_value(data, dtype, at + i);
+    }
+}
+
+/* n values of a part from element `at` on. */
+static void decode_codes(float *dst, const cpu_weight *w, int64_t part, int64_t at, int64_t n) {
+    const uint8_t *codes = (const uint8_t *)w->stack->data + (size_t)part * w->stack->part_bytes;
+    for (int64_t done = 0; done < n;) {
+        const int64_t i = at + done, block = i / ESPI_QBLOCK;
+        const int64_t count = cpu_min(n - done, (block + 1) * ESPI_QBLOCK - i);
+        const float absmax = espi_stack_absmax(w->stack, part, block);
+        float *out = dst + done;
+        int64_t j = 0;
+        if (i % 2 != 0) out[j++] = w->pairs[codes[i / 2]][1];
+        for (; j + 1 < count; j += 2) memcpy(out + j, w->pairs[codes[(i + j) / 2]], 2 * sizeof *out);
+        if (j < count) out[j] = w->pairs[codes[(i + j) / 2]][0];
+        scale_by(out, absmax, count);
+        done += count;
+    }
+}
+
+void cpu_decode_row(float *dst, const cpu_weight *w, int64_t row, int64_t col, int64_t n) {
+    if (w->stack) {
+        const int64_t part_rows = w->stack->rows / w->stack->parts;
+        const int64_t part = w->expert * w->stack->parts + row / part_rows, at = row % part_rows * w->cols + col;
+        if (w->stack->format == ESP_Q_NONE)
+            decode_plain(dst, (const uint8_t *)w->stack->data + (size_t)part * w->stack->part_bytes, w->dtype, at, n);
+        else
+            decode_codes(dst, w, part, at, n);
+    } else {
+        decode_plain(dst, w->data, w->dtype, row * w->cols + col, n);
+    }
+    if (w->scale != 1) scale_by(dst, w->scale, n);
+}
+
+typedef float vec4 __attribute__((vector_size(16), aligned(4), may_alias));
+
+/* panel[k][at .. at + 4) = row[0..4)[k]. */
+static void transpose4(float *panel, const float *const row[4], int64_t depth) {
+    int64_t k = 0;
+    for (; k + 4 <= depth; k += 4, panel += 4 * PANEL_COLS) {
+        const vec4 a = *(const vec4 *)(row[0] + k), b = *(const vec4 *)(row[1] + k);
+        const vec4 c = *(const vec4 *)(row[2] + k), d = *(const vec4 *)(row[3] + k);
+        const vec4 ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+        const vec4 cd_low = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+        *(vec4 *)(panel) = __builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5);
+        *(vec4 *)(panel + PANEL_COLS) = __builtin_shufflevector(ab_low, cd_low, 2, 3, 6, 7);
+        *(vec4 *)(panel + 2 * PANEL_COLS) = __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5);
+        *(vec4 *)(panel + 3 * PANEL_COLS) = __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7);
+    }
+    for (; k < depth; k++, panel += PANEL_COLS)
+        for (int i = 0; i < 4; i++) panel[i] = row[i][k];
+}
+
+/* panel[k][j] = b(k0 + k, col + j), columns beyond n up to a whole vector are 0. */
+static void pack(float *panel, const cpu_weight *w, int64_t k0, int64_t depth, int64_t col, int64_t n) {
+    const int64_t whole = cpu_blocks(n, LANES) * LANES;
+    if (!w->transposed) {
+        for (int64_t k = 0; k < depth; k++) {
+            cpu_decode_row(panel + k * PANEL_COLS, w, k0 + k, col, n);
+            for (int64_t j = n; j < whole; j++) panel[k * PANEL_COLS + j] = 0;
+        }
+        return;
+    }
+    static const float zero[PANEL_DEPTH];
+    float decoded[4][PANEL_DEPTH];
+    const bool direct = !w->stack && w->dtype == ESP_F32 && w->scale == 1;
+    for (int64_t j = 0; j < whole; j += 4) {
+        const float *row[4];
+        for (int i = 0; i < 4; i++) {
+            if (j + i >= n) {
+                row[i] = zero;
+            } else if (direct) {
+                row[i] = (const float *)w->data + (col + j + i) * w->cols + k0;
+            } else {
+                cpu_decode_row(decoded[i], w, col + j + i, k0, depth);
+                row[i] = decoded[i];
+            }
+        }
+        transpose4(panel + j, row, depth);
+    }
+}
+
+/* One panel against m rows.  Columns that do not fill a vector go through a buffer: the tile is the same. */
+static void run_tiles(const cpu_rows *c, const cpu_rows *a, const float *panel, int64_t m, int64_t k0, int64_t depth, int64_t col,
+                      int64_t n, bool add) {
+    const int64_t vecs = cpu_blocks(n, LANES);
+    const bool ragged = n % LANES != 0;
+    _Alignas(64) float buffer[TILE_ROWS][PANEL_COLS];
+    for (int64_t first = 0; first < m; first += TILE_ROWS) {
+        const int64_t rows = cpu_min(m - first, TILE_ROWS);
+        float *to[TILE_ROWS];
+        const float *from[TILE_ROWS];
+        for (int64_t i = 0; i < rows; i++) {
+            from[i] = row_at(a, first + i) + k0;
+            to[i] = row_at(c, first + i) + col;
+            if (!ragged) continue;
+            if (add) memcpy(buffer[i], to[i], (size_t)n * sizeof(float));
+            to[i] = buffer[i];
+        }
+        tiles[vecs - 1][rows - 1](to, from, panel, depth, add);
+        for (int64_t i = 0; ragged && i < rows; i++) memcpy(row_at(c, first + i) + col, buffer[i], (size_t)n * sizeof(float));
+    }
+}
+
+void cpu_product(const cpu_rows *c, const cpu_rows *a, const cpu_weight *b, int64_t m, int64_t depth, int64_t col, int64_t n, bool add) {
+    _Alignas(64) float panel[PANEL_DEPTH * PANEL_COLS];
+    if (m == 0) return;
+    for (int64_t done = 0; done < n; done += PANEL_COLS) {
+        const int64_t width = cpu_min(n - done, PANEL_COLS);
+        for (int64_t k = 0; k < depth; k += PANEL_DEPTH) {
+            const int64_t steps = cpu_min(depth - k, PANEL_DEPTH);
+            pack(panel, b, k, steps, col + done, width);
+            run_tiles(c, a, panel, m, k, steps, done, width, add || k > 0);
+        }
+    }
+}
+
+INLINE void outer(float *out, const float *a, int64_t a_stride, const cpu_rows *b, int64_t count, int64_t col, const int rows) {
+    vec sum[OUTER_ROWS][OUTER_VECS];
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 8
+        for (int j = 0; j < OUTER_VECS; j++) sum[i][j] = (vec){0};
+    for (int64_t s = 0; s < count; s++) {
+        const float *row = row_at(b, s) + col;
+        vec y[OUTER_VECS];
+#pragma GCC unroll 8
+        for (int j = 0; j < OUTER_VECS; j++) y[j] = load(row + j * LANES);
+#pragma GCC unroll 8
+        for (int i = 0; i < rows; i++) {
+            const vec x = splat(a[s * a_stride + i]);
+#pragma GCC unroll 8
+            for (int j = 0; j < OUTER_VECS; j++) sum[i][j] = x * y[j] + sum[i][j];
+        }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 8
+        for (int j = 0; j < OUTER_VECS; j++) store(out + (i * OUTER_VECS + j) * LANES, sum[i][j]);
+}
+
+void cpu_outer(float *out, const float *a, int64_t a_stride, const cpu_rows *b, int64_t count, int64_t rows, int64_t col, int64_t n) {
+    if (n == OUTER_VECS * LANES && rows == OUTER_ROWS) {
+        outer(out, a, a_stride, b, count, col, OUTER_ROWS);
+    } else if (n == OUTER_VECS * LANES && rows == 4) {
+        outer(out, a, a_stride, b, count, col, 4);
+    } else {
+        memset(out, 0, OUTER_ROWS * OUTER_VECS * LANES * sizeof *out);
+        for (int64_t s = 0; s < count; s++)
+            for (int64_t i = 0; i < rows; i++)
+                for (int64_t j = 0; j < n; j++) out[i * OUTER_VECS * LANES + j] += a[s * a_stride + i] * (row_at(b, s) + col)[j];
+    }
+}
+
+enum { STRIP = OUTER_VECS * LANES };
+
+int64_t cpu_branch_strips(const cpu_branch *l) {
+    return l->r == 0 ? 0 : cpu_blocks(l->in, STRIP) + cpu_blocks(l->out, STRIP);
+}
+
+void cpu_branch_grad(const cpu_branch *l, int64_t strip, const cpu_rows *x, const cpu_rows *d_y, const float *u, const float *q,
+                     int64_t count) {
+    const int64_t in_strips = cpu_blocks(l->in, STRIP);
+    const bool of_a = strip < in_strips;
+    const int64_t col = (of_a ? strip : strip - in_strips) * STRIP, n = cpu_min((of_a ? l->in : l->out) - col, STRIP);
+    float sum[OUTER_ROWS][STRIP];
+    for (int64_t k = 0; k < l->r; k += OUTER_ROWS) {
+        const int64_t rows = cpu_min(l->r - k, OUTER_ROWS);
+        cpu_outer(sum[0], (of_a ? q : u) + k, l->r, of_a ? x : d_y, count, rows, col, n);
+        for (int64_t i = 0; i < rows; i++) {
+            for (int64_t j = 0; j < n; j++) {
+                if (of_a)
+                    l->d_a[(k + i) * l->in + col + j] += sum[i][j];
+                else
+                    l->d_b[(col + j) * l->r + k + i] += l->scale * sum[i][j];
+            }
+        }
+    }
+}

@@ -1,0 +1,131 @@
+/* The router: logits by the common product, then softmax, top-k and their gradients a token at a time. */
+#include "kernels/cpu/cpu.h"
+
+enum { ROUTER_ROWS = 384 };
+
+static float log_sum_exp(const float *z, int64_t n) {
+    vec largest = splat(-INFINITY), sum = {0};
+    int64_t e = 0;
+    for (; e + LANES <= n; e += LANES) largest = vmax(load(z + e), largest);
+    if (e < n) largest = vmax(load_part(z + e, n - e, -INFINITY), largest);
+    const float max = vlargest(largest);
+    for (e = 0; e + LANES <= n; e += LANES) sum += vexp(load(z + e) - splat(max));
+    if (e < n) sum += vexp(load_part(z + e, n - e, max - 100) - splat(max)); /* e^-100 counts as 0 */
+    return max + logf(vsum(sum));
+}
+
+/* The k largest, ties to the lower index; idx ascending. */
+static void select_top(int32_t *idx, const float *z, int64_t experts, int64_t k) {
+    for (int64_t taken = 0; taken < k; taken++) {
+        /* The best after the one taken last, in the order (value descending, index ascending). */
+        int64_t best = -1;
+        for (int64_t e = 0; e < experts; e++) {
+            if (best >= 0 && !(z[e] > z[best])) continue;
+            bool used = false;
+            for (int64_t j = 0; j < taken; j++) used = used || idx[j] == e;
+            if (!used) best = e;
+        }
+        idx[taken] = (int32_t)best;
+    }
+    for (int64_t i = 1; i < k; i++) {
+        const int32_t e = idx[i];
+        int64_t j = i;
+        for (; j > 0 && idx[j - 1] > e; j--) idx[j] = idx[j - 1];
+        idx[j] = e;
+    }
+}
+
+static void route_token(const espi_router_fwd *a, int64_t t) {
+    const int64_t experts = a->w.rows;
+    const float *z = (const float *)a->logits + t * experts;
+    float *weight = (float *)a->weight + t * a->top_k, selected = 0;
+    int32_t *idx = a->idx + t * a->top_k;
+    const float lse = log_sum_exp(z, experts);
+    ((float *)a->lse)[t] = lse;
+    select_top(idx, z, experts, a->top_k);
+    for (int64_t k = 0; k < a->top_k; k++) {
+        weight[k] = expf(z[idx[k]] - lse);
+        selected += weight[k];
+    }
+    for (int64_t k = 0; a->renormalise && k < a->top_k; k++) weight[k] /= selected;
+}
+
+esp_status ESPI_CPU(espi_router_fwd)(const espi_exec *exec, const espi_router_fwd *a) {
+    const int64_t experts = a->w.rows, hidden = a->w.cols;
+    const cpu_weight w = cpu_plain(&a->w, true);
+    float *logits = a->logits;
+    const int threads = cpu_threads(exec, (double)a->tokens * (double)experts * (double)hidden);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t first = 0; first < a->tokens; first += ROUTER_ROWS)
+        cpu_product(&(cpu_rows){logits + first * experts, experts, NULL}, &(cpu_rows){(float *)a->x + first * hidden, hidden, NULL}, &w,
+                    cpu_min(a->tokens - first, ROUTER_ROWS), hidden, 0, experts, false);
+    for (int64_t i = 0; i < a->tokens * experts; i++) {
+        if (isfinite(logits[i])) continue;
+        return ESPI_FAIL(
+            ESP_ERR_NONFINITE,
+            "router logit of token %lld, expert %lld is %g, expected a finite number: look for NaN or infinity in the weights or "
+            "the input",
+            (long long)(i / experts), (long long)(i % experts), (double)logits[i]);
+    }
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t t = 0; t < a->tokens; t++) route_token(a, t);
+    for (int64_t i = 0; a->counts && i < a->tokens * a->top_k; i++) a->counts[a->idx[i]]++;
+    for (int64_t t = 0; t < a->tokens; t++) {
+        const double lse = ((const float *)a->lse)[t];
+        for (int64_t e = 0; a->p_sum && e < experts; e++) a->p_sum[e] += expf(logits[t * experts + e] - (float)lse);
+        if (a->z_sum) *a->z_sum += lse * lse;
+    }
+    return ESP_OK;
+}
+
+/* d_z [out] of one token, all losses together. */
+static void logits_grad(float *d_z, const espi_router_bwd *a, int64_t t) {
+    const int64_t experts = a->w.rows;
+    const float *z = (const float *)a->logits + t * experts, *weight = (const float *)a->weight + t * a->top_k;
+    const float *d_weight = (const float *)a->d_weight + t * a->top_k, lse = ((const float *)a->lse)[t];
+    const int32_t *idx = a->idx + t * a->top_k;
+    const bool all = !a->renormalise || a->aux_f || a->z_coef != 0; /* else only the selected have a gradient */
+    double gate = 0, balance = 0;
+    for (int64_t k = 0; k < a->top_k; k++) gate += (double)weight[k] * d_weight[k];
+    for (int64_t e = 0; a->aux_f && e < experts; e++) balance += expf(z[e] - lse) * a->aux_f[e];
+    for (int64_t e = 0; e < experts; e++) {
+        double d = 0;
+        if (all) {
+            const double p = expf(z[e] - lse);
+            d = a->z_coef * 2 * lse * p;
+            if (a->aux_f) d += a->aux_coef * p * (a->aux_f[e] - balance);
+            if (!a->renormalise) d -= p * gate;
+        }
+        d_z[e] = (float)d;
+    }
+    for (int64_t k = 0; k < a->top_k; k++) d_z[idx[k]] += (float)(weight[k] * (d_weight[k] - (a->renormalise ? gate : 0)));
+}
+
+esp_status ESPI_CPU(espi_router_bwd)(const espi_exec *exec, const espi_router_bwd *a) {
+    const int64_t experts = a->w.rows, hidden = a->w.cols;
+    const cpu_weight w = cpu_plain(&a->w, false);
+    const cpu_rows x = {(float *)a->x, hidden, NULL};
+    float *d_logits = a->d_logits, *d_w = a->d_w;
+    const int threads = cpu_threads(exec, (double)a->tokens * (double)experts * (double)hidden);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t first = 0; first < a->tokens; first += ROUTER_ROWS) {
+        const int64_t m = cpu_min(a->tokens - first, ROUTER_ROWS);
+        for (int64_t t = first; t < first + m; t++) logits_grad(d_logits + t * experts, a, t);
+        cpu_product(&(cpu_rows){(float *)a->d_x + first * hidden, hidden, NULL}, &(cpu_rows){d_logits + first * experts, experts, NULL}, &w,
+                    m, experts, 0, hidden, true);
+    }
+    if (!d_w) return ESP_OK;
+    const int64_t strip = OUTER_VECS * LANES;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t col = 0; col < hidden; col += strip) {
+        float sum[OUTER_ROWS][OUTER_VECS * LANES];
+        const int64_t n = cpu_min(hidden - col, strip);
+        for (int64_t e = 0; e < experts; e += OUTER_ROWS) {
+            const int64_t rows = cpu_min(experts - e, OUTER_ROWS);
+            cpu_outer(sum[0], d_logits + e, experts, &x, a->tokens, rows, col, n);
+            for (int64_t i = 0; i < rows; i++)
+                for (int64_t j = 0; j < n; j++) d_w[(e + i) * hidden + col + j] += sum[i][j];
+        }
+    }
+    return ESP_OK;
+}
