@@ -4,17 +4,6 @@
 #define STRING2(x) #x
 #define STRING(x) STRING2(x)
 
-static bool available(void) {
-#if defined(__AVX512F__)
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
-#elif defined(__AVX2__)
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#else
-    return true;
-#endif
-}
-
 #define REFUSE_MAT(op, weight)                                                                                                             \
     static const char *refuse_##op(const espi_##op *a) {                                                                                   \
         return espi_mat_refusal(&a->weight);                                                                                               \
@@ -38,11 +27,14 @@ REFUSE_MAT(head_fused, head.w)
 REFUSE_MAT(head_logits, head.w)
 REFUSE_MAT(head_sample, head.w)
 
+/* cpu.c, which is compiled for any machine. */
+bool ESPI_CPU(espi_cpu_available)(void);
+
 extern const espi_backend ESPI_CPU(espi_backend_cpu);
 const espi_backend ESPI_CPU(espi_backend_cpu) = {
     .name = "cpu-" STRING(ESPI_CPU_ISA),
     .real = ESP_F32,
-    .available = available,
+    .available = ESPI_CPU(espi_cpu_available),
 #define ESPI_OP(op, args) .op.run = ESPI_CPU(espi_##op),
 #include "kernels/ops.def"
 #undef ESPI_OP
