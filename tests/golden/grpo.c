@@ -1,5 +1,6 @@
 /* The GRPO objective, the advantages and the head against TRL's numbers. */
 #include "espalier/grpo.h"
+#include "contract/head.h"
 #include "core/select.h"
 #include "golden.h"
 
@@ -201,5 +202,82 @@ Test(golden_grpo, advantages) {
         check_advantages(file, prefixes[b], w, "normalize_then_sum.group", ESP_SCALE_GROUP, ESP_NORMALIZE_THEN_SUM);
     }
     free(weights);
+    espi_st_close(file);
+}
+
+/* Hidden states to log-probability, entropy, and both gradients, at a temperature; `limit` relative to the largest. */
+static void check_head(const espi_st_file *file, const char *backend, const char *prefix, double temperature, double limit) {
+    esp_ctx *ctx;
+    cr_assert_eq(esp_ctx_create(&ctx, &ESP_CTX_CONFIG(.backend = backend)), ESP_OK, "%s", esp_last_error());
+    const bool wide = ctx->real == ESP_F64;
+    int64_t values, n, weights;
+    double *hidden = golden_read(file, "hidden", &values), *targets = golden_read(file, "targets", &n);
+    double *w = golden_read(file, "W", &weights);
+    const int64_t width = values / n;
+    float *w32 = malloc((size_t)weights * sizeof *w32);
+    double *x = calloc((size_t)values, sizeof *x), *d_hidden = calloc((size_t)values, sizeof *d_hidden);
+    int32_t *rows = calloc((size_t)n, sizeof *rows), *target = calloc((size_t)n, sizeof *target);
+    double *reals[5]; /* lp, entropy, lse, a coefficient, zeros */
+    for (int i = 0; i < 5; i++) cr_assert_not_null(reals[i] = calloc((size_t)n, sizeof *reals[i]));
+    cr_assert(w32 && x && d_hidden && rows && target);
+    for (int64_t i = 0; i < weights; i++) w32[i] = (float)w[i];
+    for (int64_t i = 0; i < values; i++) espi_real_set(x, i, hidden[i], ctx->real);
+    for (int64_t i = 0; i < n; i++) {
+        rows[i] = (int32_t)i;
+        target[i] = (int32_t)targets[i];
+    }
+    const espi_head head = {.hidden = x,
+                            .rows = rows,
+                            .target = target,
+                            .w = {w32, ESP_F32, weights / width, width},
+                            .n = n,
+                            .temperature = temperature,
+                            .logit_scale = 1};
+    const size_t bytes = 1 << 24;
+    void *memory = aligned_alloc(64, bytes);
+    espi_arena arena = espi_arena_over(memory, bytes);
+    const espi_head_stats stats = {.head = head, .lp = reals[0], .entropy = reals[1], .lse = reals[2]};
+    cr_assert_eq(espi_op_head_stats(ctx, &arena, &stats), ESP_OK, "%s", esp_last_error());
+    static const struct {
+        const char *value, *coefficient, *gradient;
+    } kinds[] = {{"lp", "coef_lp", "dh_lp"}, {"entropy", "coef_entropy", "dh_entropy"}};
+    for (int k = 0; k < 2; k++) {
+        double *coefficient = golden_read(file, kinds[k].coefficient, NULL);
+        for (int64_t i = 0; i < n; i++) espi_real_set(reals[3], i, coefficient[i], ctx->real);
+        const espi_head_grad grad = {.head = head,
+                                     .d_hidden = d_hidden,
+                                     .g = reals[k == 0 ? 3 : 4],
+                                     .e = reals[k == 0 ? 4 : 3],
+                                     .lse = reals[2],
+                                     .entropy = reals[1]};
+        cr_assert_eq(espi_op_head_grad(ctx, &arena, &grad), ESP_OK, "%s", esp_last_error());
+        const char *const names[] = {kinds[k].value, kinds[k].gradient};
+        const void *const got[] = {reals[k], d_hidden};
+        for (int i = 0; i < 2; i++) {
+            char key[64];
+            int64_t count;
+            snprintf(key, sizeof key, "%s.%s%s", prefix, names[i], wide ? "64" : "");
+            double *expected = golden_read(file, key, &count), *ours = malloc((size_t)count * sizeof *ours);
+            cr_assert_not_null(ours);
+            for (int64_t j = 0; j < count; j++) ours[j] = espi_real_get(got[i], j, ctx->real);
+            const double error = golden_error(ours, expected, count);
+            cr_expect(error <= limit, "%s on %s: off by %.3g of its largest, limit %.3g", key, backend, error, limit);
+            free(expected);
+            free(ours);
+        }
+        free(coefficient);
+    }
+    void *all[] = {hidden, targets, w, w32, x, d_hidden, rows, target, memory};
+    for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) free(all[i]);
+    for (int i = 0; i < 5; i++) free(reals[i]);
+    esp_ctx_destroy(ctx);
+}
+
+Test(golden_grpo, head) {
+    espi_st_file *file = golden_open("grpo/head.safetensors");
+    static const char *const backends[] = {"ref64", "ref", "auto"};
+    for (int b = 0; b < 3; b++)
+        for (int t = 0; t < 2; t++) /* double: 157 terms in another order; float: the data's own forward tolerance */
+            check_head(file, backends[b], t ? "t07" : "t1", t ? 0.7 : 1.0, b == 0 ? 1e-13 : 2e-5);
     espi_st_close(file);
 }
