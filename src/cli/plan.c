@@ -1,1 +1,54 @@
-typedef int espi_stub; /* being written */
+/* espalier plan: memory of a training step by part and its peak, from config.json alone. */
+#include "cli/cli.h"
+
+#include <inttypes.h>
+
+static void print_part(const char *part, size_t bytes) { printf("%-22s %14zu  %10.2f MiB\n", part, bytes, (double)bytes / (1 << 20)); }
+
+static esp_status make_plan(esp_plan *plan, const char *dir, const esp_model_config *config, int64_t tokens, int64_t sequences,
+                            const char *backend) {
+    esp_ctx *ctx;
+    esp_status status = esp_ctx_create(&ctx, &ESP_CTX_CONFIG(.backend = backend));
+    if (status != ESP_OK) return status;
+    status = esp_plan_folder(plan, ctx, dir, config, tokens, (int32_t)sequences);
+    esp_ctx_destroy(ctx);
+    return status;
+}
+
+int espi_cli_plan(int argc, char **argv) {
+    const char *dir, *backend = "auto";
+    int64_t tokens = 0, sequences = 1, rank = 8;
+    int experts = 0;
+    esp_model_config config = ESP_MODEL_CONFIG();
+    const espi_option options[] = {
+        {"--tokens", ESPI_OPTION_COUNT, &tokens, "N", "tokens of one forward/backward; required"},
+        {"--sequences", ESPI_OPTION_COUNT, &sequences, "S", "in how many sequences (1)"},
+        {"--rank", ESPI_OPTION_COUNT, &rank, "R", "LoRA rank (8)"},
+        {"--experts", ESPI_OPTION_CHOICE, &experts, espi_cli_experts, "how frozen experts are held (nf4)"},
+        {"--double-quant", ESPI_OPTION_FLAG, &config.double_quant, NULL, "block scales in 8 bits"},
+        {"--activation-budget", ESPI_OPTION_BYTES, &config.activation_budget, "BYTES", "saved activations; K, M, G allowed (no bound)"},
+        {"--backend", ESPI_OPTION_TEXT, &backend, "NAME", "cpu, ref or ref64 (auto)"},
+    };
+    const espi_usage usage = {"plan", "Memory of one training step by part, and its peak.  Reads config.json, no weights.", "DIR", &dir, options,
+                              sizeof options / sizeof options[0]};
+    int code;
+    if (!espi_cli_parse(&code, &usage, argc, argv)) return code;
+    if (tokens < 1 || sequences < 1 || sequences > INT32_MAX || sequences > tokens)
+        return espi_cli_misuse(&usage, "--tokens %" PRId64 " in --sequences %" PRId64 " is no batch; every sequence has a token", tokens, sequences);
+    if (rank < 1 || rank > INT32_MAX) return espi_cli_misuse(&usage, "--rank cannot be %" PRId64 "; expected at least 1", rank);
+    config.lora_rank = (int)rank;
+    config.experts = espi_cli_format(experts);
+    esp_plan plan = ESP_PLAN_INIT;
+    esp_status status = make_plan(&plan, dir, &config, tokens, sequences, backend);
+    if (status != ESP_OK) return espi_cli_failed("plan", status);
+    print_part("dense weights", plan.dense_weights);
+    print_part("expert weights", plan.expert_weights);
+    print_part("adapter", plan.adapter);
+    print_part("gradients", plan.gradients);
+    print_part("optimizer", plan.optimizer);
+    print_part("activations", plan.activations);
+    print_part("  of these the head", plan.head);
+    printf("%-22s %14" PRId64 "\n", "layers recomputed", plan.layers_recomputed);
+    print_part("predicted peak", plan.total);
+    return ESPI_EXIT_OK;
+}

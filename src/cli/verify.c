@@ -1,1 +1,127 @@
-typedef int espi_stub; /* being written */
+/* espalier verify: compares this build with reference tensors.  Walks the folders, tells their kinds, counts. */
+#include "cli/verify.h"
+
+#include "models/family.h"
+
+#include <dirent.h>
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* A kind of folder is known by the files it holds. */
+typedef struct kind {
+    const char *marks[4];
+    void (*verify)(espi_verify *v, const char *dir);
+} kind;
+
+static const kind kinds[] = {
+    {{"ref.safetensors", "model"}, espi_verify_model},
+    {{"losses.safetensors", "advantages.safetensors", "head.safetensors"}, espi_verify_grpo},
+    {{"adamw.safetensors", "adamw8bit.safetensors", "schedules.safetensors"}, espi_verify_optim},
+    {{"bnb4.safetensors", "linear4bit_nf4_plain.safetensors", "linear4bit_fp4_plain.safetensors", "mxfp4.safetensors"}, espi_verify_quant},
+    {{"qwen3.jsonl", "o200k.jsonl"}, espi_verify_tokenizer},
+};
+
+static const kind *kind_of(const char *dir) {
+    for (size_t k = 0; k < sizeof kinds / sizeof kinds[0]; k++)
+        for (size_t m = 0; m < sizeof kinds[k].marks / sizeof kinds[k].marks[0]; m++) {
+            const char *mark = kinds[k].marks[m];
+            if (mark && (espi_is_file(dir, mark) || espi_is_folder(dir, mark))) return &kinds[k];
+        }
+    return NULL;
+}
+
+/* Last part of a path, trailing slashes left out. */
+static char *base_name(const char *path) {
+    size_t end = strlen(path);
+    while (end > 1 && path[end - 1] == '/') end--;
+    size_t start = end;
+    while (start > 0 && path[start - 1] != '/') start--;
+    char *name = espi_cli_memory(end - start + 1);
+    memcpy(name, path + start, end - start);
+    return name;
+}
+
+static bool verify_folder(espi_verify *v, const char *dir) {
+    const kind *k = kind_of(dir);
+    if (!k) return false;
+    char *name = base_name(dir);
+    v->folder = name;
+    k->verify(v, dir);
+    v->folder = NULL;
+    free(name);
+    return true;
+}
+
+static int by_name(const void *a, const void *b) { return strcmp(*(char *const *)a, *(char *const *)b); }
+
+char **espi_list_folder(const char *dir, size_t *n) {
+    *n = 0;
+    DIR *handle = opendir(dir);
+    if (!handle) return NULL;
+    size_t capacity = 16;
+    char **names = espi_cli_memory(capacity * sizeof *names);
+    for (struct dirent *entry = readdir(handle); entry; entry = readdir(handle)) {
+        if (entry->d_name[0] == '.') continue;
+        if (*n == capacity) {
+            char **more = espi_cli_memory(2 * capacity * sizeof *more);
+            memcpy(more, names, capacity * sizeof *more);
+            free(names);
+            names = more;
+            capacity *= 2;
+        }
+        names[*n] = espi_cli_memory(strlen(entry->d_name) + 1);
+        strcpy(names[(*n)++], entry->d_name);
+    }
+    closedir(handle);
+    qsort(names, *n, sizeof *names, by_name);
+    return names;
+}
+
+void espi_list_free(char **names, size_t n) {
+    for (size_t i = 0; names && i < n; i++) free(names[i]);
+    free(names);
+}
+
+/* Every golden folder directly below `dir`. */
+static bool verify_children(espi_verify *v, const char *dir) {
+    size_t n;
+    char **names = espi_list_folder(dir, &n);
+    if (!names) return false;
+    for (size_t i = 0; i < n; i++) {
+        char *child = espi_cli_path(dir, names[i]);
+        if (espi_is_folder(dir, names[i]) && !verify_folder(v, child)) {
+            v->folder = names[i];
+            espi_verify_skip(v, "", "not a golden folder");
+            v->folder = NULL;
+        }
+        free(child);
+    }
+    espi_list_free(names, n);
+    return true;
+}
+
+int espi_cli_verify(int argc, char **argv) {
+    espi_verify v = {0};
+    const char *dir, *backend = "cpu";
+    const espi_option options[] = {
+        {"--backend", ESPI_OPTION_TEXT, &backend, "NAME", "cpu, ref or ref64 (cpu)"},
+        {"--tokenizer", ESPI_OPTION_TEXT, &v.tokenizer, "FILE", "tokenizer.json for tokenizer/"},
+    };
+    const espi_usage usage = {"verify",
+                              "Compares this build with the reference tensors of a golden folder, or of every golden folder below DIR.\n"
+                              "One line a tensor: name, error, limit, ok or FAIL.  Forward values: max|a-b| <= 2e-5 max|b|; gradients:\n"
+                              "norm(a-b) <= 1e-4 norm(b); indices, codes and bytes: equal.  With --backend ref64 against an f64 reference:\n"
+                              "1e-10 and 1e-9.  Exit code 1 on any failure, or when nothing was checked.",
+                              "DIR", &dir, options, sizeof options / sizeof options[0]};
+    int code;
+    if (!espi_cli_parse(&code, &usage, argc, argv)) return code;
+    esp_status status = esp_ctx_create(&v.ctx, &ESP_CTX_CONFIG(.backend = backend));
+    if (status != ESP_OK) return espi_cli_failed("verify", status);
+    bool listed = verify_folder(&v, dir) || verify_children(&v, dir);
+    esp_ctx_destroy(v.ctx);
+    if (!listed) fprintf(stderr, "espalier verify: %s is not a folder that can be read\n", dir);
+    if (listed && v.passed + v.failed == 0) fprintf(stderr, "espalier verify: nothing was checked in %s\n", dir);
+    printf("%" PRId64 " passed, %" PRId64 " failed, %" PRId64 " skipped\n", v.passed, v.failed, v.skipped);
+    return v.failed > 0 || v.passed == 0 ? ESPI_EXIT_FAILED : ESPI_EXIT_OK;
+}

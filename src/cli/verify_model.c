@@ -1,0 +1,695 @@
+/* espalier verify: a golden model folder.  Each variant (the model as stored, with the older config, fused, quantised..) is run with and
+ * without its adapter and through every loss; what comes out is kept under the names of the reference file and compared key by key. */
+#include "cli/verify.h"
+#include "contract/head.h"
+#include "core/select.h"
+#include "models/model.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+typedef struct variant {
+    const char *label, *model, *config, *adapter;
+    const char *refs[2];
+    esp_qformat experts;
+    bool double_quant;
+    const char *same; /* label of the earlier variant that must have bit-equal logits, or NULL */
+} variant;
+
+static const variant variants[] = {
+    {"", "model", NULL, "adapter", {"ref.safetensors", "ref_f64.safetensors"}, ESP_Q_NONE},
+    {"config_v4/", "model", "config_v4.json", "adapter", {"ref.safetensors"}, ESP_Q_NONE, .same = ""},
+    {"model_fused/", "model_fused", NULL, "adapter", {"ref.safetensors"}, ESP_Q_NONE, .same = ""},
+    {"model_transposed/", "model_transposed", NULL, "adapter", {"ref.safetensors"}, ESP_Q_NONE, .same = ""},
+    {"adapter_2d/", "model", NULL, "adapter_2d", {"adapter_2d/ref.safetensors"}, ESP_Q_NONE},
+    {"model_nf4/", "model_nf4", NULL, "adapter", {"ref_nf4.safetensors"}, ESP_NF4},
+    {"model to nf4/", "model", NULL, "adapter", {"ref_nf4.safetensors"}, ESP_NF4, .same = "model_nf4/"},
+    {"model_nf4_dq/", "model_nf4_dq", NULL, "adapter", {"ref_nf4_dq.safetensors"}, ESP_NF4, true},
+    {"model to nf4_dq/", "model", NULL, "adapter", {"ref_nf4_dq.safetensors"}, ESP_NF4, true, .same = "model_nf4_dq/"},
+};
+enum { N_VARIANTS = sizeof variants / sizeof variants[0] };
+
+typedef struct loss {
+    const char *name;
+    double temperature;
+    bool cotangent; /* sum(cotangent_lp * lp) instead of cross entropy */
+    bool aux;       /* plus 0.01 aux_loss */
+} loss;
+
+static const loss losses[] = {{"ce", 1, false, false}, {"ceaux", 1, false, true}, {"lp", 1, true, false}, {"lp07", 0.7, true, false}};
+static const float aux_coef = 0.01f;
+
+typedef struct run {
+    espi_verify *v;
+    esp_model *model;
+    const espi_arrays *in; /* ref.safetensors: the inputs */
+    espi_arrays got;
+    int32_t *ids, *cu;
+    int64_t tokens;
+    int32_t n_seqs;
+    esp_batch batch;
+    const char *forward_prefix, *backward_prefix; /* of what the probe shows; NULL: not kept */
+} run;
+
+/* ---- what the passes show ---- */
+
+static void keep_gate_up(run *r, int64_t layer, const esp_tensor *t) {
+    int64_t n = esp_tensor_count(t), width = t->dims[t->rank - 1] / 2;
+    double *g = espi_arrays_add(&r->got, n / 2, "%s.l%lld.g", r->forward_prefix, (long long)layer);
+    double *u = espi_arrays_add(&r->got, n / 2, "%s.l%lld.u", r->forward_prefix, (long long)layer);
+    for (int64_t i = 0; i < n; i++) {
+        int64_t row = i / (2 * width), column = i % (2 * width);
+        *(column < width ? &g[row * width + column] : &u[row * width + column - width]) = espi_real_get(t->data, i, t->dtype);
+    }
+}
+
+static void on_probe(void *user, const char *name, int64_t layer, const esp_tensor *tensor) {
+    run *r = user;
+    bool backward = strncmp(name, "d_", 2) == 0;
+    const char *prefix = backward ? r->backward_prefix : r->forward_prefix;
+    const char *key = backward ? name + 2 : name;
+    if (!prefix) return;
+    int64_t n = esp_tensor_count(tensor);
+    if (strcmp(key, "gu") == 0) keep_gate_up(r, layer, tensor);
+    else if (strcmp(key, "h") == 0) espi_arrays_put(&r->got, tensor->data, tensor->dtype, n, "%s.h.%lld", prefix, (long long)layer);
+    else if (strcmp(key, "hidden") == 0) espi_arrays_put(&r->got, tensor->data, tensor->dtype, n, "%s.hidden", prefix);
+    else espi_arrays_put(&r->got, tensor->data, tensor->dtype, n, "%s.l%lld.%s", prefix, (long long)layer, key);
+}
+
+/* ---- forward ---- */
+
+typedef struct logits_walk {
+    run *r;
+    const esp_tensor *hidden;
+    const char *name;
+} logits_walk;
+
+/* The public call gives f32; the op gives what the context computes in. */
+static esp_status take_logits(void *user, espi_arena *arena) {
+    const logits_walk *w = user;
+    const esp_model *m = w->r->model;
+    int64_t tokens = w->hidden->dims[0], n = tokens * m->config.vocab;
+    int32_t *rows;
+    void *logits;
+    ESPI_TRY(espi_arena_take(arena, (size_t)tokens * sizeof *rows, &rows));
+    ESPI_TRY(espi_arena_take(arena, (size_t)n * m->ctx->real_size, &logits));
+    for (int64_t t = 0; t < tokens && !arena->dry; t++) rows[t] = (int32_t)t;
+    const espi_head_logits op = {
+        .head = {.hidden = w->hidden->data, .rows = rows, .target = rows, .w = m->head, .n = tokens, .temperature = 1, .logit_scale = 1},
+        .logits = logits};
+    ESPI_TRY(espi_op_head_logits(m->ctx, arena, &op));
+    if (!arena->dry) espi_arrays_put(&w->r->got, logits, m->ctx->real, n, "%s", w->name);
+    return ESP_OK;
+}
+
+static esp_status keep_logits(run *r, const esp_tensor *hidden, const char *name) {
+    int64_t n = hidden->dims[0] * r->model->config.vocab;
+    if (r->v->ctx->real == ESP_F64) return espi_verify_walk(r->v, take_logits, &(logits_walk){r, hidden, name});
+    float *logits = espi_cli_memory((size_t)n * sizeof *logits);
+    esp_status status = esp_model_logits(r->model, hidden, logits, (size_t)n);
+    if (status == ESP_OK) espi_arrays_put(&r->got, logits, ESP_F32, n, "%s", name);
+    free(logits);
+    return status;
+}
+
+/* The head with its log-probabilities or with a loss, on memory of its own. */
+typedef struct head_walk {
+    run *r;
+    const esp_tensor *hidden;
+    double temperature;
+    const char *name; /* of the log-probabilities */
+    const double *g;  /* the loss's coefficients, or NULL: log-probabilities only */
+    void *d_hidden;
+} head_walk;
+
+static esp_status give_coefficients(void *user, const espi_head_rows *rows, int64_t first, int64_t count) {
+    const head_walk *w = user;
+    for (int64_t i = first; i < first + count; i++) {
+        espi_real_set(rows->g, i, w->g[i], w->r->v->ctx->real);
+        espi_real_set(rows->e, i, 0, w->r->v->ctx->real);
+    }
+    return ESP_OK;
+}
+
+static esp_status take_head(void *user, espi_arena *arena) {
+    const head_walk *w = user;
+    esp_model *m = w->r->model;
+    espi_head_rows rows;
+    ESPI_TRY(espi_head_rows_make(&rows, m, arena, &w->r->batch));
+    if (w->g)
+        return espi_head_loss(m, arena, &rows, w->hidden->data, w->d_hidden, w->r->tokens, w->temperature, true, give_coefficients, user);
+    ESPI_TRY(espi_head_logprob(m, arena, &rows, w->hidden->data, w->temperature));
+    if (!arena->dry) espi_arrays_put(&w->r->got, rows.lp, m->ctx->real, rows.n, "%s", w->name);
+    return ESP_OK;
+}
+
+static esp_status keep_logprobs(run *r, const esp_tensor *hidden, const char *prefix, const char *key, double temperature) {
+    char name[32];
+    snprintf(name, sizeof name, "%s.%s", prefix, key);
+    return espi_verify_walk(r->v, take_head, &(head_walk){.r = r, .hidden = hidden, .temperature = temperature, .name = name});
+}
+
+/* The second sequence on its own. */
+static esp_status run_single(run *r, const char *prefix) {
+    if (r->n_seqs < 2) return ESP_OK;
+    const int32_t length = r->cu[2] - r->cu[1], cu[2] = {0, length};
+    const esp_batch batch = ESP_BATCH(.tokens = r->ids + r->cu[1], .cu_seqlens = cu, .n_tokens = length, .n_seqs = 1);
+    char name[32];
+    snprintf(name, sizeof name, "%s.single1.logits", prefix);
+    esp_tensor hidden;
+    ESPI_TRY(esp_model_forward_only(r->model, &batch, &hidden));
+    return keep_logits(r, &hidden, name);
+}
+
+static esp_status run_forward(run *r, const char *prefix, bool adapter) {
+    char name[32];
+    snprintf(name, sizeof name, "%s.logits", prefix);
+    esp_tensor hidden;
+    double ce, aux, z;
+    ESPI_TRY(esp_model_adapter_enable(r->model, adapter));
+    r->forward_prefix = prefix;
+    esp_status status = esp_model_forward(r->model, &r->batch, &hidden);
+    r->forward_prefix = NULL;
+    ESPI_TRY(status);
+    ESPI_TRY(esp_model_router_losses(r->model, &aux, &z));
+    ESPI_TRY(keep_logits(r, &hidden, name));
+    ESPI_TRY(keep_logprobs(r, &hidden, prefix, "lp", 1));
+    ESPI_TRY(keep_logprobs(r, &hidden, prefix, "lp07", 0.7));
+    ESPI_TRY(esp_model_cross_entropy(r->model, &r->batch, &hidden, &ce, NULL));
+    espi_arrays_put(&r->got, &ce, ESP_F64, 1, "%s.ce_loss", prefix);
+    espi_arrays_put(&r->got, &aux, ESP_F64, 1, "%s.aux_loss", prefix);
+    return run_single(r, prefix);
+}
+
+/* ---- gradients ---- */
+
+/* "layers.0.self_attn.q_proj.lora_A", "layers.0.mlp.experts.gate_up.lora_B" under PEFT's fused names; B of the experts from [E,out,R] to
+ * [out,R*E] with the expert fastest. */
+static void keep_parameter(run *r, const esp_param *p, const char *loss_name) {
+    const char *base = "base_model.model.model", *experts = strstr(p->name, ".experts.");
+    int64_t n = p->dims[0] * p->dims[1] * (p->rank == 3 ? p->dims[2] : 1);
+    if (!experts) {
+        espi_arrays_put(&r->got, p->grad, p->dtype, n, "grad.%s.%s.%s.weight", loss_name, base, p->name);
+        return;
+    }
+    const espi_lora_spec *lora = r->model->lora;
+    bool nested = strstr(experts, ".gate_up.") && lora[ESPI_T_DOWN].r > 0;
+    const char *matrix = strrchr(p->name, '.');
+    double *out = espi_arrays_add(&r->got, n, "grad.%s.%s.%.*s.experts%s%s.weight", loss_name, base, (int)(experts - p->name), p->name,
+                                  nested ? ".base_layer" : "", matrix);
+    bool is_b = strcmp(matrix, ".lora_B") == 0;
+    int64_t e_count = p->dims[0], rows = p->dims[1], rank = p->dims[2];
+    for (int64_t i = 0; i < n; i++) {
+        int64_t e = i / (rows * rank), row = i / rank % rows, k = i % rank;
+        out[is_b ? (row * rank + k) * e_count + e : i] = espi_real_get(p->grad, i, p->dtype);
+    }
+}
+
+static esp_status keep_gradients(run *r, const char *loss_name) {
+    for (int64_t i = 0; i < esp_model_param_count(r->model); i++) {
+        esp_param p = ESP_PARAM_INIT;
+        ESPI_TRY(esp_model_param_get(r->model, i, &p));
+        keep_parameter(r, &p, loss_name);
+    }
+    const espi_config *c = &r->model->config;
+    for (int64_t l = 0; l < c->layers; l++)
+        if (r->model->layers[l].d_router)
+            espi_arrays_put(&r->got, r->model->layers[l].d_router, r->v->ctx->real, c->experts * c->hidden,
+                            "grad.%s.param.model.layers.%lld.mlp.gate.weight", loss_name, (long long)l);
+    return ESP_OK;
+}
+
+/* The norms are frozen in the model, so their weights' gradients are formed here by the op from what the passes showed: the norm's output y
+ * stands for x (x^ = y / w, rstd = 1). */
+typedef struct norm_walk {
+    run *r;
+    const double *y, *d_y;
+    const float *w;
+    int64_t rows, n;
+    int64_t half; /* > 0: d_y came behind RoPE: turn it back first */
+    char name[96];
+} norm_walk;
+
+static esp_status turn_back(const norm_walk *w, espi_arena *arena, void *d_y) {
+    const esp_model *m = w->r->model;
+    int64_t tokens = w->r->tokens;
+    int32_t *positions;
+    void *cos_table, *sin_table;
+    ESPI_TRY(espi_arena_take(arena, (size_t)tokens * sizeof *positions, &positions));
+    ESPI_TRY(espi_arena_take(arena, (size_t)(tokens * w->half) * m->ctx->real_size, &cos_table));
+    ESPI_TRY(espi_arena_take(arena, (size_t)(tokens * w->half) * m->ctx->real_size, &sin_table));
+    for (int32_t s = 0; s < w->r->n_seqs && !arena->dry; s++)
+        for (int32_t t = w->r->cu[s]; t < w->r->cu[s + 1]; t++) positions[t] = t - w->r->cu[s];
+    const espi_rope_table table = {cos_table, sin_table, positions, m->inv_freq, m->config.rope_attention, tokens, w->half};
+    ESPI_TRY(espi_op_rope_table(m->ctx, arena, &table));
+    const espi_rope rope = {d_y, cos_table, sin_table, tokens, w->rows / tokens, w->half};
+    return espi_op_rope_bwd(m->ctx, arena, &rope);
+}
+
+static esp_status take_norm(void *user, espi_arena *arena) {
+    const norm_walk *w = user;
+    esp_ctx *ctx = w->r->v->ctx;
+    int64_t n = w->rows * w->n;
+    void *x, *d_y, *rstd, *d_w;
+    ESPI_TRY(espi_arena_take(arena, (size_t)n * ctx->real_size, &x));
+    ESPI_TRY(espi_arena_take(arena, (size_t)n * ctx->real_size, &d_y));
+    ESPI_TRY(espi_arena_take(arena, (size_t)w->rows * ctx->real_size, &rstd));
+    ESPI_TRY(espi_arena_take(arena, (size_t)w->n * ctx->real_size, &d_w));
+    for (int64_t i = 0; i < n && !arena->dry; i++) {
+        espi_real_set(x, i, w->y[i] / w->w[i % w->n], ctx->real);
+        espi_real_set(d_y, i, w->d_y[i], ctx->real);
+        espi_real_set(rstd, i / w->n, 1, ctx->real);
+        espi_real_set(d_w, i % w->n, 0, ctx->real);
+    }
+    if (w->half > 0) ESPI_TRY(turn_back(w, arena, d_y));
+    const espi_rmsnorm_bwd op = {.d_x = d_y, .d_w = d_w, .d_y = d_y, .x = x, .rstd = rstd, .w = w->w, .rows = w->rows, .n = w->n};
+    ESPI_TRY(espi_op_rmsnorm_bwd(ctx, arena, &op));
+    if (!arena->dry) espi_arrays_put(&w->r->got, d_w, ctx->real, w->n, "%s", w->name);
+    return ESP_OK;
+}
+
+/* `key` names the output as the forward showed it, `d_key` its gradient. */
+static esp_status keep_norm(run *r, norm_walk *w, const char *key, const char *d_key) {
+    const espi_array *y = espi_arrays_find(&r->got, "lora.%s", key), *d_y = espi_arrays_find(&r->got, "grad.ce.%s", d_key);
+    if (!y || !d_y || !w->w) return ESP_OK;
+    w->r = r;
+    w->y = y->v;
+    w->d_y = d_y->v;
+    return espi_verify_walk(r->v, take_norm, w);
+}
+
+static esp_status keep_layer_norm(run *r, int64_t layer, const char *value, const char *d_value, const char *weight, norm_walk w) {
+    char key[32], d_key[32];
+    snprintf(key, sizeof key, "l%lld.%s", (long long)layer, value);
+    snprintf(d_key, sizeof d_key, "l%lld.%s", (long long)layer, d_value);
+    snprintf(w.name, sizeof w.name, "grad.ce.param.model.layers.%lld.%s.weight", (long long)layer, weight);
+    return keep_norm(r, &w, key, d_key);
+}
+
+static esp_status keep_norms(run *r) {
+    const espi_config *c = &r->model->config;
+    const int64_t t = r->tokens, half = c->head_dim / 2;
+    for (int64_t l = 0; l < c->layers; l++) {
+        const espi_layer *layer = &r->model->layers[l];
+        const norm_walk norm1 = {.w = layer->norm1, .rows = t, .n = c->hidden}, norm2 = {.w = layer->norm2, .rows = t, .n = c->hidden};
+        const norm_walk q = {.w = layer->q_norm, .rows = t * c->heads, .n = c->head_dim, .half = half};
+        const norm_walk k = {.w = layer->k_norm, .rows = t * c->kv_heads, .n = c->head_dim, .half = half};
+        ESPI_TRY(keep_layer_norm(r, l, "norm1", "norm1", "input_layernorm", norm1));
+        ESPI_TRY(keep_layer_norm(r, l, "norm2", "norm2", "post_attention_layernorm", norm2));
+        ESPI_TRY(keep_layer_norm(r, l, "q_norm", "q", "self_attn.q_norm", q));
+        ESPI_TRY(keep_layer_norm(r, l, "k_norm", "k", "self_attn.k_norm", k));
+    }
+    norm_walk final = {.w = r->model->final_norm, .rows = t, .n = c->hidden, .name = "grad.ce.param.model.norm.weight"};
+    return keep_norm(r, &final, "hidden", "hidden");
+}
+
+/* The gradient of cross entropy by the logits, by the head's own op: with the logits as hidden states and the unit matrix as weight,
+ * d_hidden is the gradient of the logits. */
+static esp_status take_logits_gradient(void *user, espi_arena *arena) {
+    run *r = user;
+    esp_ctx *ctx = r->v->ctx;
+    const int64_t vocab = r->model->config.vocab;
+    const espi_array *logits = espi_arrays_find(&r->got, "lora.logits");
+    espi_head_rows rows;
+    float *unit;
+    void *z, *d_z;
+    ESPI_TRY(espi_head_rows_make(&rows, r->model, arena, &r->batch));
+    ESPI_TRY(espi_arena_take(arena, (size_t)(vocab * vocab) * sizeof *unit, &unit));
+    ESPI_TRY(espi_arena_take(arena, (size_t)logits->n * ctx->real_size, &z));
+    ESPI_TRY(espi_arena_take(arena, (size_t)logits->n * ctx->real_size, &d_z));
+    if (!arena->dry) {
+        for (int64_t i = 0; i < vocab; i++) unit[i * vocab + i] = 1;
+        for (int64_t i = 0; i < logits->n; i++) espi_real_set(z, i, logits->v[i], ctx->real);
+        for (int64_t i = 0; i < rows.n; i++) {
+            espi_real_set(rows.g, i, -1.0 / (double)rows.n, ctx->real);
+            espi_real_set(rows.e, i, 0, ctx->real);
+        }
+    }
+    espi_head head = espi_head_describe(r->model, &rows, z, 1);
+    head.w = (espi_mat){unit, ESP_F32, vocab, vocab};
+    const espi_head_stats stats = {head, rows.lp, rows.entropy, rows.lse};
+    ESPI_TRY(espi_op_head_stats(ctx, arena, &stats));
+    const espi_head_grad grad = {head, d_z, rows.g, rows.e, rows.lse, rows.entropy};
+    ESPI_TRY(espi_op_head_grad(ctx, arena, &grad));
+    if (!arena->dry) espi_arrays_put(&r->got, d_z, ctx->real, logits->n, "grad.ce.logits");
+    return ESP_OK;
+}
+
+static esp_status run_loss(run *r, const loss *l) {
+    char prefix[16];
+    snprintf(prefix, sizeof prefix, "grad.%s", l->name);
+    esp_ctx *ctx = r->v->ctx;
+    esp_tensor hidden, d_hidden;
+    void *own = NULL;
+    ESPI_TRY(esp_model_adapter_enable(r->model, true));
+    ESPI_TRY(esp_model_zero_grad(r->model));
+    ESPI_TRY(esp_model_forward(r->model, &r->batch, &hidden));
+    size_t bytes = (size_t)esp_tensor_count(&hidden) * ctx->real_size;
+    esp_status status;
+    if (l->cotangent) {
+        const espi_array *g = espi_arrays_find(r->in, "cotangent_lp");
+        ESPI_TRY(espi_ctx_alloc(ctx, ESPI_MEM_STAGING, bytes, &own));
+        d_hidden = hidden;
+        d_hidden.data = own;
+        status = espi_verify_walk(
+            r->v, take_head, &(head_walk){.r = r, .hidden = &hidden, .temperature = l->temperature, .g = g->v, .d_hidden = own});
+    } else {
+        double ce;
+        status = esp_model_cross_entropy(r->model, &r->batch, &hidden, &ce, &d_hidden);
+    }
+    r->backward_prefix = prefix;
+    if (status == ESP_OK) status = esp_model_backward(r->model, &r->batch, &d_hidden);
+    r->backward_prefix = NULL;
+    espi_ctx_free(ctx, ESPI_MEM_STAGING, own, bytes);
+    return status == ESP_OK ? keep_gradients(r, l->name) : status;
+}
+
+/* Does any key of the file begin with this? */
+static bool wanted(const espi_arrays *want, const char *prefix) {
+    for (int64_t i = 0; i < want->n; i++)
+        if (strncmp(want->items[i].name, prefix, strlen(prefix)) == 0) return true;
+    return false;
+}
+
+static esp_status run_losses(run *r, const espi_arrays *want, bool aux) {
+    for (int i = 0; i < ESPI_COUNT(losses); i++) {
+        char prefix[16];
+        snprintf(prefix, sizeof prefix, "grad.%s.", losses[i].name);
+        bool possible = !losses[i].cotangent || espi_arrays_find(r->in, "cotangent_lp");
+        if (losses[i].aux == aux && possible && wanted(want, prefix)) ESPI_TRY(run_loss(r, &losses[i]));
+    }
+    if (aux) return ESP_OK;
+    if (wanted(want, "grad.ce.param.")) ESPI_TRY(keep_norms(r));
+    return espi_arrays_find(want, "grad.ce.logits") ? espi_verify_walk(r->v, take_logits_gradient, r) : ESP_OK;
+}
+
+/* ---- the adapter's deltas ---- */
+
+/* Delta of one expert, scale * B_e A_e, for "model.layers.{l}.mlp.experts.{gate_up_proj|down_proj}.expert{e}". */
+static esp_status keep_delta(run *r, const char *name) {
+    int layer, expert;
+    char which[16];
+    const bool known = sscanf(name, "model.layers.%d.mlp.experts.%15[a-z_].expert%d", &layer, which, &expert) == 3;
+    const espi_config *c = &r->model->config;
+    if (!known || layer < 0 || layer >= c->layers || expert < 0 || expert >= c->experts) return ESP_OK;
+    const bool down = strcmp(which, "down_proj") == 0;
+    const espi_layer *l = &r->model->layers[layer];
+    const espi_lora *lora = down ? &l->lora_down : &l->lora_gate_up;
+    const int64_t out = down ? c->hidden : 2 * c->expert_width, in = down ? c->expert_width : c->hidden, rank = lora->r;
+    if (rank == 0) return ESP_OK;
+    double *delta = espi_arrays_add(&r->got, out * in, "%s", name);
+    const esp_dtype real = r->v->ctx->real;
+    for (int64_t i = 0; i < out * in; i++)
+        for (int64_t k = 0; k < rank; k++)
+            delta[i] += lora->scale * espi_real_get(lora->b, (expert * out + i / in) * rank + k, real) *
+                        espi_real_get(lora->a, (expert * rank + k) * in + i % in, real);
+    return ESP_OK;
+}
+
+/* ---- one variant ---- */
+
+static bool ends_with(const char *text, const char *end) {
+    size_t n = strlen(text), m = strlen(end);
+    return n >= m && strcmp(text + n - m, end) == 0;
+}
+
+static bool is_input(const char *name) {
+    static const char *const inputs[] = {"packed_ids", "cu_seqlens", "cotangent_lp"};
+    for (int i = 0; i < ESPI_COUNT(inputs); i++)
+        if (strcmp(name, inputs[i]) == 0) return true;
+    return false;
+}
+
+static espi_rule rule_of(const char *name) {
+    if (strncmp(name, "grad.", 5) == 0) return ESPI_RULE_GRADIENT;
+    static const char *const exact[] = {"topk_idx", "ids", "mask", "lengths"};
+    for (int i = 0; i < ESPI_COUNT(exact); i++)
+        if (ends_with(name, exact[i])) return ESPI_RULE_EXACT;
+    return ESPI_RULE_FORWARD;
+}
+
+/* The padded form of the inputs, and the tables that the config gives. */
+static void keep_inputs(run *r) {
+    const espi_array *ids = espi_arrays_find(r->in, "ids");
+    int64_t width = ids && ids->rank == 2 ? ids->dims[1] : 0;
+    if (width > 0) {
+        double *padded = espi_arrays_add(&r->got, r->n_seqs * width, "ids"), *mask = espi_arrays_add(&r->got, r->n_seqs * width, "mask");
+        for (int32_t s = 0; s < r->n_seqs; s++)
+            for (int32_t t = r->cu[s]; t < r->cu[s + 1] && t - r->cu[s] < width; t++) {
+                padded[s * width + t - r->cu[s]] = r->ids[t];
+                mask[s * width + t - r->cu[s]] = 1;
+            }
+    }
+    double *lengths = espi_arrays_add(&r->got, r->n_seqs, "lengths");
+    for (int32_t s = 0; s < r->n_seqs; s++) lengths[s] = r->cu[s + 1] - r->cu[s];
+    espi_arrays_put(&r->got, r->model->inv_freq, ESP_F64, r->model->config.head_dim / 2, "inv_freq");
+    espi_arrays_put(&r->got, &r->model->config.rope_attention, ESP_F64, 1, "rope_scale");
+}
+
+static void compare_all(run *r, const char *label, const espi_arrays *want) {
+    for (int64_t i = 0; i < want->n; i++) {
+        const espi_array *a = &want->items[i];
+        if (!is_input(a->name)) espi_verify_array(r->v, label, rule_of(a->name), espi_arrays_find(&r->got, "%s", a->name), a);
+    }
+}
+
+static esp_status load(esp_model **model, espi_verify *v, const char *model_dir, const char *adapter_dir, const variant *form, float aux) {
+    return esp_model_load(model, v->ctx, model_dir,
+                          &ESP_MODEL_CONFIG(.experts = form->experts, .double_quant = form->double_quant, .train_router = true,
+                                            .router_aux_coef = aux, .adapter_dir = adapter_dir,
+                                            .lora_targets = ESP_LORA_NOTHING));
+}
+
+/* One loaded model through everything that the reference file has.  aux: it was loaded with the load-balancing loss. */
+static esp_status run_model(run *r, const espi_arrays *want, bool adapter, bool aux) {
+    ESPI_TRY(esp_model_set_probe(r->model, on_probe, r));
+    if (aux) return run_losses(r, want, true);
+    keep_inputs(r);
+    if (wanted(want, "base.")) ESPI_TRY(run_forward(r, "base", false));
+    if (!adapter) return ESP_OK;
+    if (wanted(want, "lora.") || wanted(want, "grad.")) ESPI_TRY(run_forward(r, "lora", true));
+    return run_losses(r, want, false);
+}
+
+static esp_status run_variant(run *r, const char *model_dir, const char *adapter_dir, const variant *form, const espi_arrays *want,
+                              const espi_arrays *deltas) {
+    for (int aux = 0; aux < 2; aux++) {
+        if (aux && (!adapter_dir || !wanted(want, "grad.ceaux."))) break;
+        ESPI_TRY(load(&r->model, r->v, model_dir, adapter_dir, form, aux ? aux_coef : 0));
+        esp_status status = run_model(r, want, adapter_dir != NULL, aux);
+        for (int64_t i = 0; deltas && !aux && status == ESP_OK && i < deltas->n; i++) status = keep_delta(r, deltas->items[i].name);
+        esp_model_destroy(r->model);
+        r->model = NULL;
+        ESPI_TRY(status);
+    }
+    return ESP_OK;
+}
+
+/* ---- a model folder with another config.json: links in a temporary folder ---- */
+
+static void remove_links(const char *place) {
+    size_t n;
+    char **names = espi_list_folder(place, &n);
+    for (size_t i = 0; names && i < n; i++) {
+        char *path = espi_cli_path(place, names[i]);
+        unlink(path);
+        free(path);
+    }
+    espi_list_free(names, n);
+    rmdir(place);
+}
+
+static bool link_one(const char *from_dir, const char *from, const char *to_dir, const char *to) {
+    char *source = espi_cli_path(from_dir, from), *target = espi_cli_path(to_dir, to), *absolute = realpath(source, NULL);
+    bool done = absolute && symlink(absolute, target) == 0;
+    free(source);
+    free(target);
+    free(absolute);
+    return done;
+}
+
+static bool make_links(const char *place, const char *dir, const char *model, const char *config) {
+    char *model_dir = espi_cli_path(dir, model);
+    size_t n;
+    char **names = espi_list_folder(model_dir, &n);
+    bool done = names && link_one(dir, config, place, "config.json");
+    for (size_t i = 0; done && i < n; i++) done = strcmp(names[i], "config.json") == 0 || link_one(model_dir, names[i], place, names[i]);
+    espi_list_free(names, n);
+    free(model_dir);
+    return done;
+}
+
+/* The variant's model folder: its own, or a temporary one.  NULL when the temporary one could not be made. */
+static char *open_model_folder(const char *dir, const variant *form) {
+    if (!form->config) return espi_cli_path(dir, form->model);
+    char *place = espi_cli_path(P_tmpdir, "espalier-verify-XXXXXX");
+    if (mkdtemp(place)) {
+        if (make_links(place, dir, form->model, form->config)) return place;
+        remove_links(place);
+    }
+    free(place);
+    return NULL;
+}
+
+static void close_model_folder(char *place, const variant *form) {
+    if (place && form->config) remove_links(place);
+    free(place);
+}
+
+/* Logits of two variants that must not differ in a bit. */
+static void compare_same(espi_verify *v, const variant *form, const espi_arrays *got, const espi_arrays *earlier) {
+    static const char *const keys[] = {"base.logits", "lora.logits"};
+    for (int i = 0; i < ESPI_COUNT(keys); i++) {
+        const espi_array *a = espi_arrays_find(got, "%s", keys[i]), *b = espi_arrays_find(earlier, "%s", keys[i]);
+        if (!a || !b) continue;
+        char name[64];
+        snprintf(name, sizeof name, "%s same bits as %s", keys[i], form->same[0] ? form->same : "model/");
+        espi_verify_compare(v, form->label, name, ESPI_RULE_EXACT, 0, a->v, b->v, a->n);
+    }
+}
+
+/* What the variants of one folder share. */
+typedef struct folder {
+    espi_verify *v;
+    const char *dir;
+    espi_arrays in, deltas;
+    espi_arrays logits[N_VARIANTS]; /* what each variant gave, for those that must give the same */
+} folder;
+
+static void verify_refs(folder *f, int which, run *r, const char *model_dir, const char *adapter_dir) {
+    const variant *form = &variants[which];
+    espi_arrays want[ESPI_COUNT(form->refs)] = {{0}};
+    espi_arrays all = {0}; /* views: the names of all reference files, to know what to run */
+    for (int i = 0; i < ESPI_COUNT(form->refs); i++)
+        if (form->refs[i] && espi_is_file(f->dir, form->refs[i]) && espi_verify_open(f->v, &want[i], f->dir, form->refs[i]))
+            for (int64_t k = 0; k < want[i].n; k++) espi_arrays_add(&all, 0, "%s", want[i].items[k].name);
+    const bool first = which == 0;
+    esp_status status = run_variant(r, model_dir, adapter_dir, form, &all, first ? &f->deltas : NULL);
+    if (status != ESP_OK) espi_verify_error(f->v, form->label, status);
+    else {
+        for (int i = 0; i < ESPI_COUNT(form->refs); i++) {
+            char label[64];
+            snprintf(label, sizeof label, "%s%s", form->label, i == 1 ? "f64/" : "");
+            compare_all(r, label, &want[i]);
+        }
+        if (first) compare_all(r, "delta/", &f->deltas);
+        for (int k = 0; form->same && k < which; k++)
+            if (strcmp(variants[k].label, form->same) == 0) compare_same(f->v, form, &r->got, &f->logits[k]);
+    }
+    f->logits[which] = r->got;
+    espi_arrays_free(&all);
+    for (int i = 0; i < ESPI_COUNT(form->refs); i++) espi_arrays_free(&want[i]);
+}
+
+static void verify_variant(folder *f, int which) {
+    const variant *form = &variants[which];
+    if (which > 0 && (!espi_is_folder(f->dir, form->model) || !espi_is_file(f->dir, form->refs[0]))) return;
+    if (form->config && !espi_is_file(f->dir, form->config)) return;
+    const espi_array *ids = espi_arrays_find(&f->in, "packed_ids"), *cu = espi_arrays_find(&f->in, "cu_seqlens");
+    run r = {.v = f->v, .in = &f->in, .tokens = ids->n, .n_seqs = (int32_t)(cu->n - 1)};
+    r.ids = espi_cli_memory((size_t)ids->n * sizeof *r.ids);
+    r.cu = espi_cli_memory((size_t)cu->n * sizeof *r.cu);
+    for (int64_t i = 0; i < ids->n; i++) r.ids[i] = (int32_t)ids->v[i];
+    for (int64_t i = 0; i < cu->n; i++) r.cu[i] = (int32_t)cu->v[i];
+    r.batch = ESP_BATCH(.tokens = r.ids, .cu_seqlens = r.cu, .n_tokens = r.tokens, .n_seqs = r.n_seqs);
+    char *model_dir = open_model_folder(f->dir, form);
+    char *adapter_dir = espi_is_folder(f->dir, form->adapter) ? espi_cli_path(f->dir, form->adapter) : NULL;
+    if (model_dir) verify_refs(f, which, &r, model_dir, adapter_dir);
+    else espi_verify_fail(f->v, form->label, "a temporary folder with this config could not be made");
+    close_model_folder(model_dir, form);
+    free(adapter_dir);
+    free(r.ids);
+    free(r.cu);
+}
+
+/* ---- quantising on load ---- */
+
+static void compare_bytes(espi_verify *v, const char *name, const void *got, const void *want, size_t bytes) {
+    double *a = espi_cli_memory(bytes * sizeof *a), *b = espi_cli_memory(bytes * sizeof *b);
+    for (size_t i = 0; i < bytes; i++) {
+        a[i] = ((const unsigned char *)got)[i];
+        b[i] = ((const unsigned char *)want)[i];
+    }
+    espi_verify_compare(v, "", name, ESPI_RULE_EXACT, 0, a, b, (int64_t)bytes);
+    free(a);
+    free(b);
+}
+
+static void compare_stack(espi_verify *v, const char *label, int64_t layer, const char *part, const espi_stack *got, const espi_stack *want) {
+    char name[96];
+    snprintf(name, sizeof name, "%slayers.%lld.%s codes", label, (long long)layer, part);
+    const int64_t parts = want->experts * want->parts;
+    if (got->part_bytes != want->part_bytes || got->part_blocks != want->part_blocks || !got->absmax8 != !want->absmax8) {
+        espi_verify_fail(v, name, "is held in another form");
+        return;
+    }
+    compare_bytes(v, name, got->data, want->data, (size_t)parts * want->part_bytes);
+    snprintf(name, sizeof name, "%slayers.%lld.%s scales", label, (long long)layer, part);
+    const size_t blocks = (size_t)(parts * want->part_blocks);
+    if (want->absmax8) compare_bytes(v, name, got->absmax8, want->absmax8, blocks);
+    else compare_bytes(v, name, got->absmax, want->absmax, blocks * sizeof *want->absmax);
+}
+
+/* Quantising model/ while loading gives the bytes of the quantised checkpoint. */
+static void verify_quantised(espi_verify *v, const char *dir, const variant *form, const char *label) {
+    if (!espi_is_folder(dir, form->model) || !espi_is_folder(dir, "model")) return;
+    char *stored = espi_cli_path(dir, form->model), *plain = espi_cli_path(dir, "model");
+    esp_model *want = NULL, *got = NULL;
+    esp_status status = load(&want, v, stored, NULL, form, 0);
+    if (status == ESP_OK) status = load(&got, v, plain, NULL, form, 0);
+    if (status != ESP_OK) espi_verify_error(v, label, status);
+    for (int64_t l = 0; status == ESP_OK && l < want->config.layers; l++) {
+        if (want->layers[l].mlp != ESPI_MLP_MOE) continue;
+        compare_stack(v, label, l, "gate_up", &got->layers[l].gate_up, &want->layers[l].gate_up);
+        compare_stack(v, label, l, "down", &got->layers[l].down, &want->layers[l].down);
+    }
+    esp_model_destroy(want);
+    esp_model_destroy(got);
+    free(stored);
+    free(plain);
+}
+
+/* ---- the folder ---- */
+
+/* False: nothing can be run; told. */
+static bool open_folder(folder *f) {
+    char *model = espi_cli_path(f->dir, "model");
+    espi_config config;
+    esp_status status = espi_config_read(&config, model);
+    free(model);
+    if (status == ESP_ERR_UNSUPPORTED) {
+        espi_verify_skip(f->v, "", esp_last_error());
+        return false;
+    }
+    if (status != ESP_OK) {
+        espi_verify_error(f->v, "model/config.json", status);
+        return false;
+    }
+    espi_config_free(&config);
+    if (!espi_is_file(f->dir, "ref.safetensors")) {
+        espi_verify_fail(f->v, "ref.safetensors", "is missing beside model/");
+        return false;
+    }
+    if (!espi_verify_open(f->v, &f->in, f->dir, "ref.safetensors")) return false;
+    const espi_array *ids = espi_arrays_find(&f->in, "packed_ids"), *cu = espi_arrays_find(&f->in, "cu_seqlens");
+    if (ids && cu && cu->n > 1 && cu->v[0] == 0 && cu->v[cu->n - 1] == (double)ids->n) return true;
+    espi_verify_fail(f->v, "ref.safetensors", "packed_ids and cu_seqlens do not describe a batch");
+    return false;
+}
+
+void espi_verify_model(espi_verify *v, const char *dir) {
+    folder f = {.v = v, .dir = dir};
+    if (open_folder(&f)) {
+        bool adapted = wanted(&f.in, "lora.") || wanted(&f.in, "grad.");
+        if (adapted && !espi_is_folder(dir, "adapter")) espi_verify_fail(v, "adapter", "is missing beside lora.* and grad.*");
+        if (espi_is_file(dir, "delta.safetensors")) espi_verify_open(v, &f.deltas, dir, "delta.safetensors");
+        for (int i = 0; i < N_VARIANTS; i++) verify_variant(&f, i);
+        for (int i = 0; i < N_VARIANTS; i++)
+            if (strncmp(variants[i].label, "model_nf4", 9) == 0) verify_quantised(v, dir, &variants[i], variants[i].label);
+    }
+    for (int i = 0; i < N_VARIANTS; i++) espi_arrays_free(&f.logits[i]);
+    espi_arrays_free(&f.in);
+    espi_arrays_free(&f.deltas);
+}
