@@ -137,12 +137,19 @@ static bool read_choice(const char *text, const char *words, int *out) {
 
 static bool read_value(const espi_option *option, const char *text) {
     switch (option->kind) {
-    case ESPI_OPTION_COUNT: return read_count(text, option->out);
-    case ESPI_OPTION_BYTES: return read_bytes(text, option->out);
-    case ESPI_OPTION_REAL: return read_real(text, option->out);
-    case ESPI_OPTION_CHOICE: return read_choice(text, option->value, option->out);
-    case ESPI_OPTION_TEXT: *(const char **)option->out = text; return true;
-    case ESPI_OPTION_FLAG: break;
+    case ESPI_OPTION_COUNT:
+        return read_count(text, option->out);
+    case ESPI_OPTION_BYTES:
+        return read_bytes(text, option->out);
+    case ESPI_OPTION_REAL:
+        return read_real(text, option->out);
+    case ESPI_OPTION_CHOICE:
+        return read_choice(text, option->value, option->out);
+    case ESPI_OPTION_TEXT:
+        *(const char **)option->out = text;
+        return true;
+    case ESPI_OPTION_FLAG:
+        break;
     }
     return false;
 }
@@ -189,9 +196,12 @@ bool espi_cli_parse(int *exit_code, const espi_usage *usage, int argc, char **ar
         }
     *usage->operand_out = NULL;
     for (int i = 2; i < argc; i++) {
-        if (argv[i][0] == '-' && argv[i][1] != '\0') *exit_code = parse_option(usage, argc, argv, &i);
-        else if (*usage->operand_out) *exit_code = espi_cli_misuse(usage, "one %s is taken, '%s' is too many", usage->operand, argv[i]);
-        else *usage->operand_out = argv[i];
+        if (argv[i][0] == '-' && argv[i][1] != '\0')
+            *exit_code = parse_option(usage, argc, argv, &i);
+        else if (*usage->operand_out)
+            *exit_code = espi_cli_misuse(usage, "one %s is taken, '%s' is too many", usage->operand, argv[i]);
+        else
+            *usage->operand_out = argv[i];
         if (*exit_code != ESPI_EXIT_OK) return false;
     }
     if (*usage->operand_out) return true;

@@ -9,12 +9,12 @@ enum { ESPI_EXIT_OK = 0, ESPI_EXIT_FAILED = 1, ESPI_EXIT_USAGE = 2 };
 
 /* How an option's value is read and what `out` points to. */
 typedef enum espi_option_kind {
-    ESPI_OPTION_FLAG,   /* bool */
-    ESPI_OPTION_COUNT,  /* int64_t >= 0 */
-    ESPI_OPTION_BYTES,  /* size_t, with an optional K, M or G */
-    ESPI_OPTION_REAL,   /* double */
-    ESPI_OPTION_TEXT,   /* const char * */
-    ESPI_OPTION_CHOICE  /* int: which of the words of `value`, "nf4|fp4|none" */
+    ESPI_OPTION_FLAG,  /* bool */
+    ESPI_OPTION_COUNT, /* int64_t >= 0 */
+    ESPI_OPTION_BYTES, /* size_t, with an optional K, M or G */
+    ESPI_OPTION_REAL,  /* double */
+    ESPI_OPTION_TEXT,  /* const char * */
+    ESPI_OPTION_CHOICE /* int: which of the words of `value`, "nf4|fp4|none" */
 } espi_option_kind;
 
 typedef struct espi_option {
@@ -28,7 +28,7 @@ typedef struct espi_option {
 /* A subcommand as its help describes it. */
 typedef struct espi_usage {
     const char *command, *summary;
-    const char *operand;    /* "DIR": exactly one is required */
+    const char *operand; /* "DIR": exactly one is required */
     const char **operand_out;
     const espi_option *options;
     int n_options;

@@ -53,7 +53,9 @@ static bool verify_folder(espi_verify *v, const char *dir) {
     return true;
 }
 
-static int by_name(const void *a, const void *b) { return strcmp(*(char *const *)a, *(char *const *)b); }
+static int by_name(const void *a, const void *b) {
+    return strcmp(*(char *const *)a, *(char *const *)b);
+}
 
 char **espi_list_folder(const char *dir, size_t *n) {
     *n = 0;
@@ -108,12 +110,16 @@ int espi_cli_verify(int argc, char **argv) {
         {"--backend", ESPI_OPTION_TEXT, &backend, "NAME", "cpu, ref or ref64 (cpu)"},
         {"--tokenizer", ESPI_OPTION_TEXT, &v.tokenizer, "FILE", "tokenizer.json for tokenizer/"},
     };
-    const espi_usage usage = {"verify",
-                              "Compares this build with the reference tensors of a golden folder, or of every golden folder below DIR.\n"
-                              "One line a tensor: name, error, limit, ok or FAIL.  Forward values: max|a-b| <= 2e-5 max|b|; gradients:\n"
-                              "norm(a-b) <= 1e-4 norm(b); indices, codes and bytes: equal.  With --backend ref64 against an f64 reference:\n"
-                              "1e-10 and 1e-9.  Exit code 1 on any failure, or when nothing was checked.",
-                              "DIR", &dir, options, sizeof options / sizeof options[0]};
+    const espi_usage usage = {
+        "verify",
+        "Compares this build with the reference tensors of a golden folder, or of every golden folder below DIR.\n"
+        "One line a tensor: name, error, limit, ok or FAIL.  Forward values: max|a-b| <= 2e-5 max|b|; gradients:\n"
+        "norm(a-b) <= 1e-4 norm(b); indices, codes and bytes: equal.  With --backend ref64 against an f64 reference:\n"
+        "1e-10 and 1e-9.  Exit code 1 on any failure, or when nothing was checked.",
+        "DIR",
+        &dir,
+        options,
+        sizeof options / sizeof options[0]};
     int code;
     if (!espi_cli_parse(&code, &usage, argc, argv)) return code;
     esp_status status = esp_ctx_create(&v.ctx, &ESP_CTX_CONFIG(.backend = backend));

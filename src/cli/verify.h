@@ -1,5 +1,5 @@
-/* espalier verify: what its files share.  verify.c walks the folders, verify_report.c compares and counts; each other file knows one kind of
- * golden folder.  Every tensor is held as doubles, whatever its dtype: the folders are small. */
+/* espalier verify: what its files share.  verify.c walks the folders, verify_report.c compares and counts; each other file knows one kind
+ * of golden folder.  Every tensor is held as doubles, whatever its dtype: the folders are small. */
 #ifndef ESPI_CLI_VERIFY_H
 #define ESPI_CLI_VERIFY_H
 

@@ -1,5 +1,7 @@
 /* espalier verify: a golden model folder.  Each variant (the model as stored, with the older config, fused, quantised..) is run with and
  * without its adapter and through every loss; what comes out is kept under the names of the reference file and compared key by key. */
+#define _XOPEN_SOURCE 700 /* realpath */
+
 #include "cli/verify.h"
 #include "contract/head.h"
 #include "core/select.h"
@@ -72,10 +74,14 @@ static void on_probe(void *user, const char *name, int64_t layer, const esp_tens
     const char *key = backward ? name + 2 : name;
     if (!prefix) return;
     int64_t n = esp_tensor_count(tensor);
-    if (strcmp(key, "gu") == 0) keep_gate_up(r, layer, tensor);
-    else if (strcmp(key, "h") == 0) espi_arrays_put(&r->got, tensor->data, tensor->dtype, n, "%s.h.%lld", prefix, (long long)layer);
-    else if (strcmp(key, "hidden") == 0) espi_arrays_put(&r->got, tensor->data, tensor->dtype, n, "%s.hidden", prefix);
-    else espi_arrays_put(&r->got, tensor->data, tensor->dtype, n, "%s.l%lld.%s", prefix, (long long)layer, key);
+    if (strcmp(key, "gu") == 0)
+        keep_gate_up(r, layer, tensor);
+    else if (strcmp(key, "h") == 0)
+        espi_arrays_put(&r->got, tensor->data, tensor->dtype, n, "%s.h.%lld", prefix, (long long)layer);
+    else if (strcmp(key, "hidden") == 0)
+        espi_arrays_put(&r->got, tensor->data, tensor->dtype, n, "%s.hidden", prefix);
+    else
+        espi_arrays_put(&r->got, tensor->data, tensor->dtype, n, "%s.l%lld.%s", prefix, (long long)layer, key);
 }
 
 /* ---- forward ---- */
@@ -353,8 +359,8 @@ static esp_status run_loss(run *r, const loss *l) {
         ESPI_TRY(espi_ctx_alloc(ctx, ESPI_MEM_STAGING, bytes, &own));
         d_hidden = hidden;
         d_hidden.data = own;
-        status = espi_verify_walk(
-            r->v, take_head, &(head_walk){.r = r, .hidden = &hidden, .temperature = l->temperature, .g = g->v, .d_hidden = own});
+        status = espi_verify_walk(r->v, take_head,
+                                  &(head_walk){.r = r, .hidden = &hidden, .temperature = l->temperature, .g = g->v, .d_hidden = own});
     } else {
         double ce;
         status = esp_model_cross_entropy(r->model, &r->batch, &hidden, &ce, &d_hidden);
@@ -458,8 +464,7 @@ static void compare_all(run *r, const char *label, const espi_arrays *want) {
 static esp_status load(esp_model **model, espi_verify *v, const char *model_dir, const char *adapter_dir, const variant *form, float aux) {
     return esp_model_load(model, v->ctx, model_dir,
                           &ESP_MODEL_CONFIG(.experts = form->experts, .double_quant = form->double_quant, .train_router = true,
-                                            .router_aux_coef = aux, .adapter_dir = adapter_dir,
-                                            .lora_targets = ESP_LORA_NOTHING));
+                                            .router_aux_coef = aux, .adapter_dir = adapter_dir, .lora_targets = ESP_LORA_NOTHING));
 }
 
 /* One loaded model through everything that the reference file has.  aux: it was loaded with the load-balancing loss. */
@@ -524,7 +529,7 @@ static bool make_links(const char *place, const char *dir, const char *model, co
 /* The variant's model folder: its own, or a temporary one.  NULL when the temporary one could not be made. */
 static char *open_model_folder(const char *dir, const variant *form) {
     if (!form->config) return espi_cli_path(dir, form->model);
-    char *place = espi_cli_path(P_tmpdir, "espalier-verify-XXXXXX");
+    char *place = espi_cli_path("/tmp", "espalier-verify-XXXXXX");
     if (mkdtemp(place)) {
         if (make_links(place, dir, form->model, form->config)) return place;
         remove_links(place);
@@ -567,7 +572,8 @@ static void verify_refs(folder *f, int which, run *r, const char *model_dir, con
             for (int64_t k = 0; k < want[i].n; k++) espi_arrays_add(&all, 0, "%s", want[i].items[k].name);
     const bool first = which == 0;
     esp_status status = run_variant(r, model_dir, adapter_dir, form, &all, first ? &f->deltas : NULL);
-    if (status != ESP_OK) espi_verify_error(f->v, form->label, status);
+    if (status != ESP_OK)
+        espi_verify_error(f->v, form->label, status);
     else {
         for (int i = 0; i < ESPI_COUNT(form->refs); i++) {
             char label[64];
@@ -596,8 +602,10 @@ static void verify_variant(folder *f, int which) {
     r.batch = ESP_BATCH(.tokens = r.ids, .cu_seqlens = r.cu, .n_tokens = r.tokens, .n_seqs = r.n_seqs);
     char *model_dir = open_model_folder(f->dir, form);
     char *adapter_dir = espi_is_folder(f->dir, form->adapter) ? espi_cli_path(f->dir, form->adapter) : NULL;
-    if (model_dir) verify_refs(f, which, &r, model_dir, adapter_dir);
-    else espi_verify_fail(f->v, form->label, "a temporary folder with this config could not be made");
+    if (model_dir)
+        verify_refs(f, which, &r, model_dir, adapter_dir);
+    else
+        espi_verify_fail(f->v, form->label, "a temporary folder with this config could not be made");
     close_model_folder(model_dir, form);
     free(adapter_dir);
     free(r.ids);
@@ -617,7 +625,8 @@ static void compare_bytes(espi_verify *v, const char *name, const void *got, con
     free(b);
 }
 
-static void compare_stack(espi_verify *v, const char *label, int64_t layer, const char *part, const espi_stack *got, const espi_stack *want) {
+static void compare_stack(espi_verify *v, const char *label, int64_t layer, const char *part, const espi_stack *got,
+                          const espi_stack *want) {
     char name[96];
     snprintf(name, sizeof name, "%slayers.%lld.%s codes", label, (long long)layer, part);
     const int64_t parts = want->experts * want->parts;
@@ -628,8 +637,10 @@ static void compare_stack(espi_verify *v, const char *label, int64_t layer, cons
     compare_bytes(v, name, got->data, want->data, (size_t)parts * want->part_bytes);
     snprintf(name, sizeof name, "%slayers.%lld.%s scales", label, (long long)layer, part);
     const size_t blocks = (size_t)(parts * want->part_blocks);
-    if (want->absmax8) compare_bytes(v, name, got->absmax8, want->absmax8, blocks);
-    else compare_bytes(v, name, got->absmax, want->absmax, blocks * sizeof *want->absmax);
+    if (want->absmax8)
+        compare_bytes(v, name, got->absmax8, want->absmax8, blocks);
+    else
+        compare_bytes(v, name, got->absmax, want->absmax, blocks * sizeof *want->absmax);
 }
 
 /* Quantising model/ while loading gives the bytes of the quantised checkpoint. */

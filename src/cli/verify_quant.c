@@ -65,8 +65,10 @@ static void compare_packed(espi_verify *v, const packed *q, const uint8_t *codes
     espi_arrays a = {0};
     espi_arrays_put(&a, values[0], ESP_F32, q->n, "got");
     espi_arrays_put(&a, values[1], ESP_F32, q->n, "want");
-    if (status != ESP_OK) espi_verify_error(v, name, status);
-    else exact(v, name, a.items[0].v, a.items[1].v, q->n);
+    if (status != ESP_OK)
+        espi_verify_error(v, name, status);
+    else
+        exact(v, name, a.items[0].v, a.items[1].v, q->n);
     espi_arrays_free(&a);
     free(values[0]);
     free(values[1]);
@@ -81,7 +83,8 @@ static void compare_nested(espi_verify *v, const char *prefix, const float *scal
     uint8_t *got = espi_cli_memory((size_t)n);
     float *got_nested = espi_cli_memory((size_t)nested->n * sizeof *got_nested), got_offset;
     esp_status status = esp_absmax_quantize(got, got_nested, &got_offset, scales, n);
-    if (status != ESP_OK) espi_verify_error(v, prefix, status);
+    if (status != ESP_OK)
+        espi_verify_error(v, prefix, status);
     else {
         espi_arrays a = {0};
         espi_arrays_put(&a, got_nested, ESP_F32, nested->n, "nested");
@@ -113,8 +116,10 @@ static float *scales_of(espi_verify *v, const packed *q) {
     uint8_t *codes = espi_array_u8(q->absmax);
     float *nested = espi_array_f32(q->nested), *out = espi_cli_memory((size_t)q->absmax->n * sizeof *out);
     esp_status status = esp_absmax_dequantize(out, codes, nested, (float)q->offset->v[0], NULL, q->absmax->n);
-    if (status != ESP_OK) espi_verify_error(v, q->name, status);
-    else if (q->restored) exact_f32(v, q->restored->name, out, q->restored);
+    if (status != ESP_OK)
+        espi_verify_error(v, q->name, status);
+    else if (q->restored)
+        exact_f32(v, q->restored->name, out, q->restored);
     free(codes);
     free(nested);
     return out;
@@ -130,9 +135,12 @@ static void compare_dequant(espi_verify *v, const packed *q, const float *scales
         for (int64_t i = 0; i < q->n; i++) rounded[i] = to_bf16(values[i]);
         espi_arrays_put(&a, rounded, ESP_BF16, q->n, "values");
         free(rounded);
-    } else espi_arrays_put(&a, values, ESP_F32, q->n, "values");
-    if (status != ESP_OK) espi_verify_error(v, q->dequant->name, status);
-    else exact(v, q->dequant->name, a.items[0].v, q->dequant->v, q->n);
+    } else
+        espi_arrays_put(&a, values, ESP_F32, q->n, "values");
+    if (status != ESP_OK)
+        espi_verify_error(v, q->dequant->name, status);
+    else
+        exact(v, q->dequant->name, a.items[0].v, q->dequant->v, q->n);
     espi_arrays_free(&a);
     free(values);
     free(codes);
@@ -146,11 +154,14 @@ static void compare_encoding(espi_verify *v, const packed *q) {
     uint8_t *codes = espi_cli_memory((size_t)(q->n + 1) / 2);
     float *scales = espi_cli_memory((size_t)blocks * sizeof *scales);
     esp_status status = esp_quantize(codes, scales, x, bf16 ? ESP_BF16 : ESP_F32, q->n, q->block, q->format);
-    if (status != ESP_OK) espi_verify_error(v, q->name, status);
+    if (status != ESP_OK)
+        espi_verify_error(v, q->name, status);
     else {
         compare_packed(v, q, codes, scales);
-        if (q->nested) compare_nested(v, q->name, scales, q->absmax, q->nested, q->offset);
-        else exact_f32(v, q->absmax->name, scales, q->absmax);
+        if (q->nested)
+            compare_nested(v, q->name, scales, q->absmax, q->nested, q->offset);
+        else
+            exact_f32(v, q->absmax->name, scales, q->absmax);
     }
     free(x);
     free(codes);
@@ -159,7 +170,8 @@ static void compare_encoding(espi_verify *v, const packed *q) {
 
 static void verify_packed(espi_verify *v, const packed *q) {
     const int64_t blocks = (q->n + q->block - 1) / q->block;
-    if (!q->absmax || q->absmax->n != blocks || q->packed->n != (q->n + 1) / 2 || (q->absmax->dtype == ESP_U8 && (!q->nested || !q->offset))) {
+    if (!q->absmax || q->absmax->n != blocks || q->packed->n != (q->n + 1) / 2 ||
+        (q->absmax->dtype == ESP_U8 && (!q->nested || !q->offset))) {
         espi_verify_fail(v, q->name, "absmax, nested_absmax or offset is missing or has another size");
         return;
     }
@@ -203,8 +215,10 @@ static void verify_tables(espi_verify *v, const espi_arrays *file) {
                   {"dynamic_map_unsigned", esp_dynamic_map(0), 256}};
     for (int i = 0; i < ESPI_COUNT(tables); i++) {
         const espi_array *want = espi_arrays_find(file, "%s", tables[i].name);
-        if (want && tables[i].table && want->n == tables[i].n) exact_f32(v, tables[i].name, tables[i].table, want);
-        else if (want) espi_verify_fail(v, tables[i].name, "has another size, or is not offered");
+        if (want && tables[i].table && want->n == tables[i].n)
+            exact_f32(v, tables[i].name, tables[i].table, want);
+        else if (want)
+            espi_verify_fail(v, tables[i].name, "has another size, or is not offered");
     }
 }
 
@@ -235,8 +249,10 @@ static void verify_bnb4(espi_verify *v, const espi_arrays *file) {
         char prefix[96];
         snprintf(prefix, sizeof prefix, "%.*s", (int)(dot - a->name), a->name);
         const packed q = describe(file, a, prefix);
-        if (q.format == ESP_Q_NONE) espi_verify_skip(v, a->name, "a format that this version does not know");
-        else verify_packed(v, &q);
+        if (q.format == ESP_Q_NONE)
+            espi_verify_skip(v, a->name, "a format that this version does not know");
+        else
+            verify_packed(v, &q);
     }
 }
 
@@ -282,7 +298,8 @@ static void verify_linear(espi_verify *v, const char *name, const espi_arrays *f
     q.x = espi_arrays_find(ref, "w");
     q.block = json_integer_value(json_object_get(state, "blocksize"));
     q.n = q.dequant ? q.dequant->n : 0;
-    if (!state || q.block < 1 || !q.packed || !q.dequant) espi_verify_fail(v, name, "quant_state, layer.weight or dequant is missing");
+    if (!state || q.block < 1 || !q.packed || !q.dequant)
+        espi_verify_fail(v, name, "quant_state, layer.weight or dequant is missing");
     else {
         verify_packed(v, &q);
         compare_output(v, name, file, ref);

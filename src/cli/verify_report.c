@@ -58,14 +58,31 @@ static double bf16_value(uint16_t h) {
 
 static void widen(double *v, const void *data, esp_dtype dtype, int64_t n) {
     for (int64_t i = 0; i < n; i++) switch (dtype) {
-        case ESP_F32: v[i] = ((const float *)data)[i]; break;
-        case ESP_F64: v[i] = ((const double *)data)[i]; break;
-        case ESP_BF16: v[i] = bf16_value(((const uint16_t *)data)[i]); break;
-        case ESP_F16: v[i] = half_value(((const uint16_t *)data)[i]); break;
-        case ESP_I32: v[i] = ((const int32_t *)data)[i]; break;
-        case ESP_I64: v[i] = (double)((const int64_t *)data)[i]; break;
-        case ESP_U8: case ESP_BOOL: v[i] = ((const uint8_t *)data)[i]; break;
-        default: v[i] = NAN; break;
+        case ESP_F32:
+            v[i] = ((const float *)data)[i];
+            break;
+        case ESP_F64:
+            v[i] = ((const double *)data)[i];
+            break;
+        case ESP_BF16:
+            v[i] = bf16_value(((const uint16_t *)data)[i]);
+            break;
+        case ESP_F16:
+            v[i] = half_value(((const uint16_t *)data)[i]);
+            break;
+        case ESP_I32:
+            v[i] = ((const int32_t *)data)[i];
+            break;
+        case ESP_I64:
+            v[i] = (double)((const int64_t *)data)[i];
+            break;
+        case ESP_U8:
+        case ESP_BOOL:
+            v[i] = ((const uint8_t *)data)[i];
+            break;
+        default:
+            v[i] = NAN;
+            break;
         }
 }
 
@@ -161,7 +178,9 @@ static double measure(espi_rule rule, const double *got, const double *want, int
     return rule == ESPI_RULE_FORWARD ? largest / largest_want : sqrt(sum) / sqrt(sum_want);
 }
 
-static void print_name(const espi_verify *v, const char *label, const char *name) { printf("%s/%s%s", v->folder, label, name); }
+static void print_name(const espi_verify *v, const char *label, const char *name) {
+    printf("%s/%s%s", v->folder, label, name);
+}
 
 void espi_verify_compare(espi_verify *v, const char *label, const char *name, espi_rule rule, double limit, const double *got,
                          const double *want, int64_t n) {
@@ -169,8 +188,10 @@ void espi_verify_compare(espi_verify *v, const char *label, const char *name, es
     bool failed = !(error <= limit);
     print_name(v, label, name);
     printf("  %s %.3g  limit %.3g  %s\n", rule == ESPI_RULE_EXACT ? "different" : "error", error, limit, failed ? "FAIL" : "ok");
-    if (failed) v->failed++;
-    else v->passed++;
+    if (failed)
+        v->failed++;
+    else
+        v->passed++;
 }
 
 void espi_verify_array(espi_verify *v, const char *label, espi_rule rule, const espi_array *got, const espi_array *want) {
@@ -179,8 +200,10 @@ void espi_verify_array(espi_verify *v, const char *label, espi_rule rule, const 
         return;
     }
     print_name(v, label, want->name);
-    if (got) printf("  has %lld values, expected %lld  FAIL\n", (long long)got->n, (long long)want->n);
-    else printf("  was not produced  FAIL\n");
+    if (got)
+        printf("  has %lld values, expected %lld  FAIL\n", (long long)got->n, (long long)want->n);
+    else
+        printf("  was not produced  FAIL\n");
     v->failed++;
 }
 
@@ -235,7 +258,8 @@ bool espi_verify_open(espi_verify *v, espi_arrays *arrays, const char *dir, cons
 json_t *espi_verify_report(const char *dir) {
     char *path = espi_cli_path(dir, "report.json"), *text = NULL;
     json_t *report = NULL;
-    if (espi_is_file(dir, "report.json") && espi_file_read_all(&text, NULL, path, (size_t)64 << 20) == ESP_OK) report = json_loads(text, 0, NULL);
+    if (espi_is_file(dir, "report.json") && espi_file_read_all(&text, NULL, path, (size_t)64 << 20) == ESP_OK)
+        report = json_loads(text, 0, NULL);
     free(text);
     free(path);
     return report;

@@ -76,19 +76,24 @@ static void verify_file(espi_verify *v, const char *dir, const char *name, const
     if (status == ESP_OK) status = espi_file_read_all(&text, NULL, path, (size_t)1 << 30);
     char label[64];
     snprintf(label, sizeof label, "%s/", name);
-    if (status != ESP_OK) espi_verify_error(v, name, status);
-    else verify_lines(v, label, text, tokenizer);
+    if (status != ESP_OK)
+        espi_verify_error(v, name, status);
+    else
+        verify_lines(v, label, text, tokenizer);
     esp_tokenizer_destroy(tokenizer);
     free(text);
     free(path);
 }
 
 void espi_verify_tokenizer(espi_verify *v, const char *dir) {
-    if (espi_is_file(dir, "o200k.jsonl")) espi_verify_skip(v, "o200k.jsonl", "needs the o200k ranks, a format that this version does not read");
+    if (espi_is_file(dir, "o200k.jsonl"))
+        espi_verify_skip(v, "o200k.jsonl", "needs the o200k ranks, a format that this version does not read");
     if (!espi_is_file(dir, "qwen3.jsonl")) return;
     char *beside = espi_cli_path(dir, "tokenizer.json");
     const char *path = v->tokenizer ? v->tokenizer : espi_is_file(dir, "tokenizer.json") ? beside : NULL;
-    if (path) verify_file(v, dir, "qwen3.jsonl", path);
-    else espi_verify_skip(v, "qwen3.jsonl", "needs the Qwen3 tokenizer.json: put it into the folder or name it by --tokenizer");
+    if (path)
+        verify_file(v, dir, "qwen3.jsonl", path);
+    else
+        espi_verify_skip(v, "qwen3.jsonl", "needs the Qwen3 tokenizer.json: put it into the folder or name it by --tokenizer");
     free(beside);
 }
