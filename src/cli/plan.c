@@ -16,7 +16,9 @@ static void print_plan(const esp_plan *plan) {
     print_part("activations", plan->activations);
     print_part("  of these the head", plan->head);
     printf("%-22s %14" PRId64 "\n", "layers recomputed", plan->layers_recomputed);
-    print_part("predicted peak", plan->total);
+    print_part("training", plan->total);
+    print_part("staging while loading", plan->staging);
+    print_part("predicted peak", plan->peak);
 }
 
 typedef struct plan_options {

@@ -1,0 +1,158 @@
+/* `espalier verify` on the golden data: everything passes, and nothing that was checked vanishes; on damaged copies it fails. */
+#include "golden.h"
+#include "program.h"
+
+#define DATA ESP_SOURCE_DIR "/tests/golden/data"
+
+typedef struct counts {
+    long long passed, failed, skipped;
+    int code;
+} counts;
+
+/* The last line of verify on `path`; what failed is printed. */
+static counts verify(const char *path) {
+    char command[4096];
+    snprintf(command, sizeof command, "%s verify %s", ESP_PROGRAM, path);
+    program_run run = program(command);
+    counts c = {.code = run.code};
+    const char *last = run.out, *line = run.out;
+    for (const char *end; (end = strchr(line, '\n')); line = end + 1) {
+        last = line;
+        if (end - line > 4 && strncmp(end - 4, "FAIL", 4) == 0) fprintf(stderr, "%.*s\n", (int)(end - line), line);
+    }
+    int fields = sscanf(last, "%lld passed, %lld failed, %lld skipped", &c.passed, &c.failed, &c.skipped);
+    cr_assert_eq(fields, 3, "last line: %s", last);
+    free(run.out);
+    return c;
+}
+
+/* What each folder checks, and what it leaves out, at the time of writing: a check that vanishes is a failure. */
+static void expect_all(const char *folder, long long passed, long long skipped) {
+    char path[4096];
+    snprintf(path, sizeof path, DATA "/%s", folder);
+    counts c = verify(path);
+    cr_expect_eq(c.code, 0, "%s: exit code %d", folder, c.code);
+    cr_expect_eq(c.failed, 0, "%s: %lld failed", folder, c.failed);
+    cr_expect(c.passed >= passed, "%s: %lld passed, at least %lld expected", folder, c.passed, passed);
+    cr_expect(c.skipped <= skipped, "%s: %lld skipped, at most %lld expected", folder, c.skipped, skipped);
+}
+
+Test(verify, q3a) {
+    expect_all("q3a", 600, 0);
+}
+Test(verify, q3b) {
+    expect_all("q3b", 300, 0);
+}
+Test(verify, q3c) {
+    expect_all("q3c", 300, 0);
+}
+Test(verify, grpo) {
+    expect_all("grpo", 199, 10);
+}
+Test(verify, optim) {
+    expect_all("optim", 72, 2);
+}
+Test(verify, quant) {
+    expect_all("quant", 150, 6);
+}
+Test(verify, folder_of_folders) {
+    expect_all(".", 1500, 30);
+}
+
+/* A copy of one golden folder, to be damaged. */
+static char *copy(const char *folder) {
+    char *place = program_folder(), command[4096];
+    snprintf(command, sizeof command, "cp -r %s/%s/. %s && chmod -R u+w %s", DATA, folder, place, place);
+    program_run run = program(command);
+    cr_assert_eq(run.code, 0, "%s", run.out);
+    free(run.out);
+    return place;
+}
+
+/* Flips the top exponent bit of the first element of a tensor (F32, or the lowest bits of a code). */
+static void damage(const char *place, const char *file, const char *tensor) {
+    char path[4096];
+    snprintf(path, sizeof path, "%s/%s", place, file);
+    espi_st_file *st = NULL;
+    cr_assert_eq(espi_st_open(&st, path), ESP_OK, "%s", esp_last_error());
+    const espi_st_tensor *t = espi_st_find(st, tensor);
+    cr_assert_not_null(t, "%s", tensor);
+    long offset = (long)t->offset + (long)esp_dtype_size(t->dtype) - 1;
+    espi_st_close(st);
+    FILE *f = fopen(path, "r+b");
+    cr_assert(f && fseek(f, offset, SEEK_SET) == 0);
+    int byte = fgetc(f);
+    cr_assert(fseek(f, offset, SEEK_SET) == 0 && fputc(byte ^ 0x3, f) != EOF && fclose(f) == 0);
+}
+
+static void expect_failure(char *place, const char *what) {
+    counts c = verify(place);
+    cr_expect_eq(c.code, 1, "%s: exit code %d", what, c.code);
+    cr_expect(c.failed > 0, "%s: nothing failed", what);
+    program_remove(place);
+}
+
+typedef struct harm {
+    const char *folder, *file, *tensor;
+} harm;
+
+Test(verify, damaged_values_fail) {
+    static const harm harms[] = {
+        {"q3c", "model/model.safetensors", "model.layers.0.self_attn.q_proj.weight"},
+        {"q3c", "ref.safetensors", "base.l1.moe_out"},
+        {"q3c", "ref.safetensors", "grad.ce.base_model.model.model.layers.1.mlp.experts.lora_B.weight"},
+        {"q3c", "ref.safetensors", "base.l0.topk_idx"},
+        {"q3c", "adapter/adapter_model.safetensors", "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"},
+        {"q3c", "delta.safetensors", "model.layers.0.mlp.experts.down_proj.expert5"},
+        {"grpo", "losses.safetensors", "gspo.dlp"},
+        {"grpo", "advantages.safetensors", "adv.sum_then_normalize.group"},
+        {"grpo", "head.safetensors", "t07.dh_lp"},
+        {"optim", "adamw.safetensors", "adamw.m1"},
+        {"optim", "schedules.safetensors", "cosine"},
+        {"optim", "adamw8bit.safetensors", "step3.absmax1"},
+        {"quant", "bnb4.safetensors", "c.nf4.f32.sq.bs64.packed"},
+        {"quant", "bnb4.safetensors", "nest257.absmax_restored"},
+        {"quant", "linear4bit_nf4_nested_ref.safetensors", "dequant"},
+    };
+    for (size_t i = 0; i < sizeof harms / sizeof harms[0]; i++) {
+        char *place = copy(harms[i].folder);
+        damage(place, harms[i].file, harms[i].tensor);
+        expect_failure(place, harms[i].tensor);
+    }
+}
+
+Test(verify, missing_files_fail) {
+    static const char *const files[] = {"ref.safetensors", "model/model.safetensors", "model/config.json",
+                                        "adapter/adapter_model.safetensors", "adapter"};
+    for (size_t i = 0; i < sizeof files / sizeof files[0]; i++) {
+        char *place = copy("q3c"), command[4096];
+        snprintf(command, sizeof command, "rm -r %s/%s", place, files[i]);
+        free(program(command).out);
+        expect_failure(place, files[i]);
+    }
+}
+
+Test(verify, nothing_checked_fails) {
+    char *place = program_folder();
+    counts c = verify(place);
+    cr_expect_eq(c.code, 1, "an empty folder: exit code %d", c.code);
+    cr_expect_eq(c.passed + c.failed + c.skipped, 0);
+    counts absent = verify("/nonexistent");
+    cr_expect_eq(absent.code, 1, "no folder: exit code %d", absent.code);
+    program_remove(place);
+}
+
+/* Alone it is nothing that was checked; beside others it does no harm. */
+Test(verify, other_family_is_skipped_by_name) {
+    char *place = copy("optim"), command[4096];
+    snprintf(command, sizeof command,
+             "mkdir -p %s/all/gpt/model && mv %s/*.* %s/all && mkdir %s/all/optim && mv %s/all/*.* %s/all/optim && "
+             "printf '{\"model_type\":\"gpt_oss\"}' > %s/all/gpt/model/config.json && %s verify %s/all/gpt; %s verify %s/all",
+             place, place, place, place, place, place, place, ESP_PROGRAM, place, ESP_PROGRAM, place);
+    program_run run = program(command);
+    cr_expect_eq(run.code, 0, "%s", run.out);
+    cr_expect(strstr(run.out, "0 passed, 0 failed, 1 skipped"), "%s", run.out);
+    cr_expect(strstr(run.out, "gpt_oss"), "%s", run.out);
+    free(run.out);
+    program_remove(place);
+}
