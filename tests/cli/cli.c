@@ -139,15 +139,15 @@ Test(cli, plan_predicts_the_measured_peak) {
 }
 
 Test(cli, generate_is_repeatable) {
-    const char *arguments = "generate " MIX " --prompt 'sort:' --max-new-tokens 8 --samples 3 --seed 5";
+    const char *arguments = "generate " MIX " --prompt sdecbc= --max-new-tokens 8 --samples 3 --seed 5";
     program_run first = espalier(arguments), second = espalier(arguments);
     cr_assert_eq(first.code, 0, "%s", first.out);
     cr_expect_str_eq(first.out, second.out);
     int lines = 0;
     for (const char *c = first.out; *c; c++) lines += *c == '\n';
     cr_expect_eq(lines, 3, "%s", first.out);
-    cr_expect_eq(strncmp(first.out, "sort:", 5), 0, "%s", first.out);
+    cr_expect_eq(strncmp(first.out, "sdecbc=", 7), 0, "%s", first.out);
     free(first.out);
     free(second.out);
-    expect("generate " MIX " --prompt 'sort:' --max-new-tokens 4 --temperature 0", 0, "sort:");
+    expect("generate " MIX " --prompt sdecbc= --max-new-tokens 4 --temperature 0", 0, "sdecbc=");
 }
