@@ -115,7 +115,7 @@ int espi_cli_verify(int argc, char **argv) {
         "Compares this build with the reference tensors of a golden folder, or of every golden folder below DIR.\n"
         "One line a tensor: name, error, limit, ok or FAIL.  Forward values: max|a-b| <= 2e-5 max|b|; gradients:\n"
         "norm(a-b) <= 1e-4 norm(b); indices, codes and bytes: equal.  With --backend ref64 against an f64 reference:\n"
-        "1e-10 and 1e-9.  Exit code 1 on any failure, or when nothing was checked.",
+        "1e-12 and 1e-11.  Exit code 1 on any failure, or when nothing was checked.",
         "DIR",
         &dir,
         options,
