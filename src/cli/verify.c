@@ -1,9 +1,8 @@
 /* espalier verify: compares this build with reference tensors.  Walks the folders, tells their kinds, counts. */
 #include "cli/verify.h"
 
-#include "models/family.h"
+#include "io/folder.h"
 
-#include <dirent.h>
 #include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
@@ -53,43 +52,11 @@ static bool verify_folder(espi_verify *v, const char *dir) {
     return true;
 }
 
-static int by_name(const void *a, const void *b) {
-    return strcmp(*(char *const *)a, *(char *const *)b);
-}
-
-char **espi_list_folder(const char *dir, size_t *n) {
-    *n = 0;
-    DIR *handle = opendir(dir);
-    if (!handle) return NULL;
-    size_t capacity = 16;
-    char **names = espi_cli_memory(capacity * sizeof *names);
-    for (struct dirent *entry = readdir(handle); entry; entry = readdir(handle)) {
-        if (entry->d_name[0] == '.') continue;
-        if (*n == capacity) {
-            char **more = espi_cli_memory(2 * capacity * sizeof *more);
-            memcpy(more, names, capacity * sizeof *more);
-            free(names);
-            names = more;
-            capacity *= 2;
-        }
-        names[*n] = espi_cli_memory(strlen(entry->d_name) + 1);
-        strcpy(names[(*n)++], entry->d_name);
-    }
-    closedir(handle);
-    qsort(names, *n, sizeof *names, by_name);
-    return names;
-}
-
-void espi_list_free(char **names, size_t n) {
-    for (size_t i = 0; names && i < n; i++) free(names[i]);
-    free(names);
-}
-
 /* Every golden folder directly below `dir`. */
-static bool verify_children(espi_verify *v, const char *dir) {
+static esp_status verify_children(espi_verify *v, const char *dir) {
+    char **names;
     size_t n;
-    char **names = espi_list_folder(dir, &n);
-    if (!names) return false;
+    ESPI_TRY(espi_folder_list(&names, &n, dir));
     for (size_t i = 0; i < n; i++) {
         char *child = espi_cli_path(dir, names[i]);
         if (espi_is_folder(dir, names[i]) && !verify_folder(v, child)) {
@@ -99,8 +66,8 @@ static bool verify_children(espi_verify *v, const char *dir) {
         }
         free(child);
     }
-    espi_list_free(names, n);
-    return true;
+    espi_folder_list_free(names, n);
+    return ESP_OK;
 }
 
 int espi_cli_verify(int argc, char **argv) {
@@ -124,10 +91,12 @@ int espi_cli_verify(int argc, char **argv) {
     if (!espi_cli_parse(&code, &usage, argc, argv)) return code;
     esp_status status = esp_ctx_create(&v.ctx, &ESP_CTX_CONFIG(.backend = backend));
     if (status != ESP_OK) return espi_cli_failed("verify", status);
-    bool listed = verify_folder(&v, dir) || verify_children(&v, dir);
+    if (!verify_folder(&v, dir)) status = verify_children(&v, dir);
     esp_ctx_destroy(v.ctx);
-    if (!listed) fprintf(stderr, "espalier verify: %s is not a folder that can be read\n", dir);
-    if (listed && v.passed + v.failed == 0) fprintf(stderr, "espalier verify: nothing was checked in %s\n", dir);
+    if (status != ESP_OK)
+        espi_cli_failed("verify", status);
+    else if (v.passed + v.failed == 0)
+        fprintf(stderr, "espalier verify: nothing was checked in %s\n", dir);
     printf("%" PRId64 " passed, %" PRId64 " failed, %" PRId64 " skipped\n", v.passed, v.failed, v.skipped);
     return v.failed > 0 || v.passed == 0 ? ESPI_EXIT_FAILED : ESPI_EXIT_OK;
 }

@@ -66,9 +66,6 @@ void espi_verify_error(espi_verify *v, const char *name, esp_status status);
 
 bool espi_is_file(const char *dir, const char *name);
 bool espi_is_folder(const char *dir, const char *name);
-/* The names in `dir` without hidden ones, sorted; NULL when it cannot be listed. */
-char **espi_list_folder(const char *dir, size_t *n);
-void espi_list_free(char **names, size_t n);
 /* Reads DIR/NAME if it is there: true.  Otherwise a skipped line (not there) or a failed one (not readable). */
 bool espi_verify_open(espi_verify *v, espi_arrays *arrays, const char *dir, const char *name);
 

@@ -1,16 +1,14 @@
 /* espalier verify: a golden model folder.  Each variant (the model as stored, with the older config, fused, quantised..) is run with and
  * without its adapter and through every loss; what comes out is kept under the names of the reference file and compared key by key. */
-#define _XOPEN_SOURCE 700 /* realpath */
-
 #include "cli/verify.h"
 #include "contract/head.h"
 #include "core/select.h"
+#include "io/folder.h"
 #include "models/model.h"
 
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 typedef struct variant {
     const char *label, *model, *config, *adapter;
@@ -492,57 +490,6 @@ static esp_status run_variant(run *r, const char *model_dir, const char *adapter
     return ESP_OK;
 }
 
-/* ---- a model folder with another config.json: links in a temporary folder ---- */
-
-static void remove_links(const char *place) {
-    size_t n;
-    char **names = espi_list_folder(place, &n);
-    for (size_t i = 0; names && i < n; i++) {
-        char *path = espi_cli_path(place, names[i]);
-        unlink(path);
-        free(path);
-    }
-    espi_list_free(names, n);
-    rmdir(place);
-}
-
-static bool link_one(const char *from_dir, const char *from, const char *to_dir, const char *to) {
-    char *source = espi_cli_path(from_dir, from), *target = espi_cli_path(to_dir, to), *absolute = realpath(source, NULL);
-    bool done = absolute && symlink(absolute, target) == 0;
-    free(source);
-    free(target);
-    free(absolute);
-    return done;
-}
-
-static bool make_links(const char *place, const char *dir, const char *model, const char *config) {
-    char *model_dir = espi_cli_path(dir, model);
-    size_t n;
-    char **names = espi_list_folder(model_dir, &n);
-    bool done = names && link_one(dir, config, place, "config.json");
-    for (size_t i = 0; done && i < n; i++) done = strcmp(names[i], "config.json") == 0 || link_one(model_dir, names[i], place, names[i]);
-    espi_list_free(names, n);
-    free(model_dir);
-    return done;
-}
-
-/* The variant's model folder: its own, or a temporary one.  NULL when the temporary one could not be made. */
-static char *open_model_folder(const char *dir, const variant *form) {
-    if (!form->config) return espi_cli_path(dir, form->model);
-    char *place = espi_cli_path("/tmp", "espalier-verify-XXXXXX");
-    if (mkdtemp(place)) {
-        if (make_links(place, dir, form->model, form->config)) return place;
-        remove_links(place);
-    }
-    free(place);
-    return NULL;
-}
-
-static void close_model_folder(char *place, const variant *form) {
-    if (place && form->config) remove_links(place);
-    free(place);
-}
-
 /* Logits of two variants that must not differ in a bit. */
 static void compare_same(espi_verify *v, const variant *form, const espi_arrays *got, const espi_arrays *earlier) {
     static const char *const keys[] = {"base.logits", "lora.logits"};
@@ -589,6 +536,19 @@ static void verify_refs(folder *f, int which, run *r, const char *model_dir, con
     for (int i = 0; i < ESPI_COUNT(form->refs); i++) espi_arrays_free(&want[i]);
 }
 
+/* The same in a temporary folder that has the other config.json. */
+static void verify_with_config(folder *f, int which, run *r, const char *model_dir, const char *adapter_dir) {
+    char place[ESPI_PATH_MAX], *config = espi_cli_path(f->dir, variants[which].config);
+    esp_status status = espi_folder_with(place, model_dir, "config.json", config);
+    free(config);
+    if (status != ESP_OK) {
+        espi_verify_error(f->v, variants[which].label, status);
+        return;
+    }
+    verify_refs(f, which, r, place, adapter_dir);
+    espi_folder_remove(place);
+}
+
 static void verify_variant(folder *f, int which) {
     const variant *form = &variants[which];
     if (which > 0 && (!espi_is_folder(f->dir, form->model) || !espi_is_file(f->dir, form->refs[0]))) return;
@@ -600,13 +560,13 @@ static void verify_variant(folder *f, int which) {
     for (int64_t i = 0; i < ids->n; i++) r.ids[i] = (int32_t)ids->v[i];
     for (int64_t i = 0; i < cu->n; i++) r.cu[i] = (int32_t)cu->v[i];
     r.batch = ESP_BATCH(.tokens = r.ids, .cu_seqlens = r.cu, .n_tokens = r.tokens, .n_seqs = r.n_seqs);
-    char *model_dir = open_model_folder(f->dir, form);
+    char *model_dir = espi_cli_path(f->dir, form->model);
     char *adapter_dir = espi_is_folder(f->dir, form->adapter) ? espi_cli_path(f->dir, form->adapter) : NULL;
-    if (model_dir)
-        verify_refs(f, which, &r, model_dir, adapter_dir);
+    if (form->config)
+        verify_with_config(f, which, &r, model_dir, adapter_dir);
     else
-        espi_verify_fail(f->v, form->label, "a temporary folder with this config could not be made");
-    close_model_folder(model_dir, form);
+        verify_refs(f, which, &r, model_dir, adapter_dir);
+    free(model_dir);
     free(adapter_dir);
     free(r.ids);
     free(r.cu);
