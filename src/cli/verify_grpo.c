@@ -15,14 +15,12 @@ typedef struct loss_case {
     double grad_accum, steps_per_generation; /* 0 = 1 */
 } loss_case;
 
-#define CASE(name, ...)                                                                                                                    \
+#define CASE(case_name, ...)                                                                                                               \
     {                                                                                                                                      \
-        (name), {                                                                                                                          \
-            .kl_grad = ESP_KL_GRAD_K3, __VA_ARGS__                                                                                         \
-        }                                                                                                                                  \
+        .name = (case_name), .objective = {.kl_grad = ESP_KL_GRAD_K3, __VA_ARGS__ }                                                        \
     }
-#define CASE_WITH(name, extra, ...)                                                                                                        \
-    { (name), {.kl_grad = ESP_KL_GRAD_K3, __VA_ARGS__}, extra }
+#define CASE_WITH(case_name, extra, ...)                                                                                                   \
+    { .name = (case_name), .objective = {.kl_grad = ESP_KL_GRAD_K3, __VA_ARGS__}, extra }
 
 static const loss_case loss_cases[] = {
     CASE("grpo", .loss = ESP_LOSS_GRPO),

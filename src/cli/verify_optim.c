@@ -199,7 +199,7 @@ static const espi_array *stored(const adamw8_run *r, const char *key, int64_t st
 
 static void compare_codes(const adamw8_run *r, const char *key, const uint8_t *got, const float *map) {
     const espi_array *want = stored(r, key, r->step);
-    char name[64];
+    char name[96];
     snprintf(name, sizeof name, "step%lld.%s codes further off than the reference's search", (long long)r->step, key);
     if (!want || want->n != r->n) {
         espi_verify_fail(r->v, name, "the reference is missing");

@@ -51,7 +51,7 @@ static void report(espi_verify *v, const char *label, const tally *t) {
 }
 
 static void verify_lines(espi_verify *v, const char *label, const char *text, const esp_tokenizer *tokenizer) {
-    tally ids = {"ids"}, plain = {"ids_plain"}, decoded = {"decoded"}, skipped = {"decoded_skip_special"};
+    tally ids = {.key = "ids"}, plain = {.key = "ids_plain"}, decoded = {.key = "decoded"}, skipped = {.key = "decoded_skip_special"};
     for (const char *start = text; *start;) {
         const size_t length = strcspn(start, "\n");
         json_t *line = json_loadb(start, length, JSON_ALLOW_NUL, NULL);
