@@ -7,7 +7,8 @@
 /* What a kernel may use besides its arguments. */
 typedef struct espi_exec {
     int threads;
-    void *scratch; /* scratch() bytes, aligned to 64, contents undefined, dead after the call */
+    void *scratch;     /* scratch() bytes, aligned to 64, contents undefined, dead after the call */
+    bool always_split; /* use all threads, even where the work does not pay for them: how the tests see rule 8 on small shapes */
 } espi_exec;
 
 /* run: the kernel.  scratch: bytes it needs, a function of the sizes in the arguments alone (never of data or pointers), NULL = none.

@@ -150,7 +150,7 @@ static inline cpu_weight cpu_expert(const espi_stack *w, int64_t expert, const f
 /* Threads for `work` multiply-adds or element visits: a parallel region costs more than it saves below some milliseconds, in processor time
  * above all, since the idle threads of a region spin.  From sizes alone. */
 static inline int cpu_threads(const espi_exec *exec, double work) {
-    return exec->threads > 1 && work > 1.0e8 ? exec->threads : 1;
+    return exec->threads > 1 && (exec->always_split || work > 1.0e8) ? exec->threads : 1;
 }
 
 /* The low-rank branch of one matrix or expert; r = 0: absent. */

@@ -45,7 +45,7 @@ static void combine_down(problem *f) {
     if (!known) field_add(f, "combined", ROLE_OUT, ESP_F64, n);
     const espi_combine_fwd a = {
         .out = data_of(f, "combined"), .y = data_of(f, "y"), .routing = f->args.down_fwd.routing, .hidden = f->shape.hidden};
-    cr_assert_eq(espi_backend_ref64.combine_fwd.run(&(espi_exec){1, NULL}, &a), ESP_OK);
+    cr_assert_eq(espi_backend_ref64.combine_fwd.run(&(espi_exec){.threads = 1}, &a), ESP_OK);
 }
 
 /* Gradient of a token from those of its routed rows. */
@@ -57,7 +57,7 @@ static void gather_rows(problem *b) {
                                 .d_row_weight = field_add(b, "d_row_weight", ROLE_IN, ESP_F64, slots),
                                 .routing = b->args.gate_up_bwd.routing,
                                 .hidden = b->shape.hidden};
-    cr_assert_eq(espi_backend_ref64.combine_bwd.run(&(espi_exec){1, NULL}, &a), ESP_OK);
+    cr_assert_eq(espi_backend_ref64.combine_bwd.run(&(espi_exec){.threads = 1}, &a), ESP_OK);
 }
 
 static const pair pairs[] = {

@@ -11,6 +11,7 @@ static const shape shapes[] = {
     {"rows, small", 7, 24, 4, 2, 12, 4, 61, 4, 2, 8, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .extras = true},
     {"rows, odd", 33, 65, 6, 3, 31, 5, 130, 3, 1, 18, ROUTE_SKEWED, ESP_FP4, ESP_F32, .renormalise = true},
     {"rows, wide", 70, 128, 8, 2, 64, 16, 300, 8, 4, 32, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .nested = true, .extras = true},
+    {"rows, many", 250, 24, 4, 2, 12, 4, 300, 4, 2, 8, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .renormalise = true, .extras = true},
 };
 enum { SHAPES = sizeof shapes / sizeof shapes[0], BACKENDS = 8 };
 
@@ -52,12 +53,12 @@ static void end(twice *t, bool ran) {
     problem_free(&t->pieces);
 }
 
-/* Runs t->pieces with `args` in place of its own. */
+/* Runs t->pieces with `args` in place of its own, on one thread. */
 static void piece(twice *t, const any_args *args) {
     const any_args own = t->pieces.args;
     const char *refusal = NULL;
     t->pieces.args = *args;
-    const esp_status status = op_cases[t->pieces.op].run(t->backend, &t->pieces, 2, &refusal);
+    const esp_status status = op_cases[t->pieces.op].run(t->backend, &t->pieces, 1, &refusal);
     cr_assert(status == ESP_OK && !refusal, "%s on %s takes the batch but not its piece: %s", op_cases[t->pieces.op].name, t->backend->name,
               refusal ? refusal : esp_last_error());
     t->pieces.args = own;

@@ -130,15 +130,18 @@ static espi_routing routing(problem *p) {
     return r;
 }
 
-/* Sequences of lengths 1, about half, and the rest.  decode: `past` keys lie before each sequence's queries. */
+/* Sequences: one of a single token, then some of half the tokens, but no more than 80.  decode: `past` keys lie before each one's queries.
+ */
 static espi_spans spans(problem *p, int64_t past) {
-    const int64_t tokens = p->shape.tokens, n_seqs = tokens < 3 ? tokens : 3;
+    const int64_t tokens = p->shape.tokens, most = tokens < 2 ? 1 : tokens < 160 ? tokens / 2 : 80;
+    const int64_t n_seqs = tokens == 0 ? 0 : 1 + (tokens - 1 + most - 1) / most;
     int32_t *cu = in_i32(p, "cu_q", n_seqs + 1), *start = in_i32(p, "k_start", n_seqs), *len = in_i32(p, "k_len", n_seqs);
-    const int64_t ends[] = {0, 1, n_seqs < 3 ? 2 : 1 + tokens / 2, tokens};
-    for (int64_t s = 0; s <= n_seqs; s++) cu[s] = (int32_t)ends[s];
+    cu[0] = 0;
     for (int64_t s = 0; s < n_seqs; s++) {
-        start[s] = (int32_t)(ends[s] + s * past);
-        len[s] = (int32_t)(ends[s + 1] - ends[s] + past);
+        const int64_t end = 1 + s * most;
+        cu[s + 1] = (int32_t)(end < tokens ? end : tokens);
+        start[s] = (int32_t)(cu[s] + s * past);
+        len[s] = (int32_t)(cu[s + 1] - cu[s] + past);
     }
     settle(p, "cu_q");
     settle(p, "k_start");
@@ -495,7 +498,7 @@ static esp_status row_coefficients(void *user, int64_t first, int64_t count) {
     problem *p = user;
     if (first != p->coef_next || first + count > field_find(p, "lp")->count) return ESP_ERR_CALLBACK;
     for (int64_t i = first; i < first + count; i++) {
-        field_set(field_find(p, "g"), i, -1 - 0.25 * field_get(field_find(p, "lp"), i));
+        field_set(field_find(p, "g"), i, -1 + 0.25 * field_get(field_find(p, "lp"), i));
         field_set(field_find(p, "e"), i, p->shape.extras ? 0.5 * field_get(field_find(p, "entropy"), i) : 0);
     }
     p->coef_next = first + count;
@@ -614,7 +617,7 @@ static bool drop_scratch(const espi_exec *exec, size_t bytes) {
         const args_type *a = &p->args.op;                                                                                                  \
         *refusal = backend->op.run == NULL ? "no such kernel" : backend->op.refuse ? backend->op.refuse(a) : NULL;                         \
         if (*refusal) return ESP_OK;                                                                                                       \
-        espi_exec exec = {.threads = threads};                                                                                             \
+        espi_exec exec = {.threads = threads, .always_split = true};                                                                       \
         const size_t bytes = backend->op.scratch ? backend->op.scratch(&exec, a) : 0;                                                      \
         esp_status status = with_scratch(&exec, bytes);                                                                                    \
         if (status != ESP_OK) return status;                                                                                               \
