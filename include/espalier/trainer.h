@@ -16,7 +16,8 @@ extern "C" {
 typedef struct esp_reward_batch {
     size_t struct_size;
     int64_t n, group_size;
-    const char *const *prompt, *const *completion; ///< decoded text without special tokens, NUL-terminated
+    const char *const *prompt, *const *completion; ///< text, NUL-terminated; the completion without its end token.  Any other special
+                                                   ///< token shows as its text, an id without one as U+FFFD
     const char *const *answer;                     ///< the task line's "answer"
     const int32_t *const *completion_ids;
     const int32_t *completion_length;
@@ -84,6 +85,7 @@ typedef struct esp_step_stats {
     double loss, reward, reward_std, exact, kl, entropy, grad_norm, lr, mean_length, clipped_ratio, frac_reward_zero_std, mean_abs_g;
     double seconds, seconds_sample, seconds_train; ///< wall
     int64_t tokens;
+    double eval_sampled, eval_greedy; ///< of the evaluation after this step; NaN when none was due
 } esp_step_stats;
 #define ESP_STEP_STATS_INIT                                                                                                                \
     { .struct_size = sizeof(esp_step_stats) }
