@@ -126,8 +126,8 @@ static esp_status make_image(char **image, size_t *bytes, const char *path, cons
 }
 
 esp_status espi_checkpoint_write(const char *path, const espi_saved_array *arrays, size_t n) {
-    char *image;
-    size_t bytes;
+    char *image = NULL;
+    size_t bytes = 0;
     const quiet before = quiet_begin();
     const esp_status made = make_image(&image, &bytes, path, arrays, n);
     quiet_end(before);

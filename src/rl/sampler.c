@@ -140,7 +140,7 @@ esp_status esp_sampler_plan(esp_model *model, const esp_sampler_config *config, 
 }
 
 static esp_status build(esp_sampler *s, esp_model *model, const esp_sampler_config *config) {
-    size_t bytes;
+    size_t bytes = 0;
     ESPI_TRY(plan(s, model, config, &bytes));
     s->slot_row = malloc((size_t)s->sequences * sizeof *s->slot_row);
     s->slot_kept = malloc((size_t)s->sequences * sizeof *s->slot_kept);

@@ -132,7 +132,7 @@ static esp_status settle_config(esp_trainer *t, const esp_trainer_config *config
     ESPI_TRY(espi_take_array(&t->rewards, c->n_rewards, sizeof *t->rewards));
     ESPI_TRY(espi_take_array(&t->weights, c->n_rewards, sizeof *t->weights));
     for (int32_t f = 0; f < c->n_rewards; f++) {
-        char *name;
+        char *name = NULL;
         ESPI_TRY(copy_string(&name, c->rewards[f].name));
         t->rewards[f] = c->rewards[f];
         t->rewards[f].name = name;
