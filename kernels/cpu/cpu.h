@@ -2,8 +2,8 @@
  * Every source here is compiled once per instruction set (ESPI_CPU_ISA = generic, avx2, avx512) with that set's flags; vectors are those of
  * the compiler (GCC and clang), so one text serves all.
  *
- * Bits: each output of a product is one chain of multiply-adds over k in ascending order, whatever the tile it lies in.  So a row's result
- * depends on that row alone, not on how many rows there are and not on the threads. */
+ * Bits: each output of a product is made of chains of multiply-adds over PANEL_DEPTH steps of k, added in order, whatever tile it lies in.
+ * So a row's result depends on that row alone, not on how many rows there are and not on the threads. */
 #ifndef ESPI_KERNELS_CPU_H
 #define ESPI_KERNELS_CPU_H
 
@@ -27,8 +27,8 @@ enum { LANES = 8, TILE_ROWS = 6, TILE_VECS = 2, OUTER_ROWS = 4, OUTER_VECS = 2 }
 enum { LANES = 4, TILE_ROWS = 4, TILE_VECS = 2, OUTER_ROWS = 4, OUTER_VECS = 2 };
 #endif
 
-/* Columns of a packed panel, and how many steps of k it holds: 64 KiB at most, so that it stays in the second-level cache. */
-enum { PANEL_COLS = TILE_VECS * LANES, PANEL_DEPTH = 256 };
+/* Columns of a packed panel, and how many steps of k it holds: 32 KiB at most. */
+enum { PANEL_COLS = TILE_VECS * LANES, PANEL_DEPTH = 128 };
 
 typedef float vec __attribute__((vector_size(LANES * 4)));
 typedef int32_t ivec __attribute__((vector_size(LANES * 4)));

@@ -10,13 +10,13 @@ static void logits_tile(float tile[HEAD_ROWS][HEAD_COLS], const espi_head *head,
     const cpu_rows to = {tile[0], HEAD_COLS, NULL}, from = {(float *)head->hidden, head->w.cols, head->rows + first};
     for (int64_t i = 0; head->bias && i < m; i++) memcpy(tile[i], head->bias + col, (size_t)n * sizeof(float));
     cpu_product(&to, &from, &w, m, head->w.cols, col, n, head->bias != NULL);
-    const float scale = (float)head->logit_scale, cap = (float)head->softcap, inverse = (float)(1 / head->temperature);
-    if (scale == 1 && cap == 0 && inverse == 1) return;
+    const float scale = (float)head->logit_scale, cap = (float)head->softcap, temperature = (float)head->temperature;
+    if (scale == 1 && cap == 0 && temperature == 1) return;
     for (int64_t i = 0; i < m; i++) {
         for (int64_t j = 0; j < n; j++) {
             float z = tile[i][j] * scale;
             if (cap != 0) z = cap * tanhf(z / cap);
-            tile[i][j] = z * inverse;
+            tile[i][j] = z / temperature;
         }
     }
 }
@@ -70,16 +70,16 @@ static void block_sums(row_sums *sums, const espi_head *head, int64_t first, int
     }
 }
 
-static float lse_of(const row_sums *s) {
-    return (float)(s->max + log(s->sum));
+static double lse_of(const row_sums *s) {
+    return s->max + log(s->sum);
 }
 
 static void block_stats(const espi_head *head, int64_t first, int64_t m, float *lp, float *entropy, float *lse) {
     row_sums sums[HEAD_ROWS];
     block_sums(sums, head, first, m, head->target);
     for (int64_t i = 0; i < m; i++) {
-        lse[first + i] = lse_of(&sums[i]);
-        lp[first + i] = sums[i].target - lse[first + i];
+        lse[first + i] = (float)lse_of(&sums[i]);
+        lp[first + i] = (float)(sums[i].target - lse_of(&sums[i]));
         entropy[first + i] = (float)(log(sums[i].sum) - sums[i].moment / sums[i].sum);
     }
 }
@@ -239,12 +239,12 @@ static void block_sample(const espi_head *head, bool greedy, int64_t first, int6
             if (greedy)
                 largest_chunk(&draws[i], tile[i], col, n);
             else
-                draw_chunk(&draws[i], tile[i], col, n, lse_of(&sums[i]), a->uniform[first + i]);
+                draw_chunk(&draws[i], tile[i], col, n, (float)lse_of(&sums[i]), a->uniform[first + i]);
         }
     }
     for (int64_t i = 0; i < m; i++) {
         a->token[first + i] = draws[i].token;
-        ((float *)a->lp)[first + i] = draws[i].z - lse_of(&sums[i]);
+        ((float *)a->lp)[first + i] = (float)(draws[i].z - lse_of(&sums[i]));
     }
 }
 

@@ -4,14 +4,14 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* c[i] = (add ? c[i] : 0) + a[i] * panel for `rows` rows and `vecs` vectors, both constants where this is inlined: the accumulators are
+/* c[i] = (add ? c[i] : 0) + (a[i] * panel) for `rows` rows and `vecs` vectors, both constants where this is inlined: the accumulators are
  * registers. */
 INLINE void tile(float *const *c, const float *const *a, const float *panel, int64_t depth, bool add, const int rows, const int vecs) {
     vec sum[TILE_ROWS][TILE_VECS];
 #pragma GCC unroll 8
     for (int i = 0; i < rows; i++)
 #pragma GCC unroll 8
-        for (int j = 0; j < vecs; j++) sum[i][j] = add ? load(c[i] + j * LANES) : (vec){0};
+        for (int j = 0; j < vecs; j++) sum[i][j] = (vec){0};
     for (int64_t k = 0; k < depth; k++) {
         vec b[TILE_VECS];
 #pragma GCC unroll 8
@@ -26,7 +26,7 @@ INLINE void tile(float *const *c, const float *const *a, const float *panel, int
 #pragma GCC unroll 8
     for (int i = 0; i < rows; i++)
 #pragma GCC unroll 8
-        for (int j = 0; j < vecs; j++) store(c[i] + j * LANES, sum[i][j]);
+        for (int j = 0; j < vecs; j++) store(c[i] + j * LANES, add ? load(c[i] + j * LANES) + sum[i][j] : sum[i][j]);
 }
 
 typedef void tile_fn(float *const *c, const float *const *a, const float *panel, int64_t depth, bool add);
@@ -251,15 +251,19 @@ void cpu_branch_grad(const cpu_branch *l, int64_t strip, const cpu_rows *x, cons
     const bool of_a = strip < in_strips;
     const int64_t col = (of_a ? strip : strip - in_strips) * STRIP, n = cpu_min((of_a ? l->in : l->out) - col, STRIP);
     float sum[OUTER_ROWS][STRIP];
-    for (int64_t k = 0; k < l->r; k += OUTER_ROWS) {
-        const int64_t rows = cpu_min(l->r - k, OUTER_ROWS);
-        cpu_outer(sum[0], (of_a ? q : u) + k, l->r, of_a ? x : d_y, count, rows, col, n);
-        for (int64_t i = 0; i < rows; i++) {
-            for (int64_t j = 0; j < n; j++) {
-                if (of_a)
-                    l->d_a[(k + i) * l->in + col + j] += sum[i][j];
-                else
-                    l->d_b[(col + j) * l->r + k + i] += l->scale * sum[i][j];
+    for (int64_t s = 0; s < count; s += PANEL_DEPTH) {
+        const cpu_rows *rows = of_a ? x : d_y;
+        const cpu_rows part = {rows->index ? rows->base : row_at(rows, s), rows->stride, rows->index ? rows->index + s : NULL};
+        for (int64_t k = 0; k < l->r; k += OUTER_ROWS) {
+            const int64_t height = cpu_min(l->r - k, OUTER_ROWS);
+            cpu_outer(sum[0], (of_a ? q : u) + s * l->r + k, l->r, &part, cpu_min(count - s, PANEL_DEPTH), height, col, n);
+            for (int64_t i = 0; i < height; i++) {
+                for (int64_t j = 0; j < n; j++) {
+                    if (of_a)
+                        l->d_a[(k + i) * l->in + col + j] += sum[i][j];
+                    else
+                        l->d_b[(col + j) * l->r + k + i] += l->scale * sum[i][j];
+                }
             }
         }
     }

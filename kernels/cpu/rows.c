@@ -80,16 +80,18 @@ esp_status ESPI_CPU(espi_rmsnorm_bwd)(const espi_exec *exec, const espi_rmsnorm_
         vec sum = {0};
         int64_t i = 0;
         for (; i + LANES <= n; i += LANES) sum += (load(d_y + i) * load(w + i)) * load(x + i);
-        if (i < n) sum += (load_part(d_y + i, n - i, 0) * load_part(w + i, n - i, 0)) * load_part(x + i, n - i, 0);
-        const float slope = r * r * (vsum(sum) / (float)n);
+        /* What does not fill a vector is done in double: very short rows cancel almost to nothing. */
+        double slope = vsum(sum);
+        for (; i < n; i++) slope += (double)d_y[i] * w[i] * x[i];
+        slope *= (double)r * r / (double)n;
         for (i = 0; i + LANES <= n; i += LANES) {
-            vec d = splat(r) * (load(d_y + i) * load(w + i) - load(x + i) * splat(slope));
+            vec d = splat(r) * (load(d_y + i) * load(w + i) - load(x + i) * splat((float)slope));
             if (d_add) d += load(d_add + i);
             store(d_x + i, d);
         }
         for (; i < n; i++) {
-            const float d = r * (d_y[i] * w[i] - x[i] * slope);
-            d_x[i] = d_add ? d + d_add[i] : d;
+            const double d = r * ((double)d_y[i] * w[i] - x[i] * slope);
+            d_x[i] = (float)(d_add ? d + d_add[i] : d);
         }
     }
     return ESP_OK;
