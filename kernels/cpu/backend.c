@@ -1,5 +1,6 @@
 /* The table of the cpu backend of one instruction set. */
 #include "kernels/cpu/cpu.h"
+#include "kernels/cpu/dense.h"
 
 #define STRING2(x) #x
 #define STRING(x) STRING2(x)
@@ -38,6 +39,8 @@ const espi_backend ESPI_CPU(espi_backend_cpu) = {
 #define ESPI_OP(op, args) .op.run = ESPI_CPU(espi_##op),
 #include "kernels/ops.def"
 #undef ESPI_OP
+    .describe = espi_dense_describe,
+    .linear_fwd.scratch = ESPI_CPU(espi_linear_fwd_scratch),
     .linear_bwd.scratch = ESPI_CPU(espi_linear_bwd_scratch),
     .gate_up_bwd.scratch = ESPI_CPU(espi_gate_up_bwd_scratch),
     .down_bwd.scratch = ESPI_CPU(espi_down_bwd_scratch),

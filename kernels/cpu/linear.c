@@ -1,8 +1,26 @@
 /* Dense layer with a frozen weight and a low-rank branch. */
 #include "kernels/cpu/cpu.h"
+#include "kernels/cpu/dense.h"
 
 /* Rows of one task: enough to pay for packing a panel again. */
 enum { ROW_BLOCK = 768 };
+
+/* Work memory of a library's product of this matrix; none for the own kernel. */
+static size_t dense_scratch(const espi_mat *w) {
+    espi_dense choice;
+    const bool library = w->dtype == ESP_F32 && espi_dense_choose(&choice, w->rows, w->cols) == ESP_OK && choice != ESPI_DENSE_OWN;
+    return library ? (size_t)(ESPI_DENSE_ROWS * (w->rows + w->cols)) * sizeof(float) : 0;
+}
+
+static esp_status choose(espi_dense *choice, const espi_mat *w) {
+    *choice = ESPI_DENSE_OWN;
+    return w->dtype == ESP_F32 ? espi_dense_choose(choice, w->rows, w->cols) : ESP_OK;
+}
+
+size_t ESPI_CPU(espi_linear_fwd_scratch)(const espi_exec *exec, const espi_linear_fwd *a) {
+    (void)exec;
+    return dense_scratch(&a->w);
+}
 
 esp_status ESPI_CPU(espi_linear_fwd)(const espi_exec *exec, const espi_linear_fwd *a) {
     const int64_t in = a->w.cols, out = a->w.rows, r = a->lora.r;
@@ -10,6 +28,11 @@ esp_status ESPI_CPU(espi_linear_fwd)(const espi_exec *exec, const espi_linear_fw
     const cpu_weight w = cpu_plain(&a->w, true), down = cpu_floats(l.a, in, 1, true), up = cpu_floats(l.b, r, l.scale, true);
     const int64_t blocks = cpu_blocks(a->tokens, ROW_BLOCK), panels = cpu_blocks(out, PANEL_COLS);
     const int threads = cpu_threads(exec, (double)a->tokens * (double)in * (double)out);
+    espi_dense dense;
+    ESPI_TRY(choose(&dense, &a->w));
+    for (int64_t t = 0; a->bias && t < a->tokens; t++) memcpy((float *)a->y + t * out, a->bias, (size_t)out * sizeof(float));
+    if (dense != ESPI_DENSE_OWN)
+        ESPI_TRY(espi_dense_product(dense, a->y, a->x, a->w.data, exec->scratch, a->tokens, out, in, true, a->bias != NULL, threads));
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         if (r) {
@@ -25,8 +48,8 @@ esp_status ESPI_CPU(espi_linear_fwd)(const espi_exec *exec, const espi_linear_fw
             const int64_t first = task / panels * ROW_BLOCK, m = cpu_min(a->tokens - first, ROW_BLOCK);
             const int64_t col = task % panels * PANEL_COLS, n = cpu_min(out - col, PANEL_COLS);
             const cpu_rows y = {(float *)a->y + first * out + col, out, NULL};
-            for (int64_t t = 0; a->bias && t < m; t++) memcpy(row_at(&y, t), a->bias + col, (size_t)n * sizeof(float));
-            cpu_product(&y, &(cpu_rows){(float *)a->x + first * in, in, NULL}, &w, m, in, col, n, a->bias != NULL);
+            if (dense == ESPI_DENSE_OWN)
+                cpu_product(&y, &(cpu_rows){(float *)a->x + first * in, in, NULL}, &w, m, in, col, n, a->bias != NULL);
             if (r) cpu_product(&y, &(cpu_rows){(float *)a->u + first * r, r, NULL}, &up, m, r, col, n, true);
         }
     }
@@ -35,7 +58,7 @@ esp_status ESPI_CPU(espi_linear_fwd)(const espi_exec *exec, const espi_linear_fw
 
 size_t ESPI_CPU(espi_linear_bwd_scratch)(const espi_exec *exec, const espi_linear_bwd *a) {
     (void)exec;
-    return (size_t)(a->tokens * a->lora.r) * sizeof(float);
+    return (size_t)(a->tokens * a->lora.r) * sizeof(float) + (a->d_x ? dense_scratch(&a->w) : 0);
 }
 
 esp_status ESPI_CPU(espi_linear_bwd)(const espi_exec *exec, const espi_linear_bwd *a) {
@@ -46,6 +69,11 @@ esp_status ESPI_CPU(espi_linear_bwd)(const espi_exec *exec, const espi_linear_bw
     const int64_t strips = a->tokens ? cpu_branch_strips(&l) : 0;
     float *q = exec->scratch;
     const int threads = cpu_threads(exec, (double)a->tokens * (double)in * (double)out);
+    espi_dense dense;
+    ESPI_TRY(choose(&dense, &a->w));
+    if (a->d_x && dense != ESPI_DENSE_OWN)
+        ESPI_TRY(
+            espi_dense_product(dense, a->d_x, a->d_y, a->w.data, q + a->tokens * r, a->tokens, in, out, false, a->accumulate, threads));
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         if (r) {
@@ -61,7 +89,8 @@ esp_status ESPI_CPU(espi_linear_bwd)(const espi_exec *exec, const espi_linear_bw
             const int64_t first = task / panels * ROW_BLOCK, m = cpu_min(a->tokens - first, ROW_BLOCK);
             const int64_t col = task % panels * PANEL_COLS, n = cpu_min(in - col, PANEL_COLS);
             const cpu_rows d_x = {(float *)a->d_x + first * in + col, in, NULL};
-            cpu_product(&d_x, &(cpu_rows){(float *)a->d_y + first * out, out, NULL}, &w, m, out, col, n, a->accumulate);
+            if (dense == ESPI_DENSE_OWN)
+                cpu_product(&d_x, &(cpu_rows){(float *)a->d_y + first * out, out, NULL}, &w, m, out, col, n, a->accumulate);
             if (r) cpu_product(&d_x, &(cpu_rows){q + first * r, r, NULL}, &down, m, r, col, n, true);
         }
 #pragma omp for schedule(static)
