@@ -57,6 +57,8 @@ double espi_verify_limit(const espi_verify *v, espi_rule rule, esp_dtype referen
 /* One line each, counted.  label: "" or "model_nf4/", in front of the name. */
 void espi_verify_compare(espi_verify *v, const char *label, const char *name, espi_rule rule, double limit, const double *got,
                          const double *want, int64_t n);
+/* The same for a count of what differs, which must be 0. */
+void espi_verify_count(espi_verify *v, const char *name, int64_t different);
 /* The same for a whole array; `got` NULL = it was not produced: a failure. */
 void espi_verify_array(espi_verify *v, const char *label, espi_rule rule, const espi_array *got, const espi_array *want);
 void espi_verify_skip(espi_verify *v, const char *name, const char *reason);
@@ -75,6 +77,9 @@ json_t *espi_verify_report(const char *dir);
 /* Working memory of an op, from the context: walk(dry arena) first, then walk(arena). */
 typedef esp_status (*espi_walk)(void *user, espi_arena *arena);
 esp_status espi_verify_walk(espi_verify *v, espi_walk walk, void *user);
+
+/* How many 8-bit codes of block scales differ by more than the reference's search explains.  nested, offset: the reference's. */
+int64_t espi_scale_codes_off(const float *scales, const uint8_t *got, const uint8_t *want, float offset, const float *nested, int64_t n);
 
 /* One golden folder each. */
 void espi_verify_model(espi_verify *v, const char *dir);

@@ -48,13 +48,6 @@ static const variant variants[] = {
      .refs = {"ref_nf4_dq.safetensors"},
      .experts = ESP_NF4,
      .double_quant = true},
-    {.label = "model to nf4_dq/",
-     .model = "model",
-     .adapter = "adapter",
-     .refs = {"ref_nf4_dq.safetensors"},
-     .experts = ESP_NF4,
-     .double_quant = true,
-     .same = "model_nf4_dq/"},
 };
 enum { N_VARIANTS = sizeof variants / sizeof variants[0] };
 
@@ -601,52 +594,57 @@ static void verify_variant(folder *f, int which) {
 
 /* ---- quantising on load ---- */
 
-static void compare_bytes(espi_verify *v, const char *name, const void *got, const void *want, size_t bytes) {
-    double *a = espi_cli_memory(bytes * sizeof *a), *b = espi_cli_memory(bytes * sizeof *b);
-    for (size_t i = 0; i < bytes; i++) {
-        a[i] = ((const unsigned char *)got)[i];
-        b[i] = ((const unsigned char *)want)[i];
-    }
-    espi_verify_compare(v, "", name, ESPI_RULE_EXACT, 0, a, b, (int64_t)bytes);
-    free(a);
-    free(b);
+static int64_t bytes_off(const void *got, const void *want, size_t bytes) {
+    int64_t off = 0;
+    for (size_t i = 0; i < bytes; i++) off += ((const unsigned char *)got)[i] != ((const unsigned char *)want)[i];
+    return off;
 }
 
-static void compare_stack(espi_verify *v, const char *label, int64_t layer, const char *part, const espi_stack *got,
-                          const espi_stack *want) {
+/* plain: the same weights without double quantisation, for the scales that were quantised. */
+static int64_t scales_off(const espi_stack *got, const espi_stack *want, const espi_stack *plain) {
+    const int64_t parts = want->experts * want->parts, blocks = want->part_blocks;
+    if (!want->absmax8) return bytes_off(got->absmax, want->absmax, (size_t)(parts * blocks) * sizeof *want->absmax);
+    int64_t off = 0;
+    for (int64_t p = 0; p < parts; p++)
+        off += espi_scale_codes_off(plain->absmax + p * blocks, got->absmax8 + p * blocks, want->absmax8 + p * blocks, want->offset[p],
+                                    want->nested + p * want->part_nested, blocks);
+    return off;
+}
+
+static void compare_stack(espi_verify *v, const char *label, int64_t layer, const char *part, const espi_stack *got, const espi_stack *want,
+                          const espi_stack *plain) {
     char name[96];
     snprintf(name, sizeof name, "%slayers.%lld.%s codes", label, (long long)layer, part);
-    const int64_t parts = want->experts * want->parts;
     if (got->part_bytes != want->part_bytes || got->part_blocks != want->part_blocks || !got->absmax8 != !want->absmax8) {
-        espi_verify_fail(v, name, "is held in another form");
+        espi_verify_fail(v, name, "are held in another form");
         return;
     }
-    compare_bytes(v, name, got->data, want->data, (size_t)parts * want->part_bytes);
+    espi_verify_count(v, name, bytes_off(got->data, want->data, (size_t)(want->experts * want->parts) * want->part_bytes));
     snprintf(name, sizeof name, "%slayers.%lld.%s scales", label, (long long)layer, part);
-    const size_t blocks = (size_t)(parts * want->part_blocks);
-    if (want->absmax8)
-        compare_bytes(v, name, got->absmax8, want->absmax8, blocks);
-    else
-        compare_bytes(v, name, got->absmax, want->absmax, blocks * sizeof *want->absmax);
+    espi_verify_count(v, name, scales_off(got, want, plain));
 }
 
 /* Quantising model/ while loading gives the bytes of the quantised checkpoint. */
-static void verify_quantised(espi_verify *v, const char *dir, const variant *form, const char *label) {
+static void verify_quantised(espi_verify *v, const char *dir, const variant *form) {
     if (!espi_is_folder(dir, form->model) || !espi_is_folder(dir, "model")) return;
-    char *stored = espi_cli_path(dir, form->model), *plain = espi_cli_path(dir, "model");
-    esp_model *want = NULL, *got = NULL;
-    esp_status status = load(&want, v, stored, NULL, form, 0);
-    if (status == ESP_OK) status = load(&got, v, plain, NULL, form, 0);
-    if (status != ESP_OK) espi_verify_error(v, label, status);
+    char *stored_dir = espi_cli_path(dir, form->model), *model_dir = espi_cli_path(dir, "model");
+    const variant simple = {.experts = form->experts};
+    esp_model *want = NULL, *got = NULL, *plain = NULL;
+    esp_status status = load(&want, v, stored_dir, NULL, form, 0);
+    if (status == ESP_OK) status = load(&got, v, model_dir, NULL, form, 0);
+    if (status == ESP_OK) status = load(&plain, v, model_dir, NULL, &simple, 0);
+    if (status != ESP_OK) espi_verify_error(v, form->label, status);
     for (int64_t l = 0; status == ESP_OK && l < want->config.layers; l++) {
-        if (want->layers[l].mlp != ESPI_MLP_MOE) continue;
-        compare_stack(v, label, l, "gate_up", &got->layers[l].gate_up, &want->layers[l].gate_up);
-        compare_stack(v, label, l, "down", &got->layers[l].down, &want->layers[l].down);
+        const espi_layer *a = &got->layers[l], *b = &want->layers[l], *c = &plain->layers[l];
+        if (b->mlp != ESPI_MLP_MOE) continue;
+        compare_stack(v, form->label, l, "gate_up", &a->gate_up, &b->gate_up, &c->gate_up);
+        compare_stack(v, form->label, l, "down", &a->down, &b->down, &c->down);
     }
     esp_model_destroy(want);
     esp_model_destroy(got);
-    free(stored);
-    free(plain);
+    esp_model_destroy(plain);
+    free(stored_dir);
+    free(model_dir);
 }
 
 /* ---- the folder ---- */
@@ -685,7 +683,7 @@ void espi_verify_model(espi_verify *v, const char *dir) {
         if (espi_is_file(dir, "delta.safetensors")) espi_verify_open(v, &f.deltas, dir, "delta.safetensors");
         for (int i = 0; i < N_VARIANTS; i++) verify_variant(&f, i);
         for (int i = 0; i < N_VARIANTS; i++)
-            if (strncmp(variants[i].label, "model_nf4", 9) == 0) verify_quantised(v, dir, &variants[i], variants[i].label);
+            if (strncmp(variants[i].label, "model_nf4", 9) == 0) verify_quantised(v, dir, &variants[i]);
     }
     for (int i = 0; i < N_VARIANTS; i++) espi_arrays_free(&f.logits[i]);
     espi_arrays_free(&f.in);
