@@ -1,0 +1,239 @@
+/* A whole two-layer model against central differences in fp64, and what must not change a gradient: checkpointing, micro-batches, threads. */
+#include "espalier/espalier.h"
+#include "models/model.h"
+
+#include <criterion/criterion.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define MODEL ESP_SOURCE_DIR "/tests/golden/data/q3a/model"
+#define DENSE_MODEL ESP_SOURCE_DIR "/tests/golden/data/q3b/model" /* dense layers among MoE ones, weights not renormalised, bf16 */
+
+enum { TOKENS = 19, SEQS = 3 };
+static const int32_t ids[TOKENS] = {5, 17, 159, 3, 88, 42, 7, 7, 120, 64, 31, 2, 99, 140, 55, 13, 77, 150, 1};
+static const int32_t cu[SEQS + 1] = {0, 9, 10, 19}; /* a sequence of one token in the middle */
+
+typedef struct subject {
+    esp_ctx *ctx;
+    esp_model *model;
+    esp_batch batch;
+} subject;
+
+static subject make(const char *dir, const char *backend, int threads, const esp_model_config *config) {
+    subject s = {.batch = ESP_BATCH(.tokens = ids, .cu_seqlens = cu, .n_tokens = TOKENS, .n_seqs = SEQS)};
+    cr_assert_eq(esp_ctx_create(&s.ctx, &ESP_CTX_CONFIG(.backend = backend, .threads = threads)), ESP_OK, "%s", esp_last_error());
+    cr_assert_eq(esp_model_load(&s.model, s.ctx, dir, config), ESP_OK, "%s", esp_last_error());
+    /* B = 0 would hide a wrong gradient of A. */
+    for (int64_t i = 0; i < esp_model_param_count(s.model); i++) {
+        esp_param p = ESP_PARAM_INIT;
+        cr_assert_eq(esp_model_param_get(s.model, i, &p), ESP_OK);
+        if (!strstr(p.name, "lora_B")) continue;
+        const esp_tensor view = esp_tensor_view(p.data, p.dtype, p.rank, p.dims);
+        for (int64_t j = 0; j < esp_tensor_count(&view); j++) {
+            const double value = 0.05 * sin(1.0 + 0.7 * (double)j + (double)i);
+            if (p.dtype == ESP_F64) ((double *)p.data)[j] = value;
+            else ((float *)p.data)[j] = (float)value;
+        }
+    }
+    return s;
+}
+
+static void drop(subject *s) {
+    esp_model_destroy(s->model);
+    esp_ctx_destroy(s->ctx);
+}
+
+static double loss_of(subject *s, double aux_coef, double z_coef) {
+    esp_tensor hidden;
+    double loss, aux, z;
+    cr_assert_eq(esp_model_forward(s->model, &s->batch, &hidden), ESP_OK, "%s", esp_last_error());
+    cr_assert_eq(esp_model_cross_entropy(s->model, &s->batch, &hidden, &loss, NULL), ESP_OK, "%s", esp_last_error());
+    cr_assert_eq(esp_model_router_losses(s->model, &aux, &z), ESP_OK);
+    return loss + aux_coef * aux + z_coef * z;
+}
+
+static void backward(subject *s) {
+    esp_tensor hidden, d_hidden;
+    double loss;
+    cr_assert_eq(esp_model_forward(s->model, &s->batch, &hidden), ESP_OK, "%s", esp_last_error());
+    cr_assert_eq(esp_model_cross_entropy(s->model, &s->batch, &hidden, &loss, &d_hidden), ESP_OK, "%s", esp_last_error());
+    cr_assert_eq(esp_model_backward(s->model, &s->batch, &d_hidden), ESP_OK, "%s", esp_last_error());
+}
+
+/* Every gradient by central differences, each tensor within 1e-6 of its largest value. */
+static void check_parameters(subject *s, double aux_coef, double z_coef, int64_t stride) {
+    const double h = 1e-5;
+    int64_t tensors = 0;
+    for (int64_t i = 0; i < esp_model_param_count(s->model); i++) {
+        esp_param p = ESP_PARAM_INIT;
+        cr_assert_eq(esp_model_param_get(s->model, i, &p), ESP_OK);
+        cr_assert_eq(p.dtype, ESP_F64);
+        double *data = p.data, worst = 0, largest = 0;
+        const double *grad = p.grad;
+        const esp_tensor view = esp_tensor_view(p.data, p.dtype, p.rank, p.dims);
+        const int64_t n = esp_tensor_count(&view);
+        for (int64_t j = 0; j < n; j++) largest = fmax(largest, fabs(grad[j]));
+        cr_expect(largest > 0, "%s: gradient is zero everywhere", p.name);
+        for (int64_t j = i % stride; j < n; j += stride) {
+            const double keep = data[j];
+            data[j] = keep + h;
+            const double up = loss_of(s, aux_coef, z_coef);
+            data[j] = keep - h;
+            const double down = loss_of(s, aux_coef, z_coef);
+            data[j] = keep;
+            worst = fmax(worst, fabs((up - down) / (2 * h) - grad[j]));
+        }
+        cr_expect(worst <= 1e-6 * largest, "%s: difference %g of the largest gradient %g", p.name, worst, largest);
+        tensors++;
+    }
+    cr_expect_gt(tensors, 0);
+}
+
+Test(grad_model, every_lora_gradient, .timeout = 120) {
+    const double aux = 0.02, z = 0.01;
+    subject s = make(MODEL, "ref64", 1,
+                     &ESP_MODEL_CONFIG(.experts = ESP_NF4, .lora_rank = 3, .router_aux_coef = (float)aux, .router_z_coef = (float)z));
+    backward(&s);
+    check_parameters(&s, (float)aux, (float)z, 131);
+    drop(&s);
+}
+
+Test(grad_model, dense_layers_and_plain_weights, .timeout = 120) {
+    const double aux = 0.02;
+    subject s = make(DENSE_MODEL, "ref64", 1, &ESP_MODEL_CONFIG(.experts = ESP_Q_NONE, .lora_rank = 2, .router_aux_coef = (float)aux));
+    backward(&s);
+    check_parameters(&s, (float)aux, 0, 173);
+    drop(&s);
+}
+
+/* The frozen parts: the router weight's own gradient, and the gradient that reaches the embedding output through everything, the frozen
+ * router included.  Both are f32 in memory, so the step is what f32 makes of it. */
+typedef struct catch_h0 {
+    double d[TOKENS * 64];
+    int64_t seen;
+} catch_h0;
+
+static void catch (void *user, const char *name, int64_t layer, const esp_tensor *t) {
+    catch_h0 *c = user;
+    if (layer != 0 || strcmp(name, "d_h") != 0) return;
+    memcpy(c->d, t->data, sizeof c->d);
+    c->seen++;
+}
+
+static double difference(subject *s, float *x, double aux, double z) {
+    const float keep = *x;
+    *x = keep + 2e-4f;
+    const double at_up = *x, up = loss_of(s, aux, z);
+    *x = keep - 2e-4f;
+    const double at_down = *x, down = loss_of(s, aux, z);
+    *x = keep;
+    return (up - down) / (at_up - at_down);
+}
+
+Test(grad_model, router_and_input, .timeout = 120) {
+    const double aux = 0.02, z = 0.01;
+    subject s = make(MODEL, "ref64", 1,
+                     &ESP_MODEL_CONFIG(.experts = ESP_NF4, .lora_rank = 3, .train_router = true, .router_aux_coef = (float)aux,
+                                       .router_z_coef = (float)z));
+    static catch_h0 caught;
+    cr_assert_eq(esp_model_set_probe(s.model, catch, &caught), ESP_OK);
+    backward(&s);
+    cr_assert_eq(esp_model_set_probe(s.model, NULL, NULL), ESP_OK);
+    cr_assert_eq(caught.seen, 1);
+
+    for (int64_t l = 0; l < s.model->config.layers; l++) {
+        float *w = (float *)s.model->layers[l].router.data;
+        const double *grad = s.model->layers[l].d_router;
+        const int64_t n = s.model->config.experts * s.model->config.hidden;
+        double largest = 0;
+        for (int64_t j = 0; j < n; j++) largest = fmax(largest, fabs(grad[j]));
+        for (int64_t j = 0; j < n; j += 61) {
+            const double error = fabs(difference(&s, &w[j], (float)aux, (float)z) - grad[j]);
+            cr_expect(error <= 1e-6 * largest, "router of layer %lld, weight %lld: difference %g of %g", (long long)l, (long long)j, error,
+                      largest);
+        }
+    }
+    /* Token 159 occurs once, at position 2: its embedding row is that position's input. */
+    float *row = (float *)s.model->embed.data + 159 * 64;
+    cr_assert_eq(s.model->embed.dtype, ESP_F32);
+    double largest = 0;
+    for (int j = 0; j < 64; j++) largest = fmax(largest, fabs(caught.d[2 * 64 + j]));
+    for (int j = 0; j < 64; j += 5) {
+        const double error = fabs(difference(&s, &row[j], (float)aux, (float)z) - caught.d[2 * 64 + j]);
+        cr_expect(error <= 1e-6 * largest, "input %d: difference %g of %g", j, error, largest);
+    }
+    drop(&s);
+}
+
+/* All gradients, one after the other, as bytes. */
+static unsigned char *gradients(subject *s, size_t *bytes) {
+    unsigned char *all = NULL;
+    *bytes = 0;
+    for (int64_t i = 0; i < esp_model_param_count(s->model); i++) {
+        esp_param p = ESP_PARAM_INIT;
+        cr_assert_eq(esp_model_param_get(s->model, i, &p), ESP_OK);
+        const esp_tensor view = esp_tensor_view(p.data, p.dtype, p.rank, p.dims);
+        const size_t n = (size_t)esp_tensor_count(&view) * esp_dtype_size(p.dtype);
+        all = realloc(all, *bytes + n);
+        cr_assert_not_null(all);
+        memcpy(all + *bytes, p.grad, n);
+        *bytes += n;
+    }
+    return all;
+}
+
+static void same_bits(const esp_model_config *a, int threads_a, const esp_model_config *b, int threads_b, const char *what) {
+    subject x = make(MODEL, "cpu", threads_a, a), y = make(MODEL, "cpu", threads_b, b);
+    size_t nx, ny;
+    backward(&x);
+    backward(&y);
+    unsigned char *gx = gradients(&x, &nx), *gy = gradients(&y, &ny);
+    cr_assert_eq(nx, ny);
+    cr_expect(memcmp(gx, gy, nx) == 0, "%s changed the gradients", what);
+    free(gx);
+    free(gy);
+    drop(&x);
+    drop(&y);
+}
+
+Test(grad_model, checkpointing_keeps_the_bits) {
+    const esp_model_config whole = ESP_MODEL_CONFIG(.lora_rank = 4), none = ESP_MODEL_CONFIG(.lora_rank = 4, .activation_budget = 1);
+    same_bits(&whole, 1, &none, 1, "recomputing every layer");
+    /* Room for one layer of two: found by asking what the whole takes. */
+    const esp_model_config half = ESP_MODEL_CONFIG(.lora_rank = 4, .activation_budget = 60000);
+    same_bits(&whole, 1, &half, 1, "recomputing some layers");
+}
+
+Test(grad_model, threads_keep_the_bits) {
+    const esp_model_config config = ESP_MODEL_CONFIG(.lora_rank = 4);
+    same_bits(&config, 1, &config, 2, "a second thread");
+}
+
+/* One batch of three sequences, or three batches of one: the same sum of gradients, to the rounding of a sum taken in another order. */
+Test(grad_model, micro_batches_add_up) {
+    const esp_model_config config = ESP_MODEL_CONFIG(.lora_rank = 4);
+    subject one = make(MODEL, "cpu", 1, &config), many = make(MODEL, "cpu", 1, &config);
+    backward(&one);
+    for (int s = 0; s < SEQS; s++) {
+        const int32_t n = cu[s + 1] - cu[s], borders[2] = {0, n};
+        many.batch = ESP_BATCH(.tokens = ids + cu[s], .cu_seqlens = borders, .n_tokens = n, .n_seqs = 1, .step_tokens = TOKENS - SEQS);
+        backward(&many);
+    }
+    for (int64_t i = 0; i < esp_model_param_count(one.model); i++) {
+        esp_param p = ESP_PARAM_INIT, q = ESP_PARAM_INIT;
+        cr_assert_eq(esp_model_param_get(one.model, i, &p), ESP_OK);
+        cr_assert_eq(esp_model_param_get(many.model, i, &q), ESP_OK);
+        const esp_tensor view = esp_tensor_view(p.data, p.dtype, p.rank, p.dims);
+        double worst = 0, largest = 0;
+        for (int64_t j = 0; j < esp_tensor_count(&view); j++) {
+            const double a = ((float *)p.grad)[j], b = ((float *)q.grad)[j];
+            worst = fmax(worst, fabs(a - b));
+            largest = fmax(largest, fabs(a));
+        }
+        /* 19 terms in another order: a few units in the last place of the largest. */
+        cr_expect(worst <= 8 * 6e-8 * largest, "%s: %g of %g", p.name, worst, largest);
+    }
+    drop(&one);
+    drop(&many);
+}

@@ -1,0 +1,104 @@
+/* What is planned is what is taken, to the byte: for several shapes, budgets and formats; and the head's memory does not grow with T. */
+#include "espalier/espalier.h"
+
+#include <criterion/criterion.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define MODEL ESP_SOURCE_DIR "/tests/golden/data/q3a/model"
+#define DENSE_MODEL ESP_SOURCE_DIR "/tests/golden/data/q3b/model"
+
+/* n_seqs sequences of about the same length. */
+static esp_batch make_batch(int32_t *ids, int32_t *cu, int32_t n_tokens, int32_t n_seqs) {
+    for (int32_t t = 0; t < n_tokens; t++) ids[t] = (t * 37 + 11) % 160;
+    for (int32_t s = 0; s <= n_seqs; s++) cu[s] = (int32_t)((int64_t)n_tokens * s / n_seqs);
+    return ESP_BATCH(.tokens = ids, .cu_seqlens = cu, .n_tokens = n_tokens, .n_seqs = n_seqs);
+}
+
+static void check(const char *dir, const esp_model_config *config, const esp_adamw_config *adamw, int32_t n_tokens, int32_t n_seqs) {
+    esp_ctx *ctx;
+    esp_model *model;
+    esp_optim *optim;
+    esp_plan plan = ESP_PLAN_INIT;
+    esp_memory m = ESP_MEMORY_INIT;
+    cr_assert_eq(esp_ctx_create(&ctx, NULL), ESP_OK, "%s", esp_last_error());
+    cr_assert_eq(esp_plan_folder(&plan, ctx, dir, config, adamw, n_tokens, n_seqs), ESP_OK, "%s", esp_last_error());
+    cr_assert_eq(esp_ctx_memory(ctx, &m), ESP_OK);
+    cr_expect_eq(m.peak, 0, "planning took %zu bytes of tensor memory", m.peak);
+
+    int32_t *ids = malloc((size_t)n_tokens * sizeof *ids), *cu = malloc(((size_t)n_seqs + 1) * sizeof *cu);
+    cr_assert(ids && cu);
+    const esp_batch batch = make_batch(ids, cu, n_tokens, n_seqs);
+    esp_tensor hidden, d_hidden;
+    double loss;
+    cr_assert_eq(esp_model_load(&model, ctx, dir, config), ESP_OK, "%s", esp_last_error());
+    cr_assert_eq(esp_adamw_create(&optim, model, adamw), ESP_OK, "%s", esp_last_error());
+    cr_assert_eq(esp_model_forward(model, &batch, &hidden), ESP_OK, "%s", esp_last_error());
+    cr_assert_eq(esp_model_cross_entropy(model, &batch, &hidden, &loss, &d_hidden), ESP_OK, "%s", esp_last_error());
+    cr_assert_eq(esp_model_backward(model, &batch, &d_hidden), ESP_OK, "%s", esp_last_error());
+    cr_assert_eq(esp_optim_step(optim), ESP_OK, "%s", esp_last_error());
+    cr_assert_eq(esp_ctx_memory(ctx, &m), ESP_OK);
+    cr_expect_eq(m.weights, plan.dense_weights + plan.expert_weights, "weights: %zu, planned %zu", m.weights,
+                 plan.dense_weights + plan.expert_weights);
+    cr_expect_eq(m.adapter, plan.adapter + plan.gradients, "adapter: %zu, planned %zu", m.adapter, plan.adapter + plan.gradients);
+    cr_expect_eq(m.optimizer, plan.optimizer, "optimizer: %zu, planned %zu", m.optimizer, plan.optimizer);
+    cr_expect_eq(m.activations, plan.activations, "activations: %zu, planned %zu", m.activations, plan.activations);
+    cr_expect_eq(m.activations_used, plan.activations, "of the activation block %zu bytes were used, planned %zu", m.activations_used,
+                 plan.activations);
+    cr_expect_eq(m.live, plan.total, "all: %zu, planned %zu", m.live, plan.total);
+    cr_expect_eq(m.peak, plan.peak, "peak: %zu, planned %zu", m.peak, plan.peak);
+    esp_optim_destroy(optim);
+    esp_model_destroy(model);
+    cr_assert_eq(esp_ctx_memory(ctx, &m), ESP_OK);
+    cr_expect_eq(m.live, 0, "%zu bytes were never given back", m.live);
+    esp_ctx_destroy(ctx);
+    free(ids);
+    free(cu);
+}
+
+Test(plan, equals_measured) {
+    check(MODEL, NULL, NULL, 50, 3);
+    check(MODEL, &ESP_MODEL_CONFIG(.lora_rank = 3, .experts = ESP_FP4, .double_quant = true), NULL, 7, 7);
+    check(MODEL, &ESP_MODEL_CONFIG(.lora_targets = ESP_LORA_EXPERTS, .experts = ESP_Q_NONE), NULL, 300, 1);
+    check(DENSE_MODEL, &ESP_MODEL_CONFIG(.activation_budget = 200000), &ESP_ADAMW_CONFIG(.eight_bit = true), 100, 2);
+    check(DENSE_MODEL, &ESP_MODEL_CONFIG(.activation_budget = 1, .train_router = true), NULL, 33, 1);
+}
+
+Test(plan, a_budget_trades_memory) {
+    esp_ctx *ctx;
+    esp_plan all = ESP_PLAN_INIT, none = ESP_PLAN_INIT;
+    cr_assert_eq(esp_ctx_create(&ctx, NULL), ESP_OK);
+    cr_assert_eq(esp_plan_folder(&all, ctx, DENSE_MODEL, NULL, NULL, 500, 5), ESP_OK);
+    cr_assert_eq(esp_plan_folder(&none, ctx, DENSE_MODEL, &ESP_MODEL_CONFIG(.activation_budget = 1), NULL, 500, 5), ESP_OK);
+    cr_expect_eq(all.layers_recomputed, 0);
+    cr_expect_eq(none.layers_recomputed, 4);
+    cr_expect_lt(none.activations, all.activations);
+    esp_ctx_destroy(ctx);
+}
+
+/* A vocabulary of 151936, as Qwen3 has it, from a config.json alone: the head's memory at 8192 tokens is that at 256 plus a few values a
+ * token (9 arrays of 4 bytes), nowhere near 151936 values a token. */
+Test(plan, head_is_constant_in_tokens) {
+    const char *dir = ESP_BINARY_DIR "/plan-head";
+    const char *text = "{\"model_type\":\"qwen3_moe\",\"hidden_size\":2048,\"num_hidden_layers\":2,\"num_attention_heads\":32,"
+                       "\"num_key_value_heads\":4,\"head_dim\":128,\"moe_intermediate_size\":768,\"intermediate_size\":6144,"
+                       "\"num_experts\":128,\"num_experts_per_tok\":8,\"norm_topk_prob\":true,\"vocab_size\":151936,"
+                       "\"max_position_embeddings\":40960,\"rope_theta\":1000000.0,\"torch_dtype\":\"bfloat16\",\"hidden_act\":\"silu\"}";
+    char command[1024];
+    snprintf(command, sizeof command, "mkdir -p '%s'", dir);
+    cr_assert_eq(system(command), 0);
+    snprintf(command, sizeof command, "%s/config.json", dir);
+    FILE *f = fopen(command, "w");
+    cr_assert_not_null(f);
+    fputs(text, f);
+    fclose(f);
+    esp_ctx *ctx;
+    esp_plan small = ESP_PLAN_INIT, large = ESP_PLAN_INIT;
+    cr_assert_eq(esp_ctx_create(&ctx, NULL), ESP_OK);
+    cr_assert_eq(esp_plan_folder(&small, ctx, dir, NULL, NULL, 256, 1), ESP_OK, "%s", esp_last_error());
+    cr_assert_eq(esp_plan_folder(&large, ctx, dir, NULL, NULL, 8192, 1), ESP_OK, "%s", esp_last_error());
+    const size_t scalars = (size_t)(8192 - 256) * 9 * 4;
+    cr_expect_geq(large.head, small.head);
+    cr_expect_leq(large.head - small.head, scalars + 9 * 64, "head: %zu bytes at 256 tokens, %zu at 8192", small.head, large.head);
+    esp_ctx_destroy(ctx);
+}
