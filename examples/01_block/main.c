@@ -107,7 +107,8 @@ int main(void) {
     const struct {
         const char *name;
         esp_moe_param which;
-    } params[] = {{"gate_up A", ESP_MOE_GATE_UP_A}, {"gate_up B", ESP_MOE_GATE_UP_B}, {"down A", ESP_MOE_DOWN_A}, {"down B", ESP_MOE_DOWN_B}};
+    } params[] = {
+        {"gate_up A", ESP_MOE_GATE_UP_A}, {"gate_up B", ESP_MOE_GATE_UP_B}, {"down A", ESP_MOE_DOWN_A}, {"down B", ESP_MOE_DOWN_B}};
     for (int i = 0; i < 4; i++) {
         void *data, *grad;
         int64_t n;

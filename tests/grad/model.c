@@ -1,6 +1,7 @@
-/* A whole two-layer model against central differences in fp64, and what must not change a gradient: checkpointing, micro-batches, threads. */
-#include "espalier/espalier.h"
+/* A whole two-layer model against central differences in fp64, and what must not change a gradient: checkpointing, micro-batches, threads.
+ */
 #include "models/model.h"
+#include "espalier/espalier.h"
 
 #include <criterion/criterion.h>
 #include <math.h>
@@ -32,8 +33,10 @@ static subject make(const char *dir, const char *backend, int threads, const esp
         const esp_tensor view = esp_tensor_view(p.data, p.dtype, p.rank, p.dims);
         for (int64_t j = 0; j < esp_tensor_count(&view); j++) {
             const double value = 0.05 * sin(1.0 + 0.7 * (double)j + (double)i);
-            if (p.dtype == ESP_F64) ((double *)p.data)[j] = value;
-            else ((float *)p.data)[j] = (float)value;
+            if (p.dtype == ESP_F64)
+                ((double *)p.data)[j] = value;
+            else
+                ((float *)p.data)[j] = (float)value;
         }
     }
     return s;
