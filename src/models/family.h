@@ -49,8 +49,7 @@ typedef struct espi_family {
     const char *router, *dense_gate, *dense_up, *dense_down;
     const char *expert_gate, *expert_up, *expert_down; /* per expert, without ".weight" */
     const char *fused_gate_up, *fused_down;            /* fused, complete names */
-    /* PEFT module names of adapters, relative to "model.layers.%d." */
-    const char *peft_gate, *peft_up, *peft_down; /* with %d for the expert */
+    const char *experts_module;                        /* what PEFT wraps when it trains the fused stacks */
 } espi_family;
 
 #define ESPI_FAMILY(name) extern const espi_family espi_family_##name;

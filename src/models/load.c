@@ -88,23 +88,23 @@ static void lay_out(esp_model *m, unsigned char *base, size_t *dense, size_t *ex
     *dense = l.used - *experts;
 }
 
-static size_t branch_bytes(int64_t experts, int64_t rows, int64_t cols, int64_t r, size_t real_size) {
-    return ESPI_ALIGNED((size_t)(experts * r * cols) * real_size) + ESPI_ALIGNED((size_t)(experts * rows * r) * real_size);
+static int64_t larger(int64_t a, int64_t b) {
+    return a > b ? a : b;
 }
 
-/* A and B of every trained matrix, each a tensor of its own. */
-static size_t adapter_bytes(const esp_model *m, size_t real_size) {
-    size_t bytes = 0;
+/* One buffer: room for the largest piece that is ever on its way, and, under double quantisation, for one matrix's scales. */
+static size_t staging_bytes(size_t *raw_bytes, const esp_model *m) {
+    int64_t values = m->embed.rows * m->embed.cols, blocks = 0;
     for (int64_t i = 0; i < m->config.layers; i++) {
         const espi_layer *w = &m->layers[i];
-        const espi_linear *attention[] = {&w->q, &w->k, &w->v, &w->o};
-        for (int j = 0; j < ESPI_COUNT(attention); j++)
-            bytes += branch_bytes(1, attention[j]->w.rows, attention[j]->w.cols, attention[j]->lora.r, real_size);
-        if (w->mlp == ESPI_MLP_DENSE) continue;
-        bytes += branch_bytes(m->config.experts, w->gate_up.rows, w->gate_up.cols, w->lora_gate_up.r, real_size);
-        bytes += branch_bytes(m->config.experts, w->down.rows, w->down.cols, w->lora_down.r, real_size);
+        values = larger(values, larger(w->q.w.rows, w->k.w.rows) * w->q.w.cols);
+        values = larger(values, larger(w->mlp_gate_up.w.rows * w->mlp_gate_up.w.cols, w->router.rows * w->router.cols));
+        values = larger(values, larger(w->gate_up.rows / 2 * w->gate_up.cols, w->down.rows * w->down.cols));
+        blocks = larger(blocks, larger(w->gate_up.part_blocks, w->down.part_blocks));
     }
-    return bytes;
+    const int64_t raw = larger(values * (int64_t)sizeof(float), RAW_MIN);
+    *raw_bytes = raw < RAW_MAX ? (size_t)(raw + 255) / 256 * 256 : (size_t)RAW_MAX;
+    return *raw_bytes + (m->options.double_quant ? ESPI_ALIGNED((size_t)blocks * sizeof(float)) : 0);
 }
 
 esp_status espi_weight_plan_make(espi_weight_plan *out, const espi_config *config, const esp_model_config *options,
@@ -114,9 +114,9 @@ esp_status espi_weight_plan_make(espi_weight_plan *out, const espi_config *confi
     ESPI_TRY(espi_model_skeleton(&m));
     float *map;
     lay_out(&m, NULL, &out->dense, &out->experts, &map);
-    out->adapter = out->gradients = adapter_bytes(&m, real_size);
-    if (options->train_router)
-        out->gradients += (size_t)config->moe_layers * ESPI_ALIGNED((size_t)(config->experts * config->hidden) * real_size);
+    espi_adapter_bytes(&out->adapter, &out->gradients, &m, real_size);
+    size_t raw_bytes;
+    out->staging = staging_bytes(&raw_bytes, &m);
     espi_model_skeleton_free(&m);
     return ESP_OK;
 }
@@ -356,25 +356,9 @@ static esp_status load_moe(espi_loader *loader, const espi_layer *w, int64_t lay
 
 /* ---- the whole ---- */
 
-static int64_t larger(int64_t a, int64_t b) {
-    return a > b ? a : b;
-}
-
-/* One buffer: room for the largest piece that is ever on its way, and for one matrix's scales. */
 static esp_status take_staging(espi_loader *loader) {
-    const esp_model *m = loader->model;
-    int64_t values = m->embed.rows * m->embed.cols, blocks = 0;
-    for (int64_t i = 0; i < m->config.layers; i++) {
-        const espi_layer *w = &m->layers[i];
-        values = larger(values, larger(w->q.w.rows, w->k.w.rows) * w->q.w.cols);
-        values = larger(values, larger(w->mlp_gate_up.w.rows * w->mlp_gate_up.w.cols, w->router.rows * w->router.cols));
-        values = larger(values, larger(w->gate_up.rows / 2 * w->gate_up.cols, w->down.rows * w->down.cols));
-        blocks = larger(blocks, larger(w->gate_up.part_blocks, w->down.part_blocks));
-    }
-    const int64_t raw = larger(values * (int64_t)sizeof(float), RAW_MIN);
-    loader->raw_bytes = raw < RAW_MAX ? (size_t)(raw + 255) / 256 * 256 : (size_t)RAW_MAX;
-    loader->staging_bytes = loader->raw_bytes + (loader->map ? ESPI_ALIGNED((size_t)blocks * sizeof(float)) : 0);
-    ESPI_TRY(espi_ctx_alloc(m->ctx, ESPI_MEM_STAGING, loader->staging_bytes, &loader->staging));
+    loader->staging_bytes = staging_bytes(&loader->raw_bytes, loader->model);
+    ESPI_TRY(espi_ctx_alloc(loader->model->ctx, ESPI_MEM_STAGING, loader->staging_bytes, &loader->staging));
     loader->raw = loader->staging;
     loader->absmax = (float *)(void *)(loader->raw + loader->raw_bytes);
     return ESP_OK;

@@ -74,6 +74,7 @@ struct esp_model {
 /* Bytes of the frozen weights and of the adapter, from the config alone: what models/load.c will take, exactly. */
 typedef struct espi_weight_plan {
     size_t dense, experts, adapter, gradients;
+    size_t staging; /* while loading only */
 } espi_weight_plan;
 esp_status espi_weight_plan_make(espi_weight_plan *out, const espi_config *config, const esp_model_config *options,
                                  const espi_lora_spec lora[ESPI_T_COUNT], size_t real_size);
@@ -89,6 +90,8 @@ esp_status espi_model_load_weights(esp_model *model, const char *dir);
 /* models/adapter_init.c: allocates parameters and gradients, names them, draws A (uniform in +-1/sqrt(in), Philox keyed by seed, layer,
  * expert, matrix), B = 0. */
 esp_status espi_model_init_adapter(esp_model *model);
+/* Bytes of the two halves of that block, from a skeleton. */
+void espi_adapter_bytes(size_t *parameters, size_t *gradients, esp_model *model, size_t real_size);
 /* The bookkeeping of model->params (the tensors themselves are the block model->adapter). */
 void espi_adapter_names_free(esp_model *model);
 /* A of one target for `experts` experts (1 for attention): real [experts,r,in], uniform in +-1/sqrt(in). */

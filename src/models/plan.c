@@ -64,7 +64,10 @@ static esp_status fill_plan(esp_plan *plan, esp_model *model, const esp_adamw_co
     ESPI_TRY(espi_activation_bytes(&plan->activations, model, n_tokens, n_seqs, true));
     ESPI_TRY(head_bytes(&plan->head, model, &shape));
     ESPI_TRY(espi_decoder_first_kept(&plan->layers_recomputed, model, n_tokens));
-    plan->total = plan->dense_weights + plan->expert_weights + plan->adapter + plan->gradients + plan->optimizer + plan->activations;
+    plan->staging = w.staging;
+    const size_t weights = plan->dense_weights + plan->expert_weights;
+    plan->total = weights + plan->adapter + plan->gradients + plan->optimizer + plan->activations;
+    plan->peak = plan->total > weights + plan->staging ? plan->total : weights + plan->staging;
     return ESP_OK;
 }
 

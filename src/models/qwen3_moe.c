@@ -71,6 +71,4 @@ const espi_family espi_family_qwen3_moe = {.name = "qwen3_moe",
                                            .expert_down = EXPERTS "%d.down_proj",
                                            .fused_gate_up = EXPERTS "gate_up_proj",
                                            .fused_down = EXPERTS "down_proj",
-                                           .peft_gate = "mlp.experts.%d.gate_proj",
-                                           .peft_up = "mlp.experts.%d.up_proj",
-                                           .peft_down = "mlp.experts.%d.down_proj"};
+                                           .experts_module = LAYER "mlp.experts"};
