@@ -1,1 +1,382 @@
-typedef int espi_stub; /* being written */
+/* Reads options and config files by one table. */
+#include "options.h"
+
+#include <errno.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef enum type { TEXT, I32, I64, U64, BYTES, REAL, FLAG, CHOICE, TARGETS } type;
+/* Which numbers are taken.  0 stands for the default inside the structs, so a 0 that was written must mean 0 or be refused. */
+typedef enum range { ANY, POSITIVE, NOT_NEGATIVE, NOT_ZERO } range;
+enum { SFT = 1, GRPO = 2, BOTH = 3 };
+
+typedef struct choice {
+    const char *word;
+    int value;
+} choice;
+
+typedef struct option {
+    const char *name; /* the key of a config file; on the command line with -- in front and - or _ inside */
+    type type;
+    range range;
+    size_t offset;
+    int programs;
+    const choice *choices;
+    const char *help;
+} option;
+
+static const choice formats[] = {{"nf4", ESP_NF4}, {"fp4", ESP_FP4}, {"none", ESP_Q_NONE}, {NULL, 0}};
+static const choice losses[] = {{"grpo", ESP_LOSS_GRPO},   {"bnpo", ESP_LOSS_BNPO},   {"dr_grpo", ESP_LOSS_DR_GRPO},
+                                {"dapo", ESP_LOSS_DAPO},   {"cispo", ESP_LOSS_CISPO}, {"sapo", ESP_LOSS_SAPO},
+                                {"luspo", ESP_LOSS_LUSPO}, {"vespo", ESP_LOSS_VESPO}, {NULL, 0}};
+static const choice levels[] = {{"token", ESP_IS_TOKEN}, {"sequence", ESP_IS_SEQUENCE}, {NULL, 0}};
+static const choice kl_grads[] = {{"k2", ESP_KL_GRAD_K2}, {"k3", ESP_KL_GRAD_K3}, {NULL, 0}};
+static const choice scales[] = {{"none", ESP_SCALE_NONE}, {"group", ESP_SCALE_GROUP}, {"batch", ESP_SCALE_BATCH}, {NULL, 0}};
+static const choice schedules[] = {
+    {"constant", ESP_SCHEDULE_CONSTANT}, {"linear", ESP_SCHEDULE_LINEAR}, {"cosine", ESP_SCHEDULE_COSINE}, {NULL, 0}};
+static const choice targets[] = {{"q", ESP_LORA_Q},
+                                 {"k", ESP_LORA_K},
+                                 {"v", ESP_LORA_V},
+                                 {"o", ESP_LORA_O},
+                                 {"gate_up", ESP_LORA_GATE_UP},
+                                 {"down", ESP_LORA_DOWN},
+                                 {"attention", ESP_LORA_ATTENTION},
+                                 {"experts", ESP_LORA_EXPERTS},
+                                 {"all", ESP_LORA_ALL},
+                                 {NULL, 0}};
+
+#define T(field) offsetof(settings, trainer.field)
+#define O(field) offsetof(settings, trainer.objective.field)
+#define A(field) offsetof(settings, trainer.adamw.field)
+#define M(field) offsetof(settings, model.field)
+#define C(field) offsetof(settings, ctx.field)
+static const option options[] = {
+    {"model", TEXT, ANY, offsetof(settings, model_dir), BOTH, NULL, "Hugging Face folder of the model; required"},
+    {"train", TEXT, ANY, T(train_file), BOTH, NULL, "JSONL with \"prompt\" and \"answer\"; required"},
+    {"eval", TEXT, ANY, T(eval_file), BOTH, NULL, "JSONL of the same form to measure exact answers on"},
+    {"out", TEXT, ANY, T(out_dir), BOTH, NULL, "folder for metrics, completions, plot, checkpoint and adapter"},
+    {"resume", TEXT, ANY, T(resume_dir), BOTH, NULL, "folder of an earlier run to go on from"},
+    {"steps", I64, POSITIVE, T(steps), BOTH, NULL, "optimiser steps in all (60)"},
+    {"seed", U64, ANY, T(seed), BOTH, NULL, "of sampling, order of the lines, and LoRA init (0)"},
+    {"prompts_per_step", I32, POSITIVE, T(prompts_per_step), BOTH, NULL, "prompts of a GRPO step (16), lines of an SFT step (32)"},
+    {"group_size", I32, POSITIVE, T(group_size), GRPO, NULL, "completions of a prompt (8)"},
+    {"max_new_tokens", I32, POSITIVE, T(max_new_tokens), BOTH, NULL, "of a completion, end token included (10)"},
+    {"temperature", REAL, POSITIVE, T(temperature), GRPO, NULL, "of training samples (1); greedy answers are measured by --eval"},
+    {"micro_batch_tokens", I32, NOT_NEGATIVE, T(micro_batch_tokens), BOTH, NULL, "tokens of one forward and backward; 0 = all at once (0)"},
+    {"updates_per_batch", I32, POSITIVE, T(updates_per_batch), GRPO, NULL, "optimiser steps on one generation (1)"},
+    {"shuffle_rewards", FLAG, ANY, T(shuffle_rewards), GRPO, NULL, "control run: rewards change owners within a step; must not learn"},
+    {"no_skip", FLAG, ANY, T(no_skip), GRPO, NULL, "also run groups whose advantages are all zero"},
+    {"eval_every", I64, POSITIVE, T(eval_every), BOTH, NULL, "steps between evaluations (10)"},
+    {"eval_samples", I32, POSITIVE, T(eval_samples), BOTH, NULL, "sampled completions of an evaluation line (4)"},
+    {"checkpoint_every", I64, POSITIVE, T(checkpoint_every), BOTH, NULL, "steps between checkpoints (20)"},
+    {"scale", CHOICE, ANY, T(scale), GRPO, scales, "divisor of the advantages: none|group|batch (none)"},
+    {"loss", CHOICE, ANY, O(loss), GRPO, losses, "grpo|bnpo|dr_grpo|dapo|cispo|sapo|luspo|vespo (dapo)"},
+    {"level", CHOICE, ANY, O(level), GRPO, levels, "importance ratio of a token or a sequence: token|sequence (token)"},
+    {"epsilon_low", REAL, POSITIVE, O(epsilon_low), GRPO, NULL, "lower clip (0.2)"},
+    {"epsilon_high", REAL, POSITIVE, O(epsilon_high), GRPO, NULL, "upper clip (0.2; cispo: the cap, 5)"},
+    {"delta", REAL, NOT_NEGATIVE, O(delta), GRPO, NULL, "upper bound of the ratio; 0 = none (0)"},
+    {"beta", REAL, NOT_NEGATIVE, O(beta), GRPO, NULL, "KL coefficient (0)"},
+    {"kl_grad", CHOICE, ANY, O(kl_grad), GRPO, kl_grads, "gradient of the KL term: k2|k3 (k2)"},
+    {"kl_bias_correction", FLAG, ANY, O(kl_bias_correction), GRPO, NULL, "multiply the KL term by the ratio"},
+    {"sapo_temperature_pos", REAL, POSITIVE, O(sapo_temperature_pos), GRPO, NULL, "(1)"},
+    {"sapo_temperature_neg", REAL, POSITIVE, O(sapo_temperature_neg), GRPO, NULL, "(1.05)"},
+    {"vespo_k_pos", REAL, POSITIVE, O(vespo_k_pos), GRPO, NULL, "(2)"},
+    {"vespo_lambda_pos", REAL, POSITIVE, O(vespo_lambda_pos), GRPO, NULL, "(3)"},
+    {"vespo_k_neg", REAL, POSITIVE, O(vespo_k_neg), GRPO, NULL, "(3)"},
+    {"vespo_lambda_neg", REAL, POSITIVE, O(vespo_lambda_neg), GRPO, NULL, "(2)"},
+    {"off_policy_mask_threshold", REAL, NOT_NEGATIVE, O(off_policy_mask_threshold), GRPO, NULL, "0 = off (0)"},
+    {"top_entropy_quantile", REAL, NOT_NEGATIVE, O(top_entropy_quantile), GRPO, NULL, "share of tokens kept, by entropy; 0 = all (0)"},
+    {"entropy_coef", REAL, ANY, O(entropy_coef), GRPO, NULL, "entropy bonus (0)"},
+    {"max_completion_length", I32, NOT_NEGATIVE, O(max_completion_length), GRPO, NULL, "dr_grpo's constant; 0 = max_new_tokens (0)"},
+    {"lr", REAL, POSITIVE, A(lr), BOTH, NULL, "learning rate (1e-3)"},
+    {"beta1", REAL, POSITIVE, A(beta1), BOTH, NULL, "(0.9)"},
+    {"beta2", REAL, POSITIVE, A(beta2), BOTH, NULL, "(0.999)"},
+    {"eps", REAL, POSITIVE, A(eps), BOTH, NULL, "(1e-8)"},
+    {"weight_decay", REAL, NOT_NEGATIVE, A(weight_decay), BOTH, NULL, "(0)"},
+    {"max_grad_norm", REAL, NOT_ZERO, A(max_grad_norm), BOTH, NULL, "clip; negative = none (1)"},
+    {"schedule", CHOICE, ANY, A(schedule), BOTH, schedules, "constant|linear|cosine (constant)"},
+    {"warmup_steps", I64, NOT_NEGATIVE, A(warmup_steps), BOTH, NULL, "(0)"},
+    {"total_steps", I64, NOT_NEGATIVE, A(total_steps), BOTH, NULL, "length of the schedule, for linear and cosine"},
+    {"eight_bit", FLAG, ANY, A(eight_bit), BOTH, NULL, "moments in 8 bits"},
+    {"experts", CHOICE, ANY, M(experts), BOTH, formats, "how experts are held: nf4|fp4|none (nf4)"},
+    {"double_quant", FLAG, ANY, M(double_quant), BOTH, NULL, "quantise the block scales too"},
+    {"lora_rank", I32, POSITIVE, M(lora_rank), BOTH, NULL, "(8)"},
+    {"lora_alpha", REAL, POSITIVE, M(lora_alpha), BOTH, NULL, "(2 * lora_rank)"},
+    {"rslora", FLAG, ANY, M(rslora), BOTH, NULL, "scale by alpha / sqrt(rank)"},
+    {"lora_targets", TARGETS, ANY, M(lora_targets), BOTH, targets, "comma list of q,k,v,o,gate_up,down,attention,experts,all (all)"},
+    {"adapter", TEXT, ANY, M(adapter_dir), BOTH, NULL, "PEFT folder to start from; states rank, alpha and targets"},
+    {"activation_budget", BYTES, NOT_NEGATIVE, M(activation_budget), BOTH, NULL, "bytes of saved activations; 0 = no bound (0)"},
+    {"router_aux_coef", REAL, ANY, M(router_aux_coef), BOTH, NULL, "load-balancing loss (0)"},
+    {"router_z_coef", REAL, ANY, M(router_z_coef), BOTH, NULL, "router z-loss (0)"},
+    {"backend", TEXT, ANY, C(backend), BOTH, NULL, "auto|cpu|ref (auto)"},
+    {"threads", I32, NOT_NEGATIVE, C(threads), BOTH, NULL, "0 = OMP_NUM_THREADS or all cores (0)"},
+    {"memory_limit", BYTES, NOT_NEGATIVE, C(memory_limit), BOTH, NULL, "bytes; 0 = none (0)"},
+};
+#define N_OPTIONS ((int)(sizeof options / sizeof options[0]))
+
+/* What is being read, for error sentences: "--lr" or "FILE.json: lr". */
+typedef struct source {
+    const char *file;
+    const option *o;
+} source;
+
+static outcome wrong(const char *format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    fputs("error: ", stderr);
+    vfprintf(stderr, format, arguments);
+    fputs("\n", stderr);
+    va_end(arguments);
+    return OUTCOME_WRONG;
+}
+
+static outcome wrong_value(const source *from, const char *got, const char *expected) {
+    return wrong("%s%s%s: got %s, expected %s", from->file ? from->file : "", from->file ? ": " : "--", from->o->name, got, expected);
+}
+
+/* Edits that make one word of the other, - and _ being the same. */
+static size_t distance(const char *a, const char *b) {
+    size_t row[64];
+    const size_t n = strlen(b);
+    if (n >= sizeof row / sizeof *row) return SIZE_MAX;
+    for (size_t j = 0; j <= n; j++) row[j] = j;
+    for (size_t i = 0; a[i]; i++) {
+        size_t corner = row[0];
+        row[0] = i + 1;
+        for (size_t j = 1; j <= n; j++) {
+            const size_t replaced = corner + (a[i] != b[j - 1] && !(a[i] == '-' && b[j - 1] == '_'));
+            const size_t changed = (row[j] < row[j - 1] ? row[j] : row[j - 1]) + 1;
+            corner = row[j];
+            row[j] = replaced < changed ? replaced : changed;
+        }
+    }
+    return row[n];
+}
+
+static const option *find(const char *name, int program) {
+    for (int i = 0; i < N_OPTIONS; i++)
+        if (options[i].programs & program && distance(name, options[i].name) == 0) return &options[i];
+    return NULL;
+}
+
+static outcome unknown(const char *file, const char *name, int program) {
+    const char *best = "help";
+    for (int i = 0; i < N_OPTIONS; i++)
+        if (options[i].programs & program && distance(name, options[i].name) < distance(name, best)) best = options[i].name;
+    if (file) return wrong("%s: unknown key \"%s\"; did you mean \"%s\"?", file, name, best);
+    return wrong("unknown option --%s; did you mean --%s? (--help lists them)", name, best);
+}
+
+static outcome check_range(const source *from, double value) {
+    char got[32];
+    snprintf(got, sizeof got, "%g", value);
+    if (!isfinite(value)) return wrong_value(from, got, "a finite number");
+    switch (from->o->range) {
+    case POSITIVE:
+        return value > 0 ? OUTCOME_RUN : wrong_value(from, got, "a positive number");
+    case NOT_NEGATIVE:
+        return value >= 0 ? OUTCOME_RUN : wrong_value(from, got, "0 or a positive number");
+    case NOT_ZERO:
+        return value != 0 ? OUTCOME_RUN : wrong_value(from, got, "a positive number, or a negative one for none");
+    case ANY:
+        break;
+    }
+    return OUTCOME_RUN;
+}
+
+static outcome set_real(settings *s, const source *from, double value) {
+    const outcome fine = check_range(from, value);
+    if (fine == OUTCOME_RUN) *(float *)((char *)s + from->o->offset) = (float)value;
+    return fine;
+}
+
+static outcome set_integer(settings *s, const source *from, long long value) {
+    void *field = (char *)s + from->o->offset;
+    const outcome fine = check_range(from, (double)value);
+    if (fine != OUTCOME_RUN) return fine;
+    char got[32];
+    snprintf(got, sizeof got, "%lld", value);
+    if (from->o->type == I32 && (value > INT32_MAX || value < INT32_MIN)) return wrong_value(from, got, "at most 2147483647");
+    if ((from->o->type == U64 || from->o->type == BYTES) && value < 0) return wrong_value(from, got, "0 or more");
+    if (from->o->type == I32)
+        *(int32_t *)field = (int32_t)value;
+    else if (from->o->type == BYTES)
+        *(size_t *)field = (size_t)value;
+    else
+        memcpy(field, &value, sizeof value); /* int64_t and uint64_t */
+    return OUTCOME_RUN;
+}
+
+static const choice *find_choice(const choice *list, const char *word, size_t length) {
+    for (; list->word; list++)
+        if (strlen(list->word) == length && memcmp(list->word, word, length) == 0) return list;
+    return NULL;
+}
+
+static outcome set_targets(settings *s, const source *from, const char *text) {
+    unsigned set = 0;
+    for (const char *word = text;; word++) {
+        const size_t length = strcspn(word, ",");
+        const choice *c = find_choice(from->o->choices, word, length);
+        if (!c) return wrong_value(from, text, from->o->help);
+        set |= (unsigned)c->value;
+        word += length;
+        if (!*word) break;
+    }
+    *(unsigned *)((char *)s + from->o->offset) = set;
+    return OUTCOME_RUN;
+}
+
+static outcome set_word(settings *s, const source *from, const char *text) {
+    void *field = (char *)s + from->o->offset;
+    if (from->o->type == TEXT) {
+        *(const char **)field = text;
+        return *text ? OUTCOME_RUN : wrong_value(from, "nothing", "a text");
+    }
+    if (from->o->type == TARGETS) return set_targets(s, from, text);
+    const choice *c = find_choice(from->o->choices, text, strlen(text));
+    if (!c) return wrong_value(from, text, from->o->help);
+    memcpy(field, &c->value, sizeof c->value); /* enumerations of the library are ints */
+    return OUTCOME_RUN;
+}
+
+/* From the command line, where everything is text. */
+static outcome set_text(settings *s, const source *from, const char *text) {
+    char *end;
+    errno = 0;
+    switch (from->o->type) {
+    case REAL: {
+        const double value = strtod(text, &end);
+        return *text && !*end ? set_real(s, from, value) : wrong_value(from, text, "a number");
+    }
+    case I32:
+    case I64:
+    case U64:
+    case BYTES: {
+        const long long value = strtoll(text, &end, 10);
+        return *text && !*end && errno == 0 ? set_integer(s, from, value) : wrong_value(from, text, "a whole number");
+    }
+    default:
+        return set_word(s, from, text);
+    }
+}
+
+static outcome set_json(settings *s, const source *from, const json_t *value) {
+    switch (from->o->type) {
+    case FLAG:
+        if (!json_is_boolean(value)) return wrong_value(from, "another type", "true or false");
+        *(bool *)((char *)s + from->o->offset) = json_is_true(value);
+        return OUTCOME_RUN;
+    case REAL:
+        return json_is_number(value) ? set_real(s, from, json_number_value(value)) : wrong_value(from, "another type", "a number");
+    case I32:
+    case I64:
+    case U64:
+    case BYTES:
+        return json_is_integer(value) ? set_integer(s, from, json_integer_value(value))
+                                      : wrong_value(from, "another type", "a whole number");
+    default:
+        return json_is_string(value) ? set_word(s, from, json_string_value(value)) : wrong_value(from, "another type", "a string");
+    }
+}
+
+static outcome read_file(settings *s, const char *path, int program) {
+    json_error_t error;
+    s->file = json_load_file(path, JSON_REJECT_DUPLICATES, &error);
+    if (!s->file) return wrong("%s:%d: %s", path, error.line, error.text);
+    if (!json_is_object(s->file)) return wrong("%s: got another JSON value, expected an object of settings", path);
+    const char *key;
+    json_t *value;
+    json_object_foreach(s->file, key, value) {
+        const source from = {path, find(key, program)};
+        const outcome fine = from.o ? set_json(s, &from, value) : unknown(path, key, program);
+        if (fine != OUTCOME_RUN) return fine;
+    }
+    return OUTCOME_RUN;
+}
+
+static outcome help(const char *program_name, int program) {
+    printf("usage: %s --model DIR --train F.jsonl [--eval F.jsonl] [--out DIR] [options]\n\n"
+           "Trains the LoRA adapter of a mixture-of-experts model by %s.\n"
+           "  --config FILE.json           settings as JSON; options on the command line win\n"
+           "  --help                       this text\n",
+           program_name, program == GRPO ? "GRPO" : "supervised fine-tuning");
+    for (int i = 0; i < N_OPTIONS; i++) {
+        char name[32];
+        size_t n = 0;
+        if (!(options[i].programs & program)) continue;
+        for (; options[i].name[n]; n++) name[n] = options[i].name[n] == '_' ? '-' : options[i].name[n];
+        name[n] = '\0';
+        printf("  --%-26s %s\n", name, options[i].help);
+    }
+    return OUTCOME_HELP;
+}
+
+/* The value of "--name value" or "--name=value"; *used: how many arguments that took. */
+static outcome read_option(settings *s, int program, char **argv, const char **config, int *used) {
+    char name[64];
+    const char *text = argv[0] + 2, *equal = strchr(text, '=');
+    const size_t length = equal ? (size_t)(equal - text) : strlen(text);
+    if (strncmp(argv[0], "--", 2) != 0 || length == 0 || length >= sizeof name)
+        return wrong("got argument %s, expected an option like --steps 60 (--help lists them)", argv[0]);
+    memcpy(name, text, length);
+    name[length] = '\0';
+    const bool is_config = strcmp(name, "config") == 0;
+    const source from = {NULL, is_config ? NULL : find(name, program)};
+    if (!is_config && !from.o) return unknown(NULL, name, program);
+    *used = 1;
+    if (from.o && from.o->type == FLAG) {
+        if (equal) return wrong_value(&from, equal + 1, "no value");
+        *(bool *)((char *)s + from.o->offset) = true;
+        return OUTCOME_RUN;
+    }
+    const char *value = equal ? equal + 1 : argv[1];
+    if (!value) return wrong("--%s: got nothing, expected a value", name);
+    *used = equal ? 1 : 2;
+    if (!is_config) return set_text(s, &from, value);
+    *config = value;
+    return OUTCOME_RUN;
+}
+
+static outcome read_line(settings *s, int program, int argc, char **argv, const char **config) {
+    outcome fine = OUTCOME_RUN;
+    for (int i = 1, used = 1; i < argc && fine == OUTCOME_RUN; i += used) {
+        if (strcmp(argv[i], "--help") == 0 || strcmp(argv[i], "-h") == 0) return help(argv[0], program);
+        fine = read_option(s, program, argv + i, config, &used);
+    }
+    return fine;
+}
+
+static void begin(settings *s, esp_trainer_kind kind) {
+    *s = (settings){.ctx = {.struct_size = sizeof s->ctx},
+                    .model = {.struct_size = sizeof s->model},
+                    .trainer = {.struct_size = sizeof s->trainer,
+                                .kind = kind,
+                                .objective = {.struct_size = sizeof s->trainer.objective},
+                                .adamw = {.struct_size = sizeof s->trainer.adamw}}};
+}
+
+outcome settings_read(settings *s, esp_trainer_kind kind, int argc, char **argv) {
+    const int program = kind == ESP_TRAIN_GRPO ? GRPO : SFT;
+    const char *config = NULL;
+    begin(s, kind);
+    outcome fine = read_line(s, program, argc, argv, &config);
+    if (fine == OUTCOME_RUN && config) {
+        /* The file lies under the line: read it first, then the line again on top. */
+        begin(s, kind);
+        fine = read_file(s, config, program);
+        if (fine == OUTCOME_RUN) fine = read_line(s, program, argc, argv, &config);
+    }
+    if (fine == OUTCOME_RUN && !s->model_dir) fine = wrong("--model: got nothing, expected a Hugging Face folder (--help lists all)");
+    if (fine == OUTCOME_RUN && !s->trainer.train_file) fine = wrong("--train: got nothing, expected a JSONL file (--help lists all)");
+    s->model.seed = s->trainer.seed;
+    return fine;
+}
+
+void settings_free(settings *s) {
+    json_decref(s->file);
+    s->file = NULL;
+}
