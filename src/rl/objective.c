@@ -345,17 +345,15 @@ static void token_terms(espi_objective_run *run, const sequence *seq, int64_t i,
     token t = {exp(clamp(log_ratio, -LOG_RATIO_MAX, LOG_RATIO_MAX)), seq->advantage, lp, seq->own_weight};
     run->ratio += t.ratio;
     *own = *through_ratio = 0;
-    if (seq->advantage != 0) {
-        term policy = o->row->term(o, &t);
-        run->clipped_low += policy.clipped < 0;
-        run->clipped_high += policy.clipped > 0;
-        if (kept && !seq->dropped) {
-            double rho = in->is_ratio.data && !o->row->own_sequence_weight ? get(&in->is_ratio, i) : 1;
-            double weight = seq->weight * rho;
-            run->policy_loss += weight * policy.value;
-            *own += weight * policy.d_lp;
-            *through_ratio += weight * policy.d_ratio;
-        }
+    term policy = o->row->term(o, &t);
+    run->clipped_low += policy.clipped < 0;
+    run->clipped_high += policy.clipped > 0;
+    if (kept && !seq->dropped) {
+        double rho = in->is_ratio.data && !o->row->own_sequence_weight ? get(&in->is_ratio, i) : 1;
+        double weight = seq->weight * rho;
+        run->policy_loss += weight * policy.value;
+        *own += weight * policy.d_lp;
+        *through_ratio += weight * policy.d_ratio;
     }
     if (in->ref.data && o->beta > 0) {
         term kl = kl_term(o, lp, get(&in->ref, i), t.ratio);

@@ -299,13 +299,23 @@ Test(objective, extreme_ratios_stay_finite) {
         }
 }
 
+/* Eleven tokens of entropy 0..10: the quantile 1 - 0.7 lies exactly at 3, though 10 * (1 - 0.7) is a little more in double. */
 Test(objective, entropy_quantile_keeps_its_share) {
-    sample s = make_sample(8);
-    for (int i = 0; i < TOKENS; i++) s.entropy[i] = i;
-    const esp_objective o = ESP_OBJECTIVE(.loss = ESP_LOSS_CISPO, .top_entropy_quantile = 0.2f);
-    const result r = evaluate(&o, &s, false, false);
-    for (int i = 0; i < TOKENS; i++) /* the quantile 0.8 of 0..15 lies exactly at 12 */
-        cr_expect_eq(r.g[i] != 0, i >= 12, "token %d of entropy %d has g %g", i, i, r.g[i]);
+    enum { N = 11 };
+    const int32_t one[2] = {0, N};
+    const double advantage = 1;
+    double lp[N], entropy[N], g[N], e[N];
+    for (int i = 0; i < N; i++) {
+        lp[i] = -1;
+        entropy[i] = i;
+    }
+    const esp_objective o = ESP_OBJECTIVE(.top_entropy_quantile = 0.7f, .entropy_coef = 0.5f);
+    cr_assert_eq(esp_objective_coefficients(&o, 1, one, lp, NULL, NULL, NULL, entropy, &advantage, 0, 0, g, e, NULL), ESP_OK, "%s",
+                 esp_last_error());
+    for (int i = 0; i < N; i++) {
+        cr_expect_eq(g[i], i >= 3 ? -1.0 / N : 0, "token %d has g %g", i, g[i]);
+        cr_expect_eq(e[i], i >= 3 ? -0.5 / 8 : 0, "token %d has e %g", i, e[i]);
+    }
 }
 
 Test(objective, nothing_counted_is_nothing) {
