@@ -48,7 +48,7 @@ struct esp_objective {
     float sapo_temperature_pos, sapo_temperature_neg;                   ///< default 1.0, 1.05
     float vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg; ///< default 2, 3, 3, 2
     float off_policy_mask_threshold;                                    ///< drop sequences with A < 0 and mean(old - lp) above it; 0 = off
-    float top_entropy_quantile;    ///< keep this share of tokens, those of highest entropy; 0 or 1 = all
+    float top_entropy_quantile;    ///< keep this share of the batch's tokens, those of highest entropy; 0 or 1 = all
     float entropy_coef;            ///< entropy bonus; 0 = none
     float temperature;             ///< default 1: logits / temperature before the log-softmax, as in the sampler
     int32_t max_completion_length; ///< dr_grpo's constant; 0 = the longest completion of the batch
