@@ -75,53 +75,75 @@ static int64_t cut(int64_t first, int64_t rows, bool singly) {
     return first < rows / 3 ? rows / 3 : rows;
 }
 
-static void norm_rows(const shape *s, const espi_backend *backend, bool singly) {
-    twice t;
-    const bool ran = begin(&t, ESPI_OP_rmsnorm_fwd, s, backend);
-    for (int64_t i = 0, next; ran && i < s->tokens; i = next) {
-        next = cut(i, s->tokens, singly);
-        any_args args = t.pieces.args;
-        espi_rmsnorm_fwd *a = &args.rmsnorm_fwd;
-        a->x = plus(&t, a->x, i * s->hidden);
-        a->y = plus(&t, a->y, i * s->hidden);
-        a->rstd = plus(&t, a->rstd, i);
-        a->rows = next - i;
-        piece(&t, &args);
-    }
-    end(&t, ran);
+/* Narrows a call to rows first..next-1 of its batch. */
+typedef void narrow_fn(const twice *t, any_args *args, int64_t first, int64_t next);
+
+static void narrow_norm(const twice *t, any_args *args, int64_t first, int64_t next) {
+    espi_rmsnorm_fwd *a = &args->rmsnorm_fwd;
+    a->x = plus(t, a->x, first * a->n);
+    a->y = plus(t, a->y, first * a->n);
+    a->rstd = plus(t, a->rstd, first);
+    a->rows = next - first;
 }
 
-static void linear_rows(const shape *s, const espi_backend *backend, bool singly) {
-    twice t;
-    const bool ran = begin(&t, ESPI_OP_linear_fwd, s, backend);
-    for (int64_t i = 0, next; ran && i < s->tokens; i = next) {
-        next = cut(i, s->tokens, singly);
-        any_args args = t.pieces.args;
-        espi_linear_fwd *a = &args.linear_fwd;
-        a->x = plus(&t, a->x, i * s->hidden);
-        a->y = plus(&t, a->y, i * s->width);
-        a->u = plus(&t, a->u, i * s->rank);
-        a->tokens = next - i;
-        piece(&t, &args);
-    }
-    end(&t, ran);
+static void narrow_linear(const twice *t, any_args *args, int64_t first, int64_t next) {
+    espi_linear_fwd *a = &args->linear_fwd;
+    a->x = plus(t, a->x, first * a->w.cols);
+    a->y = plus(t, a->y, first * a->w.rows);
+    a->u = plus(t, a->u, first * a->lora.r);
+    a->tokens = next - first;
 }
 
-static void router_rows(const shape *s, const espi_backend *backend, bool singly) {
+static void narrow_router(const twice *t, any_args *args, int64_t first, int64_t next) {
+    espi_router_fwd *a = &args->router_fwd;
+    a->x = plus(t, a->x, first * a->w.cols);
+    a->logits = plus(t, a->logits, first * a->w.rows);
+    a->lse = plus(t, a->lse, first);
+    a->idx += first * a->top_k;
+    a->weight = plus(t, a->weight, first * a->top_k);
+    a->tokens = next - first;
+}
+
+static void narrow_head(espi_head *h, int64_t first, int64_t next) {
+    h->rows += first;
+    h->target += first;
+    h->n = next - first;
+}
+
+static void narrow_stats(const twice *t, any_args *args, int64_t first, int64_t next) {
+    espi_head_stats *a = &args->head_stats;
+    narrow_head(&a->head, first, next);
+    a->lp = plus(t, a->lp, first);
+    a->entropy = plus(t, a->entropy, first);
+    a->lse = plus(t, a->lse, first);
+}
+
+static void narrow_sample(const twice *t, any_args *args, int64_t first, int64_t next) {
+    espi_head_sample *a = &args->head_sample;
+    narrow_head(&a->head, first, next);
+    a->token += first;
+    a->uniform += first;
+    a->lp = plus(t, a->lp, first);
+}
+
+static void narrow_grad(const twice *t, any_args *args, int64_t first, int64_t next) {
+    espi_head_grad *a = &args->head_grad;
+    narrow_head(&a->head, first, next);
+    a->g = plus(t, a->g, first);
+    a->e = plus(t, a->e, first);
+    a->lse = plus(t, a->lse, first);
+    a->entropy = plus(t, a->entropy, first);
+}
+
+static void narrowed(const shape *s, const espi_backend *backend, bool singly, espi_op_id op, int64_t rows, narrow_fn *narrow) {
     twice t;
     shape plain = *s;
-    plain.extras = false; /* the sums over the batch are not row-wise */
-    const bool ran = begin(&t, ESPI_OP_router_fwd, &plain, backend);
-    for (int64_t i = 0, next; ran && i < s->tokens; i = next) {
-        next = cut(i, s->tokens, singly);
+    if (op == ESPI_OP_router_fwd) plain.extras = false; /* its sums over the batch are not row-wise */
+    const bool ran = begin(&t, op, &plain, backend);
+    for (int64_t i = 0, next; ran && i < rows; i = next) {
+        next = cut(i, rows, singly);
         any_args args = t.pieces.args;
-        espi_router_fwd *a = &args.router_fwd;
-        a->x = plus(&t, a->x, i * s->hidden);
-        a->logits = plus(&t, a->logits, i * s->experts);
-        a->lse = plus(&t, a->lse, i);
-        a->idx += i * s->top_k;
-        a->weight = plus(&t, a->weight, i * s->top_k);
-        a->tokens = next - i;
+        narrow(&t, &args, i, next);
         piece(&t, &args);
     }
     end(&t, ran);
@@ -230,66 +252,20 @@ static void attention_rows(const shape *s, const espi_backend *backend, bool sin
     end(&t, ran);
 }
 
-static void head_part(espi_head *h, int64_t first, int64_t next) {
-    h->rows += first;
-    h->target += first;
-    h->n = next - first;
-}
+typedef void cut_fn(const shape *s, const espi_backend *backend, bool singly);
 
-static void head_stats_rows(const shape *s, const espi_backend *backend, bool singly) {
-    twice t;
-    const bool ran = begin(&t, ESPI_OP_head_stats, s, backend);
-    const int64_t n = t.pieces.args.head_stats.head.n;
-    for (int64_t i = 0, next; ran && i < n; i = next) {
-        next = cut(i, n, singly);
-        any_args args = t.pieces.args;
-        espi_head_stats *a = &args.head_stats;
-        head_part(&a->head, i, next);
-        a->lp = plus(&t, a->lp, i);
-        a->entropy = plus(&t, a->entropy, i);
-        a->lse = plus(&t, a->lse, i);
-        piece(&t, &args);
-    }
-    end(&t, ran);
-}
-
-static void head_sample_rows(const shape *s, const espi_backend *backend, bool singly) {
-    twice t;
-    const bool ran = begin(&t, ESPI_OP_head_sample, s, backend);
-    const int64_t n = t.pieces.args.head_sample.head.n;
-    for (int64_t i = 0, next; ran && i < n; i = next) {
-        next = cut(i, n, singly);
-        any_args args = t.pieces.args;
-        espi_head_sample *a = &args.head_sample;
-        head_part(&a->head, i, next);
-        a->token += i;
-        a->uniform += i;
-        a->lp = plus(&t, a->lp, i);
-        piece(&t, &args);
-    }
-    end(&t, ran);
-}
-
-static void head_grad_rows(const shape *s, const espi_backend *backend, bool singly) {
-    twice t;
-    const bool ran = begin(&t, ESPI_OP_head_grad, s, backend);
-    const int64_t n = t.pieces.args.head_grad.head.n;
-    for (int64_t i = 0, next; ran && i < n; i = next) {
-        next = cut(i, n, singly);
-        any_args args = t.pieces.args;
-        espi_head_grad *a = &args.head_grad;
-        head_part(&a->head, i, next);
-        a->g = plus(&t, a->g, i);
-        a->e = plus(&t, a->e, i);
-        a->lse = plus(&t, a->lse, i);
-        a->entropy = plus(&t, a->entropy, i);
-        piece(&t, &args);
-    }
-    end(&t, ran);
-}
-
-static void (*const cutters[])(const shape *s, const espi_backend *backend, bool singly) = {
-    norm_rows, linear_rows, router_rows, gate_up_rows, down_rows, attention_rows, head_stats_rows, head_sample_rows, head_grad_rows,
+/* Either rows that a call can simply be narrowed to, or an op that needs a walk of its own. */
+static const struct {
+    espi_op_id op;
+    narrow_fn *narrow;
+    bool head; /* a row is a counted token, not a token */
+    cut_fn *walk;
+} cutters[] = {
+    {ESPI_OP_rmsnorm_fwd, narrow_norm, false, NULL},      {ESPI_OP_linear_fwd, narrow_linear, false, NULL},
+    {ESPI_OP_router_fwd, narrow_router, false, NULL},     {ESPI_OP_head_stats, narrow_stats, true, NULL},
+    {ESPI_OP_head_sample, narrow_sample, true, NULL},     {ESPI_OP_head_grad, narrow_grad, true, NULL},
+    {ESPI_OP_gate_up_fwd, NULL, false, gate_up_rows},     {ESPI_OP_down_fwd, NULL, false, down_rows},
+    {ESPI_OP_attention_fwd, NULL, false, attention_rows},
 };
 enum { CUTTERS = sizeof cutters / sizeof cutters[0] };
 
@@ -304,8 +280,13 @@ ParameterizedTest(int *index, rows, cut_batch) {
     const int n = backends(all);
     for (int s = 0; s < SHAPES; s++) {
         for (int b = 0; b < n; b++) {
-            cutters[*index](&shapes[s], all[b], true);
-            cutters[*index](&shapes[s], all[b], false);
+            const int64_t rows = cutters[*index].head ? (shapes[s].tokens + 1) / 2 : shapes[s].tokens;
+            for (int singly = 0; singly < 2; singly++) {
+                if (cutters[*index].walk)
+                    cutters[*index].walk(&shapes[s], all[b], singly);
+                else
+                    narrowed(&shapes[s], all[b], singly, cutters[*index].op, rows, cutters[*index].narrow);
+            }
         }
     }
 }
