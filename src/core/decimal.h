@@ -17,4 +17,9 @@ static inline double espi_decimal(float value) {
     return value;
 }
 
+/* The same for an option whose 0 stands for a default. */
+static inline double espi_decimal_or(float value, double standard) {
+    return value == 0 ? standard : espi_decimal(value);
+}
+
 #endif

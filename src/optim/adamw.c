@@ -44,10 +44,6 @@ struct esp_optim {
     double grad_norm, lr;
 };
 
-static double or_default(float value, double standard) {
-    return value == 0 ? standard : espi_decimal(value);
-}
-
 static esp_status check_settings(const settings *s) {
     if (!(s->lr > 0) || !isfinite(s->lr)) return ESPI_FAIL(ESP_ERR_ARG, "adamw: lr is %g, expected a positive number", s->lr);
     if (!(s->beta1 >= 0 && s->beta1 < 1) || !(s->beta2 >= 0 && s->beta2 < 1))
@@ -71,12 +67,12 @@ static esp_status check_settings(const settings *s) {
 static esp_status read_settings(settings *s, const esp_adamw_config *config) {
     esp_adamw_config given;
     ESPI_TRY(espi_struct_read(&given, sizeof given, config, "esp_adamw_config"));
-    *s = (settings){.lr = or_default(given.lr, 1e-3),
-                    .beta1 = or_default(given.beta1, 0.9),
-                    .beta2 = or_default(given.beta2, 0.999),
-                    .eps = or_default(given.eps, 1e-8),
+    *s = (settings){.lr = espi_decimal_or(given.lr, 1e-3),
+                    .beta1 = espi_decimal_or(given.beta1, 0.9),
+                    .beta2 = espi_decimal_or(given.beta2, 0.999),
+                    .eps = espi_decimal_or(given.eps, 1e-8),
                     .weight_decay = espi_decimal(given.weight_decay),
-                    .max_grad_norm = or_default(given.max_grad_norm, 1),
+                    .max_grad_norm = espi_decimal_or(given.max_grad_norm, 1),
                     .schedule = given.schedule,
                     .warmup_steps = given.warmup_steps,
                     .total_steps = given.total_steps,

@@ -8,6 +8,7 @@
  * at sequence level the log-ratio is the mean over the sequence, so each of its n tokens receives 1/n of the sequence's sum of d_ratio. */
 #include "rl/objective.h"
 
+#include "contract/head.h"
 #include "core/decimal.h"
 
 #include <math.h>
@@ -112,10 +113,6 @@ esp_status esp_loss_type_parse(esp_loss_type *loss, const char *name) {
 
 /* ---- options ---- */
 
-static double or_default(float value, double standard) {
-    return value == 0 ? standard : espi_decimal(value);
-}
-
 /* The float itself, where others (the sampler, TRL's tensor of SAPO temperatures) hold a float too. */
 static double float_or(float value, float standard) {
     return value == 0 ? standard : value;
@@ -175,17 +172,17 @@ esp_status espi_objective_make(espi_objective *objective, const esp_objective *o
         .sequence_level = given.level == ESP_IS_SEQUENCE,
         .kl_bias_correction = given.kl_bias_correction,
         .kl_grad = given.kl_grad,
-        .epsilon_low = or_default(given.epsilon_low, 0.2),
-        .epsilon_high = or_default(given.epsilon_high, given.loss == ESP_LOSS_CISPO ? 5 : 0.2),
+        .epsilon_low = espi_decimal_or(given.epsilon_low, 0.2),
+        .epsilon_high = espi_decimal_or(given.epsilon_high, given.loss == ESP_LOSS_CISPO ? 5 : 0.2),
         .beta = espi_decimal(given.beta),
         .off_policy_mask_threshold = espi_decimal(given.off_policy_mask_threshold),
-        .top_entropy_quantile = or_default(given.top_entropy_quantile, 1),
+        .top_entropy_quantile = espi_decimal_or(given.top_entropy_quantile, 1),
         .entropy_coef = espi_decimal(given.entropy_coef),
         .temperature = float_or(given.temperature, 1), /* bit for bit the sampler's */
-        .delta = or_default(given.delta, HUGE_VAL),
+        .delta = espi_decimal_or(given.delta, HUGE_VAL),
         .sapo_temperature = {float_or(given.sapo_temperature_pos, 1), float_or(given.sapo_temperature_neg, 1.05f)},
-        .vespo_k = {or_default(given.vespo_k_pos, 2), or_default(given.vespo_k_neg, 3)},
-        .vespo_lambda = {or_default(given.vespo_lambda_pos, 3), or_default(given.vespo_lambda_neg, 2)},
+        .vespo_k = {espi_decimal_or(given.vespo_k_pos, 2), espi_decimal_or(given.vespo_k_neg, 3)},
+        .vespo_lambda = {espi_decimal_or(given.vespo_lambda_pos, 3), espi_decimal_or(given.vespo_lambda_neg, 2)},
         .max_completion_length = given.max_completion_length,
     };
     return check_options(objective, &given);
@@ -202,8 +199,7 @@ bool espi_objective_row_local(const espi_objective *o) {
 /* ---- one evaluation ---- */
 
 static double get(const espi_scalars *a, int64_t i) {
-    if (a->index) i = a->index[i];
-    return a->dtype == ESP_F64 ? ((const double *)a->data)[i] : (double)((const float *)a->data)[i];
+    return espi_real_get(a->data, a->index ? a->index[i] : i, a->dtype);
 }
 
 static esp_status check_finite(const char *name, const espi_scalars *a, int32_t seq, int64_t first, int64_t last) {
@@ -365,13 +361,6 @@ static void token_terms(espi_objective_run *run, const sequence *seq, int64_t i,
     }
 }
 
-static void put(void *p, int64_t i, double value, esp_dtype real) {
-    if (real == ESP_F64)
-        ((double *)p)[i] = value;
-    else
-        ((float *)p)[i] = (float)value;
-}
-
 esp_status espi_objective_rows(espi_objective_run *run, int64_t first, int64_t count, void *g, void *e, esp_dtype real) {
     const espi_objective *o = run->objective;
     const espi_objective_input *in = run->in;
@@ -397,17 +386,17 @@ esp_status espi_objective_rows(espi_objective_run *run, int64_t first, int64_t c
             token_terms(run, &seq, i, kept, &own, &through_ratio);
             run->entropy += entropy;
             if (kept) run->bonus += bonus * entropy;
-            put(e, i, kept ? -bonus : 0, real);
+            espi_real_set(e, i, kept ? -bonus : 0, real);
             if (o->sequence_level)
                 shared += through_ratio;
             else
                 own += through_ratio;
-            put(g, i, own, real);
+            espi_real_set(g, i, own, real);
         }
         shared /= (double)(b - a);
         espi_scalars out_g = {g, real, NULL}, out_e = {e, real, NULL};
         for (int64_t i = a; i < b; i++) {
-            if (shared != 0) put(g, i, get(&out_g, i) + shared, real);
+            if (shared != 0) espi_real_set(g, i, get(&out_g, i) + shared, real);
             run->abs_g += fabs(get(&out_g, i));
             run->skipped += get(&out_g, i) == 0 && get(&out_e, i) == 0;
         }
