@@ -1,0 +1,9 @@
+#!/bin/sh
+# What `make bench` runs: esp_bench on one thread with a JSON file beside the build, then the PyTorch loop that the GRPO step is compared with.
+set -eu
+cd "$(dirname "$0")/../.."
+build=${BUILD:-build/release}
+commit=$(git rev-parse --short HEAD 2>/dev/null || echo unknown)
+"$build/tests/bench/esp_bench" --model examples/models/mix-moe --json "$build/bench.json" --commit "$commit" "$@"
+echo "written: $build/bench.json"
+${PYTHON:-python3} tests/bench/reference_loop.py --model examples/models/mix-moe --train examples/tasks/mix-prompts.jsonl
