@@ -51,12 +51,20 @@ static inline vec vmax(vec a, vec b) {
     return pick(a > b, a, b);
 }
 /* Always in the same order: halves onto halves. */
+typedef float vec4 __attribute__((vector_size(16), aligned(4), may_alias));
 static inline float vsum(vec x) {
-    float lane[LANES];
-    memcpy(lane, &x, sizeof lane);
-    for (int half = LANES / 2; half >= 1; half /= 2)
-        for (int i = 0; i < half; i++) lane[i] += lane[i + half];
-    return lane[0];
+#if defined(__AVX512F__)
+    typedef float half __attribute__((vector_size(32)));
+    const half h = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+#else
+    const vec h = x;
+#endif
+#if defined(__AVX2__)
+    const vec4 q = __builtin_shufflevector(h, h, 0, 1, 2, 3) + __builtin_shufflevector(h, h, 4, 5, 6, 7);
+#else
+    const vec4 q = h;
+#endif
+    return (q[0] + q[2]) + (q[1] + q[3]);
 }
 static inline float vlargest(vec x) {
     float largest = x[0];

@@ -119,8 +119,6 @@ void cpu_decode_row(float *dst, const cpu_weight *w, int64_t row, int64_t col, i
     if (w->scale != 1) scale_by(dst, w->scale, n);
 }
 
-typedef float vec4 __attribute__((vector_size(16), aligned(4), may_alias));
-
 /* panel[k][at .. at + 4) = row[0..4)[k]. */
 static void transpose4(float *panel, const float *const row[4], int64_t depth) {
     int64_t k = 0;
@@ -167,6 +165,12 @@ static void pack(float *panel, const cpu_weight *w, int64_t k0, int64_t depth, i
     }
 }
 
+/* A few floats, less than a panel: a call of memcpy would take longer. */
+INLINE void copy_few(float *to, const float *from, int64_t n) {
+    for (; n >= 4; n -= 4, to += 4, from += 4) *(vec4 *)to = *(const vec4 *)from;
+    for (int64_t j = 0; j < n; j++) to[j] = from[j];
+}
+
 /* One panel against m rows.  Columns that do not fill a vector go through a buffer: the tile is the same. */
 static void run_tiles(const cpu_rows *c, const cpu_rows *a, const float *panel, int64_t m, int64_t k0, int64_t depth, int64_t col,
                       int64_t n, bool add) {
@@ -181,11 +185,11 @@ static void run_tiles(const cpu_rows *c, const cpu_rows *a, const float *panel, 
             from[i] = row_at(a, first + i) + k0;
             to[i] = row_at(c, first + i) + col;
             if (!ragged) continue;
-            if (add) memcpy(buffer[i], to[i], (size_t)n * sizeof(float));
+            if (add) copy_few(buffer[i], to[i], n);
             to[i] = buffer[i];
         }
         tiles[vecs - 1][rows - 1](to, from, panel, depth, add);
-        for (int64_t i = 0; ragged && i < rows; i++) memcpy(row_at(c, first + i) + col, buffer[i], (size_t)n * sizeof(float));
+        for (int64_t i = 0; ragged && i < rows; i++) copy_few(row_at(c, first + i) + col, buffer[i], n);
     }
 }
 
