@@ -53,6 +53,11 @@ static void as_f16(checkpoint *c, const char *name, const char *other) {
     checkpoint_item(c, name)->dtype = ESP_F16;
 }
 
+static void as_signed(checkpoint *c, const char *name, const char *other) {
+    (void)other;
+    checkpoint_item(c, name)->dtype = ESP_I8;
+}
+
 static void set_config(checkpoint *c, const char *key, const char *value) {
     checkpoint_set(c, key, value);
 }
@@ -402,9 +407,9 @@ static const struct bad_case {
      ESP_ERR_FORMAT,
      {"tensor " STATE, "expected quant_type"}},
     {"a quant_state that is no JSON", "q3a/model_nf4", overwrite, STATE, "[[[", ESP_ERR_FORMAT, {"tensor " STATE, "expected quant_type"}},
-    {"a quant_state of floats",
+    {"a quant_state of signed bytes",
      "q3a/model_nf4",
-     as_f16,
+     as_signed,
      STATE,
      NULL,
      ESP_ERR_FORMAT,

@@ -6,8 +6,8 @@ code src >"$offences.src"
 code kernels >"$offences.kernels"
 
 # src reaches kernels by the contract only; kernels reach nothing of src but the status sentence.
-grep -E '#include "kernels/' "$offences.src" | grep -vE '"kernels/(backend\.h|ops\.h|ops\.def)"' |
-    forbid "src/ knows only backend.h, ops.h and ops.def of kernels/" '.'
+grep -E '#include "kernels/' "$offences.src" | grep -vE '"kernels/(backend\.h|ops\.h|ops\.def|plain\.h)"' |
+    forbid "src/ knows only backend.h, ops.h, ops.def and plain.h of kernels/" '.'
 grep -E '#include "' "$offences.kernels" | grep -vE '"(kernels/[^"]*|espalier/(tensor|status)\.h|core/status\.h|[^"/]*)"' |
     forbid "kernels/ includes kernels/, espalier/tensor.h and core/status.h" '.'
 
