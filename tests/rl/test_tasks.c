@@ -1,0 +1,110 @@
+/* Task files, the built-in rewards, and the text of completions. */
+#include "demo.h"
+
+static void bad(const char *content, const char *words) {
+    char path[256];
+    esp_tokenizer *tokenizer;
+    espi_tasks tasks;
+    demo_folder(path, "tasks.jsonl");
+    OK(esp_tokenizer_load(&tokenizer, DEMO_MODEL));
+    OK(espi_file_write_atomic(path, content, strlen(content)));
+    FAILS(ESP_ERR_FORMAT, words, espi_tasks_read(&tasks, path, tokenizer, 2));
+    cr_assert_null(tasks.items);
+    esp_tokenizer_destroy(tokenizer);
+    remove(path);
+}
+
+#define GOOD "{\"prompt\":\"sab=\",\"answer\":\"ab\"}\n"
+
+Test(tasks, ids_of_the_bundled_file) {
+    esp_tokenizer *tokenizer;
+    espi_tasks tasks;
+    OK(esp_tokenizer_load(&tokenizer, DEMO_MODEL));
+    OK(espi_tasks_read(&tasks, DEMO_EVAL, tokenizer, 2));
+    const int32_t prompt[] = {1, 42, 27, 28, 26, 25, 26, 5}, answer[] = {25, 26, 26, 27, 28, 2};
+    cr_assert_eq(tasks.n, 256);
+    cr_assert_str_eq(tasks.items[0].prompt, "sdecbc=");
+    cr_assert_eq(tasks.items[0].n_prompt, 8);
+    cr_assert_eq(memcmp(tasks.items[0].prompt_ids, prompt, sizeof prompt), 0);
+    cr_assert_eq(tasks.items[0].n_answer, 6);
+    cr_assert_eq(memcmp(tasks.items[0].answer_ids, answer, sizeof answer), 0);
+    cr_assert_eq(tasks.longest_prompt, 10);
+    cr_assert_eq(tasks.longest_line, 18);
+    espi_tasks_free(&tasks);
+    esp_tokenizer_destroy(tokenizer);
+}
+
+Test(tasks, errors_name_file_and_line) {
+    bad(GOOD GOOD "{\"prompt\":", "tasks.jsonl:3: not JSON");
+    bad(GOOD "\n{\"prompt\":\"a\"}\n", "tasks.jsonl:3: key \"answer\": got nothing");
+    bad("{\"prompt\":7,\"answer\":\"a\"}\n", "tasks.jsonl:1: key \"prompt\": got another type");
+    bad("[1]\n", "tasks.jsonl:1: got another JSON value");
+    bad("\n \n", "no line");
+}
+
+Test(rewards, exact_and_match) {
+    const struct {
+        const char *completion, *answer;
+        uint8_t stopped;
+        float exact, match;
+    } cases[] = {{"bccde", "bccde", 1, 1, 1}, {"bccde", "bccde", 0, 0, 1}, {"bcc", "bccde", 1, 0, 0.6f},
+                 {"", "ab", 1, 0, 0},         {"abab", "ab", 1, 0, 1},     {"ba", "ab", 1, 0, 0},
+                 {"", "", 1, 1, 1},           {"a", "", 1, 0, 0},          {"\xC3\xA9x", "\xC3\xA9y", 1, 0, 0.5f},
+                 {"<bos>ab", "ab", 1, 0, 0.5f}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        float reward;
+        const esp_reward_batch batch = {.struct_size = sizeof batch,
+                                        .n = 1,
+                                        .group_size = 1,
+                                        .completion = &cases[i].completion,
+                                        .answer = &cases[i].answer,
+                                        .stopped = &cases[i].stopped};
+        cr_assert_eq(esp_reward_exact(NULL, &batch, &reward), 0);
+        cr_assert_eq(reward, cases[i].exact, "case %zu: exact %g", i, (double)reward);
+        cr_assert_eq(esp_reward_match(NULL, &batch, &reward), 0);
+        cr_assert_eq(reward, cases[i].match, "case %zu: match %g", i, (double)reward);
+    }
+}
+
+Test(rewards, text_of_a_completion) {
+    esp_tokenizer *tokenizer;
+    char *text;
+    const int32_t ids[] = {24, 1, 25, 60, 2};
+    OK(esp_tokenizer_load(&tokenizer, DEMO_MODEL));
+    OK(espi_completion_text(&text, tokenizer, ids, 5, true));
+    cr_assert_str_eq(text, "a<bos>b\xEF\xBF\xBD");
+    free(text);
+    OK(espi_completion_text(&text, tokenizer, ids + 4, 1, true));
+    cr_assert_str_eq(text, "");
+    free(text);
+    esp_tokenizer_destroy(tokenizer);
+}
+
+static void plot_of(const char *metrics, esp_status expected, const char *words) {
+    char in[256], out[256], *svg;
+    demo_folder(in, "plot.jsonl");
+    demo_folder(out, "plot.svg");
+    OK(espi_file_write_atomic(in, metrics, strlen(metrics)));
+    if (expected == ESP_OK) {
+        OK(esp_plot_metrics(in, out));
+        OK(espi_file_read_all(&svg, NULL, out, (size_t)1 << 20));
+        cr_assert_not_null(strstr(svg, words), "no %s in the plot", words);
+        cr_assert_null(strstr(svg, "nan"));
+        cr_assert_null(strstr(svg, "inf"));
+        free(svg);
+        remove(out);
+    } else {
+        FAILS(expected, words, esp_plot_metrics(in, out));
+        cr_assert_not(espi_file_exists(out));
+    }
+    remove(in);
+}
+
+Test(plot, panels_of_what_there_is) {
+    plot_of("{\"step\":0,\"eval/sampled_exact\":0.25}\n{\"step\":1,\"reward\":0.5,\"kl\":null}\n", ESP_OK, ">reward<");
+    plot_of("{\"step\":1,\"loss\":0.0}\n{\"step\":2,\"loss\":0.0}\n", ESP_OK, ">loss<");
+    plot_of("{\"step\":0,\"loss\":1e-7}\n", ESP_OK, ">loss<");
+    plot_of("", ESP_ERR_FORMAT, "no line");
+    plot_of("{\"step\":1}\n", ESP_ERR_FORMAT, "none of the known metrics");
+    plot_of("{\"step\":1,\"loss\":1}\n{\"loss\":1}\n", ESP_ERR_FORMAT, "plot.jsonl:2:");
+}

@@ -1,0 +1,291 @@
+/* The trainer: resume to the bit, exact skipping, micro-batches, the plan, rewards that fail. */
+#include "demo.h"
+
+#include "io/checkpoint.h"
+#include <math.h>
+
+static esp_trainer_config small(const char *out, const char *resume, int64_t steps) {
+    return ESP_TRAINER_CONFIG(.kind = ESP_TRAIN_GRPO, .train_file = DEMO_PROMPTS, .out_dir = out, .resume_dir = resume, .steps = steps,
+                              .seed = 5, .prompts_per_step = 4, .group_size = 4, .checkpoint_every = 1000);
+}
+
+/* Adapter and moments of both are the same bits. */
+static void same_state(const demo *a, const demo *b) {
+    for (int64_t i = 0; i < esp_model_param_count(a->model); i++) {
+        esp_param x = ESP_PARAM_INIT, y = ESP_PARAM_INIT;
+        OK(esp_model_param_get(a->model, i, &x));
+        OK(esp_model_param_get(b->model, i, &y));
+        const esp_tensor view = esp_tensor_view(x.data, x.dtype, x.rank, x.dims);
+        cr_assert_eq(memcmp(x.data, y.data, (size_t)esp_tensor_count(&view) * esp_dtype_size(x.dtype)), 0, "%s differs", x.name);
+    }
+    for (int64_t i = 0; i < esp_optim_array_count(a->trainer->optim); i++) {
+        esp_optim_array x = ESP_OPTIM_ARRAY_INIT, y = ESP_OPTIM_ARRAY_INIT;
+        OK(esp_optim_array_get(a->trainer->optim, i, &x));
+        OK(esp_optim_array_get(b->trainer->optim, i, &y));
+        cr_assert_eq(memcmp(x.data, y.data, (size_t)x.count * esp_dtype_size(x.dtype)), 0, "%s differs", x.name);
+    }
+}
+
+/* metrics.jsonl without what a clock says; free() it. */
+static char *timeless(const char *dir) {
+    char path[512], *text;
+    snprintf(path, sizeof path, "%s/metrics.jsonl", dir);
+    OK(espi_file_read_all(&text, NULL, path, (size_t)1 << 24));
+    for (char *p = text; (p = strstr(p, ",\"step_time\"")) != NULL;) {
+        char *end = strchr(p, '\n');
+        memmove(p, end, strlen(end) + 1);
+    }
+    return text;
+}
+
+static void run(demo *d, int64_t until) {
+    while (esp_trainer_steps_done(d->trainer) < until) OK(esp_trainer_step(d->trainer, NULL));
+}
+
+Test(trainer, twenty_steps_are_ten_and_ten) {
+    char one[256], two[256];
+    demo_folder(one, "whole");
+    demo_folder(two, "halves");
+    esp_trainer_config c = small(one, NULL, 20);
+    c.eval_every = 5;
+    demo a = demo_trainer(&c);
+    run(&a, 20);
+    c = small(two, NULL, 10);
+    c.eval_every = 5;
+    demo first = demo_trainer(&c);
+    run(&first, 10);
+    demo_free(&first);
+    c = small(two, two, 20);
+    c.eval_every = 5;
+    demo b = demo_trainer(&c);
+    cr_assert_eq(esp_trainer_steps_done(b.trainer), 10);
+    run(&b, 20);
+    same_state(&a, &b);
+    char *x = timeless(one), *y = timeless(two);
+    cr_assert_str_eq(x, y);
+    free(x);
+    free(y);
+    demo_free(&a);
+    demo_free(&b);
+    demo_remove(one);
+    demo_remove(two);
+}
+
+/* Saves in the middle of step 3: after sampling, and after `updates` of two updates. */
+static void resume_inside(int updates, const char *name) {
+    char one[256], two[256];
+    demo_folder(one, "straight");
+    demo_folder(two, name);
+    esp_trainer_config c = small(one, NULL, 5);
+    c.updates_per_batch = 2;
+    demo a = demo_trainer(&c);
+    run(&a, 5);
+    c.out_dir = two;
+    demo first = demo_trainer(&c);
+    run(&first, 2);
+    OK(espi_trainer_sample(first.trainer));
+    for (int i = 0; i < updates; i++, first.trainer->updates_done++) OK(espi_update(first.trainer));
+    OK(esp_trainer_save(first.trainer));
+    demo_free(&first);
+    c.resume_dir = two;
+    demo b = demo_trainer(&c);
+    cr_assert(b.trainer->pending);
+    run(&b, 5);
+    same_state(&a, &b);
+    char *x = timeless(one), *y = timeless(two);
+    cr_assert_str_eq(x, y);
+    free(x);
+    free(y);
+    demo_free(&a);
+    demo_free(&b);
+    demo_remove(one);
+    demo_remove(two);
+}
+
+Test(trainer, resume_between_sampling_and_update) {
+    resume_inside(0, "sampled");
+}
+
+Test(trainer, resume_between_two_updates_of_one_batch) {
+    resume_inside(1, "updated-once");
+}
+
+/* One update on the same rollout; the first moments, 0.1 times the gradient, come back in one array; free() it. */
+static float *moments(const esp_trainer_config *c, int64_t *count) {
+    demo d = demo_trainer(c);
+    OK(espi_trainer_sample(d.trainer));
+    espi_rollout *r = &d.trainer->rollout;
+    for (int64_t i = 0; i < r->n; i++) r->advantage[i] = i / c->group_size % 2 ? 0 : 1 - 2.0 * (double)(i % 3 == 0);
+    espi_rollout_sequences(d.trainer);
+    OK(espi_update(d.trainer));
+    cr_assert_eq(d.trainer->sums.tokens_skipped > 0, !c->no_skip);
+    float *all = NULL;
+    *count = 0;
+    for (int64_t i = 0; i < esp_optim_array_count(d.trainer->optim); i++) {
+        esp_optim_array a = ESP_OPTIM_ARRAY_INIT;
+        OK(esp_optim_array_get(d.trainer->optim, i, &a));
+        if (strcmp(a.name + strlen(a.name) - 2, "/m") != 0) continue;
+        all = realloc(all, (size_t)(*count + a.count) * sizeof *all);
+        memcpy(all + *count, a.data, (size_t)a.count * sizeof *all);
+        *count += a.count;
+    }
+    demo_free(&d);
+    return all;
+}
+
+static void same_gradients(const esp_trainer_config *x, const esp_trainer_config *y) {
+    int64_t n, m;
+    float *a = moments(x, &n), *b = moments(y, &m);
+    double largest = 0, difference = 0;
+    cr_assert_eq(n, m);
+    for (int64_t i = 0; i < n; i++) {
+        largest = fmax(largest, fabs((double)a[i]));
+        difference = fmax(difference, fabs((double)a[i] - (double)b[i]));
+    }
+    cr_assert_gt(largest, 0);
+    /* The same products in another grouping of the sums over tokens: a few f32 roundings of the largest. */
+    cr_assert(difference <= 2e-6 * largest, "largest %g, difference %g", largest, difference);
+    free(a);
+    free(b);
+}
+
+Test(trainer, skipping_groups_without_advantage_changes_nothing) {
+    esp_trainer_config skip = small(NULL, NULL, 5), whole = skip;
+    whole.no_skip = true;
+    same_gradients(&skip, &whole);
+}
+
+Test(trainer, micro_batches_change_nothing) {
+    esp_trainer_config whole = small(NULL, NULL, 5), cut = whole;
+    cut.micro_batch_tokens = 40;
+    same_gradients(&whole, &cut);
+}
+
+Test(trainer, first_update_has_ratio_one_and_the_samplers_logprobs) {
+    esp_trainer_config c = small(NULL, NULL, 5);
+    c.updates_per_batch = 2;
+    demo d = demo_trainer(&c);
+    run(&d, 2);
+    OK(espi_trainer_sample(d.trainer));
+    OK(espi_update(d.trainer));
+    const espi_step_sums *s = &d.trainer->sums;
+    if (s->tokens > 0) cr_assert_eq(s->ratio, s->tokens);
+    cr_assert_eq(s->diff_max, 0);
+    cr_assert_eq(s->clip_low + s->clip_high, 0);
+    demo_free(&d);
+}
+
+Test(trainer, kl_to_the_base_starts_at_zero) {
+    esp_trainer_config c = small(NULL, NULL, 3);
+    c.objective.beta = 0.05f;
+    demo d = demo_trainer(&c);
+    esp_step_stats s = ESP_STEP_STATS_INIT;
+    OK(esp_trainer_step(d.trainer, &s));
+    cr_assert_eq(s.kl, 0, "kl %g", s.kl);
+    OK(esp_trainer_step(d.trainer, &s));
+    cr_assert_gt(s.kl, 0);
+    demo_free(&d);
+}
+
+static void planned_is_peak(const esp_trainer_config *c) {
+    demo d = demo_trainer(c);
+    size_t planned, peak;
+    run(&d, c->steps);
+    OK(esp_trainer_memory(d.trainer, &planned, &peak));
+    cr_assert_eq(planned, peak);
+    demo_free(&d);
+}
+
+Test(trainer, planned_bytes_are_the_peak) {
+    esp_trainer_config c = small(NULL, NULL, 2);
+    planned_is_peak(&c);
+    c.micro_batch_tokens = 50;
+    c.objective.beta = 0.1f;
+    c.adamw.eight_bit = true;
+    planned_is_peak(&c);
+    c = ESP_TRAINER_CONFIG(.kind = ESP_TRAIN_SFT, .train_file = DEMO_LINES, .steps = 2);
+    planned_is_peak(&c);
+}
+
+static int failing(void *user, const esp_reward_batch *batch, float *reward) {
+    (void)batch, (void)reward;
+    return *(int *)user;
+}
+
+static int odd(void *user, const esp_reward_batch *batch, float *reward) {
+    for (int64_t i = 0; i < batch->n; i++) reward[i] = i % 2 ? *(float *)user : (float)batch->completion_length[i];
+    return 0;
+}
+
+Test(trainer, rewards_that_fail_abstain_or_are_infinite) {
+    int code = 42;
+    float value = INFINITY;
+    esp_reward reward = {.name = "mine", .fn = failing, .user = &code, .weight = 1};
+    esp_trainer_config c = small(NULL, NULL, 2);
+    c.rewards = &reward;
+    c.n_rewards = 1;
+    demo d = demo_trainer(&c);
+    FAILS(ESP_ERR_CALLBACK, "\"mine\" returned 42", esp_trainer_step(d.trainer, NULL));
+    demo_free(&d);
+    reward.fn = odd;
+    reward.user = &value;
+    d = demo_trainer(&c);
+    FAILS(ESP_ERR_NONFINITE, "\"mine\" gave inf for completion 1", esp_trainer_step(d.trainer, NULL));
+    demo_free(&d);
+    value = NAN;
+    d = demo_trainer(&c);
+    OK(esp_trainer_step(d.trainer, NULL));
+    for (int64_t i = 1; i < d.trainer->rows; i += 2) cr_assert_eq(d.trainer->rollout.advantage[i], 0);
+    demo_free(&d);
+}
+
+Test(trainer, resume_refuses_another_config) {
+    char out[256];
+    demo_folder(out, "config");
+    esp_trainer_config c = small(out, NULL, 2);
+    demo d = demo_trainer(&c);
+    run(&d, 1);
+    OK(esp_trainer_save(d.trainer));
+    demo_free(&d);
+    d = demo_model(5, false);
+    c = small(NULL, out, 2);
+    c.group_size = 8;
+    FAILS(ESP_ERR_MISMATCH, "group_size: got 8, expected 4", esp_trainer_create(&d.trainer, d.model, d.tokenizer, &c));
+    c = small(NULL, out, 2);
+    c.seed = 6;
+    FAILS(ESP_ERR_MISMATCH, "seed: got \"6\", expected \"5\"", esp_trainer_create(&d.trainer, d.model, d.tokenizer, &c));
+    c = small(NULL, out, 2);
+    c.train_file = DEMO_LINES;
+    FAILS(ESP_ERR_MISMATCH, "train_file_hash", esp_trainer_create(&d.trainer, d.model, d.tokenizer, &c));
+    c = small(NULL, out, 2);
+    c.objective.beta = 0.5f;
+    FAILS(ESP_ERR_MISMATCH, "beta: got 0.5, expected 0.0", esp_trainer_create(&d.trainer, d.model, d.tokenizer, &c));
+    demo_free(&d);
+    demo_remove(out);
+}
+
+Test(trainer, steps_end) {
+    esp_trainer_config c = small(NULL, NULL, 1);
+    demo d = demo_trainer(&c);
+    run(&d, 1);
+    FAILS(ESP_ERR_STATE, "all 1 steps", esp_trainer_step(d.trainer, NULL));
+    FAILS(ESP_ERR_ARG, "out_dir", esp_trainer_save(d.trainer));
+    demo_free(&d);
+}
+
+Test(trainer, lines_come_once_an_epoch_in_an_order_of_the_seed) {
+    esp_trainer_config c = ESP_TRAINER_CONFIG(.kind = ESP_TRAIN_SFT, .train_file = DEMO_EVAL, .steps = 1);
+    demo d = demo_trainer(&c);
+    int seen[256] = {0}, moved = 0;
+    for (int e = 0; e < 2; e++)
+        for (int i = 0; i < 256; i++) {
+            int64_t line;
+            uint32_t key;
+            OK(espi_next_line(d.trainer, &line, &key));
+            cr_assert_eq(key, (uint32_t)(e * 256 + i));
+            cr_assert_eq(seen[line]++, e);
+            moved += line != i;
+        }
+    cr_assert_gt(moved, 450);
+    demo_free(&d);
+}

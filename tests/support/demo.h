@@ -1,0 +1,86 @@
+/* The bundled model and tasks, and trainers on them. */
+#ifndef TESTS_SUPPORT_DEMO_H
+#define TESTS_SUPPORT_DEMO_H
+
+#include <criterion/criterion.h>
+
+#include "espalier/espalier.h"
+#include "models/model.h"
+#include "rl/run.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#define DEMO_MODEL ESP_SOURCE_DIR "/examples/models/mix-moe"
+#define DEMO_PROMPTS ESP_SOURCE_DIR "/examples/tasks/mix-prompts.jsonl"
+#define DEMO_LINES ESP_SOURCE_DIR "/examples/tasks/mix-train.jsonl"
+#define DEMO_EVAL ESP_SOURCE_DIR "/examples/tasks/mix-eval.jsonl"
+
+#define OK(call) cr_assert_eq((call), ESP_OK, "%s: %s", #call, esp_last_error())
+/* The call fails with this code, and its sentence has these words. */
+#define FAILS(code, words, call)                                                                                                           \
+    do {                                                                                                                                   \
+        const esp_status got = (call);                                                                                                     \
+        cr_assert_eq(got, (code), "%s: got %s", #call, esp_status_name(got));                                                              \
+        cr_assert_not_null(strstr(esp_last_error(), (words)), "no \"%s\" in: %s", (words), esp_last_error());                              \
+    } while (0)
+
+typedef struct demo {
+    esp_ctx *ctx;
+    esp_model *model;
+    esp_tokenizer *tokenizer;
+    esp_trainer *trainer;
+} demo;
+
+/* A model; B of its adapter is filled too when `trained`, so that the adapter says something. */
+static inline demo demo_model(uint64_t seed, bool trained) {
+    demo d = {NULL, NULL, NULL, NULL};
+    OK(esp_ctx_create(&d.ctx, NULL));
+    OK(esp_model_load(&d.model, d.ctx, DEMO_MODEL, &ESP_MODEL_CONFIG(.seed = seed)));
+    OK(esp_tokenizer_load(&d.tokenizer, DEMO_MODEL));
+    for (int64_t i = 0; trained && i < esp_model_param_count(d.model); i++) {
+        esp_param p = ESP_PARAM_INIT;
+        OK(esp_model_param_get(d.model, i, &p));
+        const esp_tensor view = esp_tensor_view(p.data, p.dtype, p.rank, p.dims);
+        float *x = p.data;
+        for (int64_t k = 0; k < esp_tensor_count(&view); k++) x[k] += 0.01f * (float)((k * 7 + i) % 11 - 5);
+    }
+    return d;
+}
+
+static inline demo demo_trainer(const esp_trainer_config *config) {
+    demo d = demo_model(config->seed, false);
+    OK(esp_trainer_create(&d.trainer, d.model, d.tokenizer, config));
+    return d;
+}
+
+static inline void demo_free(demo *d) {
+    esp_trainer_destroy(d->trainer);
+    esp_tokenizer_destroy(d->tokenizer);
+    esp_model_destroy(d->model);
+    esp_ctx_destroy(d->ctx);
+}
+
+/* A folder of the test's own under the system's temporary one. */
+static inline void demo_folder(char path[256], const char *name) {
+    snprintf(path, 256, "%s/espalier-%ld-%s", getenv("TMPDIR") ? getenv("TMPDIR") : "/tmp", (long)getpid(), name);
+}
+
+static inline void demo_remove(const char *dir) {
+    static const char *const files[] = {"metrics.jsonl",
+                                        "completions.jsonl",
+                                        "checkpoint.h5",
+                                        "adapter/adapter_config.json",
+                                        "adapter/adapter_model.safetensors",
+                                        "adapter",
+                                        ""};
+    for (size_t i = 0; i < sizeof files / sizeof *files; i++) {
+        char path[512];
+        snprintf(path, sizeof path, "%s/%s", dir, files[i]);
+        remove(path);
+    }
+}
+
+#endif
