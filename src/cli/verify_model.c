@@ -527,6 +527,9 @@ typedef struct folder {
     espi_verify *v;
     const char *dir;
     espi_arrays in, deltas;
+    int32_t *ids, *cu; /* the packed batch */
+    int64_t tokens;
+    int32_t n_seqs;
     espi_arrays logits[N_VARIANTS]; /* what each variant gave, for those that must give the same */
 } folder;
 
@@ -573,12 +576,7 @@ static void verify_variant(folder *f, int which) {
     const variant *form = &variants[which];
     if (which > 0 && (!espi_is_folder(f->dir, form->model) || !espi_is_file(f->dir, form->refs[0]))) return;
     if (form->config && !espi_is_file(f->dir, form->config)) return;
-    const espi_array *ids = espi_arrays_find(&f->in, "packed_ids"), *cu = espi_arrays_find(&f->in, "cu_seqlens");
-    run r = {.v = f->v, .in = &f->in, .tokens = ids->n, .n_seqs = (int32_t)(cu->n - 1)};
-    r.ids = espi_cli_memory((size_t)ids->n * sizeof *r.ids);
-    r.cu = espi_cli_memory((size_t)cu->n * sizeof *r.cu);
-    for (int64_t i = 0; i < ids->n; i++) r.ids[i] = (int32_t)ids->v[i];
-    for (int64_t i = 0; i < cu->n; i++) r.cu[i] = (int32_t)cu->v[i];
+    run r = {.v = f->v, .in = &f->in, .ids = f->ids, .cu = f->cu, .tokens = f->tokens, .n_seqs = f->n_seqs};
     r.batch = ESP_BATCH(.tokens = r.ids, .cu_seqlens = r.cu, .n_tokens = r.tokens, .n_seqs = r.n_seqs);
     char *model_dir = espi_cli_path(f->dir, form->model);
     char *adapter_dir = espi_is_folder(f->dir, form->adapter) ? espi_cli_path(f->dir, form->adapter) : NULL;
@@ -588,8 +586,6 @@ static void verify_variant(folder *f, int which) {
         verify_refs(f, which, &r, model_dir, adapter_dir);
     free(model_dir);
     free(adapter_dir);
-    free(r.ids);
-    free(r.cu);
 }
 
 /* ---- quantising on load ---- */
@@ -649,6 +645,25 @@ static void verify_quantised(espi_verify *v, const char *dir, const variant *for
 
 /* ---- the folder ---- */
 
+/* The packed batch, from packed_ids and cu_seqlens or from the padded ids and lengths. */
+static bool read_batch(folder *f) {
+    const espi_array *packed = espi_arrays_find(&f->in, "packed_ids"), *cu = espi_arrays_find(&f->in, "cu_seqlens");
+    const espi_array *ids = espi_arrays_find(&f->in, "ids"), *lengths = espi_arrays_find(&f->in, "lengths");
+    const bool is_packed = packed && cu && cu->n > 1 && cu->v[0] == 0 && cu->v[cu->n - 1] == (double)packed->n;
+    if (!is_packed && !(ids && ids->rank == 2 && lengths && lengths->n == ids->dims[0])) return false;
+    f->n_seqs = (int32_t)(is_packed ? cu->n - 1 : lengths->n);
+    f->cu = espi_cli_memory((size_t)(f->n_seqs + 1) * sizeof *f->cu);
+    f->ids = espi_cli_memory((size_t)(is_packed ? packed->n : ids->n) * sizeof *f->ids);
+    for (int32_t s = 0; s < f->n_seqs; s++) {
+        const int64_t length = (int64_t)(is_packed ? cu->v[s + 1] - cu->v[s] : lengths->v[s]);
+        if (length < 1 || (!is_packed && length > ids->dims[1])) return false;
+        const double *from = is_packed ? packed->v + f->tokens : ids->v + s * ids->dims[1];
+        for (int64_t t = 0; t < length; t++) f->ids[f->tokens++] = (int32_t)from[t];
+        f->cu[s + 1] = (int32_t)f->tokens;
+    }
+    return true;
+}
+
 /* False: nothing can be run; told. */
 static bool open_folder(folder *f) {
     char *model = espi_cli_path(f->dir, "model");
@@ -669,9 +684,8 @@ static bool open_folder(folder *f) {
         return false;
     }
     if (!espi_verify_open(f->v, &f->in, f->dir, "ref.safetensors")) return false;
-    const espi_array *ids = espi_arrays_find(&f->in, "packed_ids"), *cu = espi_arrays_find(&f->in, "cu_seqlens");
-    if (ids && cu && cu->n > 1 && cu->v[0] == 0 && cu->v[cu->n - 1] == (double)ids->n) return true;
-    espi_verify_fail(f->v, "ref.safetensors", "packed_ids and cu_seqlens do not describe a batch");
+    if (read_batch(f)) return true;
+    espi_verify_fail(f->v, "ref.safetensors", "ids and lengths, or packed_ids and cu_seqlens, do not describe a batch");
     return false;
 }
 
@@ -688,4 +702,6 @@ void espi_verify_model(espi_verify *v, const char *dir) {
     for (int i = 0; i < N_VARIANTS; i++) espi_arrays_free(&f.logits[i]);
     espi_arrays_free(&f.in);
     espi_arrays_free(&f.deltas);
+    free(f.ids);
+    free(f.cu);
 }
