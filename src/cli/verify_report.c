@@ -3,6 +3,7 @@
 
 #include "io/file.h"
 #include "io/safetensors.h"
+#include "kernels/plain.h"
 
 #include <math.h>
 #include <stdarg.h>
@@ -41,34 +42,10 @@ double *espi_arrays_add(espi_arrays *arrays, int64_t n, const char *format, ...)
     return append(arrays, name, n)->v;
 }
 
-static double half_value(uint16_t h) {
-    int exponent = (h >> 10) & 31, mantissa = h & 1023;
-    double magnitude = exponent == 0    ? ldexp(mantissa, -24)
-                       : exponent == 31 ? (mantissa ? NAN : INFINITY)
-                                        : ldexp(1024 + mantissa, exponent - 25);
-    return h & 0x8000 ? -magnitude : magnitude;
-}
-
-static double bf16_value(uint16_t h) {
-    uint32_t bits = (uint32_t)h << 16;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
 static void widen(double *v, const void *data, esp_dtype dtype, int64_t n) {
     for (int64_t i = 0; i < n; i++) switch (dtype) {
-        case ESP_F32:
-            v[i] = ((const float *)data)[i];
-            break;
         case ESP_F64:
             v[i] = ((const double *)data)[i];
-            break;
-        case ESP_BF16:
-            v[i] = bf16_value(((const uint16_t *)data)[i]);
-            break;
-        case ESP_F16:
-            v[i] = half_value(((const uint16_t *)data)[i]);
             break;
         case ESP_I32:
             v[i] = ((const int32_t *)data)[i];
@@ -81,7 +58,7 @@ static void widen(double *v, const void *data, esp_dtype dtype, int64_t n) {
             v[i] = ((const uint8_t *)data)[i];
             break;
         default:
-            v[i] = NAN;
+            v[i] = espi_plain_value(data, dtype, i);
             break;
         }
 }
