@@ -47,9 +47,15 @@ Test(rewards, exact_and_match) {
         const char *completion, *answer;
         uint8_t stopped;
         float exact, match;
-    } cases[] = {{"bccde", "bccde", 1, 1, 1}, {"bccde", "bccde", 0, 0, 1}, {"bcc", "bccde", 1, 0, 0.6f},
-                 {"", "ab", 1, 0, 0},         {"abab", "ab", 1, 0, 1},     {"ba", "ab", 1, 0, 0},
-                 {"", "", 1, 1, 1},           {"a", "", 1, 0, 0},          {"\xC3\xA9x", "\xC3\xA9y", 1, 0, 0.5f},
+    } cases[] = {{"bccde", "bccde", 1, 1, 1},
+                 {"bccde", "bccde", 0, 0, 1},
+                 {"bcc", "bccde", 1, 0, 0.6f},
+                 {"", "ab", 1, 0, 0},
+                 {"abab", "ab", 1, 0, 1},
+                 {"ba", "ab", 1, 0, 0},
+                 {"", "", 1, 1, 1},
+                 {"a", "", 1, 0, 0},
+                 {"\xC3\xA9x", "\xC3\xA9y", 1, 0, 0.5f},
                  {"<bos>ab", "ab", 1, 0, 0.5f}};
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         float reward;

@@ -38,6 +38,19 @@ static char *timeless(const char *dir) {
     return text;
 }
 
+/* Both runs ended alike and told the same; frees them and removes their folders. */
+static void same_runs(demo *a, demo *b, const char *dir_a, const char *dir_b) {
+    same_state(a, b);
+    char *x = timeless(dir_a), *y = timeless(dir_b);
+    cr_assert_str_eq(x, y);
+    free(x);
+    free(y);
+    demo_free(a);
+    demo_free(b);
+    demo_remove(dir_a);
+    demo_remove(dir_b);
+}
+
 static void run(demo *d, int64_t until) {
     while (esp_trainer_steps_done(d->trainer) < until) OK(esp_trainer_step(d->trainer, NULL));
 }
@@ -60,15 +73,7 @@ Test(trainer, twenty_steps_are_ten_and_ten) {
     demo b = demo_trainer(&c);
     cr_assert_eq(esp_trainer_steps_done(b.trainer), 10);
     run(&b, 20);
-    same_state(&a, &b);
-    char *x = timeless(one), *y = timeless(two);
-    cr_assert_str_eq(x, y);
-    free(x);
-    free(y);
-    demo_free(&a);
-    demo_free(&b);
-    demo_remove(one);
-    demo_remove(two);
+    same_runs(&a, &b, one, two);
 }
 
 /* Saves in the middle of step 3: after sampling, and after `updates` of two updates. */
@@ -91,15 +96,7 @@ static void resume_inside(int updates, const char *name) {
     demo b = demo_trainer(&c);
     cr_assert(b.trainer->pending);
     run(&b, 5);
-    same_state(&a, &b);
-    char *x = timeless(one), *y = timeless(two);
-    cr_assert_str_eq(x, y);
-    free(x);
-    free(y);
-    demo_free(&a);
-    demo_free(&b);
-    demo_remove(one);
-    demo_remove(two);
+    same_runs(&a, &b, one, two);
 }
 
 Test(trainer, resume_between_sampling_and_update) {
