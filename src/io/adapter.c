@@ -1,10 +1,11 @@
 /* Adapters as PEFT files: adapter_config.json and adapter_model.safetensors.
  *
  * Two forms of expert branches are read, told apart by their keys and never by a shape:
- *   2-D     one A [r,in] and B [out,r] per expert and projection; written too.  Our gate and up share one A, which is written twice.  A
- * file whose gate and up have different A is held exactly with rank 2r: A = [A_gate; A_up], B = block-diagonal. fused   one pair for all
- * experts: A [E*r,in], row e*r + k; B [out,E*r], column k*E + e (the expert FASTEST).  Keys nest: experts.base_layer.lora_* is gate_up,
- * experts.lora_* is down. */
+ *   2-D    one A [r,in] and B [out,r] per expert and projection; written too.  Our gate and up share one A, which is written twice.  A file
+ *          whose gate and up have different A is held exactly with rank 2r: A = [A_gate; A_up], B = block-diagonal.
+ *   fused  one pair for all experts: A [E*r,in], row e*r + k; B [out,E*r], column k*E + e (the expert FASTEST).  PEFT nests its wrappers:
+ *          with both stacks trained experts.base_layer.lora_* is gate_up and experts.lora_* is down; with one, experts.lora_* is that one,
+ *          and only target_parameters of the config says which. */
 #include "core/status.h"
 #include "io/file.h"
 #include "io/safetensors.h"
@@ -39,24 +40,40 @@ static const char *expert_module(const espi_family *f, projection p) {
     return p == GATE ? f->expert_gate : p == UP ? f->expert_up : f->expert_down;
 }
 
-static void fused_key(char key[NAME], const espi_family *f, int64_t layer, int target, char matrix) {
-    char module[NAME - 64];
-    snprintf(module, sizeof module, "%s%s", f->experts_module, target == ESPI_T_GATE_UP ? ".base_layer" : "");
-    key_of(key, module, layer, 0, matrix);
-}
-
 /* ---- reading ---- */
+
+enum { GATE_UP_STACK, DOWN_STACK, STACKS };
+
+/* What adapter_config.json says. */
+typedef struct stated {
+    int64_t r;
+    float alpha;
+    bool rslora;
+    bool fused[STACKS]; /* stacks that target_parameters names */
+} stated;
+
+static double scale_of(const stated *says) {
+    return says->alpha / (says->rslora ? sqrt((double)says->r) : (double)says->r);
+}
 
 /* An open adapter.  `seen` marks the tensors that were asked for: what is left at the end is nobody's. */
 typedef struct reader {
     espi_st_file *file;
     unsigned char *seen;
     const espi_config *config;
+    const stated *says;
 } reader;
 
-static esp_status reader_open(reader *r, const char *dir, const espi_config *config) {
+static void fused_key(char key[NAME], const reader *r, int64_t layer, int target, char matrix) {
+    char module[NAME - 64];
+    const bool inner = target == ESPI_T_GATE_UP && r->says->fused[DOWN_STACK];
+    snprintf(module, sizeof module, "%s%s", r->config->family->experts_module, inner ? ".base_layer" : "");
+    key_of(key, module, layer, 0, matrix);
+}
+
+static esp_status reader_open(reader *r, const char *dir, const espi_config *config, const stated *says) {
     char path[ESPI_PATH_MAX];
-    *r = (reader){.config = config};
+    *r = (reader){.config = config, .says = says};
     ESPI_TRY(espi_path_join(path, dir, WEIGHTS));
     ESPI_TRY(espi_st_open(&r->file, path));
     r->seen = calloc(espi_st_count(r->file) + 1, 1);
@@ -125,6 +142,9 @@ static esp_status check_config(const json_t *root, const char *path) {
         {"modules_to_save", "fully trained modules are not offered"},
         {"fan_in_fan_out", "transposed weights are not offered"},
         {"layer_replication", "replicated layers are not offered"},
+        {"trainable_token_indices", "trained embeddings are not offered"},
+        {"use_qalora", "QA-LoRA is not offered"},
+        {"use_bdlora", "block-diagonal LoRA is not offered"},
     };
     for (int i = 0; i < ESPI_COUNT(refused); i++) ESPI_TRY(refuse_field(root, path, refused[i].key, refused[i].why));
     const char *type = json_string_value(json_object_get(root, "peft_type"));
@@ -132,10 +152,34 @@ static esp_status check_config(const json_t *root, const char *path) {
     return ESP_OK;
 }
 
-static esp_status read_config(int64_t *r, float *alpha, bool *rslora, const char *dir) {
+/* Of a module's name: "model.layers.%d.self_attn.q_proj" -> "q_proj". */
+static const char *last_part(const char *module) {
+    const char *dot = strrchr(module, '.');
+    return dot ? dot + 1 : module;
+}
+
+static esp_status read_target_parameters(bool fused[STACKS], const json_t *root, const char *path, const espi_family *f) {
+    const json_t *list = json_object_get(root, "target_parameters");
+    if (!list || json_is_null(list)) return ESP_OK;
+    if (!json_is_array(list)) return ESPI_FAIL(ESP_ERR_FORMAT, "%s: target_parameters: got no list, expected one", path);
+    const char *const stacks[STACKS] = {last_part(f->fused_gate_up), last_part(f->fused_down)};
+    for (size_t i = 0; i < json_array_size(list); i++) {
+        const char *name = json_string_value(json_array_get(list, i));
+        const char *last = last_part(name ? name : "(no string)");
+        const bool gate_up = strcmp(last, stacks[GATE_UP_STACK]) == 0, down = strcmp(last, stacks[DOWN_STACK]) == 0;
+        if (!gate_up && !down)
+            return ESPI_FAIL(ESP_ERR_UNSUPPORTED, "%s: target_parameters: got %s, expected %s or %s of the experts", path,
+                             name ? name : "(no string)", stacks[GATE_UP_STACK], stacks[DOWN_STACK]);
+        fused[gate_up ? GATE_UP_STACK : DOWN_STACK] = true;
+    }
+    return ESP_OK;
+}
+
+static esp_status read_config(stated *says, const char *dir, const espi_family *family) {
     char path[ESPI_PATH_MAX], *text;
     size_t bytes;
     json_error_t error;
+    *says = (stated){0};
     ESPI_TRY(espi_path_join(path, dir, CONFIG));
     ESPI_TRY(espi_file_read_all(&text, &bytes, path, MAX_CONFIG));
     json_t *root = json_loadb(text, bytes, JSON_REJECT_DUPLICATES, &error);
@@ -144,14 +188,15 @@ static esp_status read_config(int64_t *r, float *alpha, bool *rslora, const char
     double a;
     esp_status status =
         json_is_object(root) ? check_config(root, path) : ESPI_FAIL(ESP_ERR_FORMAT, "%s: got no object, expected one", path);
-    if (status == ESP_OK) status = espi_json_count(r, root, path, "r", NULL, -1);
+    if (status == ESP_OK) status = espi_json_count(&says->r, root, path, "r", NULL, -1);
     if (status == ESP_OK) status = espi_json_real(&a, root, path, "lora_alpha", NULL, NAN);
-    if (status == ESP_OK) status = espi_json_flag(rslora, root, path, "use_rslora", false);
+    if (status == ESP_OK) status = espi_json_flag(&says->rslora, root, path, "use_rslora", false);
+    if (status == ESP_OK) status = read_target_parameters(says->fused, root, path, family);
     json_decref(root);
     if (status != ESP_OK) return status;
-    if (*r < 1) return ESPI_FAIL(ESP_ERR_FORMAT, "%s: r: got %lld, expected 1 or more", path, (long long)*r);
+    if (says->r < 1) return ESPI_FAIL(ESP_ERR_FORMAT, "%s: r: got %lld, expected 1 or more", path, (long long)says->r);
     if (!(a > 0) || !isfinite(a)) return ESPI_FAIL(ESP_ERR_FORMAT, "%s: lora_alpha: got %g, expected a positive number", path, a);
-    *alpha = (float)a;
+    says->alpha = (float)a;
     return ESP_OK;
 }
 
@@ -174,8 +219,15 @@ static esp_status form_of(bool *fused, bool *present, reader *r, int target) {
     *fused = *present = false;
     if (l < 0) return ESP_OK;
     char key[NAME];
-    fused_key(key, f, l, target, 'A');
-    *fused = espi_st_find(r->file, key) != NULL;
+    const bool *named = r->says->fused;
+    fused_key(key, r, l, target, 'A');
+    if (espi_st_find(r->file, key) && !named[GATE_UP_STACK] && !named[DOWN_STACK])
+        return ESPI_FAIL(
+            ESP_ERR_FORMAT,
+            "%s: tensor %s: got a config without target_parameters, expected mlp.experts.%s or mlp.experts.%s there: this name "
+            "alone does not say which stack it is",
+            espi_st_path(r->file), key, last_part(f->fused_gate_up), last_part(f->fused_down));
+    *fused = named[target == ESPI_T_DOWN ? DOWN_STACK : GATE_UP_STACK];
     const bool flat = target == ESPI_T_DOWN ? has(r, f->expert_down, l, 0) : has(r, f->expert_gate, l, 0) || has(r, f->expert_up, l, 0);
     if (*fused && flat)
         return ESPI_FAIL(ESP_ERR_FORMAT, "%s: got both %s and tensors per expert, expected one form", espi_st_path(r->file), key);
@@ -203,7 +255,9 @@ static esp_status separate_a(bool *separate, reader *r, int64_t rank) {
     return ESP_OK;
 }
 
-static esp_status spec_of(espi_lora_spec lora[ESPI_T_COUNT], reader *r, int64_t rank, double scale) {
+static esp_status spec_of(espi_lora_spec lora[ESPI_T_COUNT], reader *r) {
+    const int64_t rank = r->says->r;
+    const double scale = scale_of(r->says);
     const espi_family *f = r->config->family;
     for (int t = ESPI_T_Q; t <= ESPI_T_O; t++)
         lora[t] = (espi_lora_spec){.r = has(r, attention_module(f, t), 0, 0) ? rank : 0, .scale = scale};
@@ -218,11 +272,13 @@ static esp_status spec_of(espi_lora_spec lora[ESPI_T_COUNT], reader *r, int64_t 
 
 esp_status espi_adapter_read_spec(espi_lora_spec lora[ESPI_T_COUNT], float *alpha, bool *rslora, const char *dir,
                                   const espi_config *config) {
-    int64_t rank;
+    stated says;
     reader r;
-    ESPI_TRY(read_config(&rank, alpha, rslora, dir));
-    esp_status status = reader_open(&r, dir, config);
-    if (status == ESP_OK) status = spec_of(lora, &r, rank, *alpha / (*rslora ? sqrt((double)rank) : (double)rank));
+    ESPI_TRY(read_config(&says, dir, config->family));
+    *alpha = says.alpha;
+    *rslora = says.rslora;
+    esp_status status = reader_open(&r, dir, config, &says);
+    if (status == ESP_OK) status = spec_of(lora, &r);
     reader_close(&r);
     return status;
 }
@@ -253,15 +309,27 @@ static esp_status load_attention(esp_model *m, reader *r, int64_t l, int target,
     return ESP_OK;
 }
 
+/* PEFT 0.17 and 0.18 took the two widths of such a stack for one another. */
+static esp_status refuse_swapped(const reader *r, const char *key, int64_t rows, const espi_stack *w) {
+    const espi_st_tensor *t = espi_st_find(r->file, key);
+    if (!t || w->rows == w->cols || t->rank != 2 || t->dims[0] != rows || t->dims[1] != w->rows) return ESP_OK;
+    return ESPI_FAIL(
+        ESP_ERR_UNSUPPORTED,
+        "%s: tensor %s: got width %lld, the stack's output, expected its input %lld: the file has A and B swapped, as PEFT 0.17 "
+        "and 0.18 write them; save it again with a later version",
+        espi_st_path(r->file), key, (long long)w->rows, (long long)w->cols);
+}
+
 static esp_status load_fused(esp_model *m, reader *r, int64_t l, int target, const espi_stack *w, const espi_lora *lora) {
     const int64_t experts = w->experts, rank = lora->r;
     char key[NAME];
     float *x;
-    fused_key(key, m->config.family, l, target, 'A');
+    fused_key(key, r, l, target, 'A');
+    ESPI_TRY(refuse_swapped(r, key, experts * rank, w));
     ESPI_TRY(read_matrix(&x, r, key, experts * rank, w->cols)); /* row e*r + k: our order */
     for (int64_t i = 0; i < experts * rank * w->cols; i++) put(m, lora->a, i, x[i]);
     free(x);
-    fused_key(key, m->config.family, l, target, 'B');
+    fused_key(key, r, l, target, 'B');
     ESPI_TRY(read_matrix(&x, r, key, w->rows, experts * rank));
     for (int64_t e = 0; e < experts; e++)
         for (int64_t o = 0; o < w->rows; o++)
@@ -316,7 +384,7 @@ static esp_status load_per_expert(esp_model *m, reader *r, int64_t l, int target
     return ESP_OK;
 }
 
-static esp_status load_tensors(esp_model *m, reader *r, int64_t rank) {
+static esp_status load_tensors(esp_model *m, reader *r) {
     bool fused[2], present[2];
     for (int i = 0; i < 2; i++) ESPI_TRY(form_of(&fused[i], &present[i], r, ESPI_T_GATE_UP + i));
     for (int64_t l = 0; l < m->config.layers; l++) {
@@ -331,7 +399,7 @@ static esp_status load_tensors(esp_model *m, reader *r, int64_t rank) {
             if (fused[i])
                 ESPI_TRY(load_fused(m, r, l, ESPI_T_GATE_UP + i, stacks[i], loras[i]));
             else
-                ESPI_TRY(load_per_expert(m, r, l, ESPI_T_GATE_UP + i, stacks[i], loras[i], rank));
+                ESPI_TRY(load_per_expert(m, r, l, ESPI_T_GATE_UP + i, stacks[i], loras[i], r->says->r));
         }
     }
     for (size_t i = 0; i < espi_st_count(r->file); i++)
@@ -343,9 +411,9 @@ static esp_status load_tensors(esp_model *m, reader *r, int64_t rank) {
 }
 
 /* The model's ranks and scales must be the file's. */
-static esp_status check_spec(const esp_model *m, reader *r, const char *dir, int64_t rank, double scale) {
+static esp_status check_spec(const esp_model *m, reader *r, const char *dir) {
     espi_lora_spec lora[ESPI_T_COUNT];
-    ESPI_TRY(spec_of(lora, r, rank, scale));
+    ESPI_TRY(spec_of(lora, r));
     static const char *const names[ESPI_T_COUNT] = {"q", "k", "v", "o", "gate_up", "down"};
     for (int t = 0; t < ESPI_T_COUNT; t++) {
         if (lora[t].r != m->lora[t].r)
@@ -362,10 +430,8 @@ static esp_status check_spec(const esp_model *m, reader *r, const char *dir, int
 
 esp_status esp_model_load_adapter(esp_model *model, const char *dir) {
     if (!model || !dir) return ESPI_FAIL(ESP_ERR_ARG, "esp_model_load_adapter: model or dir is NULL");
-    int64_t rank;
-    float alpha;
-    bool rslora;
-    ESPI_TRY(read_config(&rank, &alpha, &rslora, dir));
+    stated says;
+    ESPI_TRY(read_config(&says, dir, model->config.family));
     /* A file that fails half-way must leave the old values: keep them until all is read. */
     size_t parameters, gradients;
     espi_adapter_bytes(&parameters, &gradients, model, model->ctx->real_size);
@@ -373,9 +439,9 @@ esp_status esp_model_load_adapter(esp_model *model, const char *dir) {
     if (!before) return ESPI_FAIL(ESP_ERR_MEMORY, "%s: no memory to keep the present adapter while loading", dir);
     if (parameters) memcpy(before, model->adapter.p, parameters);
     reader r;
-    esp_status status = reader_open(&r, dir, &model->config);
-    if (status == ESP_OK) status = check_spec(model, &r, dir, rank, alpha / (rslora ? sqrt((double)rank) : (double)rank));
-    if (status == ESP_OK) status = load_tensors(model, &r, rank);
+    esp_status status = reader_open(&r, dir, &model->config, &says);
+    if (status == ESP_OK) status = check_spec(model, &r, dir);
+    if (status == ESP_OK) status = load_tensors(model, &r);
     if (status != ESP_OK && parameters) memcpy(model->adapter.p, before, parameters);
     reader_close(&r);
     free(before);
@@ -453,20 +519,14 @@ static esp_status write_weights(const esp_model *model, const char *dir) {
     return status;
 }
 
-/* The last part of a module's name: "model.layers.%d.self_attn.q_proj" -> "q_proj". */
-static json_t *last_part(const char *module) {
-    const char *dot = strrchr(module, '.');
-    return json_string(dot ? dot + 1 : module);
-}
-
 static json_t *target_modules(const esp_model *model) {
     const espi_family *f = model->config.family;
     json_t *list = json_array();
     for (int t = ESPI_T_Q; t <= ESPI_T_O; t++)
-        if (model->lora[t].r) json_array_append_new(list, last_part(attention_module(f, t)));
+        if (model->lora[t].r) json_array_append_new(list, json_string(last_part(attention_module(f, t))));
     for (int p = GATE; p <= DOWN; p++)
         if (model->lora[p == DOWN ? ESPI_T_DOWN : ESPI_T_GATE_UP].r)
-            json_array_append_new(list, last_part(expert_module(f, (projection)p)));
+            json_array_append_new(list, json_string(last_part(expert_module(f, (projection)p))));
     return list;
 }
 

@@ -1,4 +1,4 @@
-/* A golden model folder in memory, to be altered and written to a scratch folder. */
+/* A golden model or adapter folder in memory, to be altered and written to a scratch folder. */
 #ifndef ESP_TEST_CHECKPOINT_H
 #define ESP_TEST_CHECKPOINT_H
 
@@ -10,6 +10,7 @@
 #define CHECKPOINT_MAX 512
 
 typedef struct checkpoint {
+    const char *config_name, *weights_name;
     json_t *config;
     espi_st_file *file;
     espi_st_item items[CHECKPOINT_MAX];
@@ -24,14 +25,16 @@ static inline void *checkpoint_own(checkpoint *c, void *p) {
     return c->owned[c->n_owned++] = p;
 }
 
-/* model: "q3a/model" */
-static inline checkpoint *checkpoint_open(const char *model) {
+/* folder: "q3a/model" */
+static inline checkpoint *checkpoint_open_as(const char *folder, const char *config_name, const char *weights_name) {
     checkpoint *c = calloc(1, sizeof *c);
     cr_assert_not_null(c);
     char name[256], path[ESPI_PATH_MAX];
-    snprintf(name, sizeof name, "%s/model.safetensors", model);
+    c->config_name = config_name;
+    c->weights_name = weights_name;
+    snprintf(name, sizeof name, "%s/%s", folder, weights_name);
     c->file = golden_open(name);
-    snprintf(path, sizeof path, "%s/tests/golden/data/%s/config.json", ESP_SOURCE_DIR, model);
+    snprintf(path, sizeof path, "%s/tests/golden/data/%s/%s", ESP_SOURCE_DIR, folder, config_name);
     c->config = json_load_file(path, 0, NULL);
     cr_assert_not_null(c->config);
     c->n = espi_st_count(c->file);
@@ -44,6 +47,10 @@ static inline checkpoint *checkpoint_open(const char *model) {
         memcpy(c->items[i].dims, t->dims, sizeof t->dims);
     }
     return c;
+}
+
+static inline checkpoint *checkpoint_open(const char *model) {
+    return checkpoint_open_as(model, "config.json", "model.safetensors");
 }
 
 static inline void checkpoint_close(checkpoint *c) {
@@ -90,14 +97,14 @@ static inline void checkpoint_set(checkpoint *c, const char *key, const char *va
 static inline void checkpoint_write_config(const checkpoint *c, const char *dir) {
     char path[ESPI_PATH_MAX], *text = json_dumps(c->config, JSON_INDENT(1));
     cr_assert_not_null(text);
-    scratch_write(path, dir, "config.json", text, strlen(text));
+    scratch_write(path, dir, c->config_name, text, strlen(text));
     free(text);
 }
 
 static inline void checkpoint_write(const checkpoint *c, const char *dir) {
     char path[ESPI_PATH_MAX];
     checkpoint_write_config(c, dir);
-    OK(espi_path_join(path, dir, "model.safetensors"));
+    OK(espi_path_join(path, dir, c->weights_name));
     OK(espi_st_write(path, c->items, c->n));
 }
 
