@@ -334,6 +334,7 @@ static void expect_memory(const loaded *l, size_t staging, const char *what) {
     cr_expect_eq(m.live, m.weights, "%s: %zu bytes stay besides the weights", what, m.live - m.weights);
     cr_expect_eq(m.peak, m.weights + staging, "%s: peak %zu, expected %zu weights + %zu staging", what, m.peak, m.weights, staging);
     cr_expect_leq(staging, (size_t)64 << 20);
+    cr_expect_eq(plan.staging, staging, "%s: staging %zu, planned %zu", what, staging, plan.staging);
 }
 
 Test(loader, peak_memory_is_weights_and_one_staging_buffer) {
@@ -415,6 +416,14 @@ Test(loader, large_matrices_go_through_in_pieces, .timeout = 60) {
     cr_expect_eq(memcmp(l.model->layers[0].down.absmax8, absmax8, BLOCKS), 0);
     cr_expect_eq(memcmp(l.model->layers[0].down.nested, nested, sizeof nested), 0);
     cr_expect_eq(l.model->layers[0].down.offset[0], offset);
+    loaded_free(&l);
+    /* A wrong value in the last piece is named by its place in the tensor. */
+    char says[100];
+    values[n - 1] = NAN;
+    snprintf(says, sizeof says, "tensor model.layers.0.mlp.experts.0.gate_proj.weight: element %zu is", n - 1);
+    checkpoint_write(c, dir);
+    cr_expect_eq(loaded_try(&l, dir, NULL), ESP_ERR_NONFINITE);
+    cr_expect_not_null(strstr(esp_last_error(), says), "\"%s\" not said: %s", says, esp_last_error());
     loaded_free(&l);
     free(values);
     free(codes);
