@@ -46,13 +46,6 @@ static inline void add_rows(float *out, const float *p, const float *rows, int64
         for (int64_t j = 0; j < keys; j++) out[d] += p[j] * rows[j * stride + d];
 }
 
-/* out += x * row. */
-static inline void add_scaled(float *out, float x, const float *row, int64_t dim) {
-    int64_t d = 0;
-    for (; d + LANES <= dim; d += LANES) store(out + d, load(out + d) + splat(x) * load(row + d));
-    for (; d < dim; d++) out[d] += x * row[d];
-}
-
 /* p = e^(p - shift) over a block, entries from `keys` on become 0; returns the sum. */
 static inline float exp_block(float p[KEYS], float shift, int64_t keys) {
     vec sum = {0};
@@ -120,37 +113,54 @@ esp_status ESPI_CPU(espi_attention_fwd)(const espi_exec *exec, const espi_attent
     return ESP_OK;
 }
 
+/* Queries of one head whose score gradients are held at a time, so that the sums over them run in registers. */
+enum { QUERY_BLOCK = 16 };
+
+/* Queries begin .. end - 1 of one head against their keys, block by block: d_q of these queries, and what they add to d_k and d_v. */
+static void query_grads(const espi_attention_bwd *a, float *d_k, float *d_v, const float *k, const float *v, int64_t head, int64_t first,
+                        int64_t begin, int64_t end) {
+    const int64_t dim = a->head_dim, stride = a->kv_heads * dim, q_stride = a->heads * dim, row = begin * a->heads + head;
+    const float *q = (const float *)a->q + row * dim, *d_out = (const float *)a->d_out + row * dim, scale = (float)a->scale;
+    float *d_q = (float *)a->d_q + row * dim, delta[QUERY_BLOCK];
+    for (int64_t i = 0; i < end - begin; i++) {
+        delta[i] = dot(d_out + i * q_stride, (const float *)a->out + (row + i * a->heads) * dim, dim);
+        memset(d_q + i * q_stride, 0, (size_t)dim * sizeof(float));
+    }
+    for (int64_t j0 = 0; j0 < end - first; j0 += KEYS) {
+        const int64_t seen_last = cpu_min(end - first - j0, KEYS);
+        float p_of[KEYS][QUERY_BLOCK] = {{0}}, d_s_of[KEYS][QUERY_BLOCK] = {{0}};
+        for (int64_t i = 0; i < end - begin; i++) {
+            const int64_t n = cpu_min(begin + i - first + 1 - j0, KEYS);
+            if (n <= 0) continue;
+            float p[KEYS], d_s[KEYS];
+            for (int64_t j = 0; j < n; j++) p[j] = scale * dot(q + i * q_stride, k + (j0 + j) * stride, dim);
+            exp_block(p, ((const float *)a->lse)[row + i * a->heads], n);
+            for (int64_t j = 0; j < n; j++) {
+                d_s[j] = scale * p[j] * (dot(d_out + i * q_stride, v + (j0 + j) * stride, dim) - delta[i]);
+                p_of[j][i] = p[j];
+                d_s_of[j][i] = d_s[j];
+            }
+            add_rows(d_q + i * q_stride, d_s, k + j0 * stride, stride, n, dim);
+        }
+        for (int64_t j = 0; j < seen_last; j++) {
+            const int64_t skip = j0 + j > begin - first ? j0 + j - (begin - first) : 0; /* queries before the key do not see it */
+            add_rows(d_k + (j0 + j) * stride, d_s_of[j] + skip, q + skip * q_stride, q_stride, end - begin - skip, dim);
+            add_rows(d_v + (j0 + j) * stride, p_of[j] + skip, d_out + skip * q_stride, q_stride, end - begin - skip, dim);
+        }
+    }
+}
+
 /* All gradients of one kv head of one sequence: the task owns d_q of the group's heads, d_k and d_v there. */
 static void head_grads(const espi_attention_bwd *a, int64_t first, int64_t end, int64_t kv_head) {
     const int64_t dim = a->head_dim, group = a->heads / a->kv_heads, stride = a->kv_heads * dim, key0 = first * stride + kv_head * dim;
-    const float *k = (const float *)a->k + key0, *v = (const float *)a->v + key0, scale = (float)a->scale;
+    const float *k = (const float *)a->k + key0, *v = (const float *)a->v + key0;
     float *d_k = (float *)a->d_k + key0, *d_v = (float *)a->d_v + key0;
     for (int64_t j = 0; j < end - first; j++) {
         memset(d_k + j * stride, 0, (size_t)dim * sizeof(float));
         memset(d_v + j * stride, 0, (size_t)dim * sizeof(float));
     }
-    for (int64_t i = first; i < end; i++) {
-        for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++) {
-            const int64_t row = i * a->heads + head, keys = i - first + 1;
-            const float *q = (const float *)a->q + row * dim, *d_out = (const float *)a->d_out + row * dim;
-            const float delta = dot(d_out, (const float *)a->out + row * dim, dim), lse = ((const float *)a->lse)[row];
-            float *d_q = (float *)a->d_q + row * dim;
-            memset(d_q, 0, (size_t)dim * sizeof(float));
-            for (int64_t j0 = 0; j0 < keys; j0 += KEYS) {
-                const int64_t n = cpu_min(keys - j0, KEYS);
-                float p[KEYS], d_s[KEYS];
-                for (int64_t j = 0; j < n; j++) p[j] = scale * dot(q, k + (j0 + j) * stride, dim);
-                exp_block(p, lse, n);
-                for (int64_t j = 0; j < n; j++) {
-                    const int64_t at = (j0 + j) * stride;
-                    d_s[j] = scale * p[j] * (dot(d_out, v + at, dim) - delta);
-                    add_scaled(d_k + at, d_s[j], q, dim);
-                    add_scaled(d_v + at, p[j], d_out, dim);
-                }
-                add_rows(d_q, d_s, k + j0 * stride, stride, n, dim);
-            }
-        }
-    }
+    for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++)
+        for (int64_t i = first; i < end; i += QUERY_BLOCK) query_grads(a, d_k, d_v, k, v, head, first, i, cpu_min(end, i + QUERY_BLOCK));
 }
 
 esp_status ESPI_CPU(espi_attention_bwd)(const espi_exec *exec, const espi_attention_bwd *a) {
