@@ -42,7 +42,8 @@ typedef struct esp_reward {
 
 typedef enum esp_trainer_kind { ESP_TRAIN_SFT = 1, ESP_TRAIN_GRPO = 2 } esp_trainer_kind;
 
-/// Every field is also an option of espalier-sft / espalier-grpo and a key of their --config file, under the same name.
+/// Every field is also an option of espalier-sft / espalier-grpo and a key of their --config file, under the same name (the four paths:
+/// train, eval, out, resume; kind is the program, rewards are the built-in ones).
 typedef struct esp_trainer_config {
     size_t struct_size;
     esp_trainer_kind kind;      ///< required
