@@ -35,8 +35,10 @@ typedef struct espi_lora {
 /* E frozen matrices [rows,cols], each cut into `parts` matrices of rows/parts rows that are quantised on their own (gate and up: 2,
  * down: 1).  ESP_NF4, ESP_FP4: part p of expert e is flattened row by row; element i has its code in nibble i of the part's bytes (even i:
  * HIGH nibble, as bitsandbytes packs) and its scale at block i / 64.  ESP_Q_NONE: plain matrices in `dtype`.
- * value = lut[code] * absmax(block), one f32 rounding.  absmax: f32 from `absmax`, or, where absmax8 != NULL (double quantisation),
- * f32(map[absmax8[b]] * nested[b / 256]) + offset, with b, nested and offset those of the part. */
+ * ESP_MXFP4: element i has its code in nibble i of the part's bytes, even i in the LOW nibble, and its scale, 2^(scales - 127), at block i
+ * / 32; cols is a multiple of 32, so blocks lie within rows.  value = lut[code] * 2^(scale - 127), scale byte 0 being the subnormal 2^-127.
+ * The other formats: value = lut[code] * absmax(block), one f32 rounding.  absmax: f32 from `absmax`, or, where absmax8 != NULL (double
+ * quantisation), f32(map[absmax8[b]] * nested[b / 256]) + offset, with b, nested and offset those of the part. */
 typedef struct espi_stack {
     esp_qformat format;
     esp_dtype dtype; /* of plain matrices */
@@ -48,13 +50,15 @@ typedef struct espi_stack {
     const uint8_t *absmax8; /* the same shape, or NULL */
     const float *nested;    /* [experts*parts, part_nested] */
     const float *offset;    /* [experts*parts] */
-    int64_t part_blocks;    /* ceil(n / 64) */
+    const uint8_t *scales;  /* [experts*parts, part_blocks] E8M0, of MXFP4; 255 never occurs */
+    int64_t part_blocks;    /* ceil(n / 64); of MXFP4 n / 32 */
     int64_t part_nested;    /* ceil(part_blocks / 256) */
     const float *lut;       /* [16] value of each code */
     const float *map;       /* [256] dynamic map of double quantisation */
 } espi_stack;
 #define ESPI_QBLOCK 64
 #define ESPI_NESTED_BLOCK 256
+#define ESPI_MXBLOCK 32
 
 /* Which rows an expert works on: rows offsets[e] .. offsets[e+1]-1 of the routed order, ascending by token within an expert.
  * Written by the op `dispatch`. */
@@ -127,12 +131,28 @@ typedef struct espi_rope_table {
     int64_t tokens, half;
 } espi_rope_table;
 
-/* Half-split rotation in place: pairs (j, j+D/2).  The backward is the transpose. */
+/* Half-split rotation in place: pairs (j, j+half) of the first 2*half values of each head, the rest is left.  The backward is the
+ * transpose. */
 typedef struct espi_rope {
-    void *x; /* real [T,heads,2*half] in place */
+    void *x; /* real [T,heads,head_dim] in place */
     const void *cos, *sin;
-    int64_t tokens, heads, half;
+    int64_t tokens, heads, half, head_dim;
 } espi_rope;
+
+/* y = x limited to [-limit, limit].  The gradient passes where |x| <= limit, the limits included. */
+typedef struct espi_clamp_fwd {
+    void *y;       /* real [n] overwrite; may be x */
+    const void *x; /* real [n] */
+    int64_t n;
+    double limit;
+} espi_clamp_fwd;
+
+typedef struct espi_clamp_bwd {
+    void *d_x; /* real [n] overwrite; may be d_y */
+    const void *d_y, *x;
+    int64_t n;
+    double limit;
+} espi_clamp_bwd;
 
 /* Puts the new keys and values of each sequence behind those it has: token i of the n new ones of sequence s goes to cache row
  * k_start[s] + k_len[s] - n + i. */
@@ -143,20 +163,28 @@ typedef struct espi_kv_append {
     int64_t width; /* Hk*D */
 } espi_kv_append;
 
-/* Causal grouped-query attention by online softmax; query head h reads kv head h/(Hq/Hk).  S_ij = scale * q_i.k_j. */
+/* Causal grouped-query attention by online softmax; query head h reads kv head h/(Hq/Hk).  S_ij = scale * q_i.k_j.
+ * window w > 0: a query sees the last w keys only, itself included.  sinks: one more, unscaled logit per head in the denominator alone:
+ * lse_i = log(sum_j e^S_ij + e^sink). */
 typedef struct espi_attention_fwd {
     void *out; /* real [Tq,Hq,D] overwrite */
     void *lse; /* real [Tq,Hq] overwrite: log-sum-exp of the scaled scores */
     const void *q, *k, *v;
+    const float *sinks; /* [Hq] or NULL */
+    int64_t window;     /* 0 = all keys */
     espi_spans spans;
     int64_t heads, kv_heads, head_dim;
     double scale;
 } espi_attention_fwd;
 
-/* P = exp(S - lse); delta_i = d_out_i.out_i; dS = P (d_out.v - delta).  Training spans only (k_start = cu_q). */
+/* P = exp(S - lse); delta_i = d_out_i.out_i; dS = P (d_out.v - delta); d_sink -= sum_i e^(sink - lse_i) delta_i.
+ * Training spans only (k_start = cu_q). */
 typedef struct espi_attention_bwd {
     void *d_q, *d_k, *d_v; /* real, overwrite */
+    void *d_sinks;         /* real [Hq] add, or NULL: frozen */
     const void *d_out, *q, *k, *v, *out, *lse;
+    const float *sinks; /* [Hq] or NULL */
+    int64_t window;     /* 0 = all keys */
     espi_spans spans;
     int64_t heads, kv_heads, head_dim;
     double scale;
@@ -183,6 +211,13 @@ typedef struct espi_linear_bwd {
     int64_t tokens;
 } espi_linear_bwd;
 
+/* Which scores a router ranks by, and what a weight is. */
+typedef struct espi_router_rule {
+    bool renormalise; /* divide the K weights by their sum */
+    bool sigmoid;     /* scores are sigmoid(logit), not softmax over all E */
+    double scaling;   /* factor on the weights at the end; 0 = 1 */
+} espi_router_rule;
+
 /* logits = x W^T (f32 weight, no rounding in between), p = softmax over all E, top-K of the logits (ties to the lower index), weights p_k
  * or, when renormalise, p_k / sum of the selected.  idx ascending within a token.  A logit that is not finite: ESP_ERR_NONFINITE. */
 typedef struct espi_router_fwd {
@@ -194,13 +229,16 @@ typedef struct espi_router_fwd {
     double *p_sum;   /* [E] add: probabilities, in token order, or NULL */
     double *z_sum;   /* [1] add: sum of lse^2, or NULL */
     const void *x;
-    espi_mat w; /* [E,H] */
+    espi_mat w;              /* [E,H] */
+    const float *bias;       /* [E] added to the logits, or NULL */
+    const float *correction; /* [E] added for the ranking alone (sigmoid), or NULL */
     int64_t tokens, top_k;
-    bool renormalise;
+    espi_router_rule rule;
 } espi_router_fwd;
 
 /* From the gradient of the K weights (and the two auxiliary losses) to the logits, then to x: a frozen router still passes it on.
- * aux: d_logits[t,e] += aux_coef * p_te * (aux_f[e] - sum_j p_tj aux_f[j]);  z: d_logits[t,e] += z_coef * 2 * lse_t * p_te. */
+ * aux: d_logits[t,e] += aux_coef * p_te * (aux_f[e] - sum_j p_tj aux_f[j]);  z: d_logits[t,e] += z_coef * 2 * lse_t * p_te
+ * (p: softmax, also where rule.sigmoid). */
 typedef struct espi_router_bwd {
     void *d_x;            /* real [T,H]: ADDS (the experts wrote it first) */
     void *d_w;            /* real [E,H] add, or NULL: frozen */
@@ -210,7 +248,7 @@ typedef struct espi_router_bwd {
     const int32_t *idx;
     espi_mat w;
     int64_t tokens, top_k;
-    bool renormalise;
+    espi_router_rule rule;
     const double *aux_f; /* [E], or NULL: no load-balancing loss */
     double aux_coef, z_coef;
 } espi_router_bwd;
@@ -224,12 +262,13 @@ typedef struct espi_dispatch {
     int64_t tokens, experts, top_k;
 } espi_dispatch;
 
-/* Row s of token t = row_token[s], expert e: gu_s = W_e x_t + scale B_e (A_e x_t).  Rows of W: gate 0..I-1, then up I..2I-1. */
+/* Row s of token t = row_token[s], expert e: gu_s = W_e x_t + bias_e + scale B_e (A_e x_t).  Rows of W as espi_glu says. */
 typedef struct espi_gate_up_fwd {
-    void *gu;      /* real [S,2I] overwrite */
-    void *u;       /* real [S,R] overwrite, or NULL when lora.r = 0 */
-    const void *x; /* real [T,H] */
-    espi_stack w;  /* [E,2I,H] */
+    void *gu;          /* real [S,2I] overwrite */
+    void *u;           /* real [S,R] overwrite, or NULL when lora.r = 0 */
+    const void *x;     /* real [T,H] */
+    espi_stack w;      /* [E,2I,H] */
+    const float *bias; /* [E,2I] or NULL */
     espi_lora lora;
     espi_routing routing;
 } espi_gate_up_fwd;
@@ -243,37 +282,49 @@ typedef struct espi_gate_up_bwd {
     espi_routing routing;
 } espi_gate_up_bwd;
 
-/* act = silu(g) * u. */
+/* Where gate and up stand in the 2I values of a row, and what is made of them.
+ * plain: act = silu(g) * u.  clamped (gpt-oss): g' = min(g, limit), u' = u limited to +-limit, act = (u' + 1) g' sigmoid(alpha g'); no
+ * gradient passes at a limit itself. */
+typedef struct espi_glu {
+    bool interleaved; /* gate 2j, up 2j+1; else gate 0..I-1, then up */
+    bool clamped;
+    double limit, alpha;
+} espi_glu;
+
 typedef struct espi_swiglu_fwd {
     void *act;      /* real [rows,I] overwrite */
     const void *gu; /* real [rows,2I] */
     int64_t rows, width;
+    espi_glu glu;
 } espi_swiglu_fwd;
 
 typedef struct espi_swiglu_bwd {
     void *d_gu; /* real [rows,2I] overwrite; may be gu */
     const void *d_act, *gu;
     int64_t rows, width;
+    espi_glu glu;
 } espi_swiglu_bwd;
 
-/* y_s = W_e act_s + scale B_e (A_e act_s), not yet weighted. */
+/* y_s = W_e act_s + bias_e + scale B_e (A_e act_s), not yet weighted. */
 typedef struct espi_down_fwd {
     void *y; /* real [S,H] overwrite */
     void *u; /* real [S,R] overwrite, or NULL */
     const void *act;
-    espi_stack w; /* [E,H,I] */
+    espi_stack w;      /* [E,H,I] */
+    const float *bias; /* [E,H] or NULL */
     espi_lora lora;
     espi_routing routing;
 } espi_down_fwd;
 
 /* The gate gradient in its exact form (no stored y, no division): a_s = W_e^T d_out_t + scale A_e^T (B_e^T d_out_t);
- * d_row_weight_s = act_s . a_s;  d_act_s = w_s a_s;  LoRA gradients from w_s d_out_t. */
+ * d_row_weight_s = act_s . a_s + bias_e . d_out_t;  d_act_s = w_s a_s;  LoRA gradients from w_s d_out_t. */
 typedef struct espi_down_bwd {
     void *d_act;        /* real [S,I] overwrite */
     void *d_row_weight; /* real [S] overwrite */
     const void *d_out;  /* real [T,H] gradient of the block's output */
     const void *act, *u;
     espi_stack w;
+    const float *bias; /* [E,H] or NULL */
     espi_lora lora;
     espi_routing routing;
 } espi_down_bwd;

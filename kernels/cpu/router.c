@@ -47,7 +47,7 @@ static void route_token(const espi_router_fwd *a, int64_t t) {
         weight[k] = expf(z[idx[k]] - lse);
         selected += weight[k];
     }
-    for (int64_t k = 0; a->renormalise && k < a->top_k; k++) weight[k] /= selected;
+    for (int64_t k = 0; a->rule.renormalise && k < a->top_k; k++) weight[k] /= selected;
 }
 
 esp_status ESPI_CPU(espi_router_fwd)(const espi_exec *exec, const espi_router_fwd *a) {
@@ -84,7 +84,7 @@ static void logits_grad(float *d_z, const espi_router_bwd *a, int64_t t) {
     const float *z = (const float *)a->logits + t * experts, *weight = (const float *)a->weight + t * a->top_k;
     const float *d_weight = (const float *)a->d_weight + t * a->top_k, lse = ((const float *)a->lse)[t];
     const int32_t *idx = a->idx + t * a->top_k;
-    const bool all = !a->renormalise || a->aux_f || a->z_coef != 0; /* else only the selected have a gradient */
+    const bool all = !a->rule.renormalise || a->aux_f || a->z_coef != 0; /* else only the selected have a gradient */
     double gate = 0, balance = 0;
     for (int64_t k = 0; k < a->top_k; k++) gate += (double)weight[k] * d_weight[k];
     for (int64_t e = 0; a->aux_f && e < experts; e++) balance += expf(z[e] - lse) * a->aux_f[e];
@@ -94,11 +94,11 @@ static void logits_grad(float *d_z, const espi_router_bwd *a, int64_t t) {
             const double p = expf(z[e] - lse);
             d = a->z_coef * 2 * lse * p;
             if (a->aux_f) d += a->aux_coef * p * (a->aux_f[e] - balance);
-            if (!a->renormalise) d -= p * gate;
+            if (!a->rule.renormalise) d -= p * gate;
         }
         d_z[e] = (float)d;
     }
-    for (int64_t k = 0; k < a->top_k; k++) d_z[idx[k]] += (float)(weight[k] * (d_weight[k] - (a->renormalise ? gate : 0)));
+    for (int64_t k = 0; k < a->top_k; k++) d_z[idx[k]] += (float)(weight[k] * (d_weight[k] - (a->rule.renormalise ? gate : 0)));
 }
 
 esp_status ESPI_CPU(espi_router_bwd)(const espi_exec *exec, const espi_router_bwd *a) {

@@ -33,6 +33,24 @@ esp_status ESPI_CPU(espi_add)(const espi_exec *exec, const espi_add *a) {
     return ESP_OK;
 }
 
+esp_status ESPI_CPU(espi_clamp_fwd)(const espi_exec *exec, const espi_clamp_fwd *a) {
+    const float *x = a->x, limit = (float)a->limit;
+    float *y = a->y;
+    const int threads = cpu_threads(exec, (double)a->n * 4);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t i = 0; i < a->n; i++) y[i] = x[i] > limit ? limit : x[i] < -limit ? -limit : x[i];
+    return ESP_OK;
+}
+
+esp_status ESPI_CPU(espi_clamp_bwd)(const espi_exec *exec, const espi_clamp_bwd *a) {
+    const float *x = a->x, *d_y = a->d_y, limit = (float)a->limit;
+    float *d_x = a->d_x;
+    const int threads = cpu_threads(exec, (double)a->n * 4);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t i = 0; i < a->n; i++) d_x[i] = x[i] >= -limit && x[i] <= limit ? d_y[i] : 0;
+    return ESP_OK;
+}
+
 esp_status ESPI_CPU(espi_rmsnorm_fwd)(const espi_exec *exec, const espi_rmsnorm_fwd *a) {
     const int64_t n = a->n;
     const float *w = a->w;
@@ -132,7 +150,7 @@ static void rotate(const espi_exec *exec, const espi_rope *a, float direction) {
     for (int64_t t = 0; t < a->tokens; t++) {
         const float *c = (const float *)a->cos + t * half, *s = (const float *)a->sin + t * half;
         for (int64_t head = 0; head < a->heads; head++) {
-            float *low = (float *)a->x + (t * a->heads + head) * 2 * half, *high = low + half;
+            float *low = (float *)a->x + (t * a->heads + head) * a->head_dim, *high = low + half;
             int64_t j = 0;
             for (; j + LANES <= half; j += LANES) {
                 const vec l = load(low + j), h = load(high + j), cosine = load(c + j), sine = splat(direction) * load(s + j);

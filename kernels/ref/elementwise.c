@@ -1,4 +1,4 @@
-/* Zeroing, the sum of two arrays, and the sum of squares that gradient clipping needs. */
+/* Zeroing, the sum of two arrays, clamping, and the sum of squares that gradient clipping needs. */
 #include "kernels/ref/ref.h"
 
 enum { SUMSQ_CHUNK = 4096 };
@@ -14,6 +14,20 @@ esp_status ESPI_REF_NAME(espi_add)(const espi_exec *exec, const espi_add *a) {
     real *out = a->out;
     const real *left = a->a, *right = a->b;
     for (int64_t i = 0; i < a->n; i++) out[i] = left[i] + right[i];
+    return ESP_OK;
+}
+
+esp_status ESPI_REF_NAME(espi_clamp_fwd)(const espi_exec *exec, const espi_clamp_fwd *a) {
+    (void)exec;
+    const real *x = a->x, limit = (real)a->limit;
+    for (int64_t i = 0; i < a->n; i++) ((real *)a->y)[i] = x[i] > limit ? limit : x[i] < -limit ? -limit : x[i];
+    return ESP_OK;
+}
+
+esp_status ESPI_REF_NAME(espi_clamp_bwd)(const espi_exec *exec, const espi_clamp_bwd *a) {
+    (void)exec;
+    const real *x = a->x, *d_y = a->d_y, limit = (real)a->limit;
+    for (int64_t i = 0; i < a->n; i++) ((real *)a->d_x)[i] = x[i] >= -limit && x[i] <= limit ? d_y[i] : 0;
     return ESP_OK;
 }
 

@@ -18,7 +18,7 @@ static void rotate(const espi_rope *a, double direction) {
     for (int64_t t = 0; t < a->tokens; t++) {
         const real *c = (const real *)a->cos + t * a->half, *s = (const real *)a->sin + t * a->half;
         for (int64_t head = 0; head < a->heads; head++) {
-            real *low = (real *)a->x + (t * a->heads + head) * 2 * a->half, *high = low + a->half;
+            real *low = (real *)a->x + (t * a->heads + head) * a->head_dim, *high = low + a->half;
             for (int64_t j = 0; j < a->half; j++) {
                 const double l = low[j], h = high[j], sine = direction * s[j];
                 low[j] = (real)(l * c[j] - h * sine);

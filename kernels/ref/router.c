@@ -41,7 +41,7 @@ esp_status ESPI_REF_NAME(espi_router_fwd)(const espi_exec *exec, const espi_rout
         for (int64_t k = 0; k < a->top_k; k++) selected += exp(z[idx[k]] - lse);
         for (int64_t k = 0; k < a->top_k; k++) {
             const double p = exp(z[idx[k]] - lse);
-            weight[k] = (real)(a->renormalise ? p / selected : p);
+            weight[k] = (real)(a->rule.renormalise ? p / selected : p);
             if (a->counts) a->counts[idx[k]]++;
         }
         for (int64_t e = 0; a->p_sum && e < experts; e++) a->p_sum[e] += exp(z[e] - lse);
@@ -66,9 +66,9 @@ static void logits_grad(real *d_z, const espi_router_bwd *a, int64_t t) {
         const double p = exp(z[e] - lse);
         double d = a->z_coef * 2 * lse * p;
         if (a->aux_f) d += a->aux_coef * p * (a->aux_f[e] - balance);
-        if (!a->renormalise) d -= p * gate;
+        if (!a->rule.renormalise) d -= p * gate;
         if (k < a->top_k && idx[k] == e) {
-            d += weight[k] * (d_weight[k] - (a->renormalise ? gate : 0));
+            d += weight[k] * (d_weight[k] - (a->rule.renormalise ? gate : 0));
             k++;
         }
         d_z[e] = (real)d;

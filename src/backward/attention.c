@@ -4,16 +4,28 @@
 #include <math.h>
 
 static esp_status rotate_back(espi_pass *pass, void *d_x, int64_t heads) {
-    const espi_rope args = {
-        .x = d_x, .cos = pass->cos, .sin = pass->sin, .tokens = pass->tokens, .heads = heads, .half = pass->model->config.head_dim / 2};
+    const espi_config *c = &pass->model->config;
+    const espi_rope args = {.x = d_x,
+                            .cos = pass->cos,
+                            .sin = pass->sin,
+                            .tokens = pass->tokens,
+                            .heads = heads,
+                            .half = c->rotary_dim / 2,
+                            .head_dim = c->head_dim};
     return espi_op_rope_bwd(pass->ctx, pass->arena, &args);
 }
 
-/* d real [T,heads*D] is used up: rotation and norm are undone in it, then the projection. */
-static esp_status project_back(espi_pass *pass, void *d_x, bool accumulate, void *d, const void *raw, const void *rstd, const void *u,
-                               const void *x, const espi_linear *linear, const float *norm, int64_t heads) {
-    if (norm) ESPI_TRY(espi_norm_backward(pass, d, d, NULL, raw, rstd, norm, pass->tokens * heads, pass->model->config.head_dim));
-    return espi_linear_backward(pass, d_x, accumulate, d, x, u, linear);
+/* d real [T,heads*D] is used up: limits and norm are undone in it, then the projection. */
+static esp_status project_back(espi_pass *pass, void *d_x, bool accumulate, void *d, const void *x, const espi_linear *linear,
+                               const float *norm, int64_t heads, const espi_projection_saved *saved) {
+    const espi_config *c = &pass->model->config;
+    const int64_t width = heads * c->head_dim, n = c->whole_qk_norm ? width : c->head_dim;
+    if (saved->free) {
+        const espi_clamp_bwd clamp = {.d_x = d, .d_y = d, .x = saved->free, .n = pass->tokens * width, .limit = c->clip_qkv};
+        ESPI_TRY(espi_op_clamp_bwd(pass->ctx, pass->arena, &clamp));
+    }
+    if (norm) ESPI_TRY(espi_norm_backward(pass, d, d, NULL, saved->raw, saved->rstd, norm, pass->tokens * width / n, n));
+    return espi_linear_backward(pass, d_x, accumulate, d, x, saved->u, linear);
 }
 
 esp_status espi_attention_backward(espi_pass *pass, int64_t layer, void *d_x, const void *d_y, const void *x,
@@ -32,12 +44,15 @@ esp_status espi_attention_backward(espi_pass *pass, int64_t layer, void *d_x, co
     const espi_attention_bwd args = {.d_q = d_q,
                                      .d_k = d_k,
                                      .d_v = d_v,
+                                     .d_sinks = w->d_sinks,
                                      .d_out = d_out,
-                                     .q = saved->q,
-                                     .k = saved->k,
-                                     .v = saved->v,
+                                     .q = saved->q.out,
+                                     .k = saved->k.out,
+                                     .v = saved->v.out,
                                      .out = saved->out,
                                      .lse = saved->lse,
+                                     .sinks = w->sinks,
+                                     .window = c->window[layer],
                                      .spans = pass->spans,
                                      .heads = c->heads,
                                      .kv_heads = c->kv_heads,
@@ -49,9 +64,9 @@ esp_status espi_attention_backward(espi_pass *pass, int64_t layer, void *d_x, co
     espi_probe(pass, "d_v", layer, d_v, t, nk);
     ESPI_TRY(rotate_back(pass, d_q, c->heads));
     ESPI_TRY(rotate_back(pass, d_k, c->kv_heads));
-    ESPI_TRY(project_back(pass, d_x, false, d_q, saved->q_raw, saved->q_rstd, saved->u_q, x, &w->q, w->q_norm, c->heads));
-    ESPI_TRY(project_back(pass, d_x, true, d_k, saved->k_raw, saved->k_rstd, saved->u_k, x, &w->k, w->k_norm, c->kv_heads));
-    ESPI_TRY(espi_linear_backward(pass, d_x, true, d_v, x, saved->u_v, &w->v));
+    ESPI_TRY(project_back(pass, d_x, false, d_q, x, &w->q, w->q_norm, c->heads, &saved->q));
+    ESPI_TRY(project_back(pass, d_x, true, d_k, x, &w->k, w->k_norm, c->kv_heads, &saved->k));
+    ESPI_TRY(project_back(pass, d_x, true, d_v, x, &w->v, NULL, c->kv_heads, &saved->v));
     espi_arena_release(pass->arena, mark);
     return ESP_OK;
 }

@@ -17,8 +17,10 @@ esp_status espi_moe_backward(espi_pass *pass, int64_t layer, void *d_x, const vo
     return ESP_OK;
 }
 
-static esp_status dense_backward(espi_pass *pass, const espi_layer *w, void *d_x, const void *d_out, const espi_block_saved *saved) {
-    const int64_t t = pass->tokens, width = w->mlp_down.w.cols;
+/* d_x real [T,H]: overwrite, or add when accumulate (the shared expert comes after the routed ones). */
+static esp_status mlp_backward(espi_pass *pass, const espi_linear *gate_up, const espi_linear *down, void *d_x, bool accumulate,
+                               const void *d_out, const espi_block_saved *saved) {
+    const int64_t t = pass->tokens, width = down->w.cols;
     const size_t mark = espi_arena_mark(pass->arena);
     void *act, *d_act, *d_gu;
     ESPI_TRY(espi_take_real(pass, t * width, &act));
@@ -26,10 +28,10 @@ static esp_status dense_backward(espi_pass *pass, const espi_layer *w, void *d_x
     ESPI_TRY(espi_take_real(pass, t * 2 * width, &d_gu));
     const espi_swiglu_fwd again = {.act = act, .gu = saved->mlp_gu, .rows = t, .width = width};
     ESPI_TRY(espi_op_swiglu_fwd(pass->ctx, pass->arena, &again));
-    ESPI_TRY(espi_linear_backward(pass, d_act, false, d_out, act, saved->u_mlp_dn, &w->mlp_down));
+    ESPI_TRY(espi_linear_backward(pass, d_act, false, d_out, act, saved->u_mlp_dn, down));
     const espi_swiglu_bwd swiglu = {.d_gu = d_gu, .d_act = d_act, .gu = saved->mlp_gu, .rows = t, .width = width};
     ESPI_TRY(espi_op_swiglu_bwd(pass->ctx, pass->arena, &swiglu));
-    ESPI_TRY(espi_linear_backward(pass, d_x, false, d_gu, saved->norm2, saved->u_mlp_gu, &w->mlp_gate_up));
+    ESPI_TRY(espi_linear_backward(pass, d_x, accumulate, d_gu, saved->norm2, saved->u_mlp_gu, gate_up));
     espi_arena_release(pass->arena, mark);
     return ESP_OK;
 }
@@ -41,11 +43,12 @@ esp_status espi_block_backward(espi_pass *pass, int64_t layer, void *d, const vo
     void *d_norm;
     ESPI_TRY(espi_take_real(pass, t * hidden, &d_norm));
     if (w->mlp == ESPI_MLP_DENSE) {
-        ESPI_TRY(dense_backward(pass, w, d_norm, d, saved));
+        ESPI_TRY(mlp_backward(pass, &w->mlp_gate_up, &w->mlp_down, d_norm, false, d, saved));
     } else {
         const espi_router router = espi_layer_router(pass, layer);
         const espi_experts experts = espi_layer_experts(pass, layer);
         ESPI_TRY(espi_moe_backward(pass, layer, d_norm, d, saved->norm2, &router, &experts, &saved->moe));
+        if (w->shared_down.w.rows) ESPI_TRY(mlp_backward(pass, &w->shared_gate_up, &w->shared_down, d_norm, true, d, saved));
     }
     espi_probe(pass, "d_norm2", layer, d_norm, t, hidden);
     ESPI_TRY(espi_norm_backward(pass, d, d_norm, d, saved->h1, saved->rstd2, w->norm2, t, hidden));

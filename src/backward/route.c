@@ -18,7 +18,7 @@ esp_status espi_route_backward(espi_pass *pass, int64_t layer, void *d_x, const 
                                   .w = router->w,
                                   .tokens = pass->tokens,
                                   .top_k = router->top_k,
-                                  .renormalise = router->renormalise,
+                                  .rule = router->rule,
                                   .aux_f = pass->aux_f,
                                   .aux_coef = pass->aux_coef,
                                   .z_coef = pass->z_coef};

@@ -268,7 +268,7 @@ static esp_status turn_back(const norm_walk *w, espi_arena *arena, void *d_y) {
         for (int32_t t = w->r->cu[s]; t < w->r->cu[s + 1]; t++) positions[t] = t - w->r->cu[s];
     const espi_rope_table table = {cos_table, sin_table, positions, m->inv_freq, m->config.rope_attention, tokens, w->half};
     ESPI_TRY(espi_op_rope_table(m->ctx, arena, &table));
-    const espi_rope rope = {d_y, cos_table, sin_table, tokens, w->rows / tokens, w->half};
+    const espi_rope rope = {d_y, cos_table, sin_table, tokens, w->rows / tokens, w->half, w->n};
     return espi_op_rope_bwd(m->ctx, arena, &rope);
 }
 

@@ -1,17 +1,22 @@
 /* attention: norm output -> attention output after o_proj (without the residual).  Twins: forward/attention.c, backward/attention.c.
- * q, k, v projections with LoRA; per-head RMSNorm of q and k; RoPE; causal grouped-query attention; output projection. */
+ * q, k, v projections with LoRA; RMSNorm of q and k, per head or whole; limits; RoPE; causal grouped-query attention; output projection. */
 #ifndef ESPI_CONTRACT_ATTENTION_H
 #define ESPI_CONTRACT_ATTENTION_H
 
 #include "contract/linear.h"
 #include "contract/norm.h"
 
+/* One of q, k, v on its way: x W^T (+ LoRA), RMSNorm, limits; RoPE then turns `out` in place. */
+typedef struct espi_projection_saved {
+    void *u;          /* LoRA */
+    void *raw, *rstd; /* before the norm, and its rstd; NULL without one */
+    void *free;       /* before the limits of clip_qkv; NULL without */
+    void *out;        /* real [T,heads*D] as it enters attention */
+} espi_projection_saved;
+
 typedef struct espi_attention_saved {
-    void *q, *k, *v;             /* real [T,Hq*D], [T,Hk*D] x 2, as they enter attention */
-    void *q_raw, *k_raw;         /* before the q/k norm; NULL without one */
-    void *q_rstd, *k_rstd;       /* [T*Hq], [T*Hk] */
-    void *out, *lse;             /* [T,Hq*D], [T,Hq] */
-    void *u_q, *u_k, *u_v, *u_o; /* LoRA */
+    espi_projection_saved q, k, v;
+    void *out, *lse, *u_o; /* real [T,Hq*D], [T,Hq]; LoRA of the output projection */
 } espi_attention_saved;
 
 /* y real [T,H] overwrite; x real [T,H].  `saved` is taken here.  With a cache the new keys and values are appended to it first. */

@@ -18,7 +18,7 @@ typedef struct espi_block_saved {
     void *h1;                            /* real [T,H] after attention */
     espi_attention_saved attention;
     espi_moe_saved moe;                 /* MoE layers */
-    void *mlp_gu, *u_mlp_gu, *u_mlp_dn; /* dense layers: real [T,2I], LoRA */
+    void *mlp_gu, *u_mlp_gu, *u_mlp_dn; /* dense layers and shared experts: real [T,2I], LoRA */
 } espi_block_saved;
 
 /* The routing of a layer outlives a checkpoint, so it is taken apart from the rest.  Nothing for a dense layer. */

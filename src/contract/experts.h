@@ -6,7 +6,9 @@
 
 typedef struct espi_experts {
     espi_stack gate_up, down;
+    const float *gate_up_bias, *down_bias; /* [E,2I], [E,H] or NULL */
     espi_lora lora_gate_up, lora_down;
+    espi_glu glu;
 } espi_experts;
 
 typedef struct espi_experts_saved {

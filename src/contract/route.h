@@ -17,7 +17,8 @@ typedef struct espi_router {
     espi_mat w; /* f32 [E,H] */
     void *d_w;  /* real [E,H] or NULL: frozen */
     int64_t top_k;
-    bool renormalise;
+    const float *bias, *correction; /* [E] or NULL */
+    espi_router_rule rule;
 } espi_router;
 
 esp_status espi_route_take_saved(espi_pass *pass, const espi_router *router, espi_route_saved *saved);

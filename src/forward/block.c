@@ -3,13 +3,24 @@
 
 espi_router espi_layer_router(const espi_pass *pass, int64_t layer) {
     const espi_layer *w = &pass->model->layers[layer];
-    return (espi_router){
-        .w = w->router, .d_w = w->d_router, .top_k = pass->model->config.top_k, .renormalise = pass->model->config.renormalise};
+    const espi_config *c = &pass->model->config;
+    return (espi_router){.w = w->router,
+                         .d_w = w->d_router,
+                         .top_k = c->top_k,
+                         .bias = w->router_bias,
+                         .correction = w->router_correction,
+                         .rule = {.renormalise = c->renormalise, .sigmoid = c->router_sigmoid, .scaling = c->router_scaling}};
 }
 
 espi_experts espi_layer_experts(const espi_pass *pass, int64_t layer) {
     const espi_layer *w = &pass->model->layers[layer];
-    return (espi_experts){.gate_up = w->gate_up, .down = w->down, .lora_gate_up = w->lora_gate_up, .lora_down = w->lora_down};
+    return (espi_experts){.gate_up = w->gate_up,
+                          .down = w->down,
+                          .gate_up_bias = w->gate_up_bias,
+                          .down_bias = w->down_bias,
+                          .lora_gate_up = w->lora_gate_up,
+                          .lora_down = w->lora_down,
+                          .glu = pass->model->config.glu};
 }
 
 esp_status espi_block_take_route(espi_pass *pass, int64_t layer, espi_block_saved *saved) {
@@ -39,21 +50,25 @@ esp_status espi_moe_forward(espi_pass *pass, int64_t layer, void *out, const voi
     return ESP_OK;
 }
 
-static esp_status dense_forward(espi_pass *pass, const espi_layer *w, void *out, espi_block_saved *saved) {
-    const int64_t t = pass->tokens, width = w->mlp_down.w.cols;
+/* The SwiGLU MLP of a dense layer, or the shared expert of a MoE layer: out = add + MLP(norm2); out may be add. */
+static esp_status mlp_forward(espi_pass *pass, const espi_linear *gate_up, const espi_linear *down, void *out, const void *add,
+                              espi_block_saved *saved) {
+    const int64_t t = pass->tokens, width = down->w.cols;
     ESPI_TRY(espi_take_real(pass, t * 2 * width, &saved->mlp_gu));
-    ESPI_TRY(espi_linear_take_saved(pass, &w->mlp_gate_up, &saved->u_mlp_gu));
-    ESPI_TRY(espi_linear_take_saved(pass, &w->mlp_down, &saved->u_mlp_dn));
-    ESPI_TRY(espi_linear_forward(pass, saved->mlp_gu, saved->u_mlp_gu, saved->norm2, &w->mlp_gate_up));
+    ESPI_TRY(espi_linear_take_saved(pass, gate_up, &saved->u_mlp_gu));
+    ESPI_TRY(espi_linear_take_saved(pass, down, &saved->u_mlp_dn));
+    ESPI_TRY(espi_linear_forward(pass, saved->mlp_gu, saved->u_mlp_gu, saved->norm2, gate_up));
     const size_t mark = espi_arena_mark(pass->arena);
-    void *act;
+    void *act, *y;
     ESPI_TRY(espi_take_real(pass, t * width, &act));
+    ESPI_TRY(espi_take_real(pass, t * down->w.rows, &y));
     const espi_swiglu_fwd swiglu = {.act = act, .gu = saved->mlp_gu, .rows = t, .width = width};
     ESPI_TRY(espi_op_swiglu_fwd(pass->ctx, pass->arena, &swiglu));
-    ESPI_TRY(espi_linear_forward(pass, out, saved->u_mlp_dn, act, &w->mlp_down));
+    ESPI_TRY(espi_linear_forward(pass, y, saved->u_mlp_dn, act, down));
+    const espi_add sum = {.out = out, .a = add, .b = y, .n = t * down->w.rows};
+    ESPI_TRY(espi_op_add(pass->ctx, pass->arena, &sum));
     espi_arena_release(pass->arena, mark);
-    const espi_add add = {.out = out, .a = saved->h1, .b = out, .n = t * w->mlp_down.w.rows};
-    return espi_op_add(pass->ctx, pass->arena, &add);
+    return ESP_OK;
 }
 
 esp_status espi_block_forward(espi_pass *pass, int64_t layer, void *out, const void *x, espi_block_saved *saved, bool replay) {
@@ -74,9 +89,10 @@ esp_status espi_block_forward(espi_pass *pass, int64_t layer, void *out, const v
     espi_probe(pass, "h1", layer, saved->h1, t, hidden);
     ESPI_TRY(espi_norm_forward(pass, saved->norm2, saved->rstd2, saved->h1, w->norm2, t, hidden));
     espi_probe(pass, "norm2", layer, saved->norm2, t, hidden);
-    if (w->mlp == ESPI_MLP_DENSE) return dense_forward(pass, w, out, saved);
+    if (w->mlp == ESPI_MLP_DENSE) return mlp_forward(pass, &w->mlp_gate_up, &w->mlp_down, out, saved->h1, saved);
     const espi_router router = espi_layer_router(pass, layer);
     const espi_experts experts = espi_layer_experts(pass, layer);
     ESPI_TRY(espi_experts_take_saved(pass, &experts, t * router.top_k, &saved->moe.experts));
-    return espi_moe_forward(pass, layer, out, saved->norm2, saved->h1, &router, &experts, &saved->moe, replay);
+    ESPI_TRY(espi_moe_forward(pass, layer, out, saved->norm2, saved->h1, &router, &experts, &saved->moe, replay));
+    return w->shared_down.w.rows ? mlp_forward(pass, &w->shared_gate_up, &w->shared_down, out, out, saved) : ESP_OK;
 }

@@ -28,7 +28,7 @@ void espi_decoder_saved_free(espi_decoder_saved *saved) {
 /* cos and sin of this batch's positions: token i of sequence s stands at k_len[s] - n + i. */
 static esp_status positions_table(espi_pass *pass) {
     const espi_config *c = &pass->model->config;
-    const int64_t half = c->head_dim / 2;
+    const int64_t half = c->rotary_dim / 2;
     void *cos, *sin;
     ESPI_TRY(espi_take_real(pass, pass->tokens * half, &cos));
     ESPI_TRY(espi_take_real(pass, pass->tokens * half, &sin));

@@ -17,6 +17,7 @@ esp_status espi_experts_forward(espi_pass *pass, int64_t layer, void *y, const v
                                       .u = saved->u_gu,
                                       .x = x,
                                       .w = experts->gate_up,
+                                      .bias = experts->gate_up_bias,
                                       .lora = espi_pass_lora(pass, experts->lora_gate_up),
                                       .routing = *routing};
     ESPI_TRY(espi_op_gate_up_fwd(pass->ctx, pass->arena, &gate_up));
@@ -25,11 +26,16 @@ esp_status espi_experts_forward(espi_pass *pass, int64_t layer, void *y, const v
     const size_t mark = espi_arena_mark(pass->arena);
     void *act;
     ESPI_TRY(espi_take_real(pass, slots * width, &act));
-    const espi_swiglu_fwd swiglu = {.act = act, .gu = saved->gu, .rows = slots, .width = width};
+    const espi_swiglu_fwd swiglu = {.act = act, .gu = saved->gu, .rows = slots, .width = width, .glu = experts->glu};
     ESPI_TRY(espi_op_swiglu_fwd(pass->ctx, pass->arena, &swiglu));
     espi_probe_slots(pass, "act", layer, act, routing, width);
-    const espi_down_fwd down = {
-        .y = y, .u = saved->u_dn, .act = act, .w = experts->down, .lora = espi_pass_lora(pass, experts->lora_down), .routing = *routing};
+    const espi_down_fwd down = {.y = y,
+                                .u = saved->u_dn,
+                                .act = act,
+                                .w = experts->down,
+                                .bias = experts->down_bias,
+                                .lora = espi_pass_lora(pass, experts->lora_down),
+                                .routing = *routing};
     ESPI_TRY(espi_op_down_fwd(pass->ctx, pass->arena, &down));
     espi_probe_slots(pass, "down", layer, y, routing, experts->down.rows);
     espi_arena_release(pass->arena, mark);

@@ -34,9 +34,11 @@ esp_status espi_route_forward(espi_pass *pass, int64_t layer, const void *x, con
                                    .z_sum = pass->router_z_sum,
                                    .x = x,
                                    .w = router->w,
+                                   .bias = router->bias,
+                                   .correction = router->correction,
                                    .tokens = pass->tokens,
                                    .top_k = router->top_k,
-                                   .renormalise = router->renormalise};
+                                   .rule = router->rule};
     ESPI_TRY(espi_op_router_fwd(pass->ctx, pass->arena, &route));
     /* The routing's arrays are read-only to everybody but this, their writer. */
     const espi_dispatch sort = {.offsets = (int32_t *)r->offsets,

@@ -174,6 +174,10 @@ static esp_status read_common(espi_config *c, const json_t *root, const char *pa
             "more of each",
             path, (long long)c->layers, (long long)c->hidden, (long long)c->vocab, (long long)c->max_position);
     ESPI_TRY(read_attention(c, root, path));
+    c->rotary_dim = c->head_dim;
+    c->router_scaling = 1;
+    c->window = calloc((size_t)c->layers, sizeof *c->window);
+    if (!c->window) return ESPI_FAIL(ESP_ERR_MEMORY, "%s: no memory for the windows of %lld layers", path, (long long)c->layers);
     ESPI_TRY(read_rope(c, root, path));
     ESPI_TRY(espi_json_real(&c->norm_eps, root, path, "rms_norm_eps", NULL, 1e-6));
     if (!(c->norm_eps >= 0) || !isfinite(c->norm_eps))
@@ -243,5 +247,6 @@ esp_status espi_config_read(espi_config *config, const char *dir) {
 
 void espi_config_free(espi_config *config) {
     free(config->mlp_kind);
+    free(config->window);
     *config = (espi_config){0};
 }

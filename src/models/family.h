@@ -5,6 +5,7 @@
 
 #include "core/ctx.h"
 #include "espalier/model.h"
+#include "kernels/ops.h"
 
 #include <jansson.h>
 
@@ -32,7 +33,20 @@ typedef struct espi_config {
     bool qk_norm;
     bool tied_head;
     double norm_eps, aux_coef;
-    double rope_theta, rope_factor; /* rope_factor: inverse frequencies are divided by it ("linear"); 1 = none */
+    int64_t rotary_dim; /* how many values of a head are rotated: the first; head_dim for most */
+    int64_t *window;    /* [layers], owned: keys a query sees, itself included; 0 = all */
+    bool sinks;         /* one more logit per head in the softmax's denominator */
+    bool whole_qk_norm; /* q/k norm over all heads at once, not per head */
+    double clip_qkv;    /* q, k, v limited to +- this after the norm; 0 = not */
+    bool router_bias, router_sigmoid, router_correction;
+    double router_scaling; /* factor on the gate weights; 1 = none */
+    bool expert_bias;      /* gate_up and down have biases */
+    espi_glu glu;
+    int64_t shared_width;                                 /* I of the expert that sees every token; 0 = none */
+    double rope_theta, rope_factor;                       /* rope_factor: inverse frequencies are divided by it ("linear"); 1 = none */
+    bool yarn;                                            /* blend the plain and the divided frequencies (formats-and-numerics 4.3) */
+    double yarn_beta_fast, yarn_beta_slow, yarn_original; /* yarn_original: the context length before scaling */
+    bool yarn_truncate;
     double rope_attention;          /* factor on cos and sin; 1 = none */
     int64_t bos_id, eos_id, pad_id; /* -1 = not stated; of a list the first */
     esp_dtype stored_dtype;         /* in which embedding, head and plain experts are held; what the file has narrower is widened */

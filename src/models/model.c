@@ -26,6 +26,10 @@ esp_status espi_model_options(esp_model_config *options, espi_lora_spec lora[ESP
     ESPI_TRY(espi_struct_read(options, sizeof *options, config, "esp_model_config"));
     ESPI_TRY(check_options(options));
     if (options->experts == ESP_Q_DEFAULT) options->experts = ESP_NF4;
+    if (c->router_sigmoid && (options->router_aux_coef != 0 || options->router_z_coef != 0))
+        return ESPI_FAIL(ESP_ERR_UNSUPPORTED,
+                         "router_aux_coef, router_z_coef: got %g, %g, expected 0: the router of %s has no softmax to balance",
+                         (double)options->router_aux_coef, (double)options->router_z_coef, c->family->name);
     if (options->experts == ESP_Q_NONE && options->double_quant)
         return ESPI_FAIL(ESP_ERR_ARG, "double_quant: got true with unquantised experts, expected NF4 or FP4 experts");
     if (options->adapter_dir) return espi_adapter_read_spec(lora, &options->lora_alpha, &options->rslora, options->adapter_dir, c);
@@ -41,11 +45,29 @@ esp_status espi_model_options(esp_model_config *options, espi_lora_spec lora[ESP
     return ESP_OK;
 }
 
+/* YaRN's share of the divided frequency at dimension j: 0 below the fast border, 1 above the slow one. */
+static double yarn_ramp(const espi_config *c, double j) {
+    const double d = (double)c->rotary_dim, per_turn = c->yarn_original / (2 * acos(-1.0)), base = 2 * log(c->rope_theta);
+    double low = d * log(per_turn / c->yarn_beta_fast) / base, high = d * log(per_turn / c->yarn_beta_slow) / base;
+    if (c->yarn_truncate) {
+        low = floor(low);
+        high = ceil(high);
+    }
+    low = fmax(low, 0);
+    high = fmin(high, d - 1);
+    if (low == high) high += 0.001;
+    return fmin(fmax((j - low) / (high - low), 0), 1);
+}
+
 esp_status espi_rope_frequencies(double **inv_freq, const espi_config *c) {
-    const int64_t half = c->head_dim / 2;
+    const int64_t half = c->rotary_dim / 2;
     double *f = malloc((size_t)half * sizeof *f);
     if (!f) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for %lld inverse frequencies", (long long)half);
-    for (int64_t j = 0; j < half; j++) f[j] = pow(c->rope_theta, -2.0 * (double)j / (double)c->head_dim) / c->rope_factor;
+    for (int64_t j = 0; j < half; j++) {
+        const double plain = pow(c->rope_theta, -2.0 * (double)j / (double)c->rotary_dim), divided = plain / c->rope_factor;
+        const double ramp = c->yarn ? yarn_ramp(c, (double)j) : 1;
+        f[j] = divided * ramp + plain * (1 - ramp);
+    }
     *inv_freq = f;
     return ESP_OK;
 }

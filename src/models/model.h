@@ -19,11 +19,16 @@ typedef struct espi_layer {
     const float *norm1, *norm2;   /* [H] */
     const float *q_norm, *k_norm; /* [D] or NULL */
     espi_linear q, k, v, o;
+    const float *sinks; /* [Hq] or NULL */
+    void *d_sinks;      /* real [Hq] gradient, or NULL: frozen */
     /* MoE */
-    espi_mat router; /* f32 [E,H] */
-    void *d_router;  /* real [E,H] gradient, or NULL: frozen */
+    espi_mat router;                              /* f32 [E,H] */
+    const float *router_bias, *router_correction; /* [E] or NULL */
+    void *d_router;                               /* real [E,H] gradient, or NULL: frozen */
     espi_stack gate_up, down;
+    const float *gate_up_bias, *down_bias; /* [E,2I], [E,H] or NULL */
     espi_lora lora_gate_up, lora_down;
+    espi_linear shared_gate_up, shared_down; /* f32 [2Is,H], [H,Is]: the expert that sees every token; no rows: none */
     /* dense */
     espi_linear mlp_gate_up, mlp_down; /* f32 [2I,H] (gate rows, then up rows), [H,I] */
 } espi_layer;

@@ -107,7 +107,7 @@ static esp_status build(esp_moe *moe) {
     const double scale = o->lora_rank ? o->lora_alpha / (double)o->lora_rank : 0;
     moe->model.adapter_on = true;
     moe->router = (espi_router){
-        .w = {.dtype = ESP_F32, .rows = o->experts, .cols = o->hidden}, .top_k = o->top_k, .renormalise = !o->plain_topk_weights};
+        .w = {.dtype = ESP_F32, .rows = o->experts, .cols = o->hidden}, .top_k = o->top_k, .rule = {.renormalise = !o->plain_topk_weights}};
     moe->experts = (espi_experts){.gate_up = shape(o, 2 * o->width, o->hidden, 2),
                                   .down = shape(o, o->hidden, o->width, 1),
                                   .lora_gate_up = {.r = o->lora_rank, .scale = scale},

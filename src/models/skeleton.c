@@ -45,10 +45,15 @@ esp_status espi_model_skeleton(esp_model *model) {
             continue;
         }
         w->router = (espi_mat){.dtype = ESP_F32, .rows = c->experts, .cols = h};
-        w->gate_up = stack(model, 2 * c->expert_width, h, 2);
+        /* Interleaved rows cannot be told apart by a border: gate and up are one matrix then. */
+        w->gate_up = stack(model, 2 * c->expert_width, h, c->glu.interleaved ? 1 : 2);
         w->down = stack(model, h, c->expert_width, 1);
         w->lora_gate_up = branch(model, ESPI_T_GATE_UP);
         w->lora_down = branch(model, ESPI_T_DOWN);
+        if (c->shared_width) {
+            w->shared_gate_up = projection(2 * c->shared_width, h, (espi_lora){0});
+            w->shared_down = projection(h, c->shared_width, (espi_lora){0});
+        }
     }
     return ESP_OK;
 }

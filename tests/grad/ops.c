@@ -63,6 +63,7 @@ static void gather_rows(problem *b) {
 static const pair pairs[] = {
     {ESPI_OP_embed_fwd, ESPI_OP_embed_bwd, {{"out", "d_out", 1}}, {{"w", "d_table"}}, .overwrites = false},
     {ESPI_OP_rmsnorm_fwd, ESPI_OP_rmsnorm_bwd, {{"y", "d_y", 1}, {"x", "d_add", 1}}, {{"x", "d_x"}, {"w", "d_w"}}, .overwrites = false},
+    {ESPI_OP_clamp_fwd, ESPI_OP_clamp_bwd, {{"y", "d_y", 1}}, {{"x", "d_x"}}},
     {ESPI_OP_rope_fwd, ESPI_OP_rope_bwd, {{"x", "x", 1}}, {{"x", "x"}}, .overwrites = true},
     {ESPI_OP_attention_fwd, ESPI_OP_attention_bwd, {{"out", "d_out", 1}}, {{"q", "d_q"}, {"k", "d_k"}, {"v", "d_v"}}, .overwrites = false},
     {ESPI_OP_linear_fwd, ESPI_OP_linear_bwd, {{"y", "d_y", 1}}, {{"x", "d_x"}, {"a", "d_a"}, {"b", "d_b"}}, .overwrites = false},

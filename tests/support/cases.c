@@ -228,13 +228,23 @@ static void build_rope(problem *p, espi_rope *a) {
                      in(p, "sin", s->tokens * half),
                      s->tokens,
                      s->heads,
-                     half};
+                     half,
+                     s->head_dim};
 }
 static void build_rope_fwd(problem *p, espi_rope *a) {
     build_rope(p, a);
 }
 static void build_rope_bwd(problem *p, espi_rope *a) {
     build_rope(p, a);
+}
+
+static void build_clamp_fwd(problem *p, espi_clamp_fwd *a) {
+    const int64_t n = p->shape.tokens * p->shape.hidden;
+    *a = (espi_clamp_fwd){out(p, "y", n), in(p, "x", n), n, 0.5};
+}
+static void build_clamp_bwd(problem *p, espi_clamp_bwd *a) {
+    const int64_t n = p->shape.tokens * p->shape.hidden;
+    *a = (espi_clamp_bwd){out(p, "d_x", n), in(p, "d_y", n), in(p, "x", n), n, 0.5};
 }
 
 enum { PAST = 3 };
@@ -325,7 +335,7 @@ static void build_router_fwd(problem *p, espi_router_fwd *a) {
                            .w = mat(p, s->experts, s->hidden),
                            .tokens = s->tokens,
                            .top_k = s->top_k,
-                           .renormalise = s->renormalise};
+                           .rule = {.renormalise = s->renormalise}};
     if (!s->extras) return;
     a->counts = field_add(p, "counts", ROLE_INOUT, ESP_I64, s->experts);
     a->p_sum = field_add(p, "p_sum", ROLE_INOUT, ESP_F64, s->experts);
@@ -349,7 +359,7 @@ static void build_router_bwd(problem *p, espi_router_bwd *a) {
                            .w = mat(p, s->experts, s->hidden),
                            .tokens = s->tokens,
                            .top_k = s->top_k,
-                           .renormalise = s->renormalise};
+                           .rule = {.renormalise = s->renormalise}};
     problem_free(&f);
     if (!s->extras) return;
     a->aux_f = field_add(p, "aux_f", ROLE_IN, ESP_F64, s->experts);
