@@ -16,12 +16,11 @@ static esp_status rotate(espi_pass *pass, void *x, int64_t heads) {
 }
 
 /* A norm covers one head, or, in families that say so, all heads of a token at once. */
-static esp_status take_projection(espi_pass *pass, const espi_linear *linear, const float *norm, int64_t heads,
-                                  espi_projection_saved *saved) {
+static esp_status take_projection(espi_pass *pass, const espi_linear *linear, bool normed, int64_t heads, espi_projection_saved *saved) {
     const espi_config *c = &pass->model->config;
     const int64_t n = pass->tokens * heads * c->head_dim;
     ESPI_TRY(espi_take_real(pass, n, &saved->out));
-    if (norm) {
+    if (normed) {
         ESPI_TRY(espi_take_real(pass, n, &saved->raw));
         ESPI_TRY(espi_take_real(pass, pass->tokens * (c->whole_qk_norm ? 1 : heads), &saved->rstd));
     }
@@ -68,9 +67,9 @@ esp_status espi_attention_forward(espi_pass *pass, int64_t layer, void *y, const
     const espi_layer *w = &pass->model->layers[layer];
     const int64_t t = pass->tokens, nq = c->heads * c->head_dim, nk = c->kv_heads * c->head_dim;
     *saved = (espi_attention_saved){0};
-    ESPI_TRY(take_projection(pass, &w->q, w->q_norm, c->heads, &saved->q));
-    ESPI_TRY(take_projection(pass, &w->k, w->k_norm, c->kv_heads, &saved->k));
-    ESPI_TRY(take_projection(pass, &w->v, NULL, c->kv_heads, &saved->v));
+    ESPI_TRY(take_projection(pass, &w->q, c->qk_norm, c->heads, &saved->q));
+    ESPI_TRY(take_projection(pass, &w->k, c->qk_norm, c->kv_heads, &saved->k));
+    ESPI_TRY(take_projection(pass, &w->v, false, c->kv_heads, &saved->v));
     ESPI_TRY(espi_take_real(pass, t * nq, &saved->out));
     ESPI_TRY(espi_take_real(pass, t * c->heads, &saved->lse));
     ESPI_TRY(espi_linear_take_saved(pass, &w->o, &saved->u_o));
