@@ -35,8 +35,11 @@ static const choice losses[] = {{"grpo", ESP_LOSS_GRPO},   {"bnpo", ESP_LOSS_BNP
 static const choice levels[] = {{"token", ESP_IS_TOKEN}, {"sequence", ESP_IS_SEQUENCE}, {NULL, 0}};
 static const choice kl_grads[] = {{"k2", ESP_KL_GRAD_K2}, {"k3", ESP_KL_GRAD_K3}, {NULL, 0}};
 static const choice scales[] = {{"none", ESP_SCALE_NONE}, {"group", ESP_SCALE_GROUP}, {"batch", ESP_SCALE_BATCH}, {NULL, 0}};
-static const choice schedules[] = {
-    {"constant", ESP_SCHEDULE_CONSTANT}, {"linear", ESP_SCHEDULE_LINEAR}, {"cosine", ESP_SCHEDULE_COSINE}, {NULL, 0}};
+static const choice schedules[] = {{"constant", ESP_SCHEDULE_CONSTANT},
+                                   {"linear", ESP_SCHEDULE_LINEAR},
+                                   {"cosine", ESP_SCHEDULE_COSINE},
+                                   {"cosine_with_restarts", ESP_SCHEDULE_COSINE_WITH_RESTARTS},
+                                   {NULL, 0}};
 static const choice targets[] = {{"q", ESP_LORA_Q},
                                  {"k", ESP_LORA_K},
                                  {"v", ESP_LORA_V},
@@ -88,7 +91,8 @@ static const option options[] = {
     {"vespo_k_neg", REAL, POSITIVE, O(vespo_k_neg), GRPO, NULL, "(3)"},
     {"vespo_lambda_neg", REAL, POSITIVE, O(vespo_lambda_neg), GRPO, NULL, "(2)"},
     {"off_policy_mask_threshold", REAL, NOT_NEGATIVE, O(off_policy_mask_threshold), GRPO, NULL, "0 = off (0)"},
-    {"top_entropy_quantile", REAL, NOT_NEGATIVE, O(top_entropy_quantile), GRPO, NULL, "share of tokens kept, by entropy; 0 = all (0)"},
+    {"top_entropy_quantile", REAL, NOT_NEGATIVE, O(top_entropy_quantile), GRPO, NULL,
+     "share of tokens kept, by entropy; 0 = all; not with micro-batches (0)"},
     {"entropy_coef", REAL, ANY, O(entropy_coef), GRPO, NULL, "entropy bonus (0)"},
     {"max_completion_length", I32, NOT_NEGATIVE, O(max_completion_length), GRPO, NULL, "dr_grpo's constant; 0 = max_new_tokens (0)"},
     {"lr", REAL, POSITIVE, A(lr), BOTH, NULL, "learning rate (1e-3)"},
@@ -97,9 +101,10 @@ static const option options[] = {
     {"eps", REAL, POSITIVE, A(eps), BOTH, NULL, "(1e-8)"},
     {"weight_decay", REAL, NOT_NEGATIVE, A(weight_decay), BOTH, NULL, "(0)"},
     {"max_grad_norm", REAL, NOT_ZERO, A(max_grad_norm), BOTH, NULL, "clip; negative = none (1)"},
-    {"schedule", CHOICE, ANY, A(schedule), BOTH, schedules, "constant|linear|cosine (constant)"},
+    {"schedule", CHOICE, ANY, A(schedule), BOTH, schedules, "constant|linear|cosine|cosine_with_restarts (constant)"},
+    {"num_cycles", REAL, POSITIVE, A(num_cycles), BOTH, NULL, "of the cosine schedules (cosine: 0.5, with restarts: 1)"},
     {"warmup_steps", I64, NOT_NEGATIVE, A(warmup_steps), BOTH, NULL, "(0)"},
-    {"total_steps", I64, NOT_NEGATIVE, A(total_steps), BOTH, NULL, "length of the schedule, for linear and cosine"},
+    {"total_steps", I64, NOT_NEGATIVE, A(total_steps), BOTH, NULL, "length of the schedule; needed unless it is constant"},
     {"eight_bit", FLAG, ANY, A(eight_bit), BOTH, NULL, "moments in 8 bits"},
     {"experts", CHOICE, ANY, M(experts), BOTH, formats, "how experts are held: nf4|fp4|none (nf4)"},
     {"double_quant", FLAG, ANY, M(double_quant), BOTH, NULL, "quantise the block scales too"},

@@ -48,7 +48,8 @@ struct esp_objective {
     float sapo_temperature_pos, sapo_temperature_neg;                   ///< default 1.0, 1.05
     float vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg; ///< default 2, 3, 3, 2
     float off_policy_mask_threshold;                                    ///< drop sequences with A < 0 and mean(old - lp) above it; 0 = off
-    float top_entropy_quantile;    ///< keep this share of the batch's tokens, those of highest entropy; 0 or 1 = all
+    float top_entropy_quantile;    ///< keep this share of the tokens, those of highest entropy; 0 or 1 = all.  It is a share of
+                                   ///< the batch of one call, as in TRL: when that is cut, each part keeps its own
     float entropy_coef;            ///< entropy bonus; 0 = none
     float temperature;             ///< default 1: logits / temperature before the log-softmax, as in the sampler
     int32_t max_completion_length; ///< dr_grpo's constant; 0 = the longest completion of the batch
@@ -80,8 +81,9 @@ ESP_API esp_status esp_grpo_loss(esp_model *model, const esp_batch *batch, const
 /// The same on plain arrays, for those who own their forward: one coefficient a token.  Arrays are [n_tokens] of the counted tokens only,
 /// sequence after sequence; cu [n_seqs+1]; advantage [n_seqs].  old, ref, is_ratio, entropy may be NULL where the options do not need them.
 /// step_tokens, step_seqs: of the whole optimiser step, as in esp_batch; 0 = those given here.  Micro-batches then add up to the gradient
-/// of the whole (bnpo, a mean over each micro-batch by definition, only when all have the same tokens a sequence). g [out] d loss / d
-/// logprob; e [out] d loss / d entropy (0 without an entropy bonus)
+/// of the whole (bnpo, a mean over each micro-batch by definition, only when all have the same tokens a sequence; top_entropy_quantile
+/// below 1 not at all, as each micro-batch keeps its share of the tokens given here).
+/// g [out] d loss / d logprob; e [out] d loss / d entropy (0 without an entropy bonus)
 ESP_API esp_status esp_objective_coefficients(const esp_objective *objective, int32_t n_seqs, const int32_t *cu, const double *logprob,
                                               const double *old, const double *ref, const double *is_ratio, const double *entropy,
                                               const double *advantage, double step_tokens, double step_seqs, double *g, double *e,
@@ -94,10 +96,12 @@ typedef enum esp_advantage_order { ESP_SUM_THEN_NORMALIZE = 0, ESP_NORMALIZE_THE
 
 /// rewards [n_groups*group_size, n_rewards], NaN = that function abstained; weights [n_rewards] or NULL = 1.
 /// advantage [out] [n]; reward [out] [n] or NULL: the weighted sum (NaN where all abstained, which leaves mean and deviation and has
-/// advantage 0); deviation is unbiased, the divisor is deviation + 1e-4.
+/// advantage 0); deviation [out] [n] or NULL: of the row's group, of the batch with ESP_SCALE_BATCH, of the summed scores of the batch with
+/// ESP_NORMALIZE_THEN_SUM; unbiased, the divisor is deviation + 1e-4 (1 with ESP_SCALE_NONE).
 /// ESP_ERR_NONFINITE: an infinite reward (names the row)
-ESP_API esp_status esp_advantages(double *advantage, double *reward, const double *rewards, const double *weights, int64_t n_groups,
-                                  int64_t group_size, int64_t n_rewards, esp_advantage_scale scale, esp_advantage_order order);
+ESP_API esp_status esp_advantages(double *advantage, double *reward, double *deviation, const double *rewards, const double *weights,
+                                  int64_t n_groups, int64_t group_size, int64_t n_rewards, esp_advantage_scale scale,
+                                  esp_advantage_order order);
 
 #ifdef __cplusplus
 }

@@ -11,7 +11,12 @@ extern "C" {
 typedef struct esp_optim esp_optim;
 
 /// Multipliers of the base learning rate, as transformers has them.
-typedef enum esp_schedule { ESP_SCHEDULE_CONSTANT = 0, ESP_SCHEDULE_LINEAR = 1, ESP_SCHEDULE_COSINE = 2 } esp_schedule;
+typedef enum esp_schedule {
+    ESP_SCHEDULE_CONSTANT = 0,
+    ESP_SCHEDULE_LINEAR = 1,
+    ESP_SCHEDULE_COSINE = 2,
+    ESP_SCHEDULE_COSINE_WITH_RESTARTS = 3 ///< falls from 1 to 0 in every cycle
+} esp_schedule;
 
 typedef struct esp_adamw_config {
     size_t struct_size;
@@ -21,7 +26,8 @@ typedef struct esp_adamw_config {
     float weight_decay;                ///< default 0
     float max_grad_norm;               ///< default 1; negative = no clipping
     esp_schedule schedule;             ///< default constant
-    int64_t warmup_steps, total_steps; ///< total_steps is needed by linear and cosine
+    float num_cycles;                  ///< of the cosine schedules; default 0.5 (cosine: falls once), 1 (with restarts)
+    int64_t warmup_steps, total_steps; ///< total_steps is needed by all schedules but constant
     bool eight_bit;                    ///< moments in bitsandbytes' blockwise 8-bit form, for tensors of at least 4096 values
 } esp_adamw_config;
 #define ESP_ADAMW_CONFIG(...) ((esp_adamw_config){.struct_size = sizeof(esp_adamw_config), __VA_ARGS__})
@@ -46,8 +52,8 @@ typedef struct esp_optim_stats {
     { .struct_size = sizeof(esp_optim_stats) }
 ESP_API esp_status esp_optim_stats_get(const esp_optim *optim, esp_optim_stats *out);
 
-/// The multiplier for optimiser step n = 0, 1, ..: with warm-up the first is 0.
-ESP_API double esp_schedule_multiplier(esp_schedule schedule, int64_t n, int64_t warmup_steps, int64_t total_steps);
+/// The multiplier for optimiser step n = 0, 1, ..: with warm-up the first is 0.  num_cycles as in esp_adamw_config, 0 = its default.
+ESP_API double esp_schedule_multiplier(esp_schedule schedule, int64_t n, int64_t warmup_steps, int64_t total_steps, double num_cycles);
 
 /// One saved state array, for checkpoints: moments, their block scales.  count values of `dtype`.
 typedef struct esp_optim_array {

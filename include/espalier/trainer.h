@@ -56,7 +56,8 @@ typedef struct esp_trainer_config {
     int32_t prompts_per_step;   ///< default 16 (GRPO), 32 lines (SFT)
     int32_t group_size;         ///< GRPO samples a prompt; default 8
     int32_t max_new_tokens;     ///< default 10
-    int32_t micro_batch_tokens; ///< tokens of one forward/backward; 0 = the whole step at once
+    int32_t micro_batch_tokens; ///< tokens of one forward/backward; 0 = the whole step at once.  Below the step's most tokens it is refused
+                                ///< together with top_entropy_quantile below 1: each micro-batch would have a threshold of its own
     float temperature;          ///< default 1
     esp_advantage_scale scale;  ///< default none
     esp_objective objective;    ///< all 0 = DAPO, no KL, no entropy bonus

@@ -61,7 +61,7 @@ static esp_status step_all(const adamw_run *r, espi_arena *arena, adamw_state *s
         ESPI_TRY(espi_op_sumsq(ctx, arena, &op));
     }
     *norm = sqrt(sum);
-    *lr = r->c->lr * esp_schedule_multiplier(ESP_SCHEDULE_COSINE, step, r->c->warmup, r->steps);
+    *lr = r->c->lr * esp_schedule_multiplier(ESP_SCHEDULE_COSINE, step, r->c->warmup, r->steps, 0);
     const double scale = r->c->clip > 0 ? fmin(1, r->c->clip / (*norm + 1e-6)) : 1;
     for (int i = 0; i < r->n_params; i++) {
         const adamw_state *s = &states[i];
@@ -146,12 +146,17 @@ typedef struct schedule_case {
     const char *name;
     esp_schedule schedule;
     bool warmup;
+    double num_cycles; /* 0 = the schedule's default */
 } schedule_case;
 
 static const schedule_case schedule_cases[] = {
-    {"constant", ESP_SCHEDULE_CONSTANT, false}, {"constant_with_warmup", ESP_SCHEDULE_CONSTANT, true},
-    {"linear", ESP_SCHEDULE_LINEAR, true},      {"linear_nowarm", ESP_SCHEDULE_LINEAR, false},
-    {"cosine", ESP_SCHEDULE_COSINE, true},
+    {"constant", ESP_SCHEDULE_CONSTANT, false, 0},
+    {"constant_with_warmup", ESP_SCHEDULE_CONSTANT, true, 0},
+    {"linear", ESP_SCHEDULE_LINEAR, true, 0},
+    {"linear_nowarm", ESP_SCHEDULE_LINEAR, false, 0},
+    {"cosine", ESP_SCHEDULE_COSINE, true, 0},
+    {"cosine_half_cycles_1", ESP_SCHEDULE_COSINE, true, 1},
+    {"cosine_with_restarts_3", ESP_SCHEDULE_COSINE_WITH_RESTARTS, true, 3},
 };
 
 static int64_t read_report(const json_t *report, const char *key, int64_t standard) {
@@ -173,7 +178,8 @@ static void verify_schedules(espi_verify *v, const espi_arrays *file, const char
             continue;
         }
         double *got = espi_cli_memory((size_t)want->n * sizeof *got);
-        for (int64_t n = 0; n < want->n; n++) got[n] = esp_schedule_multiplier(known->schedule, n, known->warmup ? warmup : 0, total);
+        for (int64_t n = 0; n < want->n; n++)
+            got[n] = esp_schedule_multiplier(known->schedule, n, known->warmup ? warmup : 0, total, known->num_cycles);
         espi_verify_compare(v, "schedules/", want->name, ESPI_RULE_FORWARD, 1e-12, got, want->v, want->n);
         free(got);
     }

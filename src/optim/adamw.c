@@ -16,7 +16,7 @@
 
 /* esp_adamw_config with defaults filled in. */
 typedef struct settings {
-    double lr, beta1, beta2, eps, weight_decay, max_grad_norm;
+    double lr, beta1, beta2, eps, weight_decay, max_grad_norm, num_cycles;
     esp_schedule schedule;
     int64_t warmup_steps, total_steps;
     bool eight_bit;
@@ -52,15 +52,22 @@ static esp_status check_settings(const settings *s) {
     if (!(s->weight_decay >= 0) || !isfinite(s->weight_decay))
         return ESPI_FAIL(ESP_ERR_ARG, "adamw: weight_decay is %g, expected 0 or a positive number", s->weight_decay);
     if (isnan(s->max_grad_norm)) return ESPI_FAIL(ESP_ERR_ARG, "adamw: max_grad_norm is NaN, expected a number (negative = no clipping)");
-    if ((int)s->schedule < ESP_SCHEDULE_CONSTANT || (int)s->schedule > ESP_SCHEDULE_COSINE)
-        return ESPI_FAIL(ESP_ERR_ARG, "adamw: schedule is %d, expected 0 to 2 (esp_schedule)", (int)s->schedule);
+    if ((int)s->schedule < ESP_SCHEDULE_CONSTANT || (int)s->schedule > ESP_SCHEDULE_COSINE_WITH_RESTARTS)
+        return ESPI_FAIL(ESP_ERR_ARG, "adamw: schedule is %d, expected 0 to 3 (esp_schedule)", (int)s->schedule);
     if (s->warmup_steps < 0 || s->total_steps < 0)
         return ESPI_FAIL(ESP_ERR_ARG, "adamw: warmup_steps is %lld and total_steps %lld, expected 0 or more", (long long)s->warmup_steps,
                          (long long)s->total_steps);
     if (s->schedule != ESP_SCHEDULE_CONSTANT && s->total_steps <= s->warmup_steps)
         return ESPI_FAIL(ESP_ERR_ARG,
-                         "adamw: a linear or cosine schedule with total_steps %lld and warmup_steps %lld; set total_steps above",
+                         "adamw: a schedule that is not constant with total_steps %lld and warmup_steps %lld; set total_steps above",
                          (long long)s->total_steps, (long long)s->warmup_steps);
+    if (!(s->num_cycles >= 0) || !isfinite(s->num_cycles))
+        return ESPI_FAIL(ESP_ERR_ARG, "adamw: num_cycles is %g, expected a positive number (0 = the schedule's default)", s->num_cycles);
+    const bool cycles = s->schedule == ESP_SCHEDULE_COSINE || s->schedule == ESP_SCHEDULE_COSINE_WITH_RESTARTS;
+    if (s->num_cycles != 0 && !cycles)
+        return ESPI_FAIL(ESP_ERR_ARG,
+                         "adamw: num_cycles is %g with schedule %d, which has no cycles; set a cosine schedule or num_cycles 0",
+                         s->num_cycles, (int)s->schedule);
     return ESP_OK;
 }
 
@@ -73,6 +80,7 @@ static esp_status read_settings(settings *s, const esp_adamw_config *config) {
                     .eps = espi_decimal_or(given.eps, 1e-8),
                     .weight_decay = espi_decimal(given.weight_decay),
                     .max_grad_norm = espi_decimal_or(given.max_grad_norm, 1),
+                    .num_cycles = espi_decimal(given.num_cycles),
                     .schedule = given.schedule,
                     .warmup_steps = given.warmup_steps,
                     .total_steps = given.total_steps,
@@ -303,7 +311,7 @@ esp_status esp_optim_step(esp_optim *optim) {
     const settings *s = &optim->set;
     ESPI_TRY(square_sum(optim));
     optim->grad_norm = sqrt(*optim->square_sum);
-    optim->lr = s->lr * esp_schedule_multiplier(s->schedule, optim->step, s->warmup_steps, s->total_steps);
+    optim->lr = s->lr * esp_schedule_multiplier(s->schedule, optim->step, s->warmup_steps, s->total_steps, s->num_cycles);
     if (isfinite(optim->grad_norm)) {
         double clip = s->max_grad_norm < 0 ? 1 : fmin(1, s->max_grad_norm / (optim->grad_norm + CLIP_FLOOR));
         ESPI_TRY(update(optim, optim->lr, clip));

@@ -47,19 +47,24 @@ static double centred(double value, moments m, double divisor) {
     return isnan(value) ? 0 : (value - m.mean) / divisor;
 }
 
-static void sum_then_normalize(double *advantage, const double *total, int64_t n_groups, int64_t group_size, esp_advantage_scale scale) {
+static void sum_then_normalize(double *advantage, double *deviation, const double *total, int64_t n_groups, int64_t group_size,
+                               esp_advantage_scale scale) {
     moments batch = measure(total, n_groups * group_size, 1);
     for (int64_t p = 0; p < n_groups; p++) {
         const double *row = total + p * group_size;
         moments group = measure(row, group_size, 1);
-        double divisor = scale == ESP_SCALE_NONE ? 1 : (scale == ESP_SCALE_GROUP ? group : batch).deviation + DEVIATION_FLOOR;
-        for (int64_t i = 0; i < group_size; i++) advantage[p * group_size + i] = centred(row[i], group, divisor);
+        double spread = (scale == ESP_SCALE_BATCH ? batch : group).deviation;
+        double divisor = scale == ESP_SCALE_NONE ? 1 : spread + DEVIATION_FLOOR;
+        for (int64_t i = 0; i < group_size; i++) {
+            advantage[p * group_size + i] = centred(row[i], group, divisor);
+            if (deviation) deviation[p * group_size + i] = spread;
+        }
     }
 }
 
 /* scores [n, n_rewards]: first each reward within its group, in place; then the weighted sum over the batch. */
-static void normalize_then_sum(double *advantage, double *scores, const double *weights, int64_t n_groups, int64_t group_size,
-                               int64_t n_rewards) {
+static void normalize_then_sum(double *advantage, double *deviation, double *scores, const double *weights, int64_t n_groups,
+                               int64_t group_size, int64_t n_rewards) {
     for (int64_t p = 0; p < n_groups; p++)
         for (int64_t f = 0; f < n_rewards; f++) {
             double *column = scores + p * group_size * n_rewards + f;
@@ -70,7 +75,10 @@ static void normalize_then_sum(double *advantage, double *scores, const double *
     int64_t n = n_groups * group_size;
     for (int64_t i = 0; i < n; i++) advantage[i] = weighted_sum(scores + i * n_rewards, weights, n_rewards);
     moments batch = measure(advantage, n, 1);
-    for (int64_t i = 0; i < n; i++) advantage[i] = centred(advantage[i], batch, batch.deviation + DEVIATION_FLOOR);
+    for (int64_t i = 0; i < n; i++) {
+        advantage[i] = centred(advantage[i], batch, batch.deviation + DEVIATION_FLOOR);
+        if (deviation) deviation[i] = batch.deviation;
+    }
 }
 
 static esp_status check(const double *advantage, const double *rewards, const double *weights, int64_t n_groups, int64_t group_size,
@@ -99,8 +107,8 @@ static esp_status check(const double *advantage, const double *rewards, const do
     return ESP_OK;
 }
 
-esp_status esp_advantages(double *advantage, double *reward, const double *rewards, const double *weights, int64_t n_groups,
-                          int64_t group_size, int64_t n_rewards, esp_advantage_scale scale, esp_advantage_order order) {
+esp_status esp_advantages(double *advantage, double *reward, double *deviation, const double *rewards, const double *weights,
+                          int64_t n_groups, int64_t group_size, int64_t n_rewards, esp_advantage_scale scale, esp_advantage_order order) {
     ESPI_TRY(check(advantage, rewards, weights, n_groups, group_size, n_rewards, scale, order));
     int64_t n = n_groups * group_size;
     if (n == 0) return ESP_OK;
@@ -117,9 +125,9 @@ esp_status esp_advantages(double *advantage, double *reward, const double *rewar
             for (int64_t f = 0; f < n_rewards; f++) work[i * n_rewards + f] = rewards[i * n_rewards + f];
     }
     if (order == ESP_SUM_THEN_NORMALIZE)
-        sum_then_normalize(advantage, work, n_groups, group_size, scale);
+        sum_then_normalize(advantage, deviation, work, n_groups, group_size, scale);
     else
-        normalize_then_sum(advantage, work, weights, n_groups, group_size, n_rewards);
+        normalize_then_sum(advantage, deviation, work, weights, n_groups, group_size, n_rewards);
     free(work);
     return ESP_OK;
 }

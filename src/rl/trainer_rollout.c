@@ -283,7 +283,7 @@ esp_status espi_rollout_make(esp_trainer *t) {
     free_scoring(&s);
     ESPI_TRY(status);
     if (t->c.shuffle_rewards) shuffle_rewards(t);
-    ESPI_TRY(esp_advantages(r->advantage, r->reward, r->parts, t->weights, t->c.prompts_per_step, t->c.group_size, t->c.n_rewards,
+    ESPI_TRY(esp_advantages(r->advantage, r->reward, NULL, r->parts, t->weights, t->c.prompts_per_step, t->c.group_size, t->c.n_rewards,
                             t->c.scale, ESP_SUM_THEN_NORMALIZE));
     t->sums.seconds_sample = sampled - start;
     t->sums.seconds_reward = espi_seconds() - sampled;

@@ -173,6 +173,7 @@ static int set_reals(json_t *root, const esp_trainer *t) {
                    {"adamw_eps", a->eps},
                    {"adamw_weight_decay", a->weight_decay},
                    {"adamw_max_grad_norm", a->max_grad_norm},
+                   {"adamw_num_cycles", a->num_cycles},
                    {"router_aux_coef", t->model->options.router_aux_coef},
                    {"router_z_coef", t->model->options.router_z_coef}};
     int bad = 0;

@@ -54,9 +54,21 @@ esp_status espi_update_reserve(size_t *bytes, esp_trainer *t, bool take) {
     return ESP_OK;
 }
 
+/* The entropy quantile is over the batch of one forward, as in TRL: cutting the step would silently make another objective of it. */
+static esp_status check_cut(const esp_trainer *t, int64_t capacity) {
+    const double share = t->c.objective.top_entropy_quantile;
+    const int64_t all = t->rows * t->longest;
+    if (t->c.kind != ESP_TRAIN_GRPO || share == 0 || share == 1 || capacity == all) return ESP_OK;
+    return ESPI_FAIL(ESP_ERR_ARG,
+                     "micro_batch_tokens: got %d with top_entropy_quantile %g, expected at least %lld, the most tokens of a step: each "
+                     "micro-batch would pick tokens by a threshold of its own; set micro_batch_tokens or top_entropy_quantile 0",
+                     t->c.micro_batch_tokens, share, (long long)all);
+}
+
 esp_status espi_update_create(esp_trainer *t) {
     espi_packed *p = &t->packed;
     const int64_t n = batch_capacity(t);
+    ESPI_TRY(check_cut(t, n));
     p->capacity = n;
     ESPI_TRY(espi_take_array(&t->sequences, t->rows, sizeof *t->sequences));
     ESPI_TRY(espi_take_array(&p->tokens, n, sizeof *p->tokens));

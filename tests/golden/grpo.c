@@ -173,11 +173,17 @@ static void check_advantages(const espi_st_file *file, const char *prefix, const
     double *rewards = golden_read(file, name, &count);
     snprintf(name, sizeof name, "%sadv.%s", prefix, key);
     double *expected = golden_read(file, name, &n), *got = calloc((size_t)n, sizeof *got), *total = calloc((size_t)n, sizeof *total);
-    cr_assert(got && total);
+    double *deviation = calloc((size_t)n, sizeof *deviation);
+    cr_assert(got && total && deviation);
     const int64_t group = (int64_t)golden_scalar(file, "num_generations");
-    cr_assert_eq(esp_advantages(got, total, rewards, weights, n / group, group, count / n, scale, order), ESP_OK, "%s", esp_last_error());
+    cr_assert_eq(esp_advantages(got, total, deviation, rewards, weights, n / group, group, count / n, scale, order), ESP_OK, "%s",
+                 esp_last_error());
     const double error = golden_error(got, expected, n);
     cr_expect(error <= FLOAT_TOLERANCE, "%s: off by %.3g of the largest", name, error);
+    snprintf(name, sizeof name, "%sadv_std.%s", prefix, key);
+    double *expected_deviation = golden_read(file, name, NULL);
+    const double deviation_error = golden_error(deviation, expected_deviation, n);
+    cr_expect(deviation_error <= FLOAT_TOLERANCE, "%s: off by %.3g of the largest", name, deviation_error);
     for (int64_t i = 0; i < n; i++) {
         bool scored = false;
         for (int64_t f = 0; f < count / n; f++) scored |= !isnan(rewards[i * (count / n) + f]);
@@ -186,8 +192,10 @@ static void check_advantages(const espi_st_file *file, const char *prefix, const
     }
     free(rewards);
     free(expected);
+    free(expected_deviation);
     free(got);
     free(total);
+    free(deviation);
 }
 
 Test(golden_grpo, advantages) {

@@ -140,17 +140,20 @@ Test(golden_optim, schedules) {
         const char *name;
         esp_schedule schedule;
         int64_t warmup;
-    } rows[] = {{"constant", ESP_SCHEDULE_CONSTANT, 0},
-                {"constant_with_warmup", ESP_SCHEDULE_CONSTANT, 4},
-                {"linear", ESP_SCHEDULE_LINEAR, 4},
-                {"linear_nowarm", ESP_SCHEDULE_LINEAR, 0},
-                {"cosine", ESP_SCHEDULE_COSINE, 4}};
+        double num_cycles;
+    } rows[] = {{"constant", ESP_SCHEDULE_CONSTANT, 0, 0},
+                {"constant_with_warmup", ESP_SCHEDULE_CONSTANT, 4, 0},
+                {"linear", ESP_SCHEDULE_LINEAR, 4, 0},
+                {"linear_nowarm", ESP_SCHEDULE_LINEAR, 0, 0},
+                {"cosine", ESP_SCHEDULE_COSINE, 4, 0},
+                {"cosine_half_cycles_1", ESP_SCHEDULE_COSINE, 4, 1},
+                {"cosine_with_restarts_3", ESP_SCHEDULE_COSINE_WITH_RESTARTS, 4, 3}};
     espi_st_file *file = golden_open("optim/schedules.safetensors");
     for (size_t r = 0; r < sizeof rows / sizeof rows[0]; r++) {
         int64_t count;
         double *expected = golden_read(file, rows[r].name, &count);
         for (int64_t n = 0; n < count; n++) {
-            const double got = esp_schedule_multiplier(rows[r].schedule, n, rows[r].warmup, 25);
+            const double got = esp_schedule_multiplier(rows[r].schedule, n, rows[r].warmup, 25, rows[r].num_cycles);
             cr_expect(fabs(got - expected[n]) <= 1e-15, "%s: step %d is %.17g, expected %.17g", rows[r].name, (int)n, got, expected[n]);
         }
         free(expected);

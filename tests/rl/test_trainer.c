@@ -261,6 +261,25 @@ Test(trainer, resume_refuses_another_config) {
     demo_remove(out);
 }
 
+/* A threshold of each micro-batch would be another objective; one forward that holds the step is none of them. */
+Test(trainer, entropy_quantile_needs_the_step_in_one_forward) {
+    esp_trainer_config c = small(NULL, NULL, 1);
+    c.objective.top_entropy_quantile = 0.5f;
+    demo d = demo_trainer(&c);
+    run(&d, 1);
+    const int64_t all = d.trainer->rows * d.trainer->longest;
+    demo_free(&d);
+    c.micro_batch_tokens = (int32_t)all;
+    d = demo_trainer(&c);
+    demo_free(&d);
+    d = demo_model(5, false);
+    c.micro_batch_tokens = (int32_t)all - 1;
+    FAILS(ESP_ERR_ARG, "with top_entropy_quantile 0.5, expected at least", esp_trainer_create(&d.trainer, d.model, d.tokenizer, &c));
+    c.objective.top_entropy_quantile = 1;
+    OK(esp_trainer_create(&d.trainer, d.model, d.tokenizer, &c));
+    demo_free(&d);
+}
+
 Test(trainer, steps_end) {
     esp_trainer_config c = small(NULL, NULL, 1);
     demo d = demo_trainer(&c);

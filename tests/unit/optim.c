@@ -219,6 +219,27 @@ Test(optim, warm_up_starts_at_zero) {
     bench_free(&b);
 }
 
+/* Defaults are half a wave and one cycle; the optimiser uses what its config says. */
+Test(optim, cycles_of_the_cosine_schedules) {
+    for (int64_t n = 0; n < 12; n++) {
+        const double once = esp_schedule_multiplier(ESP_SCHEDULE_COSINE, n, 0, 10, 0);
+        cr_expect_eq(once, esp_schedule_multiplier(ESP_SCHEDULE_COSINE, n, 0, 10, 0.5));
+        cr_expect_eq(esp_schedule_multiplier(ESP_SCHEDULE_COSINE_WITH_RESTARTS, n, 0, 10, 0),
+                     esp_schedule_multiplier(ESP_SCHEDULE_COSINE_WITH_RESTARTS, n, 0, 10, 1));
+        if (n <= 10) cr_expect(fabs(once - esp_schedule_multiplier(ESP_SCHEDULE_COSINE_WITH_RESTARTS, n, 0, 10, 0)) <= 1e-15);
+    }
+    bench b;
+    bench_make(&b, "ref", small, small,
+               &ESP_ADAMW_CONFIG(.lr = 0.5f, .schedule = ESP_SCHEDULE_COSINE_WITH_RESTARTS, .total_steps = 4, .num_cycles = 2));
+    const double expected[] = {0.5, 0.25, 0.5, 0.25, 0};
+    for (int s = 0; s < 5; s++) {
+        set_gradients(&b, s, 1);
+        const double lr = step(&b).lr;
+        cr_expect(fabs(lr - expected[s]) <= 1e-15, "step %d: lr %g, expected %g", s, lr, expected[s]);
+    }
+    bench_free(&b);
+}
+
 Test(optim, options_mean_the_decimal_that_was_written) {
     cr_expect_eq(espi_decimal(0.999f), 0.999);
     cr_expect_eq(espi_decimal(1e-8f), 1e-8);
@@ -239,9 +260,13 @@ static const struct {
     {{.struct_size = sizeof(esp_adamw_config), .eps = -1}, "eps"},
     {{.struct_size = sizeof(esp_adamw_config), .weight_decay = -1}, "weight_decay"},
     {{.struct_size = sizeof(esp_adamw_config), .max_grad_norm = NAN}, "max_grad_norm"},
-    {{.struct_size = sizeof(esp_adamw_config), .schedule = 3}, "schedule"},
+    {{.struct_size = sizeof(esp_adamw_config), .schedule = 4}, "schedule"},
     {{.struct_size = sizeof(esp_adamw_config), .warmup_steps = -1}, "warmup_steps"},
     {{.struct_size = sizeof(esp_adamw_config), .schedule = ESP_SCHEDULE_LINEAR}, "total_steps"},
+    {{.struct_size = sizeof(esp_adamw_config), .schedule = ESP_SCHEDULE_COSINE_WITH_RESTARTS}, "total_steps"},
+    {{.struct_size = sizeof(esp_adamw_config), .num_cycles = 2}, "num_cycles is 2"},
+    {{.struct_size = sizeof(esp_adamw_config), .schedule = ESP_SCHEDULE_COSINE, .total_steps = 5, .num_cycles = -1}, "num_cycles"},
+    {{.struct_size = sizeof(esp_adamw_config), .schedule = ESP_SCHEDULE_COSINE, .total_steps = 5, .num_cycles = NAN}, "num_cycles"},
     {{.struct_size = sizeof(esp_adamw_config), .schedule = ESP_SCHEDULE_COSINE, .warmup_steps = 5, .total_steps = 5}, "total_steps"}};
 
 Test(optim, bad_options_are_refused_by_name) {

@@ -13,7 +13,7 @@ int main(void) {
     ESP_CHECK(esp_ctx_memory(ctx, &memory));
 
     double advantage[4];
-    ESP_CHECK(esp_advantages(advantage, NULL, (double[]){1, 0, 0, 1}, NULL, 1, 4, 1, ESP_SCALE_NONE, ESP_SUM_THEN_NORMALIZE));
+    ESP_CHECK(esp_advantages(advantage, NULL, NULL, (double[]){1, 0, 0, 1}, NULL, 1, 4, 1, ESP_SCALE_NONE, ESP_SUM_THEN_NORMALIZE));
     if (advantage[0] != 0.5 || advantage[1] != -0.5) return 101;
     printf("espalier %s on %s\n", esp_version(), esp_ctx_backend(ctx));
     esp_ctx_destroy(ctx);
