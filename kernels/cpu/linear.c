@@ -58,7 +58,7 @@ esp_status ESPI_CPU(espi_linear_fwd)(const espi_exec *exec, const espi_linear_fw
 
 size_t ESPI_CPU(espi_linear_bwd_scratch)(const espi_exec *exec, const espi_linear_bwd *a) {
     (void)exec;
-    return (size_t)(a->tokens * a->lora.r) * sizeof(float) + (a->d_x ? dense_scratch(&a->w) : 0);
+    return (size_t)(a->tokens * a->lora.r) * sizeof(float) + dense_scratch(&a->w);
 }
 
 esp_status ESPI_CPU(espi_linear_bwd)(const espi_exec *exec, const espi_linear_bwd *a) {

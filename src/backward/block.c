@@ -36,7 +36,7 @@ static esp_status mlp_backward(espi_pass *pass, const espi_linear *gate_up, cons
     return ESP_OK;
 }
 
-esp_status espi_block_backward(espi_pass *pass, int64_t layer, void *d, const void *x, const espi_block_saved *saved) {
+esp_status espi_block_backward(espi_pass *pass, int64_t layer, void *d, const void *x, const espi_block_saved *saved, bool to_input) {
     const espi_layer *w = &pass->model->layers[layer];
     const int64_t t = pass->tokens, hidden = pass->model->config.hidden;
     const size_t mark = espi_arena_mark(pass->arena);
@@ -53,10 +53,12 @@ esp_status espi_block_backward(espi_pass *pass, int64_t layer, void *d, const vo
     espi_probe(pass, "d_norm2", layer, d_norm, t, hidden);
     ESPI_TRY(espi_norm_backward(pass, d, d_norm, d, saved->h1, saved->rstd2, w->norm2, t, hidden));
     espi_probe(pass, "d_h1", layer, d, t, hidden);
-    ESPI_TRY(espi_attention_backward(pass, layer, d_norm, d, saved->norm1, &saved->attention));
-    espi_probe(pass, "d_norm1", layer, d_norm, t, hidden);
-    ESPI_TRY(espi_norm_backward(pass, d, d_norm, d, x, saved->rstd1, w->norm1, t, hidden));
-    espi_probe(pass, "d_h", layer, d, t, hidden);
+    ESPI_TRY(espi_attention_backward(pass, layer, to_input ? d_norm : NULL, d, saved->norm1, &saved->attention));
+    if (to_input) {
+        espi_probe(pass, "d_norm1", layer, d_norm, t, hidden);
+        ESPI_TRY(espi_norm_backward(pass, d, d_norm, d, x, saved->rstd1, w->norm1, t, hidden));
+        espi_probe(pass, "d_h", layer, d, t, hidden);
+    }
     espi_arena_release(pass->arena, mark);
     return ESP_OK;
 }

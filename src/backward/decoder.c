@@ -49,10 +49,11 @@ esp_status espi_decoder_backward(esp_model *model, espi_arena *arena, const void
             ESPI_TRY(espi_block_forward(&pass, l, out, saved->h[l], &again, true));
             pass.quiet = false;
         }
-        ESPI_TRY(espi_block_backward(&pass, l, d, saved->h[l], &again));
+        /* Below layer 0 there is only the frozen embedding: its gradient is formed for a probe alone. */
+        ESPI_TRY(espi_block_backward(&pass, l, d, saved->h[l], &again, l > 0 || model->probe));
         espi_arena_release(arena, mark);
     }
-    ESPI_TRY(espi_embed_backward(&pass, NULL, d));
+    ESPI_TRY(espi_embed_backward(&pass, NULL, d)); /* frozen: no table to add to */
     espi_arena_release(arena, all);
     return ESP_OK;
 }

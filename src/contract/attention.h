@@ -21,7 +21,7 @@ typedef struct espi_attention_saved {
 
 /* y real [T,H] overwrite; x real [T,H].  `saved` is taken here.  With a cache the new keys and values are appended to it first. */
 esp_status espi_attention_forward(espi_pass *pass, int64_t layer, void *y, const void *x, espi_attention_saved *saved);
-/* d_x real [T,H] overwrite.  LoRA gradients: add. */
+/* d_x real [T,H] overwrite, or NULL: not wanted.  LoRA gradients: add. */
 esp_status espi_attention_backward(espi_pass *pass, int64_t layer, void *d_x, const void *d_y, const void *x,
                                    const espi_attention_saved *saved);
 

@@ -27,8 +27,9 @@ esp_status espi_block_take_route(espi_pass *pass, int64_t layer, espi_block_save
 /* out real [T,H] overwrite; x real [T,H] must stay for the backward.  `saved` is taken here, but for the routing (taken before).
  * replay: the routing is already there: use it. */
 esp_status espi_block_forward(espi_pass *pass, int64_t layer, void *out, const void *x, espi_block_saved *saved, bool replay);
-/* d real [T,H]: gradient of the layer's output on entry, of its input on return. */
-esp_status espi_block_backward(espi_pass *pass, int64_t layer, void *d, const void *x, const espi_block_saved *saved);
+/* d real [T,H]: gradient of the layer's output on entry, of its input on return; or, when nobody asks for that (to_input false: everything
+ * below is frozen), undefined on return. */
+esp_status espi_block_backward(espi_pass *pass, int64_t layer, void *d, const void *x, const espi_block_saved *saved, bool to_input);
 
 /* The MoE half.  out real [T,H] overwrite: add (or 0 when NULL) + MoE(x).  All of `saved` was taken before. */
 esp_status espi_moe_forward(espi_pass *pass, int64_t layer, void *out, const void *x, const void *add, const espi_router *router,
