@@ -218,8 +218,9 @@ typedef struct espi_router_rule {
     double scaling;   /* factor on the weights at the end; 0 = 1 */
 } espi_router_rule;
 
-/* logits = x W^T (f32 weight, no rounding in between), p = softmax over all E, top-K of the logits (ties to the lower index), weights p_k
- * or, when renormalise, p_k / sum of the selected.  idx ascending within a token.  A logit that is not finite: ESP_ERR_NONFINITE. */
+/* logits = x W^T + bias (f32 weight, no rounding in between); scores p = softmax over all E, or sigmoid; the top-K by logit, or by sigmoid
+ * + correction (ties to the lower index); weights scaling * p_k or, when renormalise, scaling * p_k / (sum of the selected, + 1e-20 where
+ * sigmoid).  idx ascending within a token.  A logit that is not finite: ESP_ERR_NONFINITE. */
 typedef struct espi_router_fwd {
     void *logits;    /* real [T,E] overwrite */
     void *lse;       /* real [T] overwrite: log-sum-exp of the logits */
@@ -236,7 +237,9 @@ typedef struct espi_router_fwd {
     espi_router_rule rule;
 } espi_router_fwd;
 
-/* From the gradient of the K weights (and the two auxiliary losses) to the logits, then to x: a frozen router still passes it on.
+/* From the gradient of the K weights (and the two auxiliary losses) to the logits, then to x: a frozen router still passes it on.  With
+ * G = sum over k of weight_k d_weight_k:  softmax: weight_e d_weight_e - p_e G for all e, renormalised weight_e (d_weight_e - G / scaling);
+ * sigmoid: that of the selected times 1 - sigmoid, without p_e G.
  * aux: d_logits[t,e] += aux_coef * p_te * (aux_f[e] - sum_j p_tj aux_f[j]);  z: d_logits[t,e] += z_coef * 2 * lse_t * p_te
  * (p: softmax, also where rule.sigmoid). */
 typedef struct espi_router_bwd {

@@ -17,6 +17,11 @@ static inline float espi_stack_absmax(const espi_stack *w, int64_t part, int64_t
     return centred + w->offset[part];
 }
 
+/* 2^(byte - 127); byte 0 is the one subnormal. */
+static inline float espi_e8m0_value(uint8_t byte) {
+    return espi_f32_of_bits(byte ? (uint32_t)byte << 23 : 0x00400000u);
+}
+
 static inline float espi_stack_value(const espi_stack *w, int64_t expert, int64_t row, int64_t col) {
     const int64_t part_rows = w->rows / w->parts;
     const int64_t part = expert * w->parts + row / part_rows;
@@ -24,6 +29,10 @@ static inline float espi_stack_value(const espi_stack *w, int64_t expert, int64_
     const uint8_t *data = (const uint8_t *)w->data + (size_t)part * w->part_bytes;
     if (w->format == ESP_Q_NONE) return espi_plain_value(data, w->dtype, i);
     const uint8_t byte = data[i / 2];
+    if (w->format == ESP_MXFP4) {
+        const unsigned code = i % 2 == 0 ? byte & 15u : byte >> 4;
+        return w->lut[code] * espi_e8m0_value(w->scales[part * w->part_blocks + i / ESPI_MXBLOCK]);
+    }
     const unsigned code = i % 2 == 0 ? byte >> 4 : byte & 15u;
     return w->lut[code] * espi_stack_absmax(w, part, i / ESPI_QBLOCK);
 }
@@ -36,7 +45,8 @@ static inline const char *espi_mat_refusal(const espi_mat *w) {
 
 static inline const char *espi_stack_refusal(const espi_stack *w) {
     if (w->format == ESP_NF4 || w->format == ESP_FP4) return NULL;
-    if (w->format != ESP_Q_NONE) return "experts are neither NF4 nor FP4 nor plain";
+    if (w->format == ESP_MXFP4) return w->cols % ESPI_MXBLOCK == 0 ? NULL : "rows of MXFP4 experts are not whole blocks of 32";
+    if (w->format != ESP_Q_NONE) return "experts are neither NF4 nor FP4 nor MXFP4 nor plain";
     const espi_mat plain = {.dtype = w->dtype};
     return espi_mat_refusal(&plain);
 }

@@ -15,6 +15,7 @@ static const char *refuse_linear_bwd(const espi_linear_bwd *a) {
     return espi_mat_refusal(&a->w);
 }
 static const char *refuse_router_fwd(const espi_router_fwd *a) {
+    if (a->correction && !a->rule.sigmoid) return "a correction of the ranking is defined for sigmoid scores only";
     return espi_mat_refusal(&a->w);
 }
 static const char *refuse_router_bwd(const espi_router_bwd *a) {
@@ -57,6 +58,7 @@ const espi_backend ESPI_REF_NAME(espi_backend) = {
 #undef ESPI_OP
     .attention_fwd.scratch = ESPI_REF_NAME(espi_attention_fwd_scratch),
     .attention_bwd.scratch = ESPI_REF_NAME(espi_attention_bwd_scratch),
+    .router_fwd.scratch = ESPI_REF_NAME(espi_router_fwd_scratch),
     .linear_bwd.scratch = ESPI_REF_NAME(espi_linear_bwd_scratch),
     .gate_up_bwd.scratch = ESPI_REF_NAME(espi_gate_up_bwd_scratch),
     .down_bwd.scratch = ESPI_REF_NAME(espi_down_bwd_scratch),

@@ -18,11 +18,11 @@ esp_status ESPI_REF_NAME(espi_dispatch)(const espi_exec *exec, const espi_dispat
     return ESP_OK;
 }
 
-/* y = W_e x + scale B_e u, u = A_e x, for one row. */
-static void expert_row(real *y, real *u, const real *x, const espi_stack *w, const branch *l, int64_t e) {
+/* y = W_e x + bias_e + scale B_e u, u = A_e x, for one row. */
+static void expert_row(real *y, real *u, const real *x, const espi_stack *w, const float *bias, const branch *l, int64_t e) {
     branch_down(l, u, x);
     for (int64_t o = 0; o < w->rows; o++) {
-        double sum = 0;
+        double sum = bias ? bias[e * w->rows + o] : 0;
         for (int64_t i = 0; i < w->cols; i++) sum += (double)espi_stack_value(w, e, o, i) * x[i];
         y[o] = (real)(sum + branch_up(l, u, o));
     }
@@ -49,7 +49,7 @@ esp_status ESPI_REF_NAME(espi_gate_up_fwd)(const espi_exec *exec, const espi_gat
         const branch l = branch_of(&a->lora, e, w->cols, w->rows);
         for (int64_t s = a->routing.offsets[e]; s < a->routing.offsets[e + 1]; s++) {
             real *u = l.r ? (real *)a->u + s * l.r : NULL;
-            expert_row((real *)a->gu + s * w->rows, u, (const real *)a->x + a->routing.row_token[s] * w->cols, w, &l, e);
+            expert_row((real *)a->gu + s * w->rows, u, (const real *)a->x + a->routing.row_token[s] * w->cols, w, a->bias, &l, e);
         }
     }
     return ESP_OK;
@@ -76,24 +76,54 @@ esp_status ESPI_REF_NAME(espi_gate_up_bwd)(const espi_exec *exec, const espi_gat
     return ESP_OK;
 }
 
+/* Gate j of a row stands at j * step, its up value `up` behind it. */
+typedef struct glu_places {
+    int64_t step, up;
+} glu_places;
+
+static glu_places places_of(const espi_glu *glu, int64_t width) {
+    return glu->interleaved ? (glu_places){2, 1} : (glu_places){1, width};
+}
+
 esp_status ESPI_REF_NAME(espi_swiglu_fwd)(const espi_exec *exec, const espi_swiglu_fwd *a) {
     (void)exec;
+    const glu_places at = places_of(&a->glu, a->width);
+    const real limit = (real)a->glu.limit;
     for (int64_t row = 0; row < a->rows; row++) {
-        const real *gate = (const real *)a->gu + row * 2 * a->width, *up = gate + a->width;
-        for (int64_t i = 0; i < a->width; i++) ((real *)a->act)[row * a->width + i] = (real)(gate[i] / (1 + exp(-(double)gate[i])) * up[i]);
+        for (int64_t i = 0; i < a->width; i++) {
+            const real *gate = (const real *)a->gu + row * 2 * a->width + i * at.step;
+            double g = *gate, u = gate[at.up], slope = 1;
+            if (a->glu.clamped) {
+                g = g > limit ? limit : g;
+                u = 1 + (u > limit ? limit : u < -limit ? -limit : u);
+                slope = a->glu.alpha;
+            }
+            ((real *)a->act)[row * a->width + i] = (real)(g / (1 + exp(-slope * g)) * u);
+        }
     }
     return ESP_OK;
 }
 
 esp_status ESPI_REF_NAME(espi_swiglu_bwd)(const espi_exec *exec, const espi_swiglu_bwd *a) {
     (void)exec;
+    const glu_places at = places_of(&a->glu, a->width);
+    const real limit = (real)a->glu.limit;
     for (int64_t row = 0; row < a->rows; row++) {
-        const real *gate = (const real *)a->gu + row * 2 * a->width, *up = gate + a->width;
-        real *d_gate = (real *)a->d_gu + row * 2 * a->width, *d_up = d_gate + a->width;
         for (int64_t i = 0; i < a->width; i++) {
-            const double d = ((const real *)a->d_act)[row * a->width + i], g = gate[i], u = up[i], sigma = 1 / (1 + exp(-g));
-            d_gate[i] = (real)(d * u * sigma * (1 + g * (1 - sigma)));
-            d_up[i] = (real)(d * g * sigma);
+            const int64_t place = row * 2 * a->width + i * at.step;
+            const double d = ((const real *)a->d_act)[row * a->width + i];
+            double g = ((const real *)a->gu)[place], u = ((const real *)a->gu)[place + at.up], slope = 1;
+            bool gate_passes = true, up_passes = true;
+            if (a->glu.clamped) {
+                gate_passes = !(g >= limit);
+                up_passes = !(u >= limit || u <= -limit);
+                g = g > limit ? limit : g;
+                u = 1 + (u > limit ? limit : u < -limit ? -limit : u);
+                slope = a->glu.alpha;
+            }
+            const double sigma = 1 / (1 + exp(-slope * g));
+            ((real *)a->d_gu)[place] = (real)(gate_passes ? d * u * sigma * (1 + slope * g * (1 - sigma)) : 0);
+            ((real *)a->d_gu)[place + at.up] = (real)(up_passes ? d * g * sigma : 0);
         }
     }
     return ESP_OK;
@@ -105,7 +135,8 @@ esp_status ESPI_REF_NAME(espi_down_fwd)(const espi_exec *exec, const espi_down_f
     for (int64_t e = 0; e < w->experts; e++) {
         const branch l = branch_of(&a->lora, e, w->cols, w->rows);
         for (int64_t s = a->routing.offsets[e]; s < a->routing.offsets[e + 1]; s++)
-            expert_row((real *)a->y + s * w->rows, l.r ? (real *)a->u + s * l.r : NULL, (const real *)a->act + s * w->cols, w, &l, e);
+            expert_row((real *)a->y + s * w->rows, l.r ? (real *)a->u + s * l.r : NULL, (const real *)a->act + s * w->cols, w, a->bias, &l,
+                       e);
     }
     return ESP_OK;
 }
@@ -124,8 +155,10 @@ esp_status ESPI_REF_NAME(espi_down_bwd)(const espi_exec *exec, const espi_down_b
         const branch l = branch_of(&a->lora, e, w->cols, w->rows);
         const int64_t begin = a->routing.offsets[e], end = a->routing.offsets[e + 1];
         for (int64_t s = begin; s < end; s++) {
-            expert_row_bwd(through, q + s * l.r, (const real *)a->d_out + token[s] * w->rows, w, &l, e);
+            const real *d_out = (const real *)a->d_out + token[s] * w->rows;
+            expert_row_bwd(through, q + s * l.r, d_out, w, &l, e);
             double d_weight = 0;
+            for (int64_t o = 0; a->bias && o < w->rows; o++) d_weight += (double)a->bias[e * w->rows + o] * d_out[o];
             for (int64_t i = 0; i < w->cols; i++) {
                 d_weight += act[s * w->cols + i] * through[i];
                 ((real *)a->d_act)[s * w->cols + i] = (real)(weight[s] * through[i]);

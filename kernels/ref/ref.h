@@ -28,6 +28,7 @@ typedef float real;
 /* Scratch of the ops that need some. */
 size_t ESPI_REF_NAME(espi_attention_fwd_scratch)(const espi_exec *exec, const espi_attention_fwd *a);
 size_t ESPI_REF_NAME(espi_attention_bwd_scratch)(const espi_exec *exec, const espi_attention_bwd *a);
+size_t ESPI_REF_NAME(espi_router_fwd_scratch)(const espi_exec *exec, const espi_router_fwd *a);
 size_t ESPI_REF_NAME(espi_linear_bwd_scratch)(const espi_exec *exec, const espi_linear_bwd *a);
 size_t ESPI_REF_NAME(espi_gate_up_bwd_scratch)(const espi_exec *exec, const espi_gate_up_bwd *a);
 size_t ESPI_REF_NAME(espi_down_bwd_scratch)(const espi_exec *exec, const espi_down_bwd *a);

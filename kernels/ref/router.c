@@ -1,4 +1,4 @@
-/* The router: softmax over all experts, top-k of the logits, and the gradients of the gate weights and of the two auxiliary losses. */
+/* The router: scores of all experts, the k best, and the gradients of the gate weights and of the two auxiliary losses. */
 #include "kernels/ref/ref.h"
 
 static double log_sum_exp(const real *z, int64_t n) {
@@ -8,40 +8,59 @@ static double log_sum_exp(const real *z, int64_t n) {
     return max + log(sum);
 }
 
-/* An expert is selected when fewer than k others beat it: a larger logit beats, and so does an equal one of a lower index. */
-static void select_top(int32_t *idx, const real *z, int64_t experts, int64_t k) {
+/* An expert is selected when fewer than k others beat it: a larger rank beats, and so does an equal one of a lower index. */
+static void select_top(int32_t *idx, const double *rank, int64_t experts, int64_t k) {
     int64_t taken = 0;
     for (int64_t e = 0; e < experts; e++) {
         int64_t better = 0;
-        for (int64_t other = 0; other < experts; other++) better += z[other] > z[e] || (z[other] == z[e] && other < e);
+        for (int64_t other = 0; other < experts; other++) better += rank[other] > rank[e] || (rank[other] == rank[e] && other < e);
         if (better < k && taken < k) idx[taken++] = (int32_t)e;
     }
 }
 
-esp_status ESPI_REF_NAME(espi_router_fwd)(const espi_exec *exec, const espi_router_fwd *a) {
+static double scaling_of(const espi_router_rule *rule) {
+    return rule->scaling == 0 ? 1 : rule->scaling;
+}
+
+static double sigmoid(double z) {
+    return 1 / (1 + exp(-z));
+}
+
+static double score_of(const espi_router_rule *rule, double z, double lse) {
+    return rule->sigmoid ? sigmoid(z) : exp(z - lse);
+}
+
+/* What the experts of one token are ranked by. */
+size_t ESPI_REF_NAME(espi_router_fwd_scratch)(const espi_exec *exec, const espi_router_fwd *a) {
     (void)exec;
+    return (size_t)a->w.rows * sizeof(double);
+}
+
+esp_status ESPI_REF_NAME(espi_router_fwd)(const espi_exec *exec, const espi_router_fwd *a) {
     const int64_t experts = a->w.rows, hidden = a->w.cols;
+    double *rank = exec->scratch;
     for (int64_t t = 0; t < a->tokens; t++) {
         const real *x = (const real *)a->x + t * hidden;
         real *z = (real *)a->logits + t * experts, *weight = (real *)a->weight + t * a->top_k;
         int32_t *idx = a->idx + t * a->top_k;
         for (int64_t e = 0; e < experts; e++) {
-            double sum = 0;
+            double sum = a->bias ? a->bias[e] : 0;
             for (int64_t h = 0; h < hidden; h++) sum += (double)espi_mat_value(&a->w, e, h) * x[h];
-            if (!isfinite(sum))
-                return ESPI_FAIL(ESP_ERR_NONFINITE,
-                                 "router logit of token %lld, expert %lld is %g, expected a finite number: look for NaN or infinity in the "
-                                 "weights or the input",
-                                 (long long)t, (long long)e, sum);
             z[e] = (real)sum;
+            rank[e] = a->rule.sigmoid ? sigmoid(z[e]) + (a->correction ? a->correction[e] : 0) : z[e];
+            if (!isfinite(z[e]) || !isfinite(rank[e]))
+                return ESPI_FAIL(ESP_ERR_NONFINITE,
+                                 "router logit of token %lld, expert %lld is %g and its rank %g, expected finite numbers: look for NaN or "
+                                 "infinity in the weights or the input",
+                                 (long long)t, (long long)e, (double)z[e], rank[e]);
         }
-        select_top(idx, z, experts, a->top_k);
+        select_top(idx, rank, experts, a->top_k);
         const double lse = log_sum_exp(z, experts);
-        double selected = 0;
-        for (int64_t k = 0; k < a->top_k; k++) selected += exp(z[idx[k]] - lse);
+        double selected = a->rule.sigmoid ? 1e-20 : 0; /* all sigmoids can vanish at once */
+        for (int64_t k = 0; k < a->top_k; k++) selected += score_of(&a->rule, z[idx[k]], lse);
         for (int64_t k = 0; k < a->top_k; k++) {
-            const double p = exp(z[idx[k]] - lse);
-            weight[k] = (real)(a->rule.renormalise ? p / selected : p);
+            const double score = score_of(&a->rule, z[idx[k]], lse);
+            weight[k] = (real)(scaling_of(&a->rule) * (a->rule.renormalise ? score / selected : score));
             if (a->counts) a->counts[idx[k]]++;
         }
         for (int64_t e = 0; a->p_sum && e < experts; e++) a->p_sum[e] += exp(z[e] - lse);
@@ -60,15 +79,16 @@ static void logits_grad(real *d_z, const espi_router_bwd *a, int64_t t) {
     const double lse = ((const real *)a->lse)[t];
     double gate = 0, balance = 0;
     for (int64_t k = 0; k < a->top_k; k++) gate += (double)weight[k] * d_weight[k];
+    const double shared = a->rule.renormalise ? gate / scaling_of(&a->rule) : 0; /* through the sum of the selected */
     for (int64_t e = 0; a->aux_f && e < experts; e++) balance += exp(z[e] - lse) * a->aux_f[e];
     int64_t k = 0; /* idx ascends, so one walk over the experts meets the selected in order */
     for (int64_t e = 0; e < experts; e++) {
         const double p = exp(z[e] - lse);
         double d = a->z_coef * 2 * lse * p;
         if (a->aux_f) d += a->aux_coef * p * (a->aux_f[e] - balance);
-        if (!a->rule.renormalise) d -= p * gate;
+        if (!a->rule.renormalise && !a->rule.sigmoid) d -= p * gate;
         if (k < a->top_k && idx[k] == e) {
-            d += weight[k] * (d_weight[k] - (a->rule.renormalise ? gate : 0));
+            d += weight[k] * (d_weight[k] - shared) * (a->rule.sigmoid ? sigmoid(-(double)z[e]) : 1);
             k++;
         }
         d_z[e] = (real)d;

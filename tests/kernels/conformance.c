@@ -166,8 +166,11 @@ Test(kernels, reference_refuses_unknown_weights) {
                         : experts[i] == ESPI_OP_gate_up_bwd ? &p.args.gate_up_bwd.w
                         : experts[i] == ESPI_OP_down_fwd    ? &p.args.down_fwd.w
                                                             : &p.args.down_bwd.w;
+        w->format = ESP_Q_DEFAULT;
+        cr_expect(has_refusal(&espi_backend_ref, experts[i], &p), "%s takes a format of no name", op_cases[experts[i]].name);
         w->format = ESP_MXFP4;
-        cr_expect(has_refusal(&espi_backend_ref, experts[i], &p), "%s takes MXFP4", op_cases[experts[i]].name);
+        w->cols = 48;
+        cr_expect(has_refusal(&espi_backend_ref, experts[i], &p), "%s takes MXFP4 in rows of 48", op_cases[experts[i]].name);
         problem_free(&p);
     }
     problem_build(&p, ESPI_OP_linear_fwd, &shapes[1], ESP_F32, &espi_backend_ref);
