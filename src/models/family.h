@@ -64,6 +64,9 @@ typedef struct espi_family {
     const char *expert_gate, *expert_up, *expert_down; /* per expert, without ".weight" */
     const char *fused_gate_up, *fused_down;            /* fused, complete names */
     const char *experts_module;                        /* what PEFT wraps when it trains the fused stacks */
+    /* The published model class holds a layer's experts as one parameter (gpt_oss, qwen3_vl_moe).  Serving software then wants fused
+     * adapters; and as those classes have had the parameter in both orders, PEFT's version does not say which way round an adapter is. */
+    bool fused_experts;
 } espi_family;
 
 #define ESPI_FAMILY(name) extern const espi_family espi_family_##name;
