@@ -38,7 +38,7 @@ typedef struct esp_model_config {
     size_t activation_budget; ///< bytes of saved activations; layers beyond it keep their input only and recompute.  0 = no bound
     float router_aux_coef;    ///< load-balancing loss added to every backward; default 0 (off)
     float router_z_coef;      ///< router z-loss; default 0 (off)
-    bool train_router;        ///< also form router weight gradients (for checks; the optimiser does not touch them)
+    bool train_router;        ///< also form gradients of router weights and sinks (for checks; the optimiser does not touch them)
     const char *adapter_dir;  ///< a PEFT folder: take rank, scale and targets from it (the fields above are then ignored) and load it
 } esp_model_config;
 #define ESP_MODEL_CONFIG(...) ((esp_model_config){.struct_size = sizeof(esp_model_config), __VA_ARGS__})

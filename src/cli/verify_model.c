@@ -73,16 +73,49 @@ typedef struct run {
     const char *forward_prefix, *backward_prefix; /* of what the probe shows; NULL: not kept */
 } run;
 
+/* Families call the same thing by different names, as transformers calls its modules; what a run gives is kept under the names of this
+ * table's right side. */
+enum { NAME_BYTES = 256 };
+static void common_name(char out[NAME_BYTES], const char *name) {
+    static const struct {
+        const char *theirs, *ours;
+    } rows[] = {{"model.language_model.", "model."}, {".mlp.router.", ".mlp.gate."}, {".block_sparse_moe.", ".mlp."}};
+    snprintf(out, NAME_BYTES, "%s", name);
+    for (int i = 0; i < ESPI_COUNT(rows); i++) {
+        char *at = strstr(out, rows[i].theirs);
+        if (!at) continue;
+        const size_t theirs = strlen(rows[i].theirs), ours = strlen(rows[i].ours);
+        memmove(at + ours, at + theirs, strlen(at + theirs) + 1);
+        memcpy(at, rows[i].ours, ours);
+    }
+}
+
 /* ---- what the passes show ---- */
 
 static void keep_gate_up(run *r, int64_t layer, const esp_tensor *t) {
+    const bool interleaved = r->model->config.glu.interleaved;
     int64_t n = esp_tensor_count(t), width = t->dims[t->rank - 1] / 2;
     double *g = espi_arrays_add(&r->got, n / 2, "%s.l%lld.g", r->forward_prefix, (long long)layer);
     double *u = espi_arrays_add(&r->got, n / 2, "%s.l%lld.u", r->forward_prefix, (long long)layer);
     for (int64_t i = 0; i < n; i++) {
-        int64_t row = i / (2 * width), column = i % (2 * width);
-        *(column < width ? &g[row * width + column] : &u[row * width + column - width]) = espi_real_get(t->data, i, t->dtype);
+        const int64_t row = i / (2 * width), column = i % (2 * width), j = interleaved ? column / 2 : column % width;
+        const bool is_gate = interleaved ? column % 2 == 0 : column < width;
+        (is_gate ? g : u)[row * width + j] = espi_real_get(t->data, i, t->dtype);
     }
+}
+
+/* Where experts have biases, transformers' experts do not form the activation as a tensor of its own, and the reference has under "act"
+ * the product of the down projection before its bias. */
+static void keep_down(run *r, int64_t layer, const esp_tensor *t) {
+    const int64_t n = esp_tensor_count(t), width = r->model->config.hidden;
+    espi_arrays_put(&r->got, t->data, t->dtype, n, "%s.l%lld.down", r->forward_prefix, (long long)layer);
+    const float *bias = r->model->layers[layer].down_bias;
+    const espi_array *expert = espi_arrays_find(&r->got, "%s.l%lld.topk_idx", r->forward_prefix, (long long)layer);
+    if (!bias || !expert) return;
+    double *before = espi_arrays_add(&r->got, n, "%s.l%lld.act", r->forward_prefix, (long long)layer);
+    expert = espi_arrays_find(&r->got, "%s.l%lld.topk_idx", r->forward_prefix, (long long)layer); /* the list has moved */
+    for (int64_t i = 0; i < n; i++)
+        before[i] = espi_real_get(t->data, i, t->dtype) - bias[(int64_t)expert->v[i / width] * width + i % width];
 }
 
 static void on_probe(void *user, const char *name, int64_t layer, const esp_tensor *tensor) {
@@ -94,6 +127,10 @@ static void on_probe(void *user, const char *name, int64_t layer, const esp_tens
     int64_t n = esp_tensor_count(tensor);
     if (strcmp(key, "gu") == 0)
         keep_gate_up(r, layer, tensor);
+    else if (strcmp(name, "down") == 0)
+        keep_down(r, layer, tensor);
+    else if (strcmp(name, "act") == 0 && r->model->config.expert_bias)
+        return;
     else if (strcmp(key, "h") == 0)
         espi_arrays_put(&r->got, tensor->data, tensor->dtype, n, "%s.h.%lld", prefix, (long long)layer);
     else if (strcmp(key, "hidden") == 0)
@@ -231,17 +268,27 @@ static void keep_parameter(run *r, const esp_param *p, const char *loss_name) {
     }
 }
 
+/* Router and sinks of a layer.  A bias's gradient is the sum over tokens of the gradient of what it was added to. */
+static void keep_frozen(run *r, int64_t layer, const char *loss_name) {
+    const espi_config *c = &r->model->config;
+    const espi_layer *w = &r->model->layers[layer];
+    char prefix[64];
+    snprintf(prefix, sizeof prefix, "grad.%s.param.model.layers.%lld", loss_name, (long long)layer);
+    if (w->d_router) espi_arrays_put(&r->got, w->d_router, r->v->ctx->real, c->experts * c->hidden, "%s.mlp.gate.weight", prefix);
+    if (w->d_sinks) espi_arrays_put(&r->got, w->d_sinks, r->v->ctx->real, c->heads, "%s.self_attn.sinks", prefix);
+    if (!w->router_bias) return;
+    double *bias = espi_arrays_add(&r->got, c->experts, "%s.mlp.gate.bias", prefix);
+    const espi_array *logits = espi_arrays_find(&r->got, "grad.%s.l%lld.router_logits", loss_name, (long long)layer);
+    for (int64_t i = 0; logits && i < logits->n; i++) bias[i % c->experts] += logits->v[i];
+}
+
 static esp_status keep_gradients(run *r, const char *loss_name) {
     for (int64_t i = 0; i < esp_model_param_count(r->model); i++) {
         esp_param p = ESP_PARAM_INIT;
         ESPI_TRY(esp_model_param_get(r->model, i, &p));
         keep_parameter(r, &p, loss_name);
     }
-    const espi_config *c = &r->model->config;
-    for (int64_t l = 0; l < c->layers; l++)
-        if (r->model->layers[l].d_router)
-            espi_arrays_put(&r->got, r->model->layers[l].d_router, r->v->ctx->real, c->experts * c->hidden,
-                            "grad.%s.param.model.layers.%lld.mlp.gate.weight", loss_name, (long long)l);
+    for (int64_t l = 0; l < r->model->config.layers; l++) keep_frozen(r, l, loss_name);
     return ESP_OK;
 }
 
@@ -252,24 +299,30 @@ typedef struct norm_walk {
     const double *y, *d_y;
     const float *w;
     int64_t rows, n;
-    int64_t half; /* > 0: d_y came behind RoPE: turn it back first */
+    int64_t heads; /* > 0: d_y came behind limit and RoPE: undo them first */
     char name[96];
 } norm_walk;
 
 static esp_status turn_back(const norm_walk *w, espi_arena *arena, void *d_y) {
     const esp_model *m = w->r->model;
-    int64_t tokens = w->r->tokens;
+    const int64_t tokens = w->r->tokens, half = m->config.rotary_dim / 2, n = w->rows * w->n;
     int32_t *positions;
     void *cos_table, *sin_table;
     ESPI_TRY(espi_arena_take(arena, (size_t)tokens * sizeof *positions, &positions));
-    ESPI_TRY(espi_arena_take(arena, (size_t)(tokens * w->half) * m->ctx->real_size, &cos_table));
-    ESPI_TRY(espi_arena_take(arena, (size_t)(tokens * w->half) * m->ctx->real_size, &sin_table));
+    ESPI_TRY(espi_arena_take(arena, (size_t)(tokens * half) * m->ctx->real_size, &cos_table));
+    ESPI_TRY(espi_arena_take(arena, (size_t)(tokens * half) * m->ctx->real_size, &sin_table));
     for (int32_t s = 0; s < w->r->n_seqs && !arena->dry; s++)
         for (int32_t t = w->r->cu[s]; t < w->r->cu[s + 1]; t++) positions[t] = t - w->r->cu[s];
-    const espi_rope_table table = {cos_table, sin_table, positions, m->inv_freq, m->config.rope_attention, tokens, w->half};
+    const espi_rope_table table = {cos_table, sin_table, positions, m->inv_freq, m->config.rope_attention, tokens, half};
     ESPI_TRY(espi_op_rope_table(m->ctx, arena, &table));
-    const espi_rope rope = {d_y, cos_table, sin_table, tokens, w->rows / tokens, w->half, w->n};
-    return espi_op_rope_bwd(m->ctx, arena, &rope);
+    const espi_rope rope = {d_y, cos_table, sin_table, tokens, w->heads, half, m->config.head_dim};
+    ESPI_TRY(espi_op_rope_bwd(m->ctx, arena, &rope));
+    if (m->config.clip_qkv == 0) return ESP_OK;
+    void *y;
+    ESPI_TRY(espi_arena_take(arena, (size_t)n * m->ctx->real_size, &y));
+    for (int64_t i = 0; i < n && !arena->dry; i++) espi_real_set(y, i, w->y[i], m->ctx->real);
+    const espi_clamp_bwd clamp = {.d_x = d_y, .d_y = d_y, .x = y, .n = n, .limit = m->config.clip_qkv};
+    return espi_op_clamp_bwd(m->ctx, arena, &clamp);
 }
 
 static esp_status take_norm(void *user, espi_arena *arena) {
@@ -287,7 +340,7 @@ static esp_status take_norm(void *user, espi_arena *arena) {
         espi_real_set(rstd, i / w->n, 1, ctx->real);
         espi_real_set(d_w, i % w->n, 0, ctx->real);
     }
-    if (w->half > 0) ESPI_TRY(turn_back(w, arena, d_y));
+    if (w->heads > 0) ESPI_TRY(turn_back(w, arena, d_y));
     const espi_rmsnorm_bwd op = {.d_x = d_y, .d_w = d_w, .d_y = d_y, .x = x, .rstd = rstd, .w = w->w, .rows = w->rows, .n = w->n};
     ESPI_TRY(espi_op_rmsnorm_bwd(ctx, arena, &op));
     if (!arena->dry) espi_arrays_put(&w->r->got, d_w, ctx->real, w->n, "%s", w->name);
@@ -314,12 +367,12 @@ static esp_status keep_layer_norm(run *r, int64_t layer, const char *value, cons
 
 static esp_status keep_norms(run *r) {
     const espi_config *c = &r->model->config;
-    const int64_t t = r->tokens, half = c->head_dim / 2;
+    const int64_t t = r->tokens, q_norm = c->whole_qk_norm ? c->heads : 1, k_norm = c->whole_qk_norm ? c->kv_heads : 1; /* heads a norm */
     for (int64_t l = 0; l < c->layers; l++) {
         const espi_layer *layer = &r->model->layers[l];
         const norm_walk norm1 = {.w = layer->norm1, .rows = t, .n = c->hidden}, norm2 = {.w = layer->norm2, .rows = t, .n = c->hidden};
-        const norm_walk q = {.w = layer->q_norm, .rows = t * c->heads, .n = c->head_dim, .half = half};
-        const norm_walk k = {.w = layer->k_norm, .rows = t * c->kv_heads, .n = c->head_dim, .half = half};
+        const norm_walk q = {.w = layer->q_norm, .rows = t * c->heads / q_norm, .n = q_norm * c->head_dim, .heads = c->heads};
+        const norm_walk k = {.w = layer->k_norm, .rows = t * c->kv_heads / k_norm, .n = k_norm * c->head_dim, .heads = c->kv_heads};
         ESPI_TRY(keep_layer_norm(r, l, "norm1", "norm1", "input_layernorm", norm1));
         ESPI_TRY(keep_layer_norm(r, l, "norm2", "norm2", "post_attention_layernorm", norm2));
         ESPI_TRY(keep_layer_norm(r, l, "q_norm", "q", "self_attn.q_norm", q));
@@ -401,7 +454,8 @@ static esp_status run_losses(run *r, const espi_arrays *want, bool aux) {
     for (int i = 0; i < ESPI_COUNT(losses); i++) {
         char prefix[16];
         snprintf(prefix, sizeof prefix, "grad.%s.", losses[i].name);
-        bool possible = !losses[i].cotangent || espi_arrays_find(r->in, "cotangent_lp");
+        const espi_array *cotangent = espi_arrays_find(r->in, "cotangent_lp");
+        const bool possible = !losses[i].cotangent || (cotangent && cotangent->n == r->tokens - r->n_seqs);
         if (losses[i].aux == aux && possible && wanted(want, prefix)) ESPI_TRY(run_loss(r, &losses[i]));
     }
     if (aux) return ESP_OK;
@@ -414,8 +468,9 @@ static esp_status run_losses(run *r, const espi_arrays *want, bool aux) {
 /* Delta of one expert, scale * B_e A_e, for "model.layers.{l}.mlp.experts.{gate_up_proj|down_proj}.expert{e}". */
 static esp_status keep_delta(run *r, const char *name) {
     int layer, expert;
-    char which[16];
-    const bool known = sscanf(name, "model.layers.%d.mlp.experts.%15[a-z_].expert%d", &layer, which, &expert) == 3;
+    char which[16], common[NAME_BYTES];
+    common_name(common, name);
+    const bool known = sscanf(common, "model.layers.%d.mlp.experts.%15[a-z_].expert%d", &layer, which, &expert) == 3;
     const espi_config *c = &r->model->config;
     if (!known || layer < 0 || layer >= c->layers || expert < 0 || expert >= c->experts) return ESP_OK;
     const bool down = strcmp(which, "down_proj") == 0;
@@ -423,7 +478,7 @@ static esp_status keep_delta(run *r, const char *name) {
     const espi_lora *lora = down ? &l->lora_down : &l->lora_gate_up;
     const int64_t out = down ? c->hidden : 2 * c->expert_width, in = down ? c->expert_width : c->hidden, rank = lora->r;
     if (rank == 0) return ESP_OK;
-    double *delta = espi_arrays_add(&r->got, out * in, "%s", name);
+    double *delta = espi_arrays_add(&r->got, out * in, "%s", common);
     const esp_dtype real = r->v->ctx->real;
     for (int64_t i = 0; i < out * in; i++)
         for (int64_t k = 0; k < rank; k++)
@@ -468,14 +523,16 @@ static void keep_inputs(run *r) {
     }
     double *lengths = espi_arrays_add(&r->got, r->n_seqs, "lengths");
     for (int32_t s = 0; s < r->n_seqs; s++) lengths[s] = r->cu[s + 1] - r->cu[s];
-    espi_arrays_put(&r->got, r->model->inv_freq, ESP_F64, r->model->config.head_dim / 2, "inv_freq");
+    espi_arrays_put(&r->got, r->model->inv_freq, ESP_F64, r->model->config.rotary_dim / 2, "inv_freq");
     espi_arrays_put(&r->got, &r->model->config.rope_attention, ESP_F64, 1, "rope_scale");
 }
 
 static void compare_all(run *r, const char *label, const espi_arrays *want) {
     for (int64_t i = 0; i < want->n; i++) {
         const espi_array *a = &want->items[i];
-        if (!is_input(a->name)) espi_verify_array(r->v, label, rule_of(a->name), espi_arrays_find(&r->got, "%s", a->name), a);
+        char name[NAME_BYTES];
+        common_name(name, a->name);
+        if (!is_input(a->name)) espi_verify_array(r->v, label, rule_of(name), espi_arrays_find(&r->got, "%s", name), a);
     }
 }
 

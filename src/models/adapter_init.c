@@ -55,6 +55,12 @@ static void place(layout *at, const branch *b, size_t real_size, unsigned char *
     at->tensors += 2;
 }
 
+/* A gradient without a parameter of ours. */
+static void place_frozen(void **gradient, layout *at, int64_t n, size_t real_size, unsigned char *base, size_t gradients_from) {
+    if (base) *gradient = base + gradients_from + at->gradients;
+    at->gradients += ESPI_ALIGNED((size_t)n * real_size);
+}
+
 /* Where every tensor lies, for the plan and for the real block alike.  base NULL: counts only. */
 static layout walk(esp_model *model, size_t real_size, unsigned char *base, size_t gradients_from) {
     layout at = {0};
@@ -64,9 +70,9 @@ static layout walk(esp_model *model, size_t real_size, unsigned char *base, size
         const int n = branches_of(b, &model->config, w);
         for (int i = 0; i < n; i++)
             if (b[i].lora->r) place(&at, &b[i], real_size, base, gradients_from);
-        if (w->mlp != ESPI_MLP_MOE || !model->options.train_router) continue;
-        if (base) w->d_router = base + gradients_from + at.gradients;
-        at.gradients += ESPI_ALIGNED((size_t)(w->router.rows * w->router.cols) * real_size);
+        if (!model->options.train_router) continue;
+        if (w->mlp == ESPI_MLP_MOE) place_frozen(&w->d_router, &at, w->router.rows * w->router.cols, real_size, base, gradients_from);
+        if (model->config.sinks) place_frozen(&w->d_sinks, &at, model->config.heads, real_size, base, gradients_from);
     }
     return at;
 }

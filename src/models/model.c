@@ -409,8 +409,10 @@ esp_status esp_model_zero_grad(esp_model *model) {
         ESPI_TRY(espi_op_zero(model->ctx, &none, &args));
     }
     for (int64_t l = 0; l < model->config.layers; l++) {
-        const espi_zero args = {.out = model->layers[l].d_router, .n = model->config.experts * model->config.hidden};
-        if (args.out) ESPI_TRY(espi_op_zero(model->ctx, &none, &args));
+        const espi_zero router = {.out = model->layers[l].d_router, .n = model->config.experts * model->config.hidden};
+        const espi_zero sinks = {.out = model->layers[l].d_sinks, .n = model->config.heads};
+        if (router.out) ESPI_TRY(espi_op_zero(model->ctx, &none, &router));
+        if (sinks.out) ESPI_TRY(espi_op_zero(model->ctx, &none, &sinks));
     }
     return ESP_OK;
 }
