@@ -16,14 +16,6 @@ esp_status ESPI_CPU(espi_kv_append)(const espi_exec *exec, const espi_kv_append 
     return ESP_OK;
 }
 
-static inline float dot(const float *x, const float *y, int64_t n) {
-    vec sum = {0};
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) sum += load(x + i) * load(y + i);
-    if (i < n) sum += load_part(x + i, n - i, 0) * load_part(y + i, n - i, 0);
-    return vsum(sum);
-}
-
 /* out += sum over j of p[j] * row j. */
 static inline void add_rows(float *out, const float *p, const float *rows, int64_t stride, int64_t keys, int64_t dim) {
     int64_t d = 0;
@@ -58,19 +50,25 @@ static inline float exp_block(float p[KEYS], float shift, int64_t keys) {
     return vsum(sum);
 }
 
-/* One query of one head; the rows of k and v lie `stride` apart. */
-static void attend(float *out, float *lse, const float *q, const float *k, const float *v, int64_t keys, int64_t stride, int64_t dim,
-                   float scale) {
+/* The first key that a query with `keys` keys up to its own sees. */
+static int64_t first_seen(int64_t keys, int64_t window) {
+    return window > 0 && keys > window ? keys - window : 0;
+}
+
+/* One query of one head against keys first .. keys - 1; the rows of k and v lie `stride` apart.  sink: NULL or one more logit. */
+static void attend(float *out, float *lse, const float *q, const float *k, const float *v, const float *sink, int64_t first, int64_t keys,
+                   int64_t stride, int64_t dim, float scale) {
     float max = -INFINITY, sum = 0, p[KEYS];
     memset(out, 0, (size_t)dim * sizeof *out);
-    for (int64_t j0 = 0; j0 < keys; j0 += KEYS) {
-        const int64_t n = cpu_min(keys - j0, KEYS);
+    for (int64_t j0 = first, next; j0 < keys; j0 = next) {
+        next = cpu_min(keys, (j0 / KEYS + 1) * KEYS);
+        const int64_t n = next - j0;
         float largest = max;
         for (int64_t j = 0; j < n; j++) {
-            p[j] = scale * dot(q, k + (j0 + j) * stride, dim);
+            p[j] = scale * cpu_dot(q, k + (j0 + j) * stride, dim);
             largest = p[j] > largest ? p[j] : largest;
         }
-        if (largest > max && j0 > 0) { /* what was summed so far was relative to the old maximum */
+        if (largest > max && j0 > first) { /* what was summed so far was relative to the old maximum */
             const float shrink = expf(max - largest);
             sum *= shrink;
             for (int64_t d = 0; d < dim; d++) out[d] *= shrink;
@@ -79,7 +77,13 @@ static void attend(float *out, float *lse, const float *q, const float *k, const
         sum += exp_block(p, max, n);
         add_rows(out, p, v + j0 * stride, stride, n, dim);
     }
-    const float inverse = 1 / sum;
+    float inverse = 1 / sum;
+    if (sink) {
+        const float largest = *sink > max ? *sink : max, shrink = expf(max - largest);
+        sum = sum * shrink + expf(*sink - largest);
+        inverse = shrink / sum;
+        max = largest;
+    }
     for (int64_t d = 0; d < dim; d++) out[d] *= inverse;
     *lse = max + logf(sum);
 }
@@ -104,9 +108,10 @@ esp_status ESPI_CPU(espi_attention_fwd)(const espi_exec *exec, const espi_attent
             const int64_t head = task % a->heads, begin = task / a->heads * QUERIES, end = cpu_min(n, begin + QUERIES);
             const int64_t key = a->spans.k_start[s] * stride + head / group * dim;
             for (int64_t i = begin; i < end; i++) {
-                const int64_t row = (first + i) * a->heads + head;
+                const int64_t row = (first + i) * a->heads + head, keys = a->spans.k_len[s] - n + i + 1;
                 attend((float *)a->out + row * dim, (float *)a->lse + row, (const float *)a->q + row * dim, (const float *)a->k + key,
-                       (const float *)a->v + key, a->spans.k_len[s] - n + i + 1, stride, dim, (float)a->scale);
+                       (const float *)a->v + key, a->sinks ? a->sinks + head : NULL, first_seen(keys, a->window), keys, stride, dim,
+                       (float)a->scale);
             }
         }
     }
@@ -123,24 +128,25 @@ static void query_grads(const espi_attention_bwd *a, float *d_k, float *d_v, con
     const float *q = (const float *)a->q + row * dim, *d_out = (const float *)a->d_out + row * dim, scale = (float)a->scale;
     float *d_q = (float *)a->d_q + row * dim, delta[QUERY_BLOCK];
     for (int64_t i = 0; i < end - begin; i++) {
-        delta[i] = dot(d_out + i * q_stride, (const float *)a->out + (row + i * a->heads) * dim, dim);
+        delta[i] = cpu_dot(d_out + i * q_stride, (const float *)a->out + (row + i * a->heads) * dim, dim);
         memset(d_q + i * q_stride, 0, (size_t)dim * sizeof(float));
     }
-    for (int64_t j0 = 0; j0 < end - first; j0 += KEYS) {
+    for (int64_t j0 = first_seen(begin - first + 1, a->window) / KEYS * KEYS; j0 < end - first; j0 += KEYS) {
         const int64_t seen_last = cpu_min(end - first - j0, KEYS);
         float p_of[KEYS][QUERY_BLOCK] = {{0}}, d_s_of[KEYS][QUERY_BLOCK] = {{0}};
         for (int64_t i = 0; i < end - begin; i++) {
-            const int64_t n = cpu_min(begin + i - first + 1 - j0, KEYS);
-            if (n <= 0) continue;
+            const int64_t keys = begin + i - first + 1, n = cpu_min(keys - j0, KEYS), seen = first_seen(keys, a->window);
+            const int64_t j_first = seen > j0 ? seen - j0 : 0;
+            if (n <= j_first) continue;
             float p[KEYS], d_s[KEYS];
-            for (int64_t j = 0; j < n; j++) p[j] = scale * dot(q + i * q_stride, k + (j0 + j) * stride, dim);
+            for (int64_t j = 0; j < n; j++) p[j] = j < j_first ? -INFINITY : scale * cpu_dot(q + i * q_stride, k + (j0 + j) * stride, dim);
             exp_block(p, ((const float *)a->lse)[row + i * a->heads], n);
-            for (int64_t j = 0; j < n; j++) {
-                d_s[j] = scale * p[j] * (dot(d_out + i * q_stride, v + (j0 + j) * stride, dim) - delta[i]);
+            for (int64_t j = j_first; j < n; j++) {
+                d_s[j] = scale * p[j] * (cpu_dot(d_out + i * q_stride, v + (j0 + j) * stride, dim) - delta[i]);
                 p_of[j][i] = p[j];
                 d_s_of[j][i] = d_s[j];
             }
-            add_rows(d_q + i * q_stride, d_s, k + j0 * stride, stride, n, dim);
+            add_rows(d_q + i * q_stride, d_s + j_first, k + (j0 + j_first) * stride, stride, n - j_first, dim);
         }
         for (int64_t j = 0; j < seen_last; j++) {
             const int64_t skip = j0 + j > begin - first ? j0 + j - (begin - first) : 0; /* queries before the key do not see it */
@@ -163,6 +169,17 @@ static void head_grads(const espi_attention_bwd *a, int64_t first, int64_t end, 
         for (int64_t i = first; i < end; i += QUERY_BLOCK) query_grads(a, d_k, d_v, k, v, head, first, i, cpu_min(end, i + QUERY_BLOCK));
 }
 
+/* d_sink_h -= sum over all queries, in order, of e^(sink - lse) delta. */
+static void sink_grad(const espi_attention_bwd *a, int64_t head, int64_t tokens) {
+    double sum = 0;
+    for (int64_t t = 0; t < tokens; t++) {
+        const int64_t row = t * a->heads + head;
+        const float delta = cpu_dot((const float *)a->d_out + row * a->head_dim, (const float *)a->out + row * a->head_dim, a->head_dim);
+        sum += (double)delta * expf(a->sinks[head] - ((const float *)a->lse)[row]);
+    }
+    ((float *)a->d_sinks)[head] -= (float)sum;
+}
+
 esp_status ESPI_CPU(espi_attention_bwd)(const espi_exec *exec, const espi_attention_bwd *a) {
     const int64_t sequences = a->spans.n_seqs, tokens = sequences ? a->spans.cu_q[sequences] : 0;
     const int threads = cpu_threads(exec, 3 * attention_work(tokens, sequences, a->heads * a->head_dim));
@@ -171,5 +188,6 @@ esp_status ESPI_CPU(espi_attention_bwd)(const espi_exec *exec, const espi_attent
         const int64_t s = task / a->kv_heads;
         head_grads(a, a->spans.cu_q[s], a->spans.cu_q[s + 1], task % a->kv_heads);
     }
+    for (int64_t head = 0; a->d_sinks && a->sinks && head < a->heads; head++) sink_grad(a, head, tokens);
     return ESP_OK;
 }

@@ -9,31 +9,19 @@
     static const char *refuse_##op(const espi_##op *a) {                                                                                   \
         return espi_mat_refusal(&a->weight);                                                                                               \
     }
-/* `unknown`: what of the case is not computed here, as a condition on `a`. */
-#define REFUSE(op, unknown, reason, other)                                                                                                 \
+#define REFUSE_STACK(op)                                                                                                                   \
     static const char *refuse_##op(const espi_##op *a) {                                                                                   \
-        return (unknown) ? (reason) : (other);                                                                                             \
-    }
-#define REFUSE_STACK(op, unknown)                                                                                                          \
-    static const char *refuse_##op(const espi_##op *a) {                                                                                   \
-        if (unknown) return "experts with a bias";                                                                                         \
-        return a->w.format == ESP_MXFP4 ? "MXFP4 experts" : espi_stack_refusal(&a->w);                                                     \
+        return a->w.format == ESP_MXFP4 ? NULL : espi_stack_refusal(&a->w);                                                                \
     }
 REFUSE_MAT(embed_fwd, table)
 REFUSE_MAT(linear_fwd, w)
 REFUSE_MAT(linear_bwd, w)
-REFUSE(attention_fwd, a->sinks || a->window, "attention with sinks or a window", NULL)
-REFUSE(attention_bwd, a->sinks || a->d_sinks || a->window, "attention with sinks or a window", NULL)
-REFUSE(swiglu_fwd, a->glu.interleaved || a->glu.clamped, "interleaved or clamped gate and up", NULL)
-REFUSE(swiglu_bwd, a->glu.interleaved || a->glu.clamped, "interleaved or clamped gate and up", NULL)
-REFUSE(router_fwd, a->bias || a->correction || a->rule.sigmoid || (a->rule.scaling != 0 && a->rule.scaling != 1),
-       "a router with more than softmax", espi_mat_refusal(&a->w))
-REFUSE(router_bwd, a->rule.sigmoid || (a->rule.scaling != 0 && a->rule.scaling != 1), "a router with more than softmax",
-       espi_mat_refusal(&a->w))
-REFUSE_STACK(gate_up_fwd, a->bias)
-REFUSE_STACK(gate_up_bwd, false)
-REFUSE_STACK(down_fwd, a->bias)
-REFUSE_STACK(down_bwd, a->bias)
+REFUSE_MAT(router_fwd, w)
+REFUSE_MAT(router_bwd, w)
+REFUSE_STACK(gate_up_fwd)
+REFUSE_STACK(gate_up_bwd)
+REFUSE_STACK(down_fwd)
+REFUSE_STACK(down_bwd)
 REFUSE_MAT(head_stats, head.w)
 REFUSE_MAT(head_grad, head.w)
 REFUSE_MAT(head_fused, head.w)
@@ -57,10 +45,6 @@ const espi_backend ESPI_CPU(espi_backend_cpu) = {
     .gate_up_bwd.scratch = ESPI_CPU(espi_gate_up_bwd_scratch),
     .down_bwd.scratch = ESPI_CPU(espi_down_bwd_scratch),
     .embed_fwd.refuse = refuse_embed_fwd,
-    .attention_fwd.refuse = refuse_attention_fwd,
-    .attention_bwd.refuse = refuse_attention_bwd,
-    .swiglu_fwd.refuse = refuse_swiglu_fwd,
-    .swiglu_bwd.refuse = refuse_swiglu_bwd,
     .linear_fwd.refuse = refuse_linear_fwd,
     .linear_bwd.refuse = refuse_linear_bwd,
     .router_fwd.refuse = refuse_router_fwd,

@@ -101,6 +101,14 @@ static inline void store_part(float *p, vec x, int64_t n) {
     memcpy(p, &x, (size_t)n * sizeof(float));
 }
 
+static inline float cpu_dot(const float *x, const float *y, int64_t n) {
+    vec sum = {0};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) sum += load(x + i) * load(y + i);
+    if (i < n) sum += load_part(x + i, n - i, 0) * load_part(y + i, n - i, 0);
+    return vsum(sum);
+}
+
 /* Rows of a matrix: row i lies at base + (index ? index[i] : i) * stride. */
 typedef struct cpu_rows {
     float *base;
@@ -139,9 +147,10 @@ void cpu_product(const cpu_rows *c, const cpu_rows *a, const cpu_weight *b, int6
 void cpu_outer(float *out, const float *a, int64_t a_stride, const cpu_rows *b, int64_t count, int64_t rows, int64_t col, int64_t n);
 
 static inline void cpu_pairs(float pairs[256][2], const espi_stack *w) {
+    const bool low_first = w->format == ESP_MXFP4;
     for (int byte = 0; byte < 256 && w->format != ESP_Q_NONE; byte++) {
-        pairs[byte][0] = w->lut[byte >> 4];
-        pairs[byte][1] = w->lut[byte & 15];
+        pairs[byte][low_first] = w->lut[byte >> 4];
+        pairs[byte][!low_first] = w->lut[byte & 15];
     }
 }
 static inline cpu_weight cpu_plain(const espi_mat *w, bool transposed) {

@@ -20,9 +20,11 @@ esp_status ESPI_CPU(espi_dispatch)(const espi_exec *exec, const espi_dispatch *a
     return ESP_OK;
 }
 
-/* One matrix of every expert with its branch, in one of three modes.  The input of routed row s is x_s, or x of its token when `gather`. */
+/* One matrix of every expert with its bias and branch, in one of three modes.  The input of routed row s is x_s, or x of its token when
+ * `gather`. */
 typedef struct expert_pass {
     const espi_stack *w;
+    const float *bias; /* [E,rows] or NULL */
     const espi_lora *lora;
     const espi_routing *routing;
     bool gather;
@@ -40,7 +42,7 @@ static int pass_threads(const espi_exec *exec, const expert_pass *p) {
     return cpu_threads(exec, (double)p->routing->tokens * (double)p->routing->top_k * (double)p->w->rows * (double)p->w->cols);
 }
 
-/* y_s = W_e x_s + scale B_e u_s, u_s = A_e x_s. */
+/* y_s = W_e x_s + bias_e + scale B_e u_s, u_s = A_e x_s. */
 static void forward(const espi_exec *exec, const expert_pass *p, void *y, void *u, const void *x) {
     const int64_t in = p->w->cols, out = p->w->rows, r = p->lora->r, panels = cpu_blocks(out, PANEL_COLS);
     const int32_t *offsets = p->routing->offsets;
@@ -67,7 +69,8 @@ static void forward(const espi_exec *exec, const expert_pass *p, void *y, void *
             const cpu_weight w = cpu_expert(p->w, e, values, true), up = cpu_floats(l.b, r, l.scale, true);
             const cpu_rows from = input_rows(p, x, in, first), low = routed_rows(u, r, first),
                            to = routed_rows((float *)y + col, out, first);
-            cpu_product(&to, &from, &w, m, in, col, n, false);
+            for (int64_t i = 0; p->bias && i < m; i++) memcpy(row_at(&to, i), p->bias + e * out + col, (size_t)n * sizeof(float));
+            cpu_product(&to, &from, &w, m, in, col, n, p->bias != NULL);
             if (r) cpu_product(&to, &low, &up, m, r, col, n, true);
         }
     }
@@ -133,13 +136,13 @@ static int64_t slots_of(const espi_routing *routing) {
 
 esp_status ESPI_CPU(espi_gate_up_fwd)(const espi_exec *exec, const espi_gate_up_fwd *a) {
     if (a->routing.tokens == 0) return ESP_OK;
-    forward(exec, &(expert_pass){&a->w, &a->lora, &a->routing, true}, a->gu, a->u, a->x);
+    forward(exec, &(expert_pass){&a->w, a->bias, &a->lora, &a->routing, true}, a->gu, a->u, a->x);
     return ESP_OK;
 }
 
 esp_status ESPI_CPU(espi_down_fwd)(const espi_exec *exec, const espi_down_fwd *a) {
     if (a->routing.tokens == 0) return ESP_OK;
-    forward(exec, &(expert_pass){&a->w, &a->lora, &a->routing, false}, a->y, a->u, a->act);
+    forward(exec, &(expert_pass){&a->w, a->bias, &a->lora, &a->routing, false}, a->y, a->u, a->act);
     return ESP_OK;
 }
 
@@ -151,7 +154,7 @@ size_t ESPI_CPU(espi_gate_up_bwd_scratch)(const espi_exec *exec, const espi_gate
 
 esp_status ESPI_CPU(espi_gate_up_bwd)(const espi_exec *exec, const espi_gate_up_bwd *a) {
     if (a->routing.tokens == 0) return ESP_OK;
-    const expert_pass p = {&a->w, &a->lora, &a->routing, false};
+    const expert_pass p = {&a->w, NULL, &a->lora, &a->routing, false};
     backward(exec, &p, a->d_rows, exec->scratch, a->d_gu);
     branch_grads(exec, &p, a->x, a->d_gu, true, a->u, exec->scratch);
     return ESP_OK;
@@ -163,41 +166,82 @@ size_t ESPI_CPU(espi_down_bwd_scratch)(const espi_exec *exec, const espi_down_bw
     return (size_t)(slots_of(&a->routing) * a->lora.r * 2) * sizeof(float);
 }
 
+/* From a_s, which d_act holds, to d_row_weight_s = act_s . a_s + bias_e . d_out_t and d_act_s = w_s a_s. */
+static void weigh_row(const espi_down_bwd *a, int64_t e, int64_t s) {
+    const int64_t width = a->w.cols, hidden = a->w.rows;
+    const float weight = ((const float *)a->routing.row_weight)[s];
+    float *d_act = (float *)a->d_act + s * width, *d_weight = (float *)a->d_row_weight + s;
+    *d_weight = cpu_dot((const float *)a->act + s * width, d_act, width);
+    if (a->bias) *d_weight += cpu_dot(a->bias + e * hidden, (const float *)a->d_out + a->routing.row_token[s] * hidden, hidden);
+    for (int64_t i = 0; i < width; i++) d_act[i] *= weight;
+}
+
 esp_status ESPI_CPU(espi_down_bwd)(const espi_exec *exec, const espi_down_bwd *a) {
     if (a->routing.tokens == 0) return ESP_OK;
-    const int64_t slots = slots_of(&a->routing), r = a->lora.r, width = a->w.cols;
+    const int64_t slots = slots_of(&a->routing), r = a->lora.r;
     float *q = exec->scratch, *u = q + slots * r;
-    const float *weight = a->routing.row_weight, *act = a->act;
-    const expert_pass p = {&a->w, &a->lora, &a->routing, true};
+    const float *weight = a->routing.row_weight;
+    const expert_pass p = {&a->w, NULL, &a->lora, &a->routing, true};
+    const int threads = pass_threads(exec, &p);
     backward(exec, &p, a->d_act, q, a->d_out);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
+    for (int64_t e = 0; e < a->w.experts; e++)
+        for (int64_t s = a->routing.offsets[e]; s < a->routing.offsets[e + 1]; s++) weigh_row(a, e, s);
     for (int64_t s = 0; s < slots; s++) {
         for (int64_t k = 0; k < r; k++) {
             q[s * r + k] *= weight[s];
             u[s * r + k] = weight[s] * ((const float *)a->u)[s * r + k];
         }
-        float *d_act = (float *)a->d_act + s * width;
-        vec sum = {0};
-        int64_t i = 0;
-        const vec w = splat(weight[s]);
-        for (; i + LANES <= width; i += LANES) {
-            const vec d = load(d_act + i);
-            sum += d * load(act + s * width + i);
-            store(d_act + i, d * w);
-        }
-        float total = vsum(sum);
-        for (; i < width; i++) {
-            total += d_act[i] * act[s * width + i];
-            d_act[i] *= weight[s];
-        }
-        ((float *)a->d_row_weight)[s] = total;
     }
     branch_grads(exec, &p, a->act, a->d_out, false, u, q);
     return ESP_OK;
 }
 
-/* silu(g) u, and its gradient: sigma = 1 / (1 + e^-g). */
-static inline vec sigmoid(vec g) {
-    return splat(1.0f) / (splat(1.0f) + vexp(-g));
+static inline vec sigmoid(vec x) {
+    return splat(1.0f) / (splat(1.0f) + vexp(-x));
+}
+static inline vec vmin(vec a, vec b) {
+    return pick(a > b, b, a); /* NaN in a stays */
+}
+
+/* Up to LANES gates and ups of a row, from the i-th on. */
+static inline void load_pair(vec *g, vec *u, const float *row, int64_t i, int64_t n, int64_t width, bool interleaved) {
+    if (!interleaved && n == LANES) {
+        *g = load(row + i);
+        *u = load(row + width + i);
+    } else if (!interleaved) {
+        *g = load_part(row + i, n, 0);
+        *u = load_part(row + width + i, n, 0);
+    } else {
+        float gate[LANES] = {0}, up[LANES] = {0};
+        for (int64_t j = 0; j < n; j++) {
+            gate[j] = row[2 * (i + j)];
+            up[j] = row[2 * (i + j) + 1];
+        }
+        *g = load(gate);
+        *u = load(up);
+    }
+}
+
+static inline void store_pair(float *row, vec g, vec u, int64_t i, int64_t n, int64_t width, bool interleaved) {
+    if (!interleaved && n == LANES) {
+        store(row + i, g);
+        store(row + width + i, u);
+    } else if (!interleaved) {
+        store_part(row + i, g, n);
+        store_part(row + width + i, u, n);
+    } else {
+        for (int64_t j = 0; j < n; j++) {
+            row[2 * (i + j)] = g[j];
+            row[2 * (i + j) + 1] = u[j];
+        }
+    }
+}
+
+static inline vec glu_act(const espi_glu *glu, vec g, vec u) {
+    if (!glu->clamped) return g * sigmoid(g) * u;
+    const vec limit = splat((float)glu->limit), gate = vmin(g, limit), up = vmax(-limit, vmin(u, limit));
+    return (up + splat(1.0f)) * gate * sigmoid(splat((float)glu->alpha) * gate);
 }
 
 esp_status ESPI_CPU(espi_swiglu_fwd)(const espi_exec *exec, const espi_swiglu_fwd *a) {
@@ -205,23 +249,35 @@ esp_status ESPI_CPU(espi_swiglu_fwd)(const espi_exec *exec, const espi_swiglu_fw
     const int threads = cpu_threads(exec, (double)a->rows * (double)width * 16);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t row = 0; row < a->rows; row++) {
-        const float *g = (const float *)a->gu + row * 2 * width, *u = g + width;
         float *act = (float *)a->act + row * width;
-        int64_t i = 0;
-        for (; i + LANES <= width; i += LANES) store(act + i, load(g + i) * sigmoid(load(g + i)) * load(u + i));
-        if (i < width) {
-            const int64_t n = width - i;
-            const vec gate = load_part(g + i, n, 0);
-            store_part(act + i, gate * sigmoid(gate) * load_part(u + i, n, 0), n);
+        for (int64_t i = 0; i < width; i += LANES) {
+            const int64_t n = cpu_min(width - i, LANES);
+            vec g, u;
+            load_pair(&g, &u, (const float *)a->gu + row * 2 * width, i, n, width, a->glu.interleaved);
+            const vec y = glu_act(&a->glu, g, u);
+            if (n == LANES)
+                store(act + i, y);
+            else
+                store_part(act + i, y, n);
         }
     }
     return ESP_OK;
 }
 
-static inline void swiglu_grad(vec *d_g, vec *d_u, vec d, vec g, vec u) {
-    const vec s = sigmoid(g);
-    *d_g = d * u * s * (splat(1.0f) + g * (splat(1.0f) - s));
-    *d_u = d * g * s;
+/* g and u become their gradients. */
+static inline void glu_grad(const espi_glu *glu, vec *g, vec *u, vec d) {
+    const vec one = splat(1.0f);
+    if (!glu->clamped) {
+        const vec gate = *g, s = sigmoid(gate);
+        *g = d * *u * s * (one + gate * (one - s));
+        *u = d * gate * s;
+        return;
+    }
+    const vec limit = splat((float)glu->limit), alpha = splat((float)glu->alpha);
+    const vec gate = vmin(*g, limit), up = vmax(-limit, vmin(*u, limit)), s = sigmoid(alpha * gate);
+    const ivec up_passes = (*u < limit) & (*u > -limit);
+    *g = pick(*g < limit, d * (up + one) * s * (one + alpha * gate * (one - s)), (vec){0});
+    *u = pick(up_passes, d * gate * s, (vec){0});
 }
 
 esp_status ESPI_CPU(espi_swiglu_bwd)(const espi_exec *exec, const espi_swiglu_bwd *a) {
@@ -229,20 +285,13 @@ esp_status ESPI_CPU(espi_swiglu_bwd)(const espi_exec *exec, const espi_swiglu_bw
     const int threads = cpu_threads(exec, (double)a->rows * (double)width * 24);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t row = 0; row < a->rows; row++) {
-        const float *g = (const float *)a->gu + row * 2 * width, *u = g + width, *d = (const float *)a->d_act + row * width;
-        float *d_g = (float *)a->d_gu + row * 2 * width, *d_u = d_g + width;
-        vec to_g, to_u;
-        int64_t i = 0;
-        for (; i + LANES <= width; i += LANES) {
-            swiglu_grad(&to_g, &to_u, load(d + i), load(g + i), load(u + i));
-            store(d_g + i, to_g);
-            store(d_u + i, to_u);
-        }
-        if (i < width) {
-            const int64_t n = width - i;
-            swiglu_grad(&to_g, &to_u, load_part(d + i, n, 0), load_part(g + i, n, 0), load_part(u + i, n, 0));
-            store_part(d_g + i, to_g, n);
-            store_part(d_u + i, to_u, n);
+        const float *d_act = (const float *)a->d_act + row * width;
+        for (int64_t i = 0; i < width; i += LANES) {
+            const int64_t n = cpu_min(width - i, LANES);
+            vec g, u;
+            load_pair(&g, &u, (const float *)a->gu + row * 2 * width, i, n, width, a->glu.interleaved);
+            glu_grad(&a->glu, &g, &u, n == LANES ? load(d_act + i) : load_part(d_act + i, n, 0));
+            store_pair((float *)a->d_gu + row * 2 * width, g, u, i, n, width, a->glu.interleaved);
         }
     }
     return ESP_OK;

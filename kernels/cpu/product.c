@@ -88,19 +88,27 @@ static void decode_plain(float *dst, const void *data, esp_dtype dtype, int64_t 
     }
 }
 
+/* What the values of a block's codes are multiplied by. */
+static float block_scale(const espi_stack *w, int64_t part, int64_t block) {
+    if (w->format != ESP_MXFP4) return espi_stack_absmax(w, part, block);
+    const uint32_t exponent = w->scales[part * w->part_blocks + block];
+    return espi_f32_of_bits(exponent ? exponent << 23 : 1u << 22); /* 2^-127 is subnormal */
+}
+
 /* n values of a part from element `at` on. */
 static void decode_codes(float *dst, const cpu_weight *w, int64_t part, int64_t at, int64_t n) {
     const uint8_t *codes = (const uint8_t *)w->stack->data + (size_t)part * w->stack->part_bytes;
+    const int64_t block_size = w->stack->format == ESP_MXFP4 ? ESPI_MXBLOCK : ESPI_QBLOCK;
     for (int64_t done = 0; done < n;) {
-        const int64_t i = at + done, block = i / ESPI_QBLOCK;
-        const int64_t count = cpu_min(n - done, (block + 1) * ESPI_QBLOCK - i);
-        const float absmax = espi_stack_absmax(w->stack, part, block);
+        const int64_t i = at + done, block = i / block_size;
+        const int64_t count = cpu_min(n - done, (block + 1) * block_size - i);
+        const float scale = block_scale(w->stack, part, block);
         float *out = dst + done;
         int64_t j = 0;
         if (i % 2 != 0) out[j++] = w->pairs[codes[i / 2]][1];
         for (; j + 1 < count; j += 2) memcpy(out + j, w->pairs[codes[(i + j) / 2]], 2 * sizeof *out);
         if (j < count) out[j] = w->pairs[codes[(i + j) / 2]][0];
-        scale_by(out, absmax, count);
+        scale_by(out, scale, count);
         done += count;
     }
 }

@@ -14,18 +14,29 @@ static float log_sum_exp(const float *z, int64_t n) {
     return max + logf(vsum(sum));
 }
 
-/* The k largest, ties to the lower index; idx ascending. */
-static void select_top(int32_t *idx, const float *z, int64_t experts, int64_t k) {
-    for (int64_t taken = 0; taken < k; taken++) {
-        /* The best after the one taken last, in the order (value descending, index ascending). */
-        int64_t best = -1;
-        for (int64_t e = 0; e < experts; e++) {
-            if (best >= 0 && !(z[e] > z[best])) continue;
-            bool used = false;
-            for (int64_t j = 0; j < taken; j++) used = used || idx[j] == e;
-            if (!used) best = e;
+/* What an expert is weighed by, and what it is ranked by. */
+static float score_of(const espi_router_fwd *a, float z, float lse) {
+    return a->rule.sigmoid ? 1 / (1 + expf(-z)) : expf(z - lse);
+}
+static float rank_of(const espi_router_fwd *a, const float *z, int64_t e) {
+    const float rank = a->rule.sigmoid ? score_of(a, z[e], 0) : z[e];
+    return a->correction ? rank + a->correction[e] : rank;
+}
+
+/* The k of the highest rank, ties to the lower index; idx ascending.  best: k ranks of work memory. */
+static void select_top(int32_t *idx, float *best, const espi_router_fwd *a, const float *z) {
+    const int64_t k = a->top_k;
+    int64_t taken = 0;
+    for (int64_t e = 0; e < a->w.rows; e++) {
+        const float rank = rank_of(a, z, e);
+        if (taken == k && !(rank > best[k - 1])) continue;
+        int64_t j = taken < k ? taken++ : k - 1;
+        for (; j > 0 && rank > best[j - 1]; j--) {
+            best[j] = best[j - 1];
+            idx[j] = idx[j - 1];
         }
-        idx[taken] = (int32_t)best;
+        best[j] = rank;
+        idx[j] = (int32_t)e;
     }
     for (int64_t i = 1; i < k; i++) {
         const int32_t e = idx[i];
@@ -40,14 +51,14 @@ static void route_token(const espi_router_fwd *a, int64_t t) {
     const float *z = (const float *)a->logits + t * experts;
     float *weight = (float *)a->weight + t * a->top_k, selected = 0;
     int32_t *idx = a->idx + t * a->top_k;
-    const float lse = log_sum_exp(z, experts);
+    const float lse = log_sum_exp(z, experts), scaling = a->rule.scaling != 0 ? (float)a->rule.scaling : 1;
     ((float *)a->lse)[t] = lse;
-    select_top(idx, z, experts, a->top_k);
+    select_top(idx, weight, a, z);
     for (int64_t k = 0; k < a->top_k; k++) {
-        weight[k] = expf(z[idx[k]] - lse);
+        weight[k] = score_of(a, z[idx[k]], lse);
         selected += weight[k];
     }
-    for (int64_t k = 0; a->rule.renormalise && k < a->top_k; k++) weight[k] /= selected;
+    for (int64_t k = 0; k < a->top_k; k++) weight[k] = scaling * (a->rule.renormalise ? weight[k] / selected : weight[k]);
 }
 
 esp_status ESPI_CPU(espi_router_fwd)(const espi_exec *exec, const espi_router_fwd *a) {
@@ -56,9 +67,12 @@ esp_status ESPI_CPU(espi_router_fwd)(const espi_exec *exec, const espi_router_fw
     float *logits = a->logits;
     const int threads = cpu_threads(exec, (double)a->tokens * (double)experts * (double)hidden);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t first = 0; first < a->tokens; first += ROUTER_ROWS)
-        cpu_product(&(cpu_rows){logits + first * experts, experts, NULL}, &(cpu_rows){(float *)a->x + first * hidden, hidden, NULL}, &w,
-                    cpu_min(a->tokens - first, ROUTER_ROWS), hidden, 0, experts, false);
+    for (int64_t first = 0; first < a->tokens; first += ROUTER_ROWS) {
+        const int64_t m = cpu_min(a->tokens - first, ROUTER_ROWS);
+        const cpu_rows to = {logits + first * experts, experts, NULL}, from = {(float *)a->x + first * hidden, hidden, NULL};
+        for (int64_t i = 0; a->bias && i < m; i++) memcpy(row_at(&to, i), a->bias, (size_t)experts * sizeof(float));
+        cpu_product(&to, &from, &w, m, hidden, 0, experts, a->bias != NULL);
+    }
     for (int64_t i = 0; i < a->tokens * experts; i++) {
         if (isfinite(logits[i])) continue;
         return ESPI_FAIL(
@@ -84,21 +98,26 @@ static void logits_grad(float *d_z, const espi_router_bwd *a, int64_t t) {
     const float *z = (const float *)a->logits + t * experts, *weight = (const float *)a->weight + t * a->top_k;
     const float *d_weight = (const float *)a->d_weight + t * a->top_k, lse = ((const float *)a->lse)[t];
     const int32_t *idx = a->idx + t * a->top_k;
-    const bool all = !a->rule.renormalise || a->aux_f || a->z_coef != 0; /* else only the selected have a gradient */
+    const bool through_all = !a->rule.renormalise && !a->rule.sigmoid; /* the softmax ties all logits to the weights */
+    const double scaling = a->rule.scaling != 0 ? a->rule.scaling : 1;
     double gate = 0, balance = 0;
     for (int64_t k = 0; k < a->top_k; k++) gate += (double)weight[k] * d_weight[k];
     for (int64_t e = 0; a->aux_f && e < experts; e++) balance += expf(z[e] - lse) * a->aux_f[e];
     for (int64_t e = 0; e < experts; e++) {
         double d = 0;
-        if (all) {
+        if (through_all || a->aux_f || a->z_coef != 0) {
             const double p = expf(z[e] - lse);
             d = a->z_coef * 2 * lse * p;
             if (a->aux_f) d += a->aux_coef * p * (a->aux_f[e] - balance);
-            if (!a->rule.renormalise) d -= p * gate;
+            if (through_all) d -= p * gate;
         }
         d_z[e] = (float)d;
     }
-    for (int64_t k = 0; k < a->top_k; k++) d_z[idx[k]] += (float)(weight[k] * (d_weight[k] - (a->rule.renormalise ? gate : 0)));
+    for (int64_t k = 0; k < a->top_k; k++) {
+        double d = weight[k] * (d_weight[k] - (a->rule.renormalise ? gate / scaling : 0));
+        if (a->rule.sigmoid) d *= 1 / (1 + exp((double)z[idx[k]])); /* 1 - sigmoid */
+        d_z[idx[k]] += (float)d;
+    }
 }
 
 esp_status ESPI_CPU(espi_router_bwd)(const espi_exec *exec, const espi_router_bwd *a) {
