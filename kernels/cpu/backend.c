@@ -11,12 +11,14 @@
     }
 #define REFUSE_STACK(op)                                                                                                                   \
     static const char *refuse_##op(const espi_##op *a) {                                                                                   \
-        return a->w.format == ESP_MXFP4 ? NULL : espi_stack_refusal(&a->w);                                                                \
+        return espi_stack_refusal(&a->w);                                                                                                  \
     }
 REFUSE_MAT(embed_fwd, table)
 REFUSE_MAT(linear_fwd, w)
 REFUSE_MAT(linear_bwd, w)
-REFUSE_MAT(router_fwd, w)
+static const char *refuse_router_fwd(const espi_router_fwd *a) {
+    return a->correction && !a->rule.sigmoid ? "a router correction without sigmoid scores" : espi_mat_refusal(&a->w);
+}
 REFUSE_MAT(router_bwd, w)
 REFUSE_STACK(gate_up_fwd)
 REFUSE_STACK(gate_up_bwd)

@@ -91,8 +91,7 @@ static void decode_plain(float *dst, const void *data, esp_dtype dtype, int64_t 
 /* What the values of a block's codes are multiplied by. */
 static float block_scale(const espi_stack *w, int64_t part, int64_t block) {
     if (w->format != ESP_MXFP4) return espi_stack_absmax(w, part, block);
-    const uint32_t exponent = w->scales[part * w->part_blocks + block];
-    return espi_f32_of_bits(exponent ? exponent << 23 : 1u << 22); /* 2^-127 is subnormal */
+    return espi_e8m0_value(w->scales[part * w->part_blocks + block]);
 }
 
 /* n values of a part from element `at` on. */

@@ -19,8 +19,7 @@ static float score_of(const espi_router_fwd *a, float z, float lse) {
     return a->rule.sigmoid ? 1 / (1 + expf(-z)) : expf(z - lse);
 }
 static float rank_of(const espi_router_fwd *a, const float *z, int64_t e) {
-    const float rank = a->rule.sigmoid ? score_of(a, z[e], 0) : z[e];
-    return a->correction ? rank + a->correction[e] : rank;
+    return a->rule.sigmoid ? score_of(a, z[e], 0) + (a->correction ? a->correction[e] : 0) : z[e];
 }
 
 /* The k of the highest rank, ties to the lower index; idx ascending.  best: k ranks of work memory. */
@@ -49,7 +48,8 @@ static void select_top(int32_t *idx, float *best, const espi_router_fwd *a, cons
 static void route_token(const espi_router_fwd *a, int64_t t) {
     const int64_t experts = a->w.rows;
     const float *z = (const float *)a->logits + t * experts;
-    float *weight = (float *)a->weight + t * a->top_k, selected = 0;
+    float *weight = (float *)a->weight + t * a->top_k;
+    float selected = a->rule.sigmoid ? 1e-20f : 0; /* all sigmoids can vanish at once */
     int32_t *idx = a->idx + t * a->top_k;
     const float lse = log_sum_exp(z, experts), scaling = a->rule.scaling != 0 ? (float)a->rule.scaling : 1;
     ((float *)a->lse)[t] = lse;
@@ -72,6 +72,11 @@ esp_status ESPI_CPU(espi_router_fwd)(const espi_exec *exec, const espi_router_fw
         const cpu_rows to = {logits + first * experts, experts, NULL}, from = {(float *)a->x + first * hidden, hidden, NULL};
         for (int64_t i = 0; a->bias && i < m; i++) memcpy(row_at(&to, i), a->bias, (size_t)experts * sizeof(float));
         cpu_product(&to, &from, &w, m, hidden, 0, experts, a->bias != NULL);
+    }
+    for (int64_t e = 0; a->correction && e < experts; e++) {
+        if (isfinite(a->correction[e])) continue;
+        return ESPI_FAIL(ESP_ERR_NONFINITE, "correction of expert %lld in the router's ranking is %g, expected a finite number",
+                         (long long)e, (double)a->correction[e]);
     }
     for (int64_t i = 0; i < a->tokens * experts; i++) {
         if (isfinite(logits[i])) continue;
