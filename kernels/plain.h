@@ -1,4 +1,4 @@
-/* F32, BF16 and F16 as numbers: the f32 that kernels, quantisers and the loader agree on. */
+/* F32, BF16, F16 and E8M0 as numbers: the f32 that kernels, quantisers and the loader agree on. */
 #ifndef ESPI_KERNELS_PLAIN_H
 #define ESPI_KERNELS_PLAIN_H
 
@@ -26,6 +26,11 @@ static inline float espi_f16_value(uint16_t bits) {
     }
     const uint32_t wide = exponent == 31 ? 255u : exponent + 112u;
     return espi_f32_of_bits(sign | wide << 23 | mantissa << 13);
+}
+
+/* 2^(byte - 127); byte 0 is the one subnormal. */
+static inline float espi_e8m0_value(uint8_t byte) {
+    return espi_f32_of_bits(byte ? (uint32_t)byte << 23 : 0x00400000u);
 }
 
 /* Rounded to nearest, ties to even; too large a value becomes infinite. */

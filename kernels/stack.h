@@ -17,11 +17,6 @@ static inline float espi_stack_absmax(const espi_stack *w, int64_t part, int64_t
     return centred + w->offset[part];
 }
 
-/* 2^(byte - 127); byte 0 is the one subnormal. */
-static inline float espi_e8m0_value(uint8_t byte) {
-    return espi_f32_of_bits(byte ? (uint32_t)byte << 23 : 0x00400000u);
-}
-
 static inline float espi_stack_value(const espi_stack *w, int64_t expert, int64_t row, int64_t col) {
     const int64_t part_rows = w->rows / w->parts;
     const int64_t part = expert * w->parts + row / part_rows;

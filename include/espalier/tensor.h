@@ -36,8 +36,14 @@ typedef enum esp_qformat {
     ESP_Q_NONE = 1,    ///< as stored in the checkpoint (bf16, f16, f32)
     ESP_NF4 = 2,       ///< bitsandbytes NF4, flat blocks of 64
     ESP_FP4 = 3,       ///< bitsandbytes FP4, flat blocks of 64
-    ESP_MXFP4 = 4      ///< OCP MXFP4; not offered by this version
+    ESP_MXFP4 = 4      ///< OCP MXFP4, blocks of 32 within rows
 } esp_qformat;
+
+/// How quantising to MXFP4 chooses a block's power of two, and where a value between two codes goes.  Values are pinned.
+typedef enum esp_mxfp4_rule {
+    ESP_MXFP4_OCP = 0,     ///< floor(log2(max)) - 2, to the nearest, ties to even, larger ones to 6
+    ESP_MXFP4_ROUND_UP = 1 ///< the smallest that reaches max, ties away from zero: as triton_kernels does by default
+} esp_mxfp4_rule;
 
 #define ESP_MAX_RANK 8
 

@@ -5,7 +5,6 @@
 #include "kernels/plain.h"
 
 #include <math.h>
-#include <stdbool.h>
 #include <string.h>
 
 static const espi_format *const formats[] = {
@@ -31,46 +30,16 @@ const float *esp_quant_table(esp_qformat format) {
     return f ? f->values : NULL;
 }
 
-enum { MAX_BLOCK = 4096, RANK_OF_ZERO = 7 };
-
 static esp_status check(const espi_format **f, int64_t n, int64_t block, esp_qformat format) {
     *f = espi_format_find(format);
-    if (!*f) return ESPI_FAIL(ESP_ERR_ARG, "format: got %d, expected ESP_NF4 or ESP_FP4", (int)format);
+    if (!*f || !(*f)->flat) return ESPI_FAIL(ESP_ERR_ARG, "format: got %d, expected ESP_NF4 or ESP_FP4", (int)format);
     if (n < 0) return ESPI_FAIL(ESP_ERR_ARG, "n: got %lld, expected 0 or more", (long long)n);
-    if (block < 32 || block > MAX_BLOCK || (block & (block - 1)))
+    if (block < 32 || block > ESPI_BLOCK_MAX || (block & (block - 1)))
         return ESPI_FAIL(ESP_ERR_ARG, "block: got %lld, expected 32, 64, 128, .. or 4096", (long long)block);
     return ESP_OK;
 }
 
-/* x: up to MAX_BLOCK values as f32.  False when one of them is not finite. */
-static bool widen(float *x, const void *from, esp_dtype dtype, int64_t first, int64_t n) {
-    float poison = 0; /* stays 0 unless something is NaN or infinite: no branch per element */
-    if (dtype == ESP_F32) {
-        memcpy(x, (const float *)from + first, (size_t)n * sizeof *x);
-    } else if (dtype == ESP_BF16) {
-        const uint16_t *bits = (const uint16_t *)from + first;
-        for (int64_t i = 0; i < n; i++) x[i] = espi_bf16_value(bits[i]);
-    } else {
-        const uint16_t *bits = (const uint16_t *)from + first;
-        for (int64_t i = 0; i < n; i++) x[i] = espi_f16_value(bits[i]);
-    }
-    for (int64_t i = 0; i < n; i++) poison += x[i] * 0.0f;
-    return poison == 0.0f;
-}
-
-/* rank[i] = how many thresholds lie strictly below x[i] / absmax. */
-static void rank_block(uint8_t *rank, const float *x, int64_t n, float absmax, const espi_format *f) {
-    float v[MAX_BLOCK];
-    /* bitsandbytes on the CPU keeps the divisor away from 0, so an all-zero block has the code of 0;
-     * it multiplies by the reciprocal, which decides values that lie on a threshold. */
-    const float inverse = 1.0f / fmaxf(absmax, 1e-38f);
-    for (int64_t i = 0; i < n; i++) v[i] = x[i] * inverse;
-    memset(rank, 0, (size_t)n);
-    for (int k = 0; k + 1 < f->ranks; k++)
-        for (int64_t i = 0; i < n; i++) rank[i] = (uint8_t)(rank[i] + (v[i] > f->thresholds[k]));
-}
-
-static esp_status nonfinite(const void *x, esp_dtype dtype, int64_t first, int64_t n) {
+esp_status espi_encode_nonfinite(const void *x, esp_dtype dtype, int64_t first, int64_t n) {
     for (int64_t i = first; i < first + n; i++) {
         const float value = espi_plain_value(x, dtype, i);
         if (!isfinite(value))
@@ -85,20 +54,8 @@ esp_status esp_quantize(uint8_t *codes, float *absmax, const void *x, esp_dtype 
     if (n && (!codes || !absmax || !x)) return ESPI_FAIL(ESP_ERR_ARG, "esp_quantize: codes, absmax or x is NULL, expected all three");
     if (dtype != ESP_F32 && dtype != ESP_BF16 && dtype != ESP_F16)
         return ESPI_FAIL(ESP_ERR_DTYPE, "esp_quantize: got %s, expected F32, BF16 or F16", esp_dtype_name(dtype));
-    float values[MAX_BLOCK];
-    uint8_t rank[MAX_BLOCK + 1];
-    for (int64_t first = 0; first < n; first += block) {
-        const int64_t count = n - first < block ? n - first : block;
-        if (!widen(values, x, dtype, first, count)) return nonfinite(x, dtype, first, count);
-        float most = 0;
-        for (int64_t i = 0; i < count; i++) most = fmaxf(most, fabsf(values[i]));
-        absmax[first / block] = most;
-        rank_block(rank, values, count, most, f);
-        if (count % 2) rank[count] = RANK_OF_ZERO; /* bitsandbytes pads an odd count with a zero */
-        for (int64_t i = 0; i < count; i += 2)
-            codes[(first + i) / 2] = (uint8_t)(f->code_of_rank[rank[i]] << 4 | f->code_of_rank[rank[i + 1]]);
-    }
-    return ESP_OK;
+    const int64_t done = espi_encode_flat(codes, absmax, x, dtype, n, block, f);
+    return done == n ? ESP_OK : espi_encode_nonfinite(x, dtype, done, n - done < block ? n - done : block);
 }
 
 esp_status esp_dequantize(float *x, const uint8_t *codes, const float *absmax, int64_t n, int64_t block, esp_qformat format) {

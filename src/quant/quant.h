@@ -4,24 +4,40 @@
 
 #include "espalier/quant.h"
 
+#include <stdbool.h>
+
+enum { ESPI_BLOCK_MAX = 4096, ESPI_MX_BLOCK = 32 };
+
 typedef struct espi_format {
     const char *name; /* as bitsandbytes' quant_type spells it */
     esp_qformat id;
     float values[16]; /* by code */
+    bool flat;        /* blocks of any size with an f32 scale, by the two tables below; else the format has a quantiser of its own */
     /* A value's code is code_of_rank[number of thresholds strictly below it]: ascending thresholds between neighbouring values; a value on
-     * a threshold takes the lower code.  FP4 has one value less, for its second zero. */
+     * a threshold takes the lower code. */
     float thresholds[15];
     uint8_t code_of_rank[16];
-    int ranks;
 } espi_format;
 
 #define ESPI_FORMAT(id, name) extern const espi_format espi_format_##name;
 #include "quant/formats.def"
 #undef ESPI_FORMAT
 
-/* NULL for ESP_Q_NONE, ESP_MXFP4 and unknown values. */
+/* NULL for ESP_Q_NONE and unknown values. */
 const espi_format *espi_format_find(esp_qformat format);
-/* By bitsandbytes' quant_type, e.g. "nf4"; NULL when not known. */
+/* By its name, e.g. "nf4"; NULL when not known. */
 const espi_format *espi_format_named(const char *name);
+
+/* How MXFP4 chooses a block's power of two, and the magnitudes (times that power) above which the next value is nearer. */
+typedef struct espi_mx_rule {
+    bool round_up;
+    float thresholds[7];
+} espi_mx_rule;
+
+/* encode.c: blocks of x to codes and scales.  Returns n, or the first element of the block where a NaN or infinity stopped it. */
+int64_t espi_encode_flat(uint8_t *codes, float *absmax, const void *x, esp_dtype dtype, int64_t n, int64_t block, const espi_format *f);
+int64_t espi_encode_mx(uint8_t *codes, uint8_t *scales, const void *x, esp_dtype dtype, int64_t n, const espi_mx_rule *rule);
+/* The sentence for the NaN or infinity in elements first .. first+n-1. */
+esp_status espi_encode_nonfinite(const void *x, esp_dtype dtype, int64_t first, int64_t n);
 
 #endif

@@ -1,6 +1,7 @@
-/* NF4, FP4 and double quantisation against bitsandbytes' own codes, scales and values. */
+/* NF4, FP4 and double quantisation against bitsandbytes' own codes, scales and values; MXFP4 against OCP's rule. */
 #include "espalier/quant.h"
 #include "golden.h"
+#include "kernels/plain.h"
 
 #include <stdbool.h>
 #include <string.h>
@@ -78,12 +79,6 @@ static void check_nested(const espi_st_file *file, const quant_case *c, const fl
     free(codes), free(want_offset), free(want_nested), free(want_codes), free(restored), free(want);
 }
 
-static uint16_t round_bf16(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
-}
-
 static void check_decoding(const espi_st_file *file, const quant_case *c, const uint8_t *want_codes) {
     const espi_st_tensor *scales = part(file, c->name, c->nested ? "absmax_restored" : "absmax");
     float *absmax = (float *)read_bytes(scales), *x = calloc((size_t)c->n, sizeof *x);
@@ -91,9 +86,9 @@ static void check_decoding(const espi_st_file *file, const quant_case *c, const 
     cr_assert_eq(esp_dequantize(x, want_codes, absmax, c->n, c->block, c->format), ESP_OK, "%s", esp_last_error());
     int64_t different = 0;
     for (int64_t i = 0; i < c->n; i++) /* -0 equals 0 here */
-        different +=
-            c->bf16 ? (round_bf16(x[i]) & 0x7fff ? round_bf16(x[i]) : 0) != (((uint16_t *)want)[i] & 0x7fff ? ((uint16_t *)want)[i] : 0)
-                    : x[i] != ((float *)want)[i];
+        different += c->bf16 ? (espi_bf16_bits(x[i]) & 0x7fff ? espi_bf16_bits(x[i]) : 0) !=
+                                   (((uint16_t *)want)[i] & 0x7fff ? ((uint16_t *)want)[i] : 0)
+                             : x[i] != ((float *)want)[i];
     cr_expect_eq(different, 0, "%s: %lld of %lld decoded values differ", c->name, (long long)different, (long long)c->n);
     free(absmax), free(x), free(want);
 }
@@ -131,6 +126,207 @@ Test(golden_quant, every_case) {
     }
     cr_expect_eq(cases, 52, "%d cases", cases);
     espi_st_close(file);
+}
+
+/* ---- MXFP4 ---- */
+
+/* Two tensors of MXFP4, `codes` and `scales` [E,out,groups(,16)], against their values, stored as [E,in,out]. */
+static void check_mx(const espi_st_file *file, const char *prefix) {
+    char name[64];
+    snprintf(name, sizeof name, "%sblocks", prefix);
+    const espi_st_tensor *blocks = espi_st_find(file, name);
+    cr_assert_not_null(blocks);
+    uint8_t *codes = read_bytes(blocks);
+    snprintf(name, sizeof name, "%sscales", prefix);
+    uint8_t *scales = read_bytes(espi_st_find(file, name));
+    snprintf(name, sizeof name, "%sf32", prefix);
+    float *want = (float *)read_bytes(espi_st_find(file, name));
+    const int64_t experts = blocks->dims[0], out = blocks->dims[1], in = blocks->dims[2] * 32, n = experts * out * in;
+    float *got = calloc((size_t)n, sizeof *got);
+    cr_assert_eq(esp_mxfp4_dequantize(got, codes, scales, n), ESP_OK, "%s", esp_last_error());
+    int64_t different = 0;
+    for (int64_t i = 0; i < n; i++) {
+        const int64_t e = i / (out * in), o = i / in % out, k = i % in;
+        different += memcmp(&got[i], &want[(e * in + k) * out + o], sizeof *got) != 0;
+    }
+    cr_expect_eq(different, 0, "%s: %lld of %lld values differ", prefix, (long long)different, (long long)n);
+    free(codes), free(scales), free(want), free(got);
+}
+
+Test(golden_quant, mxfp4_decodes) {
+    espi_st_file *file = golden_open("quant/mxfp4.safetensors");
+    check_mx(file, ""); /* every byte under six scales, 0 and 254 among them */
+    check_mx(file, "rand.");
+    espi_st_close(file);
+}
+
+/* What decodes to a value that quantising reaches comes back as the same bytes.  The random case was itself made by the rule. */
+Test(golden_quant, mxfp4_encodes_what_it_decoded) {
+    espi_st_file *file = golden_open("quant/mxfp4.safetensors");
+    uint8_t *codes = read_bytes(espi_st_find(file, "rand.blocks")), *scales = read_bytes(espi_st_find(file, "rand.scales"));
+    enum { N = 3 * 5 * 64 };
+    float x[N];
+    uint8_t got[N / 2], got_scales[N / 32];
+    cr_assert_eq(esp_mxfp4_dequantize(x, codes, scales, N), ESP_OK);
+    cr_assert_eq(esp_mxfp4_quantize(got, got_scales, x, ESP_F32, N, ESP_MXFP4_OCP), ESP_OK);
+    cr_expect_eq(memcmp(got_scales, scales, sizeof got_scales), 0);
+    cr_expect_eq(memcmp(got, codes, sizeof got), 0);
+    free(codes), free(scales);
+    espi_st_close(file);
+}
+
+static float vector_element(int i) {
+    const float v = (float)(37 * i % 64 - 32) / 32.0f * 0.75f;
+    return v + 0.01f;
+}
+
+static void expect_hex(const uint8_t *got, const char *want, int n) {
+    char text[65];
+    for (int i = 0; i < n; i++) snprintf(text + 2 * i, 3, "%02x", got[i]);
+    cr_expect_str_eq(text, want);
+}
+
+/* formats-and-numerics 5 and 6: one block of 64 values in each format. */
+Test(golden_quant, test_vectors) {
+    float x[64], absmax;
+    uint8_t codes[32], scales[2];
+    for (int i = 0; i < 64; i++) x[i] = vector_element(i);
+    cr_assert_eq(esp_quantize(codes, &absmax, x, ESP_F32, 64, 64, ESP_NF4), ESP_OK);
+    cr_expect_eq(absmax, 0.74000001f);
+    expect_hex(codes, "091c3e60a2d4f81b2e5f91c3e60a1d4f71b2e5f81c3e60a1d4e70b2d4f81c2e5", 32);
+    cr_assert_eq(esp_quantize(codes, &absmax, x, ESP_F32, 64, 64, ESP_FP4), ESP_OK);
+    expect_hex(codes, "b6a5c29b7a2f31a4d2e36a5c29b7a5c31b4d2e36a5d2eb6a5c39b4d2f31a4d2e", 32);
+    for (int rule = ESP_MXFP4_OCP; rule <= ESP_MXFP4_ROUND_UP; rule++) {
+        cr_assert_eq(esp_mxfp4_quantize(codes, scales, x, ESP_F32, 64, (esp_mxfp4_rule)rule), ESP_OK);
+        cr_expect(scales[0] == 124 && scales[1] == 124);
+        expect_hex(codes, "2f5e6cf9d3b5174e6d7ae2c5963f5e7c", 16);
+        expect_hex(codes + 16, "e0d4a6175e6df9e2c5864f6d7be1d4a6", 16);
+    }
+}
+
+/* A block that begins with `first`, then x, then zeros. */
+static void expect_mx(float first, float x, esp_mxfp4_rule rule, int scale, int code) {
+    float block[32] = {first, x};
+    uint8_t codes[16], scales[1];
+    cr_assert_eq(esp_mxfp4_quantize(codes, scales, block, ESP_F32, 32, rule), ESP_OK, "%s", esp_last_error());
+    cr_expect_eq(scales[0], scale, "%a, %a: scale %d, expected %d", (double)first, (double)x, scales[0], scale);
+    cr_expect_eq(codes[0] >> 4, code, "%a, %a: code %d, expected %d", (double)first, (double)x, codes[0] >> 4, code);
+}
+
+/* Ties, and the two numbers beside each, under a block whose power of two is 1. */
+Test(golden_quant, mxfp4_ties) {
+    static const struct {
+        float tie;
+        int below, above, even;
+    } ties[] = {{0.25f, 0, 1, 0}, {0.75f, 1, 2, 2}, {1.25f, 2, 3, 2}, {1.75f, 3, 4, 4}, {2.5f, 4, 5, 4}, {3.5f, 5, 6, 6}, {5, 6, 7, 6}};
+    for (size_t i = 0; i < sizeof ties / sizeof ties[0]; i++)
+        for (int sign = 0; sign < 2; sign++) {
+            const float s = sign ? -1.0f : 1.0f, t = ties[i].tie;
+            const int bit = 8 * sign;
+            for (int rule = ESP_MXFP4_OCP; rule <= ESP_MXFP4_ROUND_UP; rule++) {
+                expect_mx(6, s * nextafterf(t, 0), (esp_mxfp4_rule)rule, 127, bit | ties[i].below);
+                expect_mx(6, s * nextafterf(t, 7), (esp_mxfp4_rule)rule, 127, bit | ties[i].above);
+            }
+            expect_mx(6, s * t, ESP_MXFP4_OCP, 127, bit | ties[i].even);
+            expect_mx(6, s * t, ESP_MXFP4_ROUND_UP, 127, bit | ties[i].above);
+        }
+}
+
+/* Where the two rules choose another power, the largest and smallest blocks, and blocks of zeros. */
+Test(golden_quant, mxfp4_scales) {
+    expect_mx(6.01f, 6.01f, ESP_MXFP4_OCP, 127, 7);      /* saturates */
+    expect_mx(6.01f, 6.01f, ESP_MXFP4_ROUND_UP, 128, 5); /* 3.005 */
+    expect_mx(7.99f, -7.99f, ESP_MXFP4_OCP, 127, 15);
+    expect_mx(6, 6, ESP_MXFP4_ROUND_UP, 127, 7);
+    expect_mx(0x1.fffffep127f, 0, ESP_MXFP4_OCP, 252, 0);
+    expect_mx(0x1p-125f, 0x1p-125f, ESP_MXFP4_OCP, 0, 6); /* 4 * 2^-127 */
+    expect_mx(0x1p-126f, 0x1p-126f, ESP_MXFP4_OCP, 0, 4); /* the power of two goes no lower */
+    expect_mx(0x1p-149f, 0x1p-149f, ESP_MXFP4_OCP, 0, 0);
+    expect_mx(0, 0, ESP_MXFP4_OCP, 0, 0);
+    expect_mx(-0.0f, -0.0f, ESP_MXFP4_OCP, 0, 0);
+    expect_mx(-0.0f, -0.0f, ESP_MXFP4_ROUND_UP, 0, 0);
+}
+
+Test(golden_quant, mxfp4_refused) {
+    float x[64] = {0};
+    uint8_t codes[32] = {0}, scales[2] = {127, 127};
+    cr_expect_eq(esp_mxfp4_quantize(codes, scales, x, ESP_F32, 48, ESP_MXFP4_OCP), ESP_ERR_ARG);
+    cr_expect_eq(esp_mxfp4_quantize(codes, scales, x, ESP_I32, 64, ESP_MXFP4_OCP), ESP_ERR_DTYPE);
+    cr_expect_eq(esp_mxfp4_quantize(codes, scales, x, ESP_F32, 64, (esp_mxfp4_rule)2), ESP_ERR_ARG);
+    cr_expect_eq(esp_mxfp4_quantize(codes, NULL, x, ESP_F32, 64, ESP_MXFP4_OCP), ESP_ERR_ARG);
+    cr_expect_eq(esp_mxfp4_quantize(codes, scales, x, ESP_F32, 0, ESP_MXFP4_OCP), ESP_OK);
+    const float bad[] = {NAN, INFINITY, -INFINITY};
+    for (int i = 0; i < 3; i++) {
+        x[37] = bad[i];
+        cr_expect_eq(esp_mxfp4_quantize(codes, scales, x, ESP_F32, 64, ESP_MXFP4_OCP), ESP_ERR_NONFINITE);
+        cr_expect(strstr(esp_last_error(), "element 37"), "%s", esp_last_error());
+    }
+    scales[1] = 255;
+    cr_expect_eq(esp_mxfp4_dequantize(x, codes, scales, 64), ESP_ERR_FORMAT);
+    cr_expect(strstr(esp_last_error(), "scale 1"), "%s", esp_last_error());
+    cr_expect_eq(esp_mxfp4_dequantize(x, codes, scales, 32), ESP_OK);
+    cr_expect_eq(esp_mxfp4_dequantize(x, codes, scales, 33), ESP_ERR_ARG);
+}
+
+/* ---- Linear4bit ---- */
+
+/* The state dict of one layer, decoded: bitsandbytes' own weights, and its product with x. */
+static void check_linear(const char *kind, esp_qformat format, bool nested) {
+    char name[96];
+    snprintf(name, sizeof name, "quant/linear4bit_%s.safetensors", kind);
+    espi_st_file *file = golden_open(name);
+    snprintf(name, sizeof name, "quant/linear4bit_%s_ref.safetensors", kind);
+    espi_st_file *ref = golden_open(name);
+    const espi_st_tensor *dequant = espi_st_find(ref, "dequant"), *scales = espi_st_find(file, "layer.weight.absmax");
+    const int64_t out = dequant->dims[0], in = dequant->dims[1], n = out * in, blocks = (n + 63) / 64,
+                  rows = espi_st_find(ref, "x")->dims[0];
+    uint8_t *codes = read_bytes(espi_st_find(file, "layer.weight")), *stored = read_bytes(scales);
+    float *absmax = calloc((size_t)blocks, sizeof *absmax), *w = calloc((size_t)n, sizeof *w);
+    cr_assert_eq(scales->dims[0], blocks);
+    if (nested) {
+        char text[512];
+        const espi_st_tensor *state = espi_st_find(file, format == ESP_NF4 ? "layer.weight.quant_state.bitsandbytes__nf4"
+                                                                           : "layer.weight.quant_state.bitsandbytes__fp4");
+        cr_assert(state->bytes < sizeof text);
+        cr_assert_eq(espi_st_read(state, text, 0, (size_t)state->bytes), ESP_OK);
+        text[state->bytes] = '\0';
+        const char *offset = strstr(text, "\"nested_offset\":");
+        cr_assert_not_null(offset);
+        float *nested_absmax = (float *)read_bytes(espi_st_find(file, "layer.weight.nested_absmax"));
+        float *map = (float *)read_bytes(espi_st_find(file, "layer.weight.nested_quant_map"));
+        cr_assert_eq(esp_absmax_dequantize(absmax, stored, nested_absmax, strtof(offset + 16, NULL), map, blocks), ESP_OK);
+        free(nested_absmax), free(map);
+    } else {
+        memcpy(absmax, stored, (size_t)blocks * sizeof *absmax);
+    }
+    cr_assert_eq(esp_dequantize(w, codes, absmax, n, 64, format), ESP_OK);
+    uint16_t *want = (uint16_t *)read_bytes(dequant);
+    int64_t different = 0;
+    for (int64_t i = 0; i < n; i++) different += espi_bf16_bits(w[i]) != want[i] && (espi_bf16_bits(w[i]) | want[i]) != 0x8000;
+    cr_expect_eq(different, 0, "%s: %lld of %lld weights differ", kind, (long long)different, (long long)n);
+    double *x = golden_read(ref, "x", NULL), *y = golden_read(ref, "y_exact", NULL), *bias = golden_read(file, "layer.bias", NULL);
+    double *got = calloc((size_t)(rows * out), sizeof *got);
+    for (int64_t i = 0; i < rows * out; i++) {
+        got[i] = bias[i % out];
+        for (int64_t k = 0; k < in; k++) {
+            const uint32_t bits = (uint32_t)espi_bf16_bits(w[i % out * in + k]) << 16;
+            float value;
+            memcpy(&value, &bits, sizeof value);
+            got[i] += x[i / out * in + k] * (double)value;
+        }
+    }
+    const double error = golden_error(got, y, rows * out);
+    cr_expect(error <= 1e-6, "%s: y is off by %g of its largest value: more than f32 rounding of sums of %lld", kind, error, (long long)in);
+    free(codes), free(stored), free(absmax), free(w), free(want), free(x), free(y), free(bias), free(got);
+    espi_st_close(file);
+    espi_st_close(ref);
+}
+
+Test(golden_quant, linear4bit) {
+    check_linear("nf4_plain", ESP_NF4, false);
+    check_linear("nf4_nested", ESP_NF4, true);
+    check_linear("fp4_plain", ESP_FP4, false);
+    check_linear("fp4_nested", ESP_FP4, true);
 }
 
 Test(golden_quant, tables) {
