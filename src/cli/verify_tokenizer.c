@@ -81,15 +81,23 @@ static void verify_file(espi_verify *v, const char *dir, const char *name, const
     free(path);
 }
 
-void espi_verify_tokenizer(espi_verify *v, const char *dir) {
-    if (espi_is_file(dir, "o200k.jsonl"))
-        espi_verify_skip(v, "o200k.jsonl", "needs the o200k ranks, a format that this version does not read");
-    if (!espi_is_file(dir, "qwen3.jsonl")) return;
-    char *beside = espi_cli_path(dir, "tokenizer.json");
-    const char *path = v->tokenizer ? v->tokenizer : espi_is_file(dir, "tokenizer.json") ? beside : NULL;
+/* The strings of `name` by the file `tokenizer` beside them, or the one that --tokenizer names when it is of that kind. */
+static void verify_vocabulary(espi_verify *v, const char *dir, const char *name, const char *tokenizer, bool ranks) {
+    if (!espi_is_file(dir, name)) return;
+    char *beside = espi_cli_path(dir, tokenizer);
+    const char *suffix = v->tokenizer ? strrchr(v->tokenizer, '.') : NULL;
+    const bool named = v->tokenizer && (suffix && strcmp(suffix, ".tiktoken") == 0) == ranks;
+    const char *path = named ? v->tokenizer : espi_is_file(dir, tokenizer) ? beside : NULL;
+    char reason[160];
+    snprintf(reason, sizeof reason, "needs the vocabulary %s: put it into the folder or name it by --tokenizer", tokenizer);
     if (path)
-        verify_file(v, dir, "qwen3.jsonl", path);
+        verify_file(v, dir, name, path);
     else
-        espi_verify_skip(v, "qwen3.jsonl", "needs the Qwen3 tokenizer.json: put it into the folder or name it by --tokenizer");
+        espi_verify_skip(v, name, reason);
     free(beside);
+}
+
+void espi_verify_tokenizer(espi_verify *v, const char *dir) {
+    verify_vocabulary(v, dir, "o200k.jsonl", "o200k_base.tiktoken", true);
+    verify_vocabulary(v, dir, "qwen3.jsonl", "tokenizer.json", false);
 }

@@ -8,15 +8,11 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <xxhash.h>
 
 enum { MAX_FILE = 256 << 20, MAX_ID = 1 << 24 };
 
 /* GPT-2's pattern: what ByteLevel splits by when it is told to use a regex of its own. */
 #define GPT2_PATTERN "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+"
-
-/* Unicode's White_Space.  PCRE2's own \s with UCP also matches U+180E, which Rust's and Oniguruma's do not. */
-#define SPACES "\\t-\\r \\x{85}\\x{A0}\\x{1680}\\x{2000}-\\x{200A}\\x{2028}\\x{2029}\\x{202F}\\x{205F}\\x{3000}"
 
 /* ---- the byte alphabet ---- */
 
@@ -56,37 +52,7 @@ static uint32_t key_bytes(unsigned char *out, const char *key, const int32_t byt
     return n;
 }
 
-/* ---- tables ---- */
-
-static size_t hash_bytes(const unsigned char *bytes, size_t n) {
-    return (size_t)XXH3_64bits(bytes, n);
-}
-
-static size_t hash_pair(int32_t left, int32_t right) {
-    const uint64_t key = (uint64_t)(uint32_t)left << 32 | (uint32_t)right;
-    return (size_t)(key * UINT64_C(0x9E3779B97F4A7C15) >> 20);
-}
-
-int32_t espi_vocab_find(const esp_tokenizer *t, const unsigned char *bytes, size_t n) {
-    for (size_t i = hash_bytes(bytes, n) & t->vocab.mask; t->vocab.slots[i] >= 0; i = (i + 1) & t->vocab.mask) {
-        const espi_token *token = &t->tokens[t->vocab.slots[i]];
-        if (token->n == n && memcmp(token->bytes, bytes, n) == 0) return t->vocab.slots[i];
-    }
-    return -1;
-}
-
-const espi_merge *espi_merge_find(const esp_tokenizer *t, int32_t left, int32_t right) {
-    for (size_t i = hash_pair(left, right) & t->merge_mask; t->merges[i].result >= 0; i = (i + 1) & t->merge_mask)
-        if (t->merges[i].left == left && t->merges[i].right == right) return &t->merges[i];
-    return NULL;
-}
-
-/* At least twice as many slots as entries. */
-static size_t table_size(size_t entries) {
-    size_t size = 16;
-    while (size < 2 * entries) size *= 2;
-    return size;
-}
+/* ---- vocabulary and merges ---- */
 
 typedef struct loader {
     esp_tokenizer *t;
@@ -95,17 +61,6 @@ typedef struct loader {
 } loader;
 
 #define NO_MEMORY(l) ESPI_FAIL(ESP_ERR_MEMORY, "%s: no memory for the tokenizer's tables", (l)->path)
-
-static esp_status set_token(loader *l, int32_t id, const unsigned char *bytes, uint32_t n) {
-    espi_token *token = &l->t->tokens[id];
-    free(token->bytes);
-    token->bytes = malloc((size_t)n + 1);
-    if (!token->bytes) return NO_MEMORY(l);
-    memcpy(token->bytes, bytes, n);
-    token->bytes[n] = 0;
-    token->n = n;
-    return ESP_OK;
-}
 
 static esp_status read_id(int32_t *id, const loader *l, const json_t *value, const char *what) {
     if (!json_is_integer(value) || json_integer_value(value) < 0 || json_integer_value(value) >= MAX_ID)
@@ -127,37 +82,17 @@ static esp_status count_ids(loader *l, json_t *vocab, const json_t *added) {
         ESPI_TRY(read_id(&id, l, json_object_get(json_array_get(added, i), "id"), "an added token"));
         largest = id > largest ? id : largest;
     }
-    l->t->size = largest + 1;
-    l->t->tokens = calloc((size_t)l->t->size + 1, sizeof *l->t->tokens);
-    return l->t->tokens ? ESP_OK : NO_MEMORY(l);
+    return espi_tokens_create(l->t, largest + 1, json_object_size(vocab), json_array_size(added), l->path);
 }
 
 static esp_status load_vocab(loader *l, json_t *vocab) {
-    esp_tokenizer *t = l->t;
-    const size_t slots = table_size(json_object_size(vocab));
-    t->vocab.slots = malloc(slots * sizeof *t->vocab.slots);
-    if (!t->vocab.slots) return NO_MEMORY(l);
-    memset(t->vocab.slots, 0xFF, slots * sizeof *t->vocab.slots);
-    t->vocab.mask = slots - 1;
-    for (int b = 0; b < 256; b++) t->byte_id[b] = -1;
     const char *key;
     json_t *value;
     json_object_foreach(vocab, key, value) {
-        const int32_t id = (int32_t)json_integer_value(value);
         unsigned char *bytes = malloc(strlen(key) + 1);
         if (!bytes) return NO_MEMORY(l);
         const uint32_t n = key_bytes(bytes, key, l->byte_of);
-        if (t->tokens[id].bytes) {
-            free(bytes);
-            return ESPI_FAIL(ESP_ERR_FORMAT, "%s: vocab: two tokens have id %d, one of them %s", l->path, id, key);
-        }
-        const esp_status status = set_token(l, id, bytes, n);
-        if (status == ESP_OK && n == 1) t->byte_id[bytes[0]] = id;
-        if (status == ESP_OK) {
-            size_t i = hash_bytes(bytes, n) & t->vocab.mask;
-            while (t->vocab.slots[i] >= 0) i = (i + 1) & t->vocab.mask;
-            t->vocab.slots[i] = id;
-        }
+        const esp_status status = espi_token_add(l->t, (int32_t)json_integer_value(value), bytes, n, l->path);
         free(bytes);
         ESPI_TRY(status);
     }
@@ -186,32 +121,23 @@ static esp_status merge_sides(char **copy, const char **left, const char **right
     return ESPI_FAIL(ESP_ERR_FORMAT, "%s: merge %zu: got neither \"a b\" nor [\"a\", \"b\"], expected one of them", l->path, rank);
 }
 
-static esp_status add_merge(loader *l, const char *left, const char *right, int32_t rank) {
+static esp_status add_merge(const loader *l, const char *left, const char *right, int32_t rank) {
     esp_tokenizer *t = l->t;
     const size_t nl = strlen(left), nr = strlen(right);
     unsigned char *bytes = malloc(nl + nr + 1);
     if (!bytes) return NO_MEMORY(l);
     const uint32_t a = key_bytes(bytes, left, l->byte_of), b = key_bytes(bytes + a, right, l->byte_of);
-    const int32_t ids[3] = {espi_vocab_find(t, bytes, a), espi_vocab_find(t, bytes + a, b), espi_vocab_find(t, bytes, (size_t)a + b)};
+    const int32_t ids[3] = {espi_vocab_find(t, &t->vocab, bytes, a), espi_vocab_find(t, &t->vocab, bytes + a, b),
+                            espi_vocab_find(t, &t->vocab, bytes, (size_t)a + b)};
     free(bytes);
     if (ids[0] < 0 || ids[1] < 0 || ids[2] < 0)
         return ESPI_FAIL(ESP_ERR_FORMAT, "%s: merge %d: %s + %s: got a part or a result that is no token of the vocabulary", l->path, rank,
                          left, right);
-    if (espi_merge_find(t, ids[0], ids[1])) return ESP_OK; /* the first of two equal merges has the lower rank */
-    size_t i = hash_pair(ids[0], ids[1]) & t->merge_mask;
-    while (t->merges[i].result >= 0) i = (i + 1) & t->merge_mask;
-    t->merges[i] = (espi_merge){.left = ids[0], .right = ids[1], .rank = rank, .result = ids[2]};
-    return ESP_OK;
+    return espi_merge_add(t, ids[0], ids[1], rank, ids[2], l->path);
 }
 
 static esp_status load_merges(loader *l, const json_t *merges) {
-    esp_tokenizer *t = l->t;
-    const size_t n = json_array_size(merges), slots = table_size(n);
-    t->merges = malloc(slots * sizeof *t->merges);
-    if (!t->merges) return NO_MEMORY(l);
-    t->merge_mask = slots - 1;
-    for (size_t i = 0; i < slots; i++) t->merges[i].result = -1;
-    for (size_t i = 0; i < n; i++) {
+    for (size_t i = 0; i < json_array_size(merges); i++) {
         char *copy;
         const char *left = NULL, *right = NULL;
         ESPI_TRY(merge_sides(&copy, &left, &right, l, json_array_get(merges, i), i));
@@ -220,11 +146,6 @@ static esp_status load_merges(loader *l, const json_t *merges) {
         ESPI_TRY(status);
     }
     return ESP_OK;
-}
-
-static int longer_first(const void *a, const void *b) {
-    const espi_token *const *x = a, *const *y = b;
-    return (*x)->n < (*y)->n ? 1 : (*x)->n > (*y)->n ? -1 : (*x < *y ? -1 : 1);
 }
 
 static esp_status check_added(const loader *l, const json_t *a, const char *content) {
@@ -239,28 +160,15 @@ static esp_status check_added(const loader *l, const json_t *a, const char *cont
 }
 
 static esp_status load_added(loader *l, const json_t *added) {
-    esp_tokenizer *t = l->t;
-    const size_t n = json_array_size(added);
-    const espi_token **order = calloc(n + 1, sizeof *order);
-    t->added = calloc(n + 1, sizeof *t->added);
-    esp_status status = order && t->added ? ESP_OK : NO_MEMORY(l);
-    for (size_t i = 0; i < n && status == ESP_OK; i++) {
+    for (size_t i = 0; i < json_array_size(added); i++) {
         const json_t *a = json_array_get(added, i);
         const char *content = json_string_value(json_object_get(a, "content"));
         const int32_t id = (int32_t)json_integer_value(json_object_get(a, "id"));
-        status = check_added(l, a, content);
-        if (status == ESP_OK) status = set_token(l, id, (const unsigned char *)content, (uint32_t)strlen(content));
-        t->tokens[id].added = true;
-        t->tokens[id].special = json_is_true(json_object_get(a, "special"));
-        order[i] = &t->tokens[id];
+        ESPI_TRY(check_added(l, a, content));
+        ESPI_TRY(espi_added_add(l->t, id, content, json_is_true(json_object_get(a, "special")), l->path));
     }
-    if (status == ESP_OK) {
-        qsort(order, n, sizeof *order, longer_first);
-        for (size_t i = 0; i < n; i++) t->added[i] = (int32_t)(order[i] - t->tokens);
-        t->n_added = (int32_t)n;
-    }
-    free(order);
-    return status;
+    espi_added_finish(l->t);
+    return ESP_OK;
 }
 
 /* ---- the pipeline ---- */
@@ -281,60 +189,24 @@ static esp_status load_normalizer(loader *l, const json_t *n) {
     return ESP_OK;
 }
 
-/* Replaces \s, inside and outside of classes, and \S outside of them, by explicit lists; everything else is copied. */
-static char *portable_pattern(const char *pattern) {
-    char *out = malloc(strlen(pattern) * (sizeof SPACES + 4) + 1), *w = out;
-    bool in_class = false;
-    for (const char *p = pattern; out && *p; p++) {
-        if (p[0] == '\\' && (p[1] == 's' || (p[1] == 'S' && !in_class))) {
-            w += sprintf(w, in_class ? "%s" SPACES : "[%s" SPACES "]", p[1] == 'S' ? "^" : "");
-            p++;
-            continue;
-        }
-        if (p[0] == '\\' && p[1])
-            *w++ = *p++;
-        else if (p[0] == '[')
-            in_class = true;
-        else if (p[0] == ']')
-            in_class = false;
-        *w++ = *p;
-    }
-    if (out) *w = 0;
-    return out;
-}
-
-static esp_status compile_split(loader *l, const char *pattern) {
-    if (l->t->split) return ESPI_FAIL(ESP_ERR_UNSUPPORTED, "%s: pre_tokenizer: got two patterns, expected one", l->path);
-    char *portable = portable_pattern(pattern);
-    if (!portable) return NO_MEMORY(l);
-    int error;
-    PCRE2_SIZE at;
-    l->t->split = pcre2_compile((PCRE2_SPTR)portable, PCRE2_ZERO_TERMINATED, PCRE2_UTF | PCRE2_UCP, &error, &at, NULL);
-    free(portable);
-    if (!l->t->split) {
-        PCRE2_UCHAR text[128];
-        pcre2_get_error_message(error, text, sizeof text);
-        return ESPI_FAIL(ESP_ERR_UNSUPPORTED, "%s: pre_tokenizer: pattern %s: %s", l->path, pattern, (char *)text);
-    }
-    (void)pcre2_jit_compile(l->t->split, PCRE2_JIT_COMPLETE); /* without JIT the same matches, slower */
-    return ESP_OK;
-}
-
 static esp_status load_byte_level(loader *l, const json_t *p) {
     if (json_is_true(json_object_get(p, "add_prefix_space")))
         return ESPI_FAIL(ESP_ERR_UNSUPPORTED, "%s: pre_tokenizer ByteLevel: add_prefix_space: got true, expected false", l->path);
     const json_t *regex = json_object_get(p, "use_regex");
-    return !regex || json_is_true(regex) ? compile_split(l, GPT2_PATTERN) : ESP_OK;
+    return !regex || json_is_true(regex) ? espi_split_compile(l->t, GPT2_PATTERN, l->path) : ESP_OK;
 }
 
 static esp_status load_split(loader *l, const json_t *p) {
     const char *behaviour = json_string_value(json_object_get(p, "behavior"));
     const char *regex = json_string_value(json_object_get(json_object_get(p, "pattern"), "Regex"));
     if (!regex) return ESPI_FAIL(ESP_ERR_UNSUPPORTED, "%s: pre_tokenizer Split: got no Regex pattern, expected one", l->path);
-    if (!behaviour || strcmp(behaviour, "Isolated") != 0 || json_is_true(json_object_get(p, "invert")))
-        return ESPI_FAIL(ESP_ERR_UNSUPPORTED, "%s: pre_tokenizer Split: got behavior %s%s, expected Isolated, not inverted", l->path,
-                         behaviour ? behaviour : "(none)", json_is_true(json_object_get(p, "invert")) ? ", inverted" : "");
-    return compile_split(l, regex);
+    const bool invert = json_is_true(json_object_get(p, "invert"));
+    l->t->drop_gaps = invert && behaviour && strcmp(behaviour, "Removed") == 0; /* what does not match is what is removed */
+    if (!l->t->drop_gaps && (invert || !behaviour || strcmp(behaviour, "Isolated") != 0))
+        return ESPI_FAIL(ESP_ERR_UNSUPPORTED,
+                         "%s: pre_tokenizer Split: got behavior %s%s, expected Isolated, not inverted, or Removed, inverted", l->path,
+                         behaviour ? behaviour : "(none)", invert ? ", inverted" : "");
+    return espi_split_compile(l->t, regex, l->path);
 }
 
 static esp_status load_pre_tokenizer(loader *l, const json_t *p) {
@@ -417,6 +289,22 @@ static esp_status load_root(loader *l, const json_t *root) {
     return strcmp(type_of(decoder), "ByteLevel") == 0 ? ESP_OK : unknown(l, "decoder", decoder, "ByteLevel");
 }
 
+static esp_status read_json(esp_tokenizer *t, const char *text, size_t bytes, const char *path) {
+    json_error_t error;
+    json_t *root = json_loadb(text, bytes, JSON_REJECT_DUPLICATES, &error);
+    if (!root) return ESPI_FAIL(ESP_ERR_FORMAT, "%s: line %d: %s", path, error.line, error.text);
+    loader l = {.t = t, .path = path};
+    byte_alphabet(l.byte_of);
+    const esp_status status = load_root(&l, root);
+    json_decref(root);
+    return status;
+}
+
+static bool is_rank_file(const char *path) {
+    const size_t n = strlen(path), suffix = strlen(".tiktoken");
+    return n >= suffix && strcmp(path + n - suffix, ".tiktoken") == 0;
+}
+
 esp_status esp_tokenizer_load(esp_tokenizer **tokenizer, const char *path) {
     if (!tokenizer || !path) return ESPI_FAIL(ESP_ERR_ARG, "esp_tokenizer_load: tokenizer or path is NULL");
     *tokenizer = NULL;
@@ -427,19 +315,15 @@ esp_status esp_tokenizer_load(esp_tokenizer **tokenizer, const char *path) {
     else
         snprintf(file, sizeof file, "%s", path);
     ESPI_TRY(espi_file_read_all(&text, &bytes, file, MAX_FILE));
-    json_error_t error;
-    json_t *root = json_loadb(text, bytes, JSON_REJECT_DUPLICATES, &error);
+    esp_tokenizer *t = calloc(1, sizeof *t);
+    esp_status status = t ? ESP_OK : ESPI_FAIL(ESP_ERR_MEMORY, "%s: no memory for a tokenizer", file);
+    if (t) status = is_rank_file(file) ? espi_ranks_read(t, text, bytes, file) : read_json(t, text, bytes, file);
     free(text);
-    if (!root) return ESPI_FAIL(ESP_ERR_FORMAT, "%s: line %d: %s", file, error.line, error.text);
-    loader l = {.t = calloc(1, sizeof *l.t), .path = file};
-    byte_alphabet(l.byte_of);
-    esp_status status = l.t ? load_root(&l, root) : NO_MEMORY(&l);
-    json_decref(root);
     if (status != ESP_OK) {
-        esp_tokenizer_destroy(l.t);
+        esp_tokenizer_destroy(t);
         return status;
     }
-    *tokenizer = l.t;
+    *tokenizer = t;
     return ESP_OK;
 }
 
@@ -449,7 +333,8 @@ void esp_tokenizer_destroy(esp_tokenizer *tokenizer) {
     free(tokenizer->tokens);
     free(tokenizer->vocab.slots);
     free(tokenizer->merges);
-    free(tokenizer->added);
+    free(tokenizer->added.slots);
+    free(tokenizer->added_lengths);
     pcre2_code_free(tokenizer->split);
     free(tokenizer);
 }
