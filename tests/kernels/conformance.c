@@ -39,6 +39,24 @@ static const shape shapes[] = {
     {"long rows", 5, 300, 2, 1, 130, 4, 700, 2, 1, 128, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .renormalise = true, .extras = true},
     {"many tokens", 3100, 8, 4, 2, 6, 2, 20, 2, 1, 4, ROUTE_SKEWED, ESP_NF4, ESP_BF16, .renormalise = true, .extras = true},
     {"a long sequence", 150, 16, 4, 2, 8, 2, 40, 2, 1, 16, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .extras = true},
+    {"as gpt-oss", 33, 64, 8, 4, 32, 4, 129, 8, 2, 16, ROUTE_RANDOM, ESP_MXFP4, ESP_BF16, AS_GPT_OSS, .window = 8, .extras = true},
+    {"as gpt-oss, decode", 17, 64, 5, 3, 96, 5, 67, 6, 2, 10, ROUTE_SKEWED, ESP_MXFP4, ESP_BF16, AS_GPT_OSS, .window = 3, .extras = true,
+     .decode = true, .in_place = true},
+    {"as gpt-oss, no token", 0, 32, 4, 2, 32, 4, 33, 4, 2, 16, ROUTE_RANDOM, ESP_MXFP4, ESP_BF16, AS_GPT_OSS, .window = 2, .extras = true},
+    {"mxfp4, two parts, no branch", 9, 32, 4, 2, 96, 0, 40, 4, 4, 8, ROUTE_EMPTY, ESP_MXFP4, ESP_F32, .sinks = true, .bias = true},
+    {"mxfp4, long rows", 6, 160, 3, 1, 288, 17, 40, 2, 1, 64, ROUTE_ONE, ESP_MXFP4, ESP_F32, .window = 1, .extras = true},
+    {"window and sinks", 150, 16, 4, 2, 8, 2, 40, 3, 1, 18, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .bias = true, .sinks = true, .window = 33},
+    {"a window of one block", 150, 16, 4, 2, 8, 2, 40, 4, 2, 64, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .window = 64, .clamped = true},
+    {"a window wider than all", 40, 16, 4, 2, 8, 2, 40, 4, 2, 32, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .window = 1000, .interleaved = true},
+    {"sigmoid, renormalised", 65, 33, 9, 3, 17, 4, 100, 4, 2, 20, ROUTE_RANDOM, ESP_NF4, ESP_BF16, SIGMOID_RULE, .renormalise = true,
+     .extras = true},
+    {"sigmoid, biased", 31, 40, 8, 2, 24, 4, 100, 2, 2, 8, ROUTE_RANDOM, ESP_FP4, ESP_F32, SIGMOID_RULE, .bias = true},
+    {"sigmoid alone", 22, 24, 6, 2, 24, 4, 100, 2, 2, 8, ROUTE_RANDOM, ESP_FP4, ESP_F32, .sigmoid = true, .extras = true},
+    {"scaled softmax", 20, 40, 6, 2, 24, 4, 100, 2, 2, 64, ROUTE_RANDOM, ESP_Q_NONE, ESP_BF16, .scaling = 3, .bias = true, .extras = true},
+    {"scaled softmax, renormalised", 20, 40, 6, 2, 24, 4, 100, 2, 2, 12, ROUTE_RANDOM, ESP_Q_NONE, ESP_F16, .renormalise = true,
+     .scaling = 0.5, .bias = true, .interleaved = true},
+    {"clamped, odd", 19, 21, 4, 2, 13, 3, 60, 2, 1, 6, ROUTE_RANDOM, ESP_NF4, ESP_F32, .nested = true, .clamped = true, .in_place = true},
+    {"clamped, interleaved, odd", 19, 21, 4, 2, 37, 3, 60, 2, 1, 6, ROUTE_SKEWED, ESP_FP4, ESP_F32, AS_GPT_OSS, .nested = true},
 };
 enum { SHAPES = sizeof shapes / sizeof shapes[0] };
 
@@ -80,7 +98,10 @@ static bool run_on(problem *p, espi_op_id op, const shape *shape, const espi_bac
     const char *refusal = NULL, *damaged = NULL;
     problem_build(p, op, shape, backend->real, &espi_backend_ref);
     const esp_status status = op_cases[op].run(backend, p, threads, &refusal);
-    if (refusal) return false;
+    if (refusal) {
+        cr_log_info("%s on %s, shape %s: refused: %s", op_cases[op].name, backend->name, shape->name, refusal);
+        return false;
+    }
     cr_assert_eq(status, ESP_OK, "%s on %s, shape %s, seed %llu: %s", op_cases[op].name, backend->name, shape->name,
                  (unsigned long long)p->seed, esp_last_error());
     const char *damage = problem_damage(p, &damaged);
@@ -181,10 +202,10 @@ Test(kernels, reference_refuses_unknown_weights) {
 
 /* Not a number in, error out: a router without finite logits has no choice to make. */
 Test(kernels, router_refuses_nan) {
-    const espi_backend *all[8] = {&espi_backend_ref, &espi_backend_ref64};
-    for (int i = 0; i < 6 && espi_backends_cpu[i]; i++) all[i + 2] = espi_backends_cpu[i];
-    for (int i = 0; i < 8 && all[i]; i++) {
-        if (!all[i]->available() || !all[i]->router_fwd.run) continue;
+    const espi_backend *all[BACKENDS];
+    const int n = backends(all);
+    for (int i = 0; i < n; i++) {
+        if (!all[i]->router_fwd.run) continue;
         problem p;
         const char *refusal = NULL;
         problem_build(&p, ESPI_OP_router_fwd, &shapes[9], all[i]->real, &espi_backend_ref);

@@ -12,18 +12,11 @@ static const shape shapes[] = {
     {"rows, odd", 33, 65, 6, 3, 31, 5, 130, 3, 1, 18, ROUTE_SKEWED, ESP_FP4, ESP_F32, .renormalise = true},
     {"rows, wide", 70, 128, 8, 2, 64, 16, 300, 8, 4, 32, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .nested = true, .extras = true},
     {"rows, many", 250, 24, 4, 2, 12, 4, 300, 4, 2, 8, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .renormalise = true, .extras = true},
+    {"rows, as gpt-oss", 45, 64, 6, 3, 32, 4, 90, 4, 2, 16, ROUTE_RANDOM, ESP_MXFP4, ESP_BF16, AS_GPT_OSS, .window = 7},
+    {"rows, sigmoid", 170, 40, 9, 3, 19, 3, 90, 3, 1, 20, ROUTE_SKEWED, ESP_NF4, ESP_F32, SIGMOID_RULE, .renormalise = true, .window = 30},
+    {"rows, one key", 150, 24, 4, 2, 12, 4, 61, 4, 2, 32, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .sinks = true, .window = 1, .clamped = true},
 };
-enum { SHAPES = sizeof shapes / sizeof shapes[0], BACKENDS = 8 };
-
-/* The reference first, then what runs here of kernels/cpu; their number. */
-static int backends(const espi_backend *all[BACKENDS]) {
-    int n = 0;
-    all[n++] = &espi_backend_ref;
-    all[n++] = &espi_backend_ref64;
-    for (int i = 0; espi_backends_cpu[i] && n < BACKENDS; i++)
-        if (espi_backends_cpu[i]->available()) all[n++] = espi_backends_cpu[i];
-    return n;
-}
+enum { SHAPES = sizeof shapes / sizeof shapes[0] };
 
 /* A batch that has run, and the same batch again, its arrays as they were before. */
 typedef struct twice {
@@ -83,6 +76,29 @@ static void narrow_norm(const twice *t, any_args *args, int64_t first, int64_t n
     a->x = plus(t, a->x, first * a->n);
     a->y = plus(t, a->y, first * a->n);
     a->rstd = plus(t, a->rstd, first);
+    a->rows = next - first;
+}
+
+static void narrow_rope(const twice *t, any_args *args, int64_t first, int64_t next) {
+    espi_rope *a = &args->rope_fwd;
+    a->x = plus(t, a->x, first * a->heads * a->head_dim);
+    a->cos = plus(t, a->cos, first * a->half);
+    a->sin = plus(t, a->sin, first * a->half);
+    a->tokens = next - first;
+}
+
+static void narrow_swiglu(const twice *t, any_args *args, int64_t first, int64_t next) {
+    espi_swiglu_fwd *a = &args->swiglu_fwd;
+    a->act = plus(t, a->act, first * a->width);
+    a->gu = plus(t, a->gu, first * 2 * a->width);
+    a->rows = next - first;
+}
+
+static void narrow_swiglu_bwd(const twice *t, any_args *args, int64_t first, int64_t next) {
+    espi_swiglu_bwd *a = &args->swiglu_bwd;
+    a->d_gu = plus(t, a->d_gu, first * 2 * a->width);
+    a->gu = plus(t, a->gu, first * 2 * a->width);
+    a->d_act = plus(t, a->d_act, first * a->width);
     a->rows = next - first;
 }
 
@@ -265,7 +281,8 @@ static const struct {
     {ESPI_OP_router_fwd, narrow_router, false, NULL},     {ESPI_OP_head_stats, narrow_stats, true, NULL},
     {ESPI_OP_head_sample, narrow_sample, true, NULL},     {ESPI_OP_head_grad, narrow_grad, true, NULL},
     {ESPI_OP_gate_up_fwd, NULL, false, gate_up_rows},     {ESPI_OP_down_fwd, NULL, false, down_rows},
-    {ESPI_OP_attention_fwd, NULL, false, attention_rows},
+    {ESPI_OP_attention_fwd, NULL, false, attention_rows}, {ESPI_OP_rope_fwd, narrow_rope, false, NULL},
+    {ESPI_OP_swiglu_fwd, narrow_swiglu, false, NULL},     {ESPI_OP_swiglu_bwd, narrow_swiglu_bwd, false, NULL},
 };
 enum { CUTTERS = sizeof cutters / sizeof cutters[0] };
 

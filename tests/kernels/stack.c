@@ -59,6 +59,35 @@ Test(stack, four_bit) {
     }
 }
 
+/* Low nibble first, a power of two every 16 bytes, parts beginning with a block of their own. */
+Test(stack, mxfp4) {
+    enum { MX_EXPERTS = 2, MX_PARTS = 3, MX_ROWS = 6, MX_COLS = 64, MX_BLOCKS = MX_ROWS / MX_PARTS * MX_COLS / 32 };
+    static const float table[16] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6};
+    static const uint8_t scale_bytes[] = {127, 0, 1, 254, 126, 140, 100};
+    uint8_t codes[MX_EXPERTS * MX_PARTS * MX_BLOCKS * 16], scales[MX_EXPERTS * MX_PARTS * MX_BLOCKS];
+    for (int i = 0; i < (int)sizeof codes; i++) codes[i] = (uint8_t)pick(2, "codes", i, 256);
+    for (int i = 0; i < (int)sizeof scales; i++) scales[i] = scale_bytes[i % 7];
+    const espi_stack w = {.format = ESP_MXFP4,
+                          .experts = MX_EXPERTS,
+                          .rows = MX_ROWS,
+                          .cols = MX_COLS,
+                          .parts = MX_PARTS,
+                          .data = codes,
+                          .part_bytes = MX_BLOCKS * 16,
+                          .scales = scales,
+                          .part_blocks = MX_BLOCKS,
+                          .lut = table};
+    cr_assert_null(espi_stack_refusal(&w));
+    for (int b = 0; b < (int)sizeof scales; b++) {
+        for (int i = 0; i < 32; i++) {
+            const int byte = codes[b * 16 + i / 2], code = i & 1 ? (byte & 0xf0) / 16 : byte & 0x0f, row = b * 32 / MX_COLS;
+            const float want = (float)ldexp(table[code], scales[b] - 127); /* 4 and 6 times 2^127 are infinite */
+            const float got = espi_stack_value(&w, row / MX_ROWS, row % MX_ROWS, b % 2 * 32 + i);
+            cr_assert(got == want && !signbit(got) == !signbit(want), "block %d, element %d: %a, expected %a", b, i, got, want);
+        }
+    }
+}
+
 /* Every half-precision number against its definition: (-1)^s 2^(e-15) (1 + m/1024), 2^-14 m/1024 when e = 0. */
 Test(stack, every_f16) {
     for (int bits = 0; bits < 0x10000; bits++) {

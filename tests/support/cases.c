@@ -22,10 +22,8 @@ static int32_t *in_i32(problem *p, const char *name, int64_t n) {
     return field_add(p, name, ROLE_IN, ESP_I32, n);
 }
 
-/* After a builder has chosen an input's values itself. */
 static void settle(problem *p, const char *name) {
-    field *f = field_find(p, name);
-    memcpy(f->before, f->data, (size_t)f->count * esp_dtype_size(f->dtype));
+    field_settle(field_find(p, name));
 }
 
 /* The forward whose saved arrays a backward needs, run on the saver. */
@@ -61,10 +59,18 @@ static espi_stack stack(problem *p, int64_t rows, int64_t cols, int parts) {
         return w;
     }
     w.part_bytes = (size_t)(n + 1) / 2;
-    w.part_blocks = (n + ESPI_QBLOCK - 1) / ESPI_QBLOCK;
-    w.part_nested = (w.part_blocks + ESPI_NESTED_BLOCK - 1) / ESPI_NESTED_BLOCK;
     w.data = field_add(p, "w", ROLE_IN, ESP_U8, all * (int64_t)w.part_bytes);
     w.lut = in_f32(p, "lut", 16);
+    if (s->format == ESP_MXFP4) {
+        w.part_blocks = n / ESPI_MXBLOCK;
+        uint8_t *scales = field_add(p, "scales", ROLE_IN, ESP_U8, all * w.part_blocks);
+        for (int64_t i = 0; i < all * w.part_blocks; i++) scales[i] = (uint8_t)(i % 5 == 4 ? 0 : 124 + scales[i] % 5); /* 2^-3 .. 2^1 */
+        settle(p, "scales");
+        w.scales = scales;
+        return w;
+    }
+    w.part_blocks = (n + ESPI_QBLOCK - 1) / ESPI_QBLOCK;
+    w.part_nested = (w.part_blocks + ESPI_NESTED_BLOCK - 1) / ESPI_NESTED_BLOCK;
     if (s->nested) {
         w.absmax8 = field_add(p, "absmax8", ROLE_IN, ESP_U8, all * w.part_blocks);
         w.nested = in_f32(p, "nested", all * w.part_nested);
@@ -74,6 +80,16 @@ static espi_stack stack(problem *p, int64_t rows, int64_t cols, int parts) {
         w.absmax = in_f32(p, "absmax", all * w.part_blocks);
     }
     return w;
+}
+
+/* gate and up side by side are one matrix, one above the other two. */
+static espi_stack gate_up_stack(problem *p) {
+    return stack(p, 2 * p->shape.width, p->shape.hidden, p->shape.interleaved ? 1 : 2);
+}
+
+/* Inputs are of order 1, so the limit is reached by half of them. */
+static espi_glu glu(const shape *s) {
+    return (espi_glu){s->interleaved, s->clamped, s->clamped ? 0.5 : 0, s->clamped ? 1.702 : 0};
 }
 
 /* The experts of token t, ascending: those of the k largest scores. */
@@ -211,8 +227,12 @@ static void build_rmsnorm_bwd(problem *p, espi_rmsnorm_bwd *a) {
     a->d_w = s->decode ? NULL : inout(p, "d_w", s->hidden);
 }
 
+static int64_t rotated_half(const shape *s) {
+    return s->head_dim / (s->partial_rope ? 4 : 2);
+}
+
 static void build_rope_table(problem *p, espi_rope_table *a) {
-    const int64_t tokens = p->shape.tokens, half = p->shape.head_dim / 2;
+    const int64_t tokens = p->shape.tokens, half = rotated_half(&p->shape);
     double *inv_freq = field_add(p, "inv_freq", ROLE_IN, ESP_F64, half);
     for (int64_t j = 0; j < half; j++) inv_freq[j] = pow(10000, -(double)j / (double)half);
     settle(p, "inv_freq");
@@ -222,7 +242,7 @@ static void build_rope_table(problem *p, espi_rope_table *a) {
 
 static void build_rope(problem *p, espi_rope *a) {
     const shape *s = &p->shape;
-    const int64_t half = s->head_dim / 2;
+    const int64_t half = rotated_half(s);
     *a = (espi_rope){inout(p, "x", s->tokens * s->heads * s->head_dim),
                      in(p, "cos", s->tokens * half),
                      in(p, "sin", s->tokens * half),
@@ -259,12 +279,23 @@ static void build_kv_append(problem *p, espi_kv_append *a) {
     a->v = in(p, "v", tokens * width);
 }
 
+/* Larger than the scores, or smaller than all. */
+static float *sinks(problem *p) {
+    if (!p->shape.sinks) return NULL;
+    float *sink = in_f32(p, "sinks", p->shape.heads);
+    for (int64_t head = 0; head < p->shape.heads; head++) sink[head] *= 4;
+    settle(p, "sinks");
+    return sink;
+}
+
 static void build_attention_fwd(problem *p, espi_attention_fwd *a) {
     const shape *s = &p->shape;
     const int64_t n_q = s->tokens * s->heads, past = s->decode ? PAST : 0;
     *a = (espi_attention_fwd){.out = out(p, "out", n_q * s->head_dim),
                               .lse = out(p, "lse", n_q),
                               .q = in(p, "q", n_q * s->head_dim),
+                              .sinks = sinks(p),
+                              .window = s->window,
                               .spans = spans(p, past),
                               .heads = s->heads,
                               .kv_heads = s->kv_heads,
@@ -289,12 +320,15 @@ static void build_attention_bwd(problem *p, espi_attention_bwd *a) {
                               .v = in(p, "v", n_kv),
                               .out = field_take(p, "out", &f),
                               .lse = field_take(p, "lse", &f),
+                              .sinks = sinks(p),
+                              .window = s->window,
                               .spans = spans(p, 0),
                               .heads = s->heads,
                               .kv_heads = s->kv_heads,
                               .head_dim = s->head_dim,
                               .scale = f.args.attention_fwd.scale};
     problem_free(&f);
+    if (s->sinks && !s->decode) a->d_sinks = inout(p, "d_sinks", s->heads);
 }
 
 /* hidden -> width */
@@ -324,6 +358,10 @@ static void build_linear_bwd(problem *p, espi_linear_bwd *a) {
     if (!s->decode) a->d_x = field_add(p, "d_x", s->extras ? ROLE_INOUT : ROLE_OUT, ESP_DTYPE_NONE, s->tokens * s->hidden);
 }
 
+static espi_router_rule rule(const shape *s) {
+    return (espi_router_rule){s->renormalise, s->sigmoid, s->scaling};
+}
+
 static void build_router_fwd(problem *p, espi_router_fwd *a) {
     const shape *s = &p->shape;
     const int64_t slots = s->tokens * s->top_k;
@@ -335,7 +373,9 @@ static void build_router_fwd(problem *p, espi_router_fwd *a) {
                            .w = mat(p, s->experts, s->hidden),
                            .tokens = s->tokens,
                            .top_k = s->top_k,
-                           .rule = {.renormalise = s->renormalise}};
+                           .rule = rule(s)};
+    if (s->bias) a->bias = in_f32(p, "bias", s->experts);
+    if (s->corrected) a->correction = in_f32(p, "correction", s->experts);
     if (!s->extras) return;
     a->counts = field_add(p, "counts", ROLE_INOUT, ESP_I64, s->experts);
     a->p_sum = field_add(p, "p_sum", ROLE_INOUT, ESP_F64, s->experts);
@@ -359,7 +399,7 @@ static void build_router_bwd(problem *p, espi_router_bwd *a) {
                            .w = mat(p, s->experts, s->hidden),
                            .tokens = s->tokens,
                            .top_k = s->top_k,
-                           .rule = {.renormalise = s->renormalise}};
+                           .rule = rule(s)};
     problem_free(&f);
     if (!s->extras) return;
     a->aux_f = field_add(p, "aux_f", ROLE_IN, ESP_F64, s->experts);
@@ -372,9 +412,10 @@ static void build_gate_up_fwd(problem *p, espi_gate_up_fwd *a) {
     const int64_t rows = s->tokens * s->top_k;
     *a = (espi_gate_up_fwd){.gu = out(p, "gu", rows * 2 * s->width),
                             .x = in(p, "x", s->tokens * s->hidden),
-                            .w = stack(p, 2 * s->width, s->hidden, 2),
+                            .w = gate_up_stack(p),
                             .lora = lora(p, s->experts, s->hidden, 2 * s->width, false),
                             .routing = routing(p)};
+    if (s->bias) a->bias = in_f32(p, "bias", s->experts * 2 * s->width);
     if (s->rank) a->u = out(p, "u", rows * s->rank);
 }
 
@@ -386,7 +427,7 @@ static void build_gate_up_bwd(problem *p, espi_gate_up_bwd *a) {
     *a = (espi_gate_up_bwd){.d_rows = out(p, "d_rows", rows * s->hidden),
                             .d_gu = in(p, "d_gu", rows * 2 * s->width),
                             .x = in(p, "x", s->tokens * s->hidden),
-                            .w = stack(p, 2 * s->width, s->hidden, 2),
+                            .w = gate_up_stack(p),
                             .lora = lora(p, s->experts, s->hidden, 2 * s->width, true),
                             .routing = routing(p)};
     if (s->rank) a->u = field_take(p, "u", &f);
@@ -395,12 +436,12 @@ static void build_gate_up_bwd(problem *p, espi_gate_up_bwd *a) {
 
 static void build_swiglu_fwd(problem *p, espi_swiglu_fwd *a) {
     const int64_t rows = p->shape.tokens, width = p->shape.width;
-    *a = (espi_swiglu_fwd){out(p, "act", rows * width), in(p, "gu", rows * 2 * width), rows, width};
+    *a = (espi_swiglu_fwd){out(p, "act", rows * width), in(p, "gu", rows * 2 * width), rows, width, glu(&p->shape)};
 }
 
 static void build_swiglu_bwd(problem *p, espi_swiglu_bwd *a) {
     const int64_t rows = p->shape.tokens, width = p->shape.width;
-    *a = (espi_swiglu_bwd){.d_act = in(p, "d_act", rows * width), .rows = rows, .width = width};
+    *a = (espi_swiglu_bwd){.d_act = in(p, "d_act", rows * width), .rows = rows, .width = width, .glu = glu(&p->shape)};
     if (p->shape.in_place) {
         a->gu = a->d_gu = inout(p, "d_gu", rows * 2 * width);
     } else {
@@ -417,6 +458,7 @@ static void build_down_fwd(problem *p, espi_down_fwd *a) {
                          .w = stack(p, s->hidden, s->width, 1),
                          .lora = lora(p, s->experts, s->width, s->hidden, false),
                          .routing = routing(p)};
+    if (s->bias) a->bias = in_f32(p, "bias", s->experts * s->hidden);
     if (s->rank) a->u = out(p, "u", rows * s->rank);
 }
 
@@ -432,6 +474,7 @@ static void build_down_bwd(problem *p, espi_down_bwd *a) {
                          .w = stack(p, s->hidden, s->width, 1),
                          .lora = lora(p, s->experts, s->width, s->hidden, true),
                          .routing = routing(p)};
+    if (s->bias) a->bias = in_f32(p, "bias", s->experts * s->hidden);
     if (s->rank) a->u = field_take(p, "u", &f);
     problem_free(&f);
 }
@@ -643,6 +686,15 @@ const op_case op_cases[ESPI_OP_COUNT] = {
 #include "kernels/ops.def"
 #undef ESPI_OP
 };
+
+int backends(const espi_backend *all[BACKENDS]) {
+    int n = 0;
+    all[n++] = &espi_backend_ref;
+    all[n++] = &espi_backend_ref64;
+    for (int i = 0; espi_backends_cpu[i] && n < BACKENDS; i++)
+        if (espi_backends_cpu[i]->available()) all[n++] = espi_backends_cpu[i];
+    return n;
+}
 
 void problem_build(problem *p, espi_op_id op, const shape *shape, esp_dtype real, const espi_backend *saver) {
     *p = (problem){.shape = *shape, .op = op, .real = real, .saver = saver, .seed = seed_of(shape->name)};

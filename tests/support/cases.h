@@ -8,6 +8,10 @@
 #define AUX_COEF 0.7
 #define Z_COEF 0.3
 
+/* What goes together in a family: for tables of shapes. */
+#define AS_GPT_OSS .renormalise = true, .sinks = true, .bias = true, .clamped = true, .interleaved = true
+#define SIGMOID_RULE .sigmoid = true, .corrected = true, .scaling = 2.5, .partial_rope = true
+
 typedef struct op_case {
     const char *name;
     void (*build)(problem *p);
@@ -21,6 +25,10 @@ extern const op_case op_cases[ESPI_OP_COUNT];
 void problem_build(problem *p, espi_op_id op, const shape *shape, esp_dtype real, const espi_backend *saver);
 /* Builds and runs; every failure ends the test, refusals too. */
 void problem_run(problem *p, espi_op_id op, const shape *shape, const espi_backend *backend, const espi_backend *saver);
+/* The reference first, then what runs here of kernels/cpu; their number. */
+enum { BACKENDS = 8 };
+int backends(const espi_backend *all[BACKENDS]);
+
 /* Runs what has been built; every failure ends the test. */
 void problem_call(problem *p, const espi_backend *backend);
 

@@ -111,6 +111,10 @@ field *field_find(problem *p, const char *name) {
     return NULL;
 }
 
+void field_settle(field *f) {
+    memcpy(f->before, f->data, (size_t)f->count * esp_dtype_size(f->dtype));
+}
+
 void *field_take(problem *p, const char *name, problem *from) {
     const field *source = field_find(from, name);
     const bool is_real = source->dtype == from->real;

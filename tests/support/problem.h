@@ -37,6 +37,14 @@ typedef struct shape {
     bool extras;      /* bias, softcap, entropy coefficient, residual gradient, accumulation, auxiliary losses */
     bool in_place;    /* outputs over inputs where the op allows it */
     bool decode;      /* attention: keys that lie before the queries */
+    /* What some families have. */
+    bool sinks;
+    int64_t window;    /* 0 = all keys */
+    bool partial_rope; /* half of each head is rotated */
+    bool bias;         /* of the router and of the experts */
+    bool sigmoid, corrected;
+    double scaling;
+    bool clamped, interleaved;
 } shape;
 
 typedef union any_args {
@@ -68,6 +76,8 @@ void *field_add(problem *p, const char *name, role role, esp_dtype dtype, int64_
 field *field_find(problem *p, const char *name); /* ends the test when there is none */
 double field_get(const field *f, int64_t i);
 void field_set(field *f, int64_t i, double value);
+/* After a test has chosen an input's values itself. */
+void field_settle(field *f);
 /* An input of `p` with the values that array has in `from`, in p's dtype. */
 void *field_take(problem *p, const char *name, problem *from);
 
