@@ -14,9 +14,26 @@ typedef enum espi_mlp_kind { ESPI_MLP_DENSE, ESPI_MLP_MOE } espi_mlp_kind;
 
 /* How routed experts lie in the checkpoint; stated by the family and the tensor names present, never by a shape. */
 typedef enum espi_expert_layout {
-    ESPI_EXPERTS_PER_EXPERT, /* experts.{e}.gate_proj|up_proj|down_proj.weight, [out,in] */
-    ESPI_EXPERTS_FUSED       /* experts.gate_up_proj [E,2I,H], experts.down_proj [E,H,I] */
+    ESPI_EXPERTS_PER_EXPERT, /* expert_gate, expert_up, expert_down: one matrix [out,in] each */
+    ESPI_EXPERTS_JOINED,     /* expert_gate_up [2I,H] and joined_down [H,I]: rows of gate and up as in the stack */
+    ESPI_EXPERTS_FUSED,      /* fused_gate_up, fused_down: plain values, in the family's espi_fused_order */
+    ESPI_EXPERTS_BLOCKS,     /* MXFP4: fused_gate_up, fused_down with "_blocks" [E,out,in/32,16] and "_scales" [E,out,in/32] behind */
+    ESPI_EXPERTS_LAYOUTS
 } espi_expert_layout;
+
+/* The order of a family's fused tensors of plain values. */
+typedef enum espi_fused_order {
+    ESPI_FUSED_OUT_IN, /* gate_up [E,2I,H], down [E,H,I] */
+    ESPI_FUSED_IN_OUT, /* gate_up [E,H,2I], down [E,I,H] */
+    ESPI_FUSED_EITHER  /* both occur in published files; that of the tensor that is not square holds for both */
+} espi_fused_order;
+
+/* A token that a text model cannot take: its id stands under `key` at the top of config.json, or is `fallback` (key NULL: always). */
+typedef struct espi_refused_token {
+    const char *key;
+    int64_t fallback;
+} espi_refused_token;
+#define ESPI_REFUSED_TOKENS 5
 
 struct espi_family;
 
@@ -29,7 +46,8 @@ typedef struct espi_config {
     espi_mlp_kind *mlp_kind;              /* [layers], owned */
     int64_t moe_layers;
     bool renormalise;    /* norm_topk_prob */
-    bool attention_bias; /* q, k, v and o have biases */
+    bool attention_bias; /* q, k and v have biases */
+    bool output_bias;    /* o has one */
     bool qk_norm;
     bool tied_head;
     double norm_eps, aux_coef;
@@ -47,26 +65,50 @@ typedef struct espi_config {
     bool yarn;                                            /* blend the plain and the divided frequencies (formats-and-numerics 4.3) */
     double yarn_beta_fast, yarn_beta_slow, yarn_original; /* yarn_original: the context length before scaling */
     bool yarn_truncate;
-    double rope_attention;          /* factor on cos and sin; 1 = none */
-    int64_t bos_id, eos_id, pad_id; /* -1 = not stated; of a list the first */
-    esp_dtype stored_dtype;         /* in which embedding, head and plain experts are held; what the file has narrower is widened */
-    bool quantised; /* config.json has a quantization_config of bitsandbytes; the tensors present decide what is quantised */
+    double rope_attention;                           /* factor on cos and sin; 1 = none */
+    int64_t bos_id, eos_id, pad_id;                  /* -1 = not stated; of a list the first */
+    int64_t refused[ESPI_REFUSED_TOKENS], n_refused; /* ids that stand for something other than text */
+    esp_dtype stored_dtype; /* in which embedding, head and plain experts are held; what the file has narrower is widened */
+    bool quantised;         /* config.json has a quantization_config of bitsandbytes; the tensors present decide what is quantised */
+    bool mxfp4;             /* config.json has one of MXFP4: the experts are kept as they are */
+    int64_t unused_layers;  /* behind the model's own in the checkpoint: layers that predict further tokens, left out */
 } espi_config;
+
+/* How many weights the q or k norm has, of a projection to `heads` heads. */
+static inline int64_t espi_qk_norm_size(const espi_config *c, int64_t heads) {
+    return c->whole_qk_norm ? heads * c->head_dim : c->head_dim;
+}
 
 typedef struct espi_family {
     const char *name; /* model_type */
-    /* Fills the family's part of `config` from the parsed file: everything about experts and layer kinds.  path: for error sentences. */
+    /* Fills the family's part of `config` from the parsed object that holds the text model's settings: everything about experts and
+     * layer kinds.  What config.json says for every family has been read, with the defaults below.  path: for error sentences. */
     esp_status (*read_config)(espi_config *config, const json_t *root, const char *path);
-    /* Tensor names; %d where the layer number goes, a second %d where the expert's does. */
+    const char *nested; /* the key of that object inside config.json; NULL: it is the whole */
+    /* What holds where config.json does not say: */
+    double norm_eps, rope_theta;
+    double rotary_share; /* partial_rotary_factor; 0: whole heads, and nothing else is known of this family */
+    int64_t max_position;
+    bool attention_bias;
+    /* Tensor names; %d where the layer number goes, a second %d where the expert's does.  NULL: the family has none. */
     const char *embed, *final_norm, *head;
     const char *norm1, *norm2, *q, *k, *v, *o, *q_norm, *k_norm; /* without ".weight" / ".bias" */
-    const char *router, *dense_gate, *dense_up, *dense_down;
+    const char *sinks;                                           /* complete */
+    const char *router, *router_correction;                      /* without ".weight" / ".bias"; complete */
+    const char *dense_gate, *dense_up, *dense_down, *shared_gate, *shared_up, *shared_down;
     const char *expert_gate, *expert_up, *expert_down; /* per expert, without ".weight" */
-    const char *fused_gate_up, *fused_down;            /* fused, complete names */
-    const char *experts_module;                        /* what PEFT wraps when it trains the fused stacks */
+    const char *expert_gate_up, *joined_down;          /* per expert, gate and up in one, without ".weight" / ".bias" */
+    const char *fused_gate_up, *fused_down;            /* fused, complete names; their biases have "_bias" behind */
+    espi_fused_order fused_order;
+    const char *experts_module; /* what PEFT wraps when it trains the fused stacks */
     /* The published model class holds a layer's experts as one parameter (gpt_oss, qwen3_vl_moe).  Serving software then wants fused
      * adapters; and as those classes have had the parameter in both orders, PEFT's version does not say which way round an adapter is. */
     bool fused_experts;
+    /* Some versions write `renamed_from` in tensor names as `renamed_to`. */
+    const char *renamed_from, *renamed_to;
+    const char *skipped; /* beginning of the names of tensors that are no part of the text model */
+    espi_refused_token refused[ESPI_REFUSED_TOKENS];
+    int n_refused;
 } espi_family;
 
 #define ESPI_FAMILY(name) extern const espi_family espi_family_##name;
@@ -87,5 +129,12 @@ void espi_config_free(espi_config *config);
 esp_status espi_json_count(int64_t *out, const json_t *root, const char *path, const char *key, const char *alias, int64_t fallback);
 esp_status espi_json_real(double *out, const json_t *root, const char *path, const char *key, const char *alias, double fallback);
 esp_status espi_json_flag(bool *out, const json_t *root, const char *path, const char *key, bool fallback);
+/* For a family of which one value only is offered: any other is ESP_ERR_UNSUPPORTED with `why`. */
+esp_status espi_json_only(const json_t *root, const char *path, const char *key, double only, const char *why);
+
+/* For read_config.  Every layer is MoE until one of these says otherwise.  Qwen's rule: layer l is MoE iff it is not listed in
+ * mlp_only_layers and (l+1) is a multiple of decoder_sparse_step; dense layers are intermediate_size wide. */
+void espi_config_set_dense(espi_config *config, int64_t layer);
+esp_status espi_config_sparse_layers(espi_config *config, const json_t *root, const char *path);
 
 #endif

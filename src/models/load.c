@@ -41,6 +41,10 @@ static void place_stack(layout *l, espi_stack *s, bool double_quant, const float
     const int64_t parts = s->experts * s->parts;
     s->data = place(l, (size_t)parts * s->part_bytes);
     if (s->format == ESP_Q_NONE) return;
+    if (s->format == ESP_MXFP4) {
+        s->scales = place(l, (size_t)(parts * s->part_blocks));
+        return;
+    }
     s->lut = esp_quant_table(s->format);
     if (!double_quant) {
         s->absmax = place_floats(l, parts * s->part_blocks);
@@ -68,21 +72,30 @@ static void lay_out(esp_model *m, unsigned char *base, size_t *dense, size_t *ex
         espi_layer *w = &m->layers[i];
         w->norm1 = place_floats(&l, c->hidden);
         w->norm2 = place_floats(&l, c->hidden);
-        w->q_norm = c->qk_norm ? place_floats(&l, c->head_dim) : NULL;
-        w->k_norm = c->qk_norm ? place_floats(&l, c->head_dim) : NULL;
+        w->q_norm = c->qk_norm ? place_floats(&l, espi_qk_norm_size(c, c->heads)) : NULL;
+        w->k_norm = c->qk_norm ? place_floats(&l, espi_qk_norm_size(c, c->kv_heads)) : NULL;
         place_linear(&l, &w->q, c->attention_bias);
         place_linear(&l, &w->k, c->attention_bias);
         place_linear(&l, &w->v, c->attention_bias);
-        place_linear(&l, &w->o, c->attention_bias);
+        place_linear(&l, &w->o, c->output_bias);
+        w->sinks = c->sinks ? place_floats(&l, c->heads) : NULL;
         if (w->mlp == ESPI_MLP_DENSE) {
             place_linear(&l, &w->mlp_gate_up, false);
             place_linear(&l, &w->mlp_down, false);
             continue;
         }
         place_mat(&l, &w->router);
+        w->router_bias = c->router_bias ? place_floats(&l, c->experts) : NULL;
+        w->router_correction = c->router_correction ? place_floats(&l, c->experts) : NULL;
+        if (c->shared_width) {
+            place_linear(&l, &w->shared_gate_up, false);
+            place_linear(&l, &w->shared_down, false);
+        }
         const size_t before = l.used;
         place_stack(&l, &w->gate_up, m->options.double_quant, *map);
         place_stack(&l, &w->down, m->options.double_quant, *map);
+        w->gate_up_bias = c->expert_bias ? place_floats(&l, w->gate_up.experts * w->gate_up.rows) : NULL;
+        w->down_bias = c->expert_bias ? place_floats(&l, w->down.experts * w->down.rows) : NULL;
         *experts += l.used - before;
     }
     *dense = l.used - *experts;
@@ -92,14 +105,25 @@ static int64_t larger(int64_t a, int64_t b) {
     return a > b ? a : b;
 }
 
-/* One buffer: room for the largest piece that is ever on its way, and, under double quantisation, for one matrix's scales. */
+static int64_t mat_values(const espi_mat *m) {
+    return m->rows * m->cols;
+}
+
+static int64_t part_values(const espi_stack *s) {
+    return s->experts ? s->rows / s->parts * s->cols : 0;
+}
+
+/* One buffer: room for the largest piece that is ever on its way, and, under double quantisation, for one matrix's scales.  Columns that
+ * become rows are there twice, as read and turned. */
 static size_t staging_bytes(size_t *raw_bytes, const esp_model *m) {
-    int64_t values = m->embed.rows * m->embed.cols, blocks = 0;
+    int64_t values = mat_values(&m->embed), blocks = 0;
+    const int64_t copies = m->config.family->fused_order == ESPI_FUSED_OUT_IN ? 1 : 2;
     for (int64_t i = 0; i < m->config.layers; i++) {
         const espi_layer *w = &m->layers[i];
-        values = larger(values, larger(w->q.w.rows, w->k.w.rows) * w->q.w.cols);
-        values = larger(values, larger(w->mlp_gate_up.w.rows * w->mlp_gate_up.w.cols, w->router.rows * w->router.cols));
-        values = larger(values, larger(w->gate_up.rows / 2 * w->gate_up.cols, w->down.rows * w->down.cols));
+        values = larger(values, larger(mat_values(&w->q.w), mat_values(&w->k.w)));
+        values = larger(values, larger(mat_values(&w->mlp_gate_up.w), mat_values(&w->router)));
+        values = larger(values, mat_values(&w->shared_gate_up.w));
+        values = larger(values, copies * larger(part_values(&w->gate_up), part_values(&w->down)));
         blocks = larger(blocks, larger(w->gate_up.part_blocks, w->down.part_blocks));
     }
     const int64_t raw = larger(values * (int64_t)sizeof(float), RAW_MIN);
@@ -123,8 +147,19 @@ esp_status espi_weight_plan_make(espi_weight_plan *out, const espi_config *confi
 
 /* ---- reading values ---- */
 
-const espi_st_tensor *espi_loader_find(espi_loader *loader, const char *name) {
+/* Under its own name, or as some versions of the family's code write it. */
+static const espi_st_tensor *look_up(const espi_loader *loader, const char *name) {
+    const espi_family *f = loader->model->config.family;
     const espi_st_tensor *t = espi_st_set_find(loader->set, name);
+    const char *from = t || !f->renamed_from ? NULL : strstr(name, f->renamed_from);
+    if (!from) return t;
+    char other[2 * ESPI_TENSOR_NAME];
+    snprintf(other, sizeof other, "%.*s%s%s", (int)(from - name), name, f->renamed_to, from + strlen(f->renamed_from));
+    return espi_st_set_find(loader->set, other);
+}
+
+const espi_st_tensor *espi_loader_find(espi_loader *loader, const char *name) {
+    const espi_st_tensor *t = look_up(loader, name);
     if (t) loader->used[espi_st_set_index(loader->set, t)] = true;
     return t;
 }
@@ -213,10 +248,10 @@ static void layer_name(char out[ESPI_TENSOR_NAME], const char *format, int64_t l
     snprintf(out + n, ESPI_TENSOR_NAME - n, "%s", suffix);
 }
 
-static void expert_name(char out[ESPI_TENSOR_NAME], const char *format, int64_t layer, int64_t expert) {
+static void expert_name(char out[ESPI_TENSOR_NAME], const char *format, int64_t layer, int64_t expert, const char *suffix) {
     snprintf(out, ESPI_TENSOR_NAME, format, (int)layer, (int)expert);
     const size_t n = strlen(out);
-    snprintf(out + n, ESPI_TENSOR_NAME - n, ".weight");
+    snprintf(out + n, ESPI_TENSOR_NAME - n, "%s", suffix);
 }
 
 static esp_status load_vector(espi_loader *loader, const float *out, const char *format, int64_t layer, const char *suffix, int64_t n) {
@@ -241,20 +276,25 @@ static esp_status load_attention(espi_loader *loader, const espi_layer *w, int64
     const espi_family *f = c->family;
     ESPI_TRY(load_vector(loader, w->norm1, f->norm1, layer, ".weight", c->hidden));
     ESPI_TRY(load_vector(loader, w->norm2, f->norm2, layer, ".weight", c->hidden));
-    if (w->q_norm) ESPI_TRY(load_vector(loader, w->q_norm, f->q_norm, layer, ".weight", c->head_dim));
-    if (w->k_norm) ESPI_TRY(load_vector(loader, w->k_norm, f->k_norm, layer, ".weight", c->head_dim));
+    if (c->qk_norm) {
+        ESPI_TRY(load_vector(loader, w->q_norm, f->q_norm, layer, ".weight", espi_qk_norm_size(c, c->heads)));
+        ESPI_TRY(load_vector(loader, w->k_norm, f->k_norm, layer, ".weight", espi_qk_norm_size(c, c->kv_heads)));
+    }
+    if (c->sinks) ESPI_TRY(load_vector(loader, w->sinks, f->sinks, layer, "", c->heads));
     ESPI_TRY(load_linear(loader, &w->q, f->q, layer));
     ESPI_TRY(load_linear(loader, &w->k, f->k, layer));
     ESPI_TRY(load_linear(loader, &w->v, f->v, layer));
     return load_linear(loader, &w->o, f->o, layer);
 }
 
-static esp_status load_dense_mlp(espi_loader *loader, const espi_layer *w, int64_t layer) {
-    const espi_config *c = &loader->model->config;
-    const float *gate = w->mlp_gate_up.w.data, *up = gate + c->dense_width * c->hidden;
-    ESPI_TRY(load_matrix(loader, gate, c->family->dense_gate, layer, c->dense_width, c->hidden));
-    ESPI_TRY(load_matrix(loader, up, c->family->dense_up, layer, c->dense_width, c->hidden));
-    return load_linear(loader, &w->mlp_down, c->family->dense_down, layer);
+/* The MLP of a dense layer, or a shared expert: gate rows, then up rows. */
+static esp_status load_mlp(espi_loader *loader, const espi_linear *gate_up, const espi_linear *down, const char *const names[3],
+                           int64_t layer) {
+    const int64_t width = down->w.cols, hidden = down->w.rows;
+    const float *gate = gate_up->w.data, *up = gate + width * hidden;
+    ESPI_TRY(load_matrix(loader, gate, names[0], layer, width, hidden));
+    ESPI_TRY(load_matrix(loader, up, names[1], layer, width, hidden));
+    return load_linear(loader, down, names[2], layer);
 }
 
 /* ---- experts ---- */
@@ -272,25 +312,90 @@ esp_status espi_loader_shrink_absmax(espi_loader *loader, const espi_stack *s, i
                                (float *)s->offset + part, loader->absmax, s->part_blocks);
 }
 
-/* Elements first .. of the tensor become matrix `part` of the stack, in pieces of whole blocks. */
-static esp_status quantise_part(espi_loader *loader, const espi_stack *s, int64_t part, const espi_st_tensor *t, int64_t first, int64_t n) {
-    uint8_t *codes = (uint8_t *)s->data + (size_t)part * s->part_bytes;
+/* Where the values of one matrix of a stack come from. */
+typedef struct source {
+    const espi_st_tensor *t;
+    int64_t first;   /* its first element */
+    int64_t columns; /* 0: row after row.  Else from one column to the next: column after column, this many elements apart */
+} source;
+
+/* How many elements go through the staging buffer at once: whole blocks, and whole rows where rows must be gathered from columns. */
+static esp_status piece_size(int64_t *elements, const espi_loader *loader, const espi_stack *s, const source *from) {
+    *elements = (int64_t)(loader->raw_bytes / esp_dtype_size(from->t->dtype));
+    if (!from->columns) return ESP_OK;
+    const int64_t half = *elements / 2, all = part_values(s);
+    int64_t rows = 1; /* the fewest that fill whole blocks */
+    while (rows * s->cols % ESPI_QBLOCK != 0) rows *= 2;
+    *elements = all <= half ? all : half / (rows * s->cols) * (rows * s->cols);
+    if (*elements > 0) return ESP_OK;
+    return ESPI_FAIL(ESP_ERR_UNSUPPORTED, "%s: tensor %s: %lld rows of %lld values do not fit the buffer of %zu bytes, expected less",
+                     espi_st_path(from->t->file), from->t->name, (long long)rows, (long long)s->cols, loader->raw_bytes);
+}
+
+/* rows x cols values of `size` bytes, row after row, from the same column after column.  In bands: what a column of a band brings into the
+ * cache is used at once. */
+static inline void turn(unsigned char *restrict out, const unsigned char *restrict in, int64_t rows, int64_t cols, size_t size) {
+    enum { BAND = 16 };
+    for (int64_t first = 0; first < rows; first += BAND) {
+        const int64_t last = first + BAND < rows ? first + BAND : rows;
+        for (int64_t c = 0; c < cols; c++)
+            for (int64_t r = first; r < last; r++) memcpy(out + (size_t)(r * cols + c) * size, in + (size_t)(c * rows + r) * size, size);
+    }
+}
+
+/* Elements first .. first+n-1 of the matrix, row after row, as they are stored. */
+static esp_status fetch(const void **values, espi_loader *loader, const espi_stack *s, const source *from, int64_t first, int64_t n) {
+    *values = loader->raw;
+    if (!from->columns) return espi_loader_read(from->t, loader->raw, from->first + first, n);
+    const int64_t rows = n / s->cols, row = first / s->cols;
+    const size_t size = esp_dtype_size(from->t->dtype);
+    for (int64_t c = 0; c < s->cols; c++)
+        ESPI_TRY(espi_loader_read(from->t, loader->raw + (size_t)(c * rows) * size, from->first + c * from->columns + row, rows));
+    unsigned char *turned = loader->raw + loader->raw_bytes / 2;
+    if (size == sizeof(uint16_t)) /* a constant, so that a copy is one move */
+        turn(turned, loader->raw, rows, s->cols, sizeof(uint16_t));
+    else
+        turn(turned, loader->raw, rows, s->cols, sizeof(float));
+    *values = turned;
+    return ESP_OK;
+}
+
+/* n values, `first` elements into matrix `part`, in the stack's form. */
+static esp_status put(espi_loader *loader, const espi_stack *s, int64_t part, const void *values, esp_dtype dtype, int64_t first,
+                      int64_t n) {
+    unsigned char *data = (unsigned char *)s->data + (size_t)part * s->part_bytes;
+    if (s->format == ESP_Q_NONE) {
+        if (dtype == s->dtype) {
+            const size_t size = esp_dtype_size(dtype);
+            memcpy(data + (size_t)first * size, values, (size_t)n * size);
+        } else {
+            float *wide = (float *)(void *)data + first;
+            for (int64_t i = 0; i < n; i++) wide[i] = espi_plain_value(values, dtype, i);
+        }
+        return ESP_OK;
+    }
+    if (s->format == ESP_MXFP4)
+        return ESPI_FAIL(ESP_ERR_UNSUPPORTED, "%s: experts are not stored as MXFP4, expected NF4, FP4 or none: none are made MXFP4 yet",
+                         espi_st_set_path(loader->set));
     float *absmax = s->absmax8 ? loader->absmax : (float *)s->absmax + part * s->part_blocks;
-    const int64_t most = (int64_t)(loader->raw_bytes / esp_dtype_size(t->dtype));
+    return esp_quantize(data + first / 2, absmax + first / ESPI_QBLOCK, values, dtype, n, ESPI_QBLOCK, s->format);
+}
+
+/* Matrix `part` of the stack from a tensor of plain values. */
+static esp_status load_part(espi_loader *loader, const espi_stack *s, int64_t part, const source *from) {
+    const int64_t n = part_values(s);
+    if (s->format == ESP_Q_NONE && !from->columns)
+        return read_plain(loader, from->t, (unsigned char *)s->data + (size_t)part * s->part_bytes, s->dtype, from->first, n);
+    int64_t most;
+    ESPI_TRY(piece_size(&most, loader, s, from));
     for (int64_t done = 0; done < n;) {
         const int64_t m = n - done < most ? n - done : most;
-        ESPI_TRY(espi_loader_read(t, loader->raw, first + done, m));
-        ESPI_TRY(esp_quantize(codes + done / 2, absmax + done / ESPI_QBLOCK, loader->raw, t->dtype, m, ESPI_QBLOCK, s->format));
+        const void *values;
+        ESPI_TRY(fetch(&values, loader, s, from, done, m));
+        ESPI_TRY(put(loader, s, part, values, from->t->dtype, done, m));
         done += m;
     }
     return s->absmax8 ? espi_loader_shrink_absmax(loader, s, part) : ESP_OK;
-}
-
-/* Matrix `part` of the stack from elements first .. of a tensor of plain values. */
-static esp_status load_part(espi_loader *loader, const espi_stack *s, int64_t part, const espi_st_tensor *t, int64_t first) {
-    const int64_t n = s->rows / s->parts * s->cols;
-    if (s->format != ESP_Q_NONE) return quantise_part(loader, s, part, t, first, n);
-    return read_plain(loader, t, (unsigned char *)s->data + (size_t)part * s->part_bytes, s->dtype, first, n);
 }
 
 /* What the tensors of a stack may be stored in: anything plain when it is quantised, else what is held. */
@@ -301,57 +406,154 @@ static esp_dtype held_dtype(const espi_stack *s) {
 static esp_status load_one_expert(espi_loader *loader, const espi_stack *s, int64_t part, const char *format, int64_t layer,
                                   int64_t expert) {
     char name[ESPI_TENSOR_NAME];
-    expert_name(name, format, layer, expert);
+    expert_name(name, format, layer, expert, ".weight");
     if (espi_bnb_present(loader, name)) return espi_bnb_load_part(loader, s, part, name);
-    const espi_st_tensor *t;
-    ESPI_TRY(need_plain(loader, &t, name, held_dtype(s), 2, (int64_t[]){s->rows / s->parts, s->cols}));
-    return load_part(loader, s, part, t, 0);
+    source from = {0};
+    ESPI_TRY(need_plain(loader, &from.t, name, held_dtype(s), 2, (int64_t[]){s->rows / s->parts, s->cols}));
+    return load_part(loader, s, part, &from);
 }
 
-static esp_status load_fused(espi_loader *loader, const espi_stack *s, const char *format, int64_t layer) {
+/* All values of a stack in one tensor: row after row, or, turned, [E,in,out]. */
+static esp_status load_fused(espi_loader *loader, const espi_stack *s, const char *format, int64_t layer, bool turned) {
     char name[ESPI_TENSOR_NAME];
     layer_name(name, format, layer, "");
-    const espi_st_tensor *t;
-    ESPI_TRY(need_plain(loader, &t, name, held_dtype(s), 3, (int64_t[]){s->experts, s->rows, s->cols}));
-    const int64_t n = s->rows / s->parts * s->cols;
-    for (int64_t part = 0; part < s->experts * s->parts; part++) ESPI_TRY(load_part(loader, s, part, t, part * n));
+    const int64_t dims[] = {s->experts, turned ? s->cols : s->rows, turned ? s->rows : s->cols};
+    source from = {.columns = turned ? s->rows : 0};
+    ESPI_TRY(need_plain(loader, &from.t, name, held_dtype(s), 3, dims));
+    for (int64_t part = 0; part < s->experts * s->parts; part++) {
+        const int64_t expert = part / s->parts, rows = part % s->parts * (s->rows / s->parts);
+        from.first = expert * s->rows * s->cols + (turned ? rows : rows * s->cols);
+        ESPI_TRY(load_part(loader, s, part, &from));
+    }
     return ESP_OK;
 }
 
-/* The layout is what the names say: fused when a fused tensor is there. */
+/* MXFP4 as it lies in the file: the bytes of the stack. */
+static esp_status load_blocks(espi_loader *loader, const espi_stack *s, const char *format, int64_t layer) {
+    char name[ESPI_TENSOR_NAME];
+    const espi_st_tensor *blocks, *scales;
+    const int64_t groups = s->cols / ESPI_MXBLOCK, dims[] = {s->experts, s->rows, groups, ESPI_MXBLOCK / 2};
+    layer_name(name, format, layer, "_blocks");
+    if (s->format != ESP_MXFP4)
+        return ESPI_FAIL(ESP_ERR_UNSUPPORTED,
+                         "%s: tensor %s: stored as MXFP4, expected plain values to make other 4 bits of: load it with experts = MXFP4, or "
+                         "take the 16-bit checkpoint",
+                         espi_st_set_path(loader->set), name);
+    ESPI_TRY(espi_loader_need(loader, &blocks, name, ESP_U8, 4, dims));
+    layer_name(name, format, layer, "_scales");
+    ESPI_TRY(espi_loader_need(loader, &scales, name, ESP_U8, 3, dims));
+    const size_t n = (size_t)(s->experts * s->parts * s->part_blocks);
+    uint8_t *bytes = (uint8_t *)s->scales;
+    ESPI_TRY(espi_st_read(blocks, (void *)s->data, 0, (size_t)blocks->bytes));
+    ESPI_TRY(espi_st_read(scales, bytes, 0, n));
+    const uint8_t *bad = memchr(bytes, 255, n);
+    if (!bad) return ESP_OK;
+    return ESPI_FAIL(ESP_ERR_NONFINITE, "%s: tensor %s: element %lld is 255, which is NaN, expected 0 to 254", espi_st_path(scales->file),
+                     name, (long long)(bad - bytes));
+}
+
+static bool has(const espi_loader *loader, const char *format, int64_t layer, int64_t expert, const char *suffix,
+                char name[ESPI_TENSOR_NAME]) {
+    if (!format) return false;
+    expert_name(name, format, layer, expert, suffix); /* an expert's number too many does no harm */
+    return look_up(loader, name);
+}
+
+/* The layout is what the names say. */
 static esp_status find_layout(espi_expert_layout *out, const espi_loader *loader, int64_t layer) {
     const espi_family *f = loader->model->config.family;
-    char fused[2][ESPI_TENSOR_NAME], single[ESPI_TENSOR_NAME];
-    layer_name(fused[0], f->fused_gate_up, layer, "");
-    layer_name(fused[1], f->fused_down, layer, "");
-    expert_name(single, f->expert_gate, layer, 0);
-    const bool has_single = espi_st_set_find(loader->set, single);
-    const bool has_fused = espi_st_set_find(loader->set, fused[0]) || espi_st_set_find(loader->set, fused[1]);
-    const char *path = espi_st_set_path(loader->set);
-    if (has_single && has_fused)
-        return ESPI_FAIL(ESP_ERR_FORMAT, "%s: has both %s and %s, expected the experts of a layer once", path, single, fused[0]);
-    if (!has_single && !has_fused)
-        return ESPI_FAIL(ESP_ERR_FORMAT, "%s: tensor %s is missing, and so is %s, expected one of them", path, single, fused[0]);
-    *out = has_fused ? ESPI_EXPERTS_FUSED : ESPI_EXPERTS_PER_EXPERT;
-    return ESP_OK;
+    const struct {
+        espi_expert_layout layout;
+        const char *format, *suffix;
+    } signs[] = {{ESPI_EXPERTS_PER_EXPERT, f->expert_gate, ".weight"}, {ESPI_EXPERTS_JOINED, f->expert_gate_up, ".weight"},
+                 {ESPI_EXPERTS_BLOCKS, f->fused_gate_up, "_blocks"},   {ESPI_EXPERTS_BLOCKS, f->fused_down, "_blocks"},
+                 {ESPI_EXPERTS_FUSED, f->fused_gate_up, ""},           {ESPI_EXPERTS_FUSED, f->fused_down, ""}};
+    char found[ESPI_TENSOR_NAME], name[ESPI_TENSOR_NAME], looked_for[4 * ESPI_TENSOR_NAME] = "";
+    *out = ESPI_EXPERTS_LAYOUTS;
+    for (int i = 0; i < ESPI_COUNT(signs); i++) {
+        if (!signs[i].format) continue;
+        if (has(loader, signs[i].format, layer, 0, signs[i].suffix, name)) {
+            if (*out != ESPI_EXPERTS_LAYOUTS && *out != signs[i].layout)
+                return ESPI_FAIL(ESP_ERR_FORMAT, "%s: has both %s and %s, expected the experts of a layer once",
+                                 espi_st_set_path(loader->set), found, name);
+            *out = signs[i].layout;
+            memcpy(found, name, sizeof found);
+        } else if (i == 0 || signs[i].layout != signs[i - 1].layout) {
+            const size_t n = strlen(looked_for);
+            snprintf(looked_for + n, sizeof looked_for - n, "%s%s", n ? " is missing, and so is " : "", name);
+        }
+    }
+    if (*out != ESPI_EXPERTS_LAYOUTS) return ESP_OK;
+    return ESPI_FAIL(ESP_ERR_FORMAT, "%s: tensor %s, expected one of them", espi_st_set_path(loader->set), looked_for);
+}
+
+/* Whether fused tensors of plain values are [E,in,out].  Where a family's files have either order, the tensor that is not square says
+ * which; gate_up and down cannot both be square. */
+static bool is_turned(const espi_loader *loader, const espi_layer *w, int64_t layer) {
+    const espi_family *f = loader->model->config.family;
+    if (f->fused_order != ESPI_FUSED_EITHER) return f->fused_order == ESPI_FUSED_IN_OUT;
+    const bool square = w->gate_up.rows == w->gate_up.cols;
+    const espi_stack *s = square ? &w->down : &w->gate_up;
+    char name[ESPI_TENSOR_NAME];
+    layer_name(name, square ? f->fused_down : f->fused_gate_up, layer, "");
+    const espi_st_tensor *t = look_up(loader, name);
+    return t && t->rank == 3 && t->dims[1] == s->cols && t->dims[2] == s->rows;
+}
+
+static esp_status load_fused_bias(espi_loader *loader, const float *out, const espi_stack *s, const char *format, int64_t layer) {
+    char name[ESPI_TENSOR_NAME];
+    layer_name(name, format, layer, "_bias");
+    return load_values(loader, out, name, ESP_F32, 2, (int64_t[]){s->experts, s->rows});
+}
+
+/* Matrix and, where the family has one, bias of one expert of a list. */
+static esp_status load_joined(espi_loader *loader, const espi_stack *s, const float *bias, const char *format, int64_t layer,
+                              int64_t expert) {
+    char name[ESPI_TENSOR_NAME];
+    ESPI_TRY(load_one_expert(loader, s, expert, format, layer, expert));
+    if (!bias) return ESP_OK;
+    expert_name(name, format, layer, expert, ".bias");
+    return load_values(loader, bias + expert * s->rows, name, ESP_F32, 1, &s->rows);
+}
+
+static esp_status load_experts(espi_loader *loader, const espi_layer *w, int64_t layer) {
+    const espi_config *c = &loader->model->config;
+    const espi_family *f = c->family;
+    espi_expert_layout layout = ESPI_EXPERTS_LAYOUTS;
+    ESPI_TRY(find_layout(&layout, loader, layer));
+    for (int64_t e = 0; e < c->experts; e++) {
+        if (layout == ESPI_EXPERTS_JOINED) {
+            ESPI_TRY(load_joined(loader, &w->gate_up, w->gate_up_bias, f->expert_gate_up, layer, e));
+            ESPI_TRY(load_joined(loader, &w->down, w->down_bias, f->joined_down, layer, e));
+        } else if (layout == ESPI_EXPERTS_PER_EXPERT) {
+            ESPI_TRY(load_one_expert(loader, &w->gate_up, 2 * e, f->expert_gate, layer, e));
+            ESPI_TRY(load_one_expert(loader, &w->gate_up, 2 * e + 1, f->expert_up, layer, e));
+            ESPI_TRY(load_one_expert(loader, &w->down, e, f->expert_down, layer, e));
+        }
+    }
+    if (layout == ESPI_EXPERTS_JOINED || layout == ESPI_EXPERTS_PER_EXPERT) return ESP_OK;
+    if (layout == ESPI_EXPERTS_BLOCKS) {
+        ESPI_TRY(load_blocks(loader, &w->gate_up, f->fused_gate_up, layer));
+        ESPI_TRY(load_blocks(loader, &w->down, f->fused_down, layer));
+    } else {
+        const bool turned = is_turned(loader, w, layer);
+        ESPI_TRY(load_fused(loader, &w->gate_up, f->fused_gate_up, layer, turned));
+        ESPI_TRY(load_fused(loader, &w->down, f->fused_down, layer, turned));
+    }
+    if (!c->expert_bias) return ESP_OK;
+    ESPI_TRY(load_fused_bias(loader, w->gate_up_bias, &w->gate_up, f->fused_gate_up, layer));
+    return load_fused_bias(loader, w->down_bias, &w->down, f->fused_down, layer);
 }
 
 static esp_status load_moe(espi_loader *loader, const espi_layer *w, int64_t layer) {
     const espi_config *c = &loader->model->config;
     const espi_family *f = c->family;
     ESPI_TRY(load_matrix(loader, w->router.data, f->router, layer, c->experts, c->hidden));
-    espi_expert_layout layout = ESPI_EXPERTS_PER_EXPERT;
-    ESPI_TRY(find_layout(&layout, loader, layer));
-    if (layout == ESPI_EXPERTS_FUSED) {
-        ESPI_TRY(load_fused(loader, &w->gate_up, f->fused_gate_up, layer));
-        return load_fused(loader, &w->down, f->fused_down, layer);
-    }
-    for (int64_t e = 0; e < c->experts; e++) {
-        ESPI_TRY(load_one_expert(loader, &w->gate_up, 2 * e, f->expert_gate, layer, e));
-        ESPI_TRY(load_one_expert(loader, &w->gate_up, 2 * e + 1, f->expert_up, layer, e));
-        ESPI_TRY(load_one_expert(loader, &w->down, e, f->expert_down, layer, e));
-    }
-    return ESP_OK;
+    if (c->router_bias) ESPI_TRY(load_vector(loader, w->router_bias, f->router, layer, ".bias", c->experts));
+    if (c->router_correction) ESPI_TRY(load_vector(loader, w->router_correction, f->router_correction, layer, "", c->experts));
+    const char *const shared[] = {f->shared_gate, f->shared_up, f->shared_down};
+    if (c->shared_width) ESPI_TRY(load_mlp(loader, &w->shared_gate_up, &w->shared_down, shared, layer));
+    return load_experts(loader, w, layer);
 }
 
 /* ---- the whole ---- */
@@ -364,13 +566,24 @@ static esp_status take_staging(espi_loader *loader) {
     return ESP_OK;
 }
 
+/* What the family knows to be no part of the model: another tower, or layers behind the last that predict further tokens. */
+static bool left_out(const espi_config *c, const char *name) {
+    if (c->family->skipped && strncmp(name, c->family->skipped, strlen(c->family->skipped)) == 0) return true;
+    const char *number = strstr(c->family->norm1, "%d");
+    const size_t n = (size_t)(number - c->family->norm1);
+    if (strncmp(name, c->family->norm1, n) != 0) return false;
+    char *end;
+    const long long layer = strtoll(name + n, &end, 10);
+    return end > name + n && *end == '.' && layer >= c->layers && layer < c->layers + c->unused_layers;
+}
+
 /* Tensors nobody asked for.  One that the model's own names begin means that config and weights disagree; others are only reported. */
 static esp_status check_unused(const espi_loader *loader) {
     const espi_st_tensor *first = NULL;
     size_t wrong = 0;
     for (size_t i = 0; i < espi_st_set_count(loader->set); i++) {
         const espi_st_tensor *t = espi_st_set_at(loader->set, i);
-        if (loader->used[i] || strstr(t->name, "rotary_emb.inv_freq")) continue;
+        if (loader->used[i] || strstr(t->name, "rotary_emb.inv_freq") || left_out(&loader->model->config, t->name)) continue;
         if (!t->unmapped && strncmp(t->name, "model.", 6) == 0) {
             if (wrong++ == 0) first = t;
         } else {
@@ -392,7 +605,8 @@ static esp_status load_all(espi_loader *loader) {
     for (int64_t l = 0; l < c->layers; l++) {
         const espi_layer *w = &m->layers[l];
         ESPI_TRY(load_attention(loader, w, l));
-        ESPI_TRY(w->mlp == ESPI_MLP_DENSE ? load_dense_mlp(loader, w, l) : load_moe(loader, w, l));
+        const char *const dense[] = {c->family->dense_gate, c->family->dense_up, c->family->dense_down};
+        ESPI_TRY(w->mlp == ESPI_MLP_DENSE ? load_mlp(loader, &w->mlp_gate_up, &w->mlp_down, dense, l) : load_moe(loader, w, l));
     }
     return check_unused(loader);
 }

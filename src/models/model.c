@@ -12,8 +12,6 @@ static esp_status check_options(const esp_model_config *o) {
     if (!isfinite(o->router_aux_coef) || !isfinite(o->router_z_coef))
         return ESPI_FAIL(ESP_ERR_ARG, "router_aux_coef, router_z_coef: got %g, %g, expected finite numbers", (double)o->router_aux_coef,
                          (double)o->router_z_coef);
-    if (o->experts == ESP_MXFP4)
-        return ESPI_FAIL(ESP_ERR_UNSUPPORTED, "experts: got MXFP4, expected NF4, FP4 or none: this version does not hold MXFP4");
     if ((unsigned)o->experts > ESP_MXFP4) return ESPI_FAIL(ESP_ERR_ARG, "experts: got %d, expected an esp_qformat", (int)o->experts);
     if (o->lora_targets & ~(unsigned)(ESP_LORA_ALL | ESP_LORA_NOTHING))
         return ESPI_FAIL(ESP_ERR_ARG, "lora_targets: got %#x, expected a sum of ESP_LORA_ values (at most %#x)", o->lora_targets,
@@ -21,17 +19,34 @@ static esp_status check_options(const esp_model_config *o) {
     return ESP_OK;
 }
 
+/* The form of the experts in memory: by default NF4, but what a checkpoint has in MXFP4 stays as it is. */
+static esp_status choose_experts(esp_model_config *o, const espi_config *c) {
+    if (o->experts == ESP_Q_DEFAULT) o->experts = c->mxfp4 ? ESP_MXFP4 : ESP_NF4;
+    if (c->mxfp4 && o->experts != ESP_MXFP4)
+        return ESPI_FAIL(ESP_ERR_UNSUPPORTED,
+                         "experts: got %s, expected MXFP4 or the default: this checkpoint has its experts in MXFP4, and they are used as "
+                         "they are; for another form take the 16-bit checkpoint",
+                         o->experts == ESP_Q_NONE ? "none"
+                         : o->experts == ESP_NF4  ? "NF4"
+                                                  : "FP4");
+    if (o->experts == ESP_MXFP4 && (c->hidden % ESPI_MXBLOCK != 0 || c->expert_width % ESPI_MXBLOCK != 0))
+        return ESPI_FAIL(ESP_ERR_UNSUPPORTED,
+                         "experts: got MXFP4 with hidden size %lld and expert width %lld, expected multiples of %d: choose NF4 or FP4",
+                         (long long)c->hidden, (long long)c->expert_width, ESPI_MXBLOCK);
+    return ESP_OK;
+}
+
 esp_status espi_model_options(esp_model_config *options, espi_lora_spec lora[ESPI_T_COUNT], const esp_model_config *config,
                               const espi_config *c) {
     ESPI_TRY(espi_struct_read(options, sizeof *options, config, "esp_model_config"));
     ESPI_TRY(check_options(options));
-    if (options->experts == ESP_Q_DEFAULT) options->experts = ESP_NF4;
+    ESPI_TRY(choose_experts(options, c));
     if (c->router_sigmoid && (options->router_aux_coef != 0 || options->router_z_coef != 0))
         return ESPI_FAIL(ESP_ERR_UNSUPPORTED,
                          "router_aux_coef, router_z_coef: got %g, %g, expected 0: the router of %s has no softmax to balance",
                          (double)options->router_aux_coef, (double)options->router_z_coef, c->family->name);
-    if (options->experts == ESP_Q_NONE && options->double_quant)
-        return ESPI_FAIL(ESP_ERR_ARG, "double_quant: got true with unquantised experts, expected NF4 or FP4 experts");
+    if ((options->experts == ESP_Q_NONE || options->experts == ESP_MXFP4) && options->double_quant)
+        return ESPI_FAIL(ESP_ERR_ARG, "double_quant: got true with experts that have no f32 scales, expected NF4 or FP4 experts");
     if (options->adapter_dir) return espi_adapter_read_spec(lora, &options->lora_alpha, &options->rslora, options->adapter_dir, c);
 
     if (options->lora_rank == 0) options->lora_rank = 8;
@@ -181,6 +196,11 @@ static esp_status check_batch(const esp_model *model, const esp_batch *b) {
         if (b->tokens[t] < 0 || b->tokens[t] >= model->config.vocab)
             return ESPI_FAIL(ESP_ERR_ARG, "batch.tokens[%lld]: got id %d, expected 0 to %lld (the vocabulary)", (long long)t, b->tokens[t],
                              (long long)model->config.vocab - 1);
+        for (int64_t i = 0; i < model->config.n_refused; i++)
+            if (b->tokens[t] == model->config.refused[i])
+                return ESPI_FAIL(ESP_ERR_ARG,
+                                 "batch.tokens[%lld]: got id %d, which stands for a picture, expected text: this is the text model alone",
+                                 (long long)t, b->tokens[t]);
     }
     return ESP_OK;
 }

@@ -14,7 +14,7 @@ static espi_linear projection(int64_t out, int64_t in, espi_lora lora) {
 static espi_stack stack(const esp_model *model, int64_t rows, int64_t cols, int parts) {
     const espi_config *c = &model->config;
     const esp_qformat format = model->options.experts;
-    const int64_t n = rows / parts * cols, blocks = (n + ESPI_QBLOCK - 1) / ESPI_QBLOCK;
+    const int64_t n = rows / parts * cols, block = format == ESP_MXFP4 ? ESPI_MXBLOCK : ESPI_QBLOCK, blocks = (n + block - 1) / block;
     return (espi_stack){.format = format,
                         .dtype = c->stored_dtype,
                         .experts = c->experts,
