@@ -480,7 +480,7 @@ static esp_status find_layout(espi_expert_layout *out, const espi_loader *loader
             memcpy(found, name, sizeof found);
         } else if (i == 0 || signs[i].layout != signs[i - 1].layout) {
             const size_t n = strlen(looked_for);
-            snprintf(looked_for + n, sizeof looked_for - n, "%s%s", n ? " is missing, and so is " : "", name);
+            snprintf(looked_for + n, sizeof looked_for - n, n ? ", and so is %s" : "%s is missing", name);
         }
     }
     if (*out != ESPI_EXPERTS_LAYOUTS) return ESP_OK;
