@@ -63,7 +63,7 @@ esp_status espi_json_flag(bool *out, const json_t *root, const char *path, const
 }
 
 esp_status espi_json_only(const json_t *root, const char *path, const char *key, double only, const char *why) {
-    double v;
+    double v = only;
     ESPI_TRY(espi_json_real(&v, root, path, key, NULL, only));
     return v == only ? ESP_OK : ESPI_FAIL(ESP_ERR_UNSUPPORTED, "%s: %s: got %g, expected %g: %s", path, key, v, only, why);
 }

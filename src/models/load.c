@@ -41,11 +41,11 @@ static void place_stack(layout *l, espi_stack *s, bool double_quant, const float
     const int64_t parts = s->experts * s->parts;
     s->data = place(l, (size_t)parts * s->part_bytes);
     if (s->format == ESP_Q_NONE) return;
+    s->lut = esp_quant_table(s->format);
     if (s->format == ESP_MXFP4) {
         s->scales = place(l, (size_t)(parts * s->part_blocks));
         return;
     }
-    s->lut = esp_quant_table(s->format);
     if (!double_quant) {
         s->absmax = place_floats(l, parts * s->part_blocks);
         return;
@@ -375,8 +375,8 @@ static esp_status put(espi_loader *loader, const espi_stack *s, int64_t part, co
         return ESP_OK;
     }
     if (s->format == ESP_MXFP4)
-        return ESPI_FAIL(ESP_ERR_UNSUPPORTED, "%s: experts are not stored as MXFP4, expected NF4, FP4 or none: none are made MXFP4 yet",
-                         espi_st_set_path(loader->set));
+        return esp_mxfp4_quantize(data + first / 2, (uint8_t *)s->scales + part * s->part_blocks + first / ESPI_MXBLOCK, values, dtype, n,
+                                  ESP_MXFP4_OCP);
     float *absmax = s->absmax8 ? loader->absmax : (float *)s->absmax + part * s->part_blocks;
     return esp_quantize(data + first / 2, absmax + first / ESPI_QBLOCK, values, dtype, n, ESPI_QBLOCK, s->format);
 }

@@ -8,6 +8,7 @@
 #include <string.h>
 
 #define MODEL ESP_SOURCE_DIR "/tests/golden/data/q3a/model"
+#define NARROW_MODEL ESP_SOURCE_DIR "/tests/golden/data/q3c/model"
 
 static esp_ctx *ctx;
 static esp_model *model;
@@ -166,7 +167,8 @@ Test(model_calls, logprob_is_log_softmax) {
 Test(model_calls, bad_configs) {
     esp_model *m;
     EXPECT(esp_model_load(&m, ctx, MODEL, &ESP_MODEL_CONFIG(.lora_rank = -1)), ESP_ERR_ARG, "lora_rank", "-1");
-    EXPECT(esp_model_load(&m, ctx, MODEL, &ESP_MODEL_CONFIG(.experts = ESP_MXFP4)), ESP_ERR_UNSUPPORTED, "MXFP4");
+    EXPECT(esp_model_load(&m, ctx, NARROW_MODEL, &ESP_MODEL_CONFIG(.experts = ESP_MXFP4)), ESP_ERR_UNSUPPORTED, "MXFP4", "48", "24",
+           "multiples of 32");
     EXPECT(esp_model_load(&m, ctx, MODEL, &ESP_MODEL_CONFIG(.experts = ESP_Q_NONE, .double_quant = true)), ESP_ERR_ARG, "double_quant");
     EXPECT(esp_model_load(&m, ctx, "/nowhere/at/all", NULL), ESP_ERR_IO, "/nowhere/at/all");
     EXPECT(esp_model_load(&m, NULL, MODEL, NULL), ESP_ERR_ARG, "NULL");
