@@ -536,9 +536,20 @@ static void compare_all(run *r, const char *label, const espi_arrays *want) {
     }
 }
 
+/* Experts as the checkpoint has them: what is in MXFP4 stays so. */
+static esp_status stored_experts(esp_qformat *out, const char *model_dir) {
+    espi_config config;
+    ESPI_TRY(espi_config_read(&config, model_dir));
+    *out = config.mxfp4 ? ESP_MXFP4 : ESP_Q_NONE;
+    espi_config_free(&config);
+    return ESP_OK;
+}
+
 static esp_status load(esp_model **model, espi_verify *v, const char *model_dir, const char *adapter_dir, const variant *form, float aux) {
+    esp_qformat experts = form->experts;
+    if (experts == ESP_Q_NONE) ESPI_TRY(stored_experts(&experts, model_dir));
     return esp_model_load(model, v->ctx, model_dir,
-                          &ESP_MODEL_CONFIG(.experts = form->experts, .double_quant = form->double_quant, .train_router = true,
+                          &ESP_MODEL_CONFIG(.experts = experts, .double_quant = form->double_quant, .train_router = true,
                                             .router_aux_coef = aux, .adapter_dir = adapter_dir, .lora_targets = ESP_LORA_NOTHING));
 }
 
