@@ -3,6 +3,7 @@
  * same everywhere. */
 #include "quant/quant.h"
 
+#include "core/status.h"
 #include "kernels/plain.h"
 
 #define BODY static inline __attribute__((always_inline))
@@ -97,17 +98,17 @@ BODY int64_t shared_exponent(uint8_t *codes, uint8_t *scales, const void *x, esp
     const size_t size = esp_dtype_size(dtype);
     uint32_t bits[ESPI_MX_BLOCK];
     uint8_t code[ESPI_MX_BLOCK];
+    const espi_mx_rule r = *rule; /* nothing written may be part of it */
     for (int64_t first = 0; first < n; first += ESPI_MX_BLOCK) {
         const uint32_t most = widen(bits, (const unsigned char *)x + (size_t)first * size, dtype, ESPI_MX_BLOCK);
         if (most >= INFINITE_BITS) return first;
-        const uint32_t scale = mx_scale(most, rule->round_up);
+        const uint32_t scale = mx_scale(most, r.round_up);
         const float factor = espi_f32_of_bits((254u - scale) << 23); /* 2^(127 - scale): exact, as are the products that matter */
         const uint32_t keep_sign = most ? 8 : 0;
         for (int i = 0; i < ESPI_MX_BLOCK; i++) {
             const float v = espi_f32_of_bits(bits[i] & 0x7fffffffu) * factor;
             uint32_t sum = bits[i] >> 28 & keep_sign;
-#pragma GCC unroll 7
-            for (int k = 0; k < 7; k++) sum += v > rule->thresholds[k];
+            for (int k = 0; k < 7; k++) sum += v > r.thresholds[k] ? 1 : 0;
             code[i] = (uint8_t)sum;
         }
         pack(codes + first / 2, code, ESPI_MX_BLOCK / 2, 0);
@@ -134,30 +135,33 @@ BODY int64_t shared_exponent(uint8_t *codes, uint8_t *scales, const void *x, esp
 
 COMPILED(any, )
 #ifdef __x86_64__
-#define AVX512 "avx512f,avx512bw,avx512dq,avx512vl"
 COMPILED(avx2, __attribute__((target("avx2"))))
-COMPILED(avx512, __attribute__((target(AVX512))))
-#endif
+COMPILED(avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))))
 
-#ifdef __x86_64__
+static bool has_avx2(void) {
+    return __builtin_cpu_supports("avx2");
+}
+
 static bool has_avx512(void) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vl");
 }
 #endif
 
-int64_t espi_encode_flat(FLAT_ARGS) {
-#ifdef __x86_64__
-    if (has_avx512()) return flat_avx512(codes, absmax, x, dtype, n, block, f);
-    if (__builtin_cpu_supports("avx2")) return flat_avx2(codes, absmax, x, dtype, n, block, f);
-#endif
-    return flat_any(codes, absmax, x, dtype, n, block, f);
+static bool has_any(void) {
+    return true;
 }
 
-int64_t espi_encode_mx(MX_ARGS) {
+static const espi_encoder encoders[] = {
 #ifdef __x86_64__
-    if (has_avx512()) return mx_avx512(codes, scales, x, dtype, n, rule);
-    if (__builtin_cpu_supports("avx2")) return mx_avx2(codes, scales, x, dtype, n, rule);
+    {"avx512", has_avx512, flat_avx512, mx_avx512},
+    {"avx2", has_avx2, flat_avx2, mx_avx2},
 #endif
-    return mx_any(codes, scales, x, dtype, n, rule);
+    {"any", has_any, flat_any, mx_any},
+};
+
+const espi_encoder *espi_encoder_next(const espi_encoder *after) {
+    const espi_encoder *e = after ? after + 1 : encoders;
+    while (e < encoders + ESPI_COUNT(encoders) && !e->offered()) e++;
+    return e < encoders + ESPI_COUNT(encoders) ? e : NULL;
 }

@@ -11,7 +11,7 @@ const espi_format espi_format_mxfp4 = {
 };
 
 /* A magnitude above a threshold takes the next value.  Where a tie itself goes up, the threshold is the number just below the tie. */
-static const espi_mx_rule rules[] = {
+const espi_mx_rule espi_mx_rules[] = {
     [ESP_MXFP4_OCP] = {.thresholds = {0.25f, 0x1.7ffffep-1f, 1.25f, 0x1.bffffep0f, 2.5f, 0x1.bffffep1f, 5.0f}},
     [ESP_MXFP4_ROUND_UP] = {.round_up = true,
                             .thresholds = {0x1.fffffep-3f, 0x1.7ffffep-1f, 0x1.3ffffep0f, 0x1.bffffep0f, 0x1.3ffffep1f, 0x1.bffffep1f,
@@ -32,7 +32,7 @@ esp_status esp_mxfp4_quantize(uint8_t *codes, uint8_t *scales, const void *x, es
         return ESPI_FAIL(ESP_ERR_DTYPE, "esp_mxfp4_quantize: got %s, expected F32, BF16 or F16", esp_dtype_name(dtype));
     if ((unsigned)rule > ESP_MXFP4_ROUND_UP)
         return ESPI_FAIL(ESP_ERR_ARG, "rule: got %d, expected ESP_MXFP4_OCP or ESP_MXFP4_ROUND_UP", (int)rule);
-    const int64_t done = espi_encode_mx(codes, scales, x, dtype, n, &rules[rule]);
+    const int64_t done = espi_encoder_next(NULL)->mx(codes, scales, x, dtype, n, &espi_mx_rules[rule]);
     return done == n ? ESP_OK : espi_encode_nonfinite(x, dtype, done, ESPI_MX_BLOCK);
 }
 

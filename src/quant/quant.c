@@ -54,7 +54,7 @@ esp_status esp_quantize(uint8_t *codes, float *absmax, const void *x, esp_dtype 
     if (n && (!codes || !absmax || !x)) return ESPI_FAIL(ESP_ERR_ARG, "esp_quantize: codes, absmax or x is NULL, expected all three");
     if (dtype != ESP_F32 && dtype != ESP_BF16 && dtype != ESP_F16)
         return ESPI_FAIL(ESP_ERR_DTYPE, "esp_quantize: got %s, expected F32, BF16 or F16", esp_dtype_name(dtype));
-    const int64_t done = espi_encode_flat(codes, absmax, x, dtype, n, block, f);
+    const int64_t done = espi_encoder_next(NULL)->flat(codes, absmax, x, dtype, n, block, f);
     return done == n ? ESP_OK : espi_encode_nonfinite(x, dtype, done, n - done < block ? n - done : block);
 }
 

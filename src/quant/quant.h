@@ -28,15 +28,24 @@ const espi_format *espi_format_find(esp_qformat format);
 /* By its name, e.g. "nf4"; NULL when not known. */
 const espi_format *espi_format_named(const char *name);
 
-/* How MXFP4 chooses a block's power of two, and the magnitudes (times that power) above which the next value is nearer. */
+/* Of ESP_MXFP4_OCP and so on: how MXFP4 chooses a block's power of two, and the magnitudes (times that power) above which the next value is
+ * nearer. */
 typedef struct espi_mx_rule {
     bool round_up;
     float thresholds[7];
 } espi_mx_rule;
+extern const espi_mx_rule espi_mx_rules[];
 
-/* encode.c: blocks of x to codes and scales.  Returns n, or the first element of the block where a NaN or infinity stopped it. */
-int64_t espi_encode_flat(uint8_t *codes, float *absmax, const void *x, esp_dtype dtype, int64_t n, int64_t block, const espi_format *f);
-int64_t espi_encode_mx(uint8_t *codes, uint8_t *scales, const void *x, esp_dtype dtype, int64_t n, const espi_mx_rule *rule);
+/* encode.c: blocks of x to codes and scales, compiled for one instruction set.  Returns n, or the first element of the block where a NaN or
+ * infinity stopped it. */
+typedef struct espi_encoder {
+    const char *isa;
+    bool (*offered)(void); /* by this machine */
+    int64_t (*flat)(uint8_t *codes, float *absmax, const void *x, esp_dtype dtype, int64_t n, int64_t block, const espi_format *f);
+    int64_t (*mx)(uint8_t *codes, uint8_t *scales, const void *x, esp_dtype dtype, int64_t n, const espi_mx_rule *rule);
+} espi_encoder;
+/* Those that this machine offers, the fastest first (after = NULL); NULL at the end.  All give the same bytes. */
+const espi_encoder *espi_encoder_next(const espi_encoder *after);
 /* The sentence for the NaN or infinity in elements first .. first+n-1. */
 esp_status espi_encode_nonfinite(const void *x, esp_dtype dtype, int64_t first, int64_t n);
 

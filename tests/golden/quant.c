@@ -2,6 +2,7 @@
 #include "espalier/quant.h"
 #include "golden.h"
 #include "kernels/plain.h"
+#include "quant/quant.h"
 
 #include <stdbool.h>
 #include <string.h>
@@ -266,6 +267,43 @@ Test(golden_quant, mxfp4_refused) {
     cr_expect(strstr(esp_last_error(), "scale 1"), "%s", esp_last_error());
     cr_expect_eq(esp_mxfp4_dequantize(x, codes, scales, 32), ESP_OK);
     cr_expect_eq(esp_mxfp4_dequantize(x, codes, scales, 33), ESP_ERR_ARG);
+}
+
+/* Every instruction set that this machine has gives the bytes of the fastest, whatever the dtype, the block and the count. */
+Test(golden_quant, instruction_sets_agree) {
+    enum { N = 4096 + 96 };
+    static const esp_dtype dtypes[] = {ESP_F32, ESP_BF16, ESP_F16};
+    static const int64_t counts[] = {1, 31, 64, 333, N}, blocks[] = {32, 64, 4096};
+    static uint32_t x[N];
+    for (int i = 0; i < N; i++) { /* finite in every dtype: no exponent is all ones, in either half */
+        x[i] = (uint32_t)i * 2654435761u;
+        x[i] ^= x[i] >> 15;
+        x[i] &= 0xbbffbbffu;
+    }
+    const espi_encoder *fastest = espi_encoder_next(NULL);
+    int seen = 0;
+    for (const espi_encoder *e = fastest; e; e = espi_encoder_next(e), seen++)
+        for (int d = 0; d < 3; d++) {
+            uint8_t codes[2][N / 2], mx_scales[2][N / 32];
+            float absmax[2][N / 32];
+            for (int format = ESP_NF4; format <= ESP_FP4; format++)
+                for (int b = 0; b < 3; b++)
+                    for (int c = 0; c < 5; c++) {
+                        const espi_format *f = espi_format_find((esp_qformat)format);
+                        cr_assert_eq(fastest->flat(codes[0], absmax[0], x, dtypes[d], counts[c], blocks[b], f), counts[c]);
+                        cr_assert_eq(e->flat(codes[1], absmax[1], x, dtypes[d], counts[c], blocks[b], f), counts[c]);
+                        const size_t n = (size_t)(counts[c] + 1) / 2, scales = (size_t)((counts[c] + blocks[b] - 1) / blocks[b]);
+                        cr_expect_eq(memcmp(codes[0], codes[1], n), 0, "%s of %lld in %s", f->name, (long long)counts[c], e->isa);
+                        cr_expect_eq(memcmp(absmax[0], absmax[1], scales * sizeof(float)), 0);
+                    }
+            for (int rule = ESP_MXFP4_OCP; rule <= ESP_MXFP4_ROUND_UP; rule++) {
+                cr_assert_eq(fastest->mx(codes[0], mx_scales[0], x, dtypes[d], N, &espi_mx_rules[rule]), N);
+                cr_assert_eq(e->mx(codes[1], mx_scales[1], x, dtypes[d], N, &espi_mx_rules[rule]), N);
+                cr_expect_eq(memcmp(codes[0], codes[1], N / 2), 0, "mxfp4 in %s", e->isa);
+                cr_expect_eq(memcmp(mx_scales[0], mx_scales[1], N / 32), 0);
+            }
+        }
+    cr_expect_geq(seen, 1);
 }
 
 /* ---- Linear4bit ---- */
