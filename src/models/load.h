@@ -30,9 +30,13 @@ esp_status espi_loader_read(const espi_st_tensor *tensor, void *out, int64_t fir
 /* Scales of matrix `part` of the stack, which lie in loader->absmax, to 8 bits. */
 esp_status espi_loader_shrink_absmax(espi_loader *loader, const espi_stack *stack, int64_t part);
 
-/* True where `name` (with ".weight") was quantised by bitsandbytes: its quant_state is there. */
+/* True where `name` (with ".weight" where it has that) was quantised by bitsandbytes: its quant_state or its scales are there. */
 bool espi_bnb_present(espi_loader *loader, const char *name);
 /* Takes the codes of matrix `part` as they are.  The file's format, block size, shape and tables must be those of the stack. */
 esp_status espi_bnb_load_part(espi_loader *loader, const espi_stack *stack, int64_t part, const char *name);
+/* The same for a whole stack that is stored as one array [experts,rows,cols]; every matrix of it must fill whole blocks. */
+esp_status espi_bnb_load_fused(espi_loader *loader, const espi_stack *stack, const char *name);
+/* A dense matrix, NF4 or FP4, restored to f32. */
+esp_status espi_bnb_load_dense(espi_loader *loader, float *out, const char *name, int64_t rows, int64_t cols);
 
 #endif
