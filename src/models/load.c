@@ -263,6 +263,7 @@ static esp_status load_vector(espi_loader *loader, const float *out, const char 
 static esp_status load_matrix(espi_loader *loader, const float *out, const char *format, int64_t layer, int64_t rows, int64_t cols) {
     char name[ESPI_TENSOR_NAME];
     layer_name(name, format, layer, ".weight");
+    if (espi_bnb_present(loader, name)) return espi_bnb_load_dense(loader, (float *)out, name, rows, cols);
     return load_values(loader, out, name, ESP_F32, 2, (int64_t[]){rows, cols});
 }
 
@@ -312,15 +313,8 @@ esp_status espi_loader_shrink_absmax(espi_loader *loader, const espi_stack *s, i
                                (float *)s->offset + part, loader->absmax, s->part_blocks);
 }
 
-/* Where the values of one matrix of a stack come from. */
-typedef struct source {
-    const espi_st_tensor *t;
-    int64_t first;   /* its first element */
-    int64_t columns; /* 0: row after row.  Else from one column to the next: column after column, this many elements apart */
-} source;
-
 /* How many elements go through the staging buffer at once: whole blocks, and whole rows where rows must be gathered from columns. */
-static esp_status piece_size(int64_t *elements, const espi_loader *loader, const espi_stack *s, const source *from) {
+static esp_status piece_size(int64_t *elements, const espi_loader *loader, const espi_stack *s, const espi_source *from) {
     *elements = (int64_t)(loader->raw_bytes / esp_dtype_size(from->t->dtype));
     if (!from->columns) return ESP_OK;
     const int64_t half = *elements / 2, all = part_values(s);
@@ -344,7 +338,7 @@ static inline void turn(unsigned char *restrict out, const unsigned char *restri
 }
 
 /* Elements first .. first+n-1 of the matrix, row after row, as they are stored. */
-static esp_status fetch(const void **values, espi_loader *loader, const espi_stack *s, const source *from, int64_t first, int64_t n) {
+static esp_status fetch(const void **values, espi_loader *loader, const espi_stack *s, const espi_source *from, int64_t first, int64_t n) {
     *values = loader->raw;
     if (!from->columns) return espi_loader_read(from->t, loader->raw, from->first + first, n);
     const int64_t rows = n / s->cols, row = first / s->cols;
@@ -381,8 +375,7 @@ static esp_status put(espi_loader *loader, const espi_stack *s, int64_t part, co
     return esp_quantize(data + first / 2, absmax + first / ESPI_QBLOCK, values, dtype, n, ESPI_QBLOCK, s->format);
 }
 
-/* Matrix `part` of the stack from a tensor of plain values. */
-static esp_status load_part(espi_loader *loader, const espi_stack *s, int64_t part, const source *from) {
+esp_status espi_loader_take(espi_loader *loader, const espi_stack *s, int64_t part, const espi_source *from) {
     const int64_t n = part_values(s);
     if (s->format == ESP_Q_NONE && !from->columns)
         return read_plain(loader, from->t, (unsigned char *)s->data + (size_t)part * s->part_bytes, s->dtype, from->first, n);
@@ -403,27 +396,42 @@ static esp_dtype held_dtype(const espi_stack *s) {
     return s->format == ESP_Q_NONE ? s->dtype : ESP_F32;
 }
 
-static esp_status load_one_expert(espi_loader *loader, const espi_stack *s, int64_t part, const char *format, int64_t layer,
-                                  int64_t expert) {
-    char name[ESPI_TENSOR_NAME];
-    expert_name(name, format, layer, expert, ".weight");
-    if (espi_bnb_present(loader, name)) return espi_bnb_load_part(loader, s, part, name);
-    source from = {0};
-    ESPI_TRY(need_plain(loader, &from.t, name, held_dtype(s), 2, (int64_t[]){s->rows / s->parts, s->cols}));
-    return load_part(loader, s, part, &from);
+/* What the tensor that holds matrix `part` of a stack is called. */
+static void matrix_name(char out[ESPI_TENSOR_NAME], const espi_family *f, espi_expert_layout layout, int64_t layer, bool down,
+                        int64_t part) {
+    if (layout == ESPI_EXPERTS_PER_EXPERT)
+        expert_name(out, down ? f->expert_down : part % 2 ? f->expert_up : f->expert_gate, layer, down ? part : part / 2, ".weight");
+    else if (layout == ESPI_EXPERTS_JOINED)
+        expert_name(out, down ? f->joined_down : f->expert_gate_up, layer, part, ".weight");
+    else
+        layer_name(out, down ? f->fused_down : f->fused_gate_up, layer, layout == ESPI_EXPERTS_BLOCKS ? "_blocks" : "");
 }
 
-/* All values of a stack in one tensor: row after row, or, turned, [E,in,out]. */
-static esp_status load_fused(espi_loader *loader, const espi_stack *s, const char *format, int64_t layer, bool turned) {
-    char name[ESPI_TENSOR_NAME];
-    layer_name(name, format, layer, "");
+/* Fused: all values of the stack in one tensor, row after row, or, turned, [E,in,out]. */
+static esp_status plain_source(espi_source *from, espi_loader *loader, const espi_stack *s, espi_expert_layout layout, bool turned,
+                               const char *name, int64_t part) {
+    const int64_t part_rows = s->rows / s->parts;
+    *from = (espi_source){0};
+    if (layout != ESPI_EXPERTS_FUSED) return need_plain(loader, &from->t, name, held_dtype(s), 2, (int64_t[]){part_rows, s->cols});
     const int64_t dims[] = {s->experts, turned ? s->cols : s->rows, turned ? s->rows : s->cols};
-    source from = {.columns = turned ? s->rows : 0};
-    ESPI_TRY(need_plain(loader, &from.t, name, held_dtype(s), 3, dims));
+    const int64_t expert = part / s->parts, row = part % s->parts * part_rows;
+    from->columns = turned ? s->rows : 0;
+    from->first = expert * s->rows * s->cols + (turned ? row : row * s->cols);
+    return need_plain(loader, &from->t, name, held_dtype(s), 3, dims);
+}
+
+static esp_status load_stack(espi_loader *loader, const espi_stack *s, espi_expert_layout layout, bool turned, int64_t layer, bool down) {
     for (int64_t part = 0; part < s->experts * s->parts; part++) {
-        const int64_t expert = part / s->parts, rows = part % s->parts * (s->rows / s->parts);
-        from.first = expert * s->rows * s->cols + (turned ? rows : rows * s->cols);
-        ESPI_TRY(load_part(loader, s, part, &from));
+        char name[ESPI_TENSOR_NAME];
+        espi_source from;
+        matrix_name(name, loader->model->config.family, layout, layer, down, part);
+        if (espi_bnb_present(loader, name)) {
+            if (layout == ESPI_EXPERTS_FUSED) return espi_bnb_load_fused(loader, s, name);
+            ESPI_TRY(espi_bnb_load_part(loader, s, part, name));
+            continue;
+        }
+        ESPI_TRY(plain_source(&from, loader, s, layout, turned, name, part));
+        ESPI_TRY(espi_loader_take(loader, s, part, &from));
     }
     return ESP_OK;
 }
@@ -506,14 +514,13 @@ static esp_status load_fused_bias(espi_loader *loader, const float *out, const e
     return load_values(loader, out, name, ESP_F32, 2, (int64_t[]){s->experts, s->rows});
 }
 
-/* Matrix and, where the family has one, bias of one expert of a list. */
-static esp_status load_joined(espi_loader *loader, const espi_stack *s, const float *bias, const char *format, int64_t layer,
-                              int64_t expert) {
-    char name[ESPI_TENSOR_NAME];
-    ESPI_TRY(load_one_expert(loader, s, expert, format, layer, expert));
-    if (!bias) return ESP_OK;
-    expert_name(name, format, layer, expert, ".bias");
-    return load_values(loader, bias + expert * s->rows, name, ESP_F32, 1, &s->rows);
+static esp_status load_joined_bias(espi_loader *loader, const float *out, const espi_stack *s, const char *format, int64_t layer) {
+    for (int64_t e = 0; e < s->experts; e++) {
+        char name[ESPI_TENSOR_NAME];
+        expert_name(name, format, layer, e, ".bias");
+        ESPI_TRY(load_values(loader, out + e * s->rows, name, ESP_F32, 1, &s->rows));
+    }
+    return ESP_OK;
 }
 
 static esp_status load_experts(espi_loader *loader, const espi_layer *w, int64_t layer) {
@@ -521,28 +528,33 @@ static esp_status load_experts(espi_loader *loader, const espi_layer *w, int64_t
     const espi_family *f = c->family;
     espi_expert_layout layout = ESPI_EXPERTS_LAYOUTS;
     ESPI_TRY(find_layout(&layout, loader, layer));
-    for (int64_t e = 0; e < c->experts; e++) {
-        if (layout == ESPI_EXPERTS_JOINED) {
-            ESPI_TRY(load_joined(loader, &w->gate_up, w->gate_up_bias, f->expert_gate_up, layer, e));
-            ESPI_TRY(load_joined(loader, &w->down, w->down_bias, f->joined_down, layer, e));
-        } else if (layout == ESPI_EXPERTS_PER_EXPERT) {
-            ESPI_TRY(load_one_expert(loader, &w->gate_up, 2 * e, f->expert_gate, layer, e));
-            ESPI_TRY(load_one_expert(loader, &w->gate_up, 2 * e + 1, f->expert_up, layer, e));
-            ESPI_TRY(load_one_expert(loader, &w->down, e, f->expert_down, layer, e));
-        }
-    }
-    if (layout == ESPI_EXPERTS_JOINED || layout == ESPI_EXPERTS_PER_EXPERT) return ESP_OK;
     if (layout == ESPI_EXPERTS_BLOCKS) {
         ESPI_TRY(load_blocks(loader, &w->gate_up, f->fused_gate_up, layer));
         ESPI_TRY(load_blocks(loader, &w->down, f->fused_down, layer));
     } else {
-        const bool turned = is_turned(loader, w, layer);
-        ESPI_TRY(load_fused(loader, &w->gate_up, f->fused_gate_up, layer, turned));
-        ESPI_TRY(load_fused(loader, &w->down, f->fused_down, layer, turned));
+        const bool turned = layout == ESPI_EXPERTS_FUSED && is_turned(loader, w, layer);
+        ESPI_TRY(load_stack(loader, &w->gate_up, layout, turned, layer, false));
+        ESPI_TRY(load_stack(loader, &w->down, layout, turned, layer, true));
     }
     if (!c->expert_bias) return ESP_OK;
+    if (layout == ESPI_EXPERTS_JOINED) {
+        ESPI_TRY(load_joined_bias(loader, w->gate_up_bias, &w->gate_up, f->expert_gate_up, layer));
+        return load_joined_bias(loader, w->down_bias, &w->down, f->joined_down, layer);
+    }
     ESPI_TRY(load_fused_bias(loader, w->gate_up_bias, &w->gate_up, f->fused_gate_up, layer));
     return load_fused_bias(loader, w->down_bias, &w->down, f->fused_down, layer);
+}
+
+esp_status espi_loader_source(espi_source *from, espi_loader *loader, const espi_stack *s, int64_t layer, bool down, int64_t part) {
+    const espi_layer *w = &loader->model->layers[layer];
+    espi_expert_layout layout = ESPI_EXPERTS_LAYOUTS;
+    char name[ESPI_TENSOR_NAME];
+    ESPI_TRY(find_layout(&layout, loader, layer));
+    matrix_name(name, loader->model->config.family, layout, layer, down, part);
+    if (layout == ESPI_EXPERTS_BLOCKS || espi_bnb_present(loader, name))
+        return ESPI_FAIL(ESP_ERR_UNSUPPORTED, "%s: tensor %s: is quantised already, expected 16-bit or f32 values to quantise",
+                         espi_st_set_path(loader->set), name);
+    return plain_source(from, loader, s, layout, layout == ESPI_EXPERTS_FUSED && is_turned(loader, w, layer), name, part);
 }
 
 static esp_status load_moe(espi_loader *loader, const espi_layer *w, int64_t layer) {
@@ -558,12 +570,23 @@ static esp_status load_moe(espi_loader *loader, const espi_layer *w, int64_t lay
 
 /* ---- the whole ---- */
 
-static esp_status take_staging(espi_loader *loader) {
-    loader->staging_bytes = staging_bytes(&loader->raw_bytes, loader->model);
-    ESPI_TRY(espi_ctx_alloc(loader->model->ctx, ESPI_MEM_STAGING, loader->staging_bytes, &loader->staging));
+esp_status espi_loader_open(espi_loader *loader, esp_model *model, const char *dir) {
+    *loader = (espi_loader){.model = model};
+    ESPI_TRY(espi_st_set_open(&loader->set, dir));
+    loader->used = calloc(espi_st_set_count(loader->set) + 1, sizeof *loader->used);
+    if (!loader->used) return ESPI_FAIL(ESP_ERR_MEMORY, "%s: no memory for a list of its tensors", espi_st_set_path(loader->set));
+    loader->staging_bytes = staging_bytes(&loader->raw_bytes, model);
+    ESPI_TRY(espi_ctx_alloc(model->ctx, ESPI_MEM_STAGING, loader->staging_bytes, &loader->staging));
     loader->raw = loader->staging;
     loader->absmax = (float *)(void *)(loader->raw + loader->raw_bytes);
     return ESP_OK;
+}
+
+void espi_loader_close(espi_loader *loader) {
+    espi_ctx_free(loader->model->ctx, ESPI_MEM_STAGING, loader->staging, loader->staging_bytes);
+    free(loader->used);
+    espi_st_set_close(loader->set);
+    *loader = (espi_loader){0};
 }
 
 /* What the family knows to be no part of the model: another tower, or layers behind the last that predict further tokens. */
@@ -611,27 +634,25 @@ static esp_status load_all(espi_loader *loader) {
     return check_unused(loader);
 }
 
-esp_status espi_model_load_weights(esp_model *model, const char *dir) {
-    espi_loader loader = {.model = model};
+static esp_status take_weights(espi_loader *loader) {
+    esp_model *model = loader->model;
     size_t dense, experts;
+    lay_out(model, NULL, &dense, &experts, &loader->map);
+    model->weights = (espi_block){.purpose = ESPI_MEM_WEIGHTS, .bytes = dense + experts};
+    const esp_status status = espi_ctx_alloc(model->ctx, ESPI_MEM_WEIGHTS, dense + experts, &model->weights.p);
+    if (status == ESP_OK)
+        lay_out(model, model->weights.p, &dense, &experts, &loader->map);
+    else
+        model->weights = (espi_block){0};
+    return status;
+}
+
+esp_status espi_model_load_weights(esp_model *model, const char *dir) {
+    espi_loader loader;
     ESPI_TRY(espi_model_skeleton(model));
-    lay_out(model, NULL, &dense, &experts, &loader.map);
-    ESPI_TRY(espi_st_set_open(&loader.set, dir));
-    esp_status status = ESP_OK;
-    loader.used = calloc(espi_st_set_count(loader.set) + 1, sizeof *loader.used);
-    if (!loader.used) status = ESPI_FAIL(ESP_ERR_MEMORY, "%s: no memory for a list of its tensors", espi_st_set_path(loader.set));
-    if (status == ESP_OK) {
-        model->weights = (espi_block){.purpose = ESPI_MEM_WEIGHTS, .bytes = dense + experts};
-        status = espi_ctx_alloc(model->ctx, ESPI_MEM_WEIGHTS, dense + experts, &model->weights.p);
-        if (status != ESP_OK) model->weights = (espi_block){0};
-    }
-    if (status == ESP_OK) {
-        lay_out(model, model->weights.p, &dense, &experts, &loader.map);
-        status = take_staging(&loader);
-    }
+    esp_status status = espi_loader_open(&loader, model, dir);
+    if (status == ESP_OK) status = take_weights(&loader);
     if (status == ESP_OK) status = load_all(&loader);
-    espi_ctx_free(model->ctx, ESPI_MEM_STAGING, loader.staging, loader.staging_bytes);
-    free(loader.used);
-    espi_st_set_close(loader.set);
+    espi_loader_close(&loader);
     return status;
 }

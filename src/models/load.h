@@ -20,6 +20,10 @@ typedef struct espi_loader {
     bool map_used;      /* some matrix has codes for it, so it must not change any more */
 } espi_loader;
 
+/* Opens the folder and takes the staging buffer, for a model of which there is a skeleton; to be closed, also after a failure. */
+esp_status espi_loader_open(espi_loader *loader, esp_model *model, const char *dir);
+void espi_loader_close(espi_loader *loader);
+
 /* NULL: not there.  Notes that it was asked for. */
 const espi_st_tensor *espi_loader_find(espi_loader *loader, const char *name);
 /* The same, but absence and another dtype (ESP_DTYPE_NONE: any) or shape are errors. */
@@ -29,6 +33,17 @@ esp_status espi_loader_need(espi_loader *loader, const espi_st_tensor **tensor, 
 esp_status espi_loader_read(const espi_st_tensor *tensor, void *out, int64_t first, int64_t n);
 /* Scales of matrix `part` of the stack, which lie in loader->absmax, to 8 bits. */
 esp_status espi_loader_shrink_absmax(espi_loader *loader, const espi_stack *stack, int64_t part);
+
+/* Where the plain values of one expert matrix lie. */
+typedef struct espi_source {
+    const espi_st_tensor *t;
+    int64_t first;   /* its first element */
+    int64_t columns; /* 0: row after row.  Else from one column to the next: column after column, this many elements apart */
+} espi_source;
+/* Those of matrix `part` of a layer's down or gate_up stack, whatever the layout.  ESP_ERR_UNSUPPORTED: quantised already. */
+esp_status espi_loader_source(espi_source *from, espi_loader *loader, const espi_stack *stack, int64_t layer, bool down, int64_t part);
+/* They become matrix `part` of the stack, in its form. */
+esp_status espi_loader_take(espi_loader *loader, const espi_stack *stack, int64_t part, const espi_source *from);
 
 /* True where `name` (with ".weight" where it has that) was quantised by bitsandbytes: its quant_state or its scales are there. */
 bool espi_bnb_present(espi_loader *loader, const char *name);

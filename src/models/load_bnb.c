@@ -98,10 +98,9 @@ static esp_status read_state(quant_state *state, espi_loader *loader, const char
     if (!t)
         return ESPI_FAIL(ESP_ERR_FORMAT, "%s: tensor %s: has block scales but no %s or %s, expected one of them: no other format is known",
                          espi_st_set_path(loader->set), name, state_keys[0].suffix, state_keys[1].suffix);
-    ESPI_TRY(espi_st_expect(t, ESP_U8, 1, t->dims));
-    if (t->bytes > MAX_STATE)
-        return ESPI_FAIL(ESP_ERR_FORMAT, "%s: tensor %s: %llu bytes, expected at most %d", espi_st_path(t->file), t->name,
-                         (unsigned long long)t->bytes, MAX_STATE);
+    if (t->dtype != ESP_U8 || t->bytes > MAX_STATE)
+        return ESPI_FAIL(ESP_ERR_FORMAT, "%s: tensor %s: %llu bytes of %s, expected at most %d bytes of U8", espi_st_path(t->file), t->name,
+                         (unsigned long long)t->bytes, t->dtype_name, MAX_STATE);
     char text[MAX_STATE];
     ESPI_TRY(espi_st_read(t, text, 0, (size_t)t->bytes));
     return parse_state(state, text, (size_t)t->bytes, t, key);

@@ -16,6 +16,10 @@ static void copy(checkpoint *c, const char *name, const char *other) {
     c->items[c->n++].name = name;
 }
 
+static void rename_tensor(checkpoint *c, const char *name, const char *other) {
+    checkpoint_item(c, name)->name = other;
+}
+
 static void add_one(checkpoint *c, const char *name, const char *other) {
     const float value = 1;
     (void)other;
@@ -368,8 +372,29 @@ static const struct bad_case {
      drop,
      STATE,
      NULL,
-     ESP_ERR_SHAPE,
-     {"tensor " BNB ": shape [1024,1]", "expected [32,64]"}},
+     ESP_ERR_FORMAT,
+     {"tensor " BNB ": has block scales but no quant_state.bitsandbytes__nf4 or", "expected one of them"}},
+    {"a 4-bit format that nobody knows",
+     "q3a/model_nf4",
+     rename_tensor,
+     STATE,
+     BNB ".quant_state.bitsandbytes__nf3",
+     ESP_ERR_FORMAT,
+     {"tensor " BNB ": has block scales but no quant_state.bitsandbytes__nf4 or", "no other format is known"}},
+    {"an expert in two 4-bit formats",
+     "q3a/model_nf4",
+     copy,
+     BNB ".quant_state.bitsandbytes__fp4",
+     STATE,
+     ESP_ERR_FORMAT,
+     {"tensor " BNB ": has a quant_state of nf4 and one of fp4", "expected one"}},
+    {"codes under a dtype that is no storage",
+     "q3a/model_nf4",
+     as_signed,
+     BNB,
+     NULL,
+     ESP_ERR_DTYPE,
+     {"tensor " BNB ": dtype I8", "expected U8"}},
     {"scales with a NaN",
      "q3a/model_nf4",
      spoil,
@@ -404,8 +429,15 @@ static const struct bad_case {
      edit,
      STATE,
      "[32, 64]|[1, 32, 64]",
+     ESP_ERR_SHAPE,
+     {"tensor " BNB ": quant_state has shape [1,32,64]", "expected [32,64]"}},
+    {"a quant_state of rank 1",
+     "q3a/model_nf4",
+     edit,
+     STATE,
+     "[32, 64]|[2048]",
      ESP_ERR_FORMAT,
-     {"tensor " STATE, "expected quant_type"}},
+     {"tensor " STATE, "shape of two or three"}},
     {"a quant_state that is no JSON", "q3a/model_nf4", overwrite, STATE, "[[[", ESP_ERR_FORMAT, {"tensor " STATE, "expected quant_type"}},
     {"a quant_state of signed bytes",
      "q3a/model_nf4",
