@@ -28,7 +28,7 @@ enum {
 
 typedef struct esp_model_config {
     size_t struct_size;
-    esp_qformat experts;      ///< default ESP_NF4
+    esp_qformat experts;      ///< default ESP_NF4; where the checkpoint has MXFP4, that is the default and the only choice
     bool double_quant;        ///< hold the block scales in 8 bits, as bitsandbytes does: about 0.37 bits a weight less
     int lora_rank;            ///< default 8
     float lora_alpha;         ///< default 2 * lora_rank
@@ -84,7 +84,7 @@ ESP_API esp_status esp_model_info_get(const esp_model *model, esp_model_info *ou
 
 /// Forward to the final-norm hidden states.  Twin: esp_model_backward().
 /// hidden [out]  [T,H] view into the activation block (f32; f64 under "ref64"), valid until the next forward or backward of this model
-/// ESP_ERR_ARG: an id outside the vocabulary, a malformed cu_seqlens, a sequence longer than the context
+/// ESP_ERR_ARG: an id outside the vocabulary or that stands for a picture, a malformed cu_seqlens, a sequence longer than the context
 ESP_API esp_status esp_model_forward(esp_model *model, const esp_batch *batch, esp_tensor *hidden);
 
 /// The same without saving anything for a backward.

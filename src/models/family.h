@@ -79,6 +79,13 @@ static inline int64_t espi_qk_norm_size(const espi_config *c, int64_t heads) {
     return c->whole_qk_norm ? heads * c->head_dim : c->head_dim;
 }
 
+/* A token that the family's text model refuses. */
+static inline bool espi_token_refused(const espi_config *c, int32_t id) {
+    for (int64_t i = 0; i < c->n_refused; i++)
+        if (c->refused[i] == id) return true;
+    return false;
+}
+
 typedef struct espi_family {
     const char *name; /* model_type */
     /* Fills the family's part of `config` from the parsed object that holds the text model's settings: everything about experts and

@@ -484,8 +484,8 @@ static esp_status find_layout(espi_expert_layout *out, const espi_loader *loader
             if (*out != ESPI_EXPERTS_LAYOUTS && *out != signs[i].layout)
                 return ESPI_FAIL(ESP_ERR_FORMAT, "%s: has both %s and %s, expected the experts of a layer once",
                                  espi_st_set_path(loader->set), found, name);
+            if (*out == ESPI_EXPERTS_LAYOUTS) memcpy(found, name, sizeof found);
             *out = signs[i].layout;
-            memcpy(found, name, sizeof found);
         } else if (i == 0 || signs[i].layout != signs[i - 1].layout) {
             const size_t n = strlen(looked_for);
             snprintf(looked_for + n, sizeof looked_for - n, n ? ", and so is %s" : "%s is missing", name);

@@ -196,11 +196,10 @@ static esp_status check_batch(const esp_model *model, const esp_batch *b) {
         if (b->tokens[t] < 0 || b->tokens[t] >= model->config.vocab)
             return ESPI_FAIL(ESP_ERR_ARG, "batch.tokens[%lld]: got id %d, expected 0 to %lld (the vocabulary)", (long long)t, b->tokens[t],
                              (long long)model->config.vocab - 1);
-        for (int64_t i = 0; i < model->config.n_refused; i++)
-            if (b->tokens[t] == model->config.refused[i])
-                return ESPI_FAIL(ESP_ERR_ARG,
-                                 "batch.tokens[%lld]: got id %d, which stands for a picture, expected text: this is the text model alone",
-                                 (long long)t, b->tokens[t]);
+        if (espi_token_refused(&model->config, b->tokens[t]))
+            return ESPI_FAIL(ESP_ERR_ARG,
+                             "batch.tokens[%lld]: got id %d, which stands for a picture, expected text: this is the text model alone",
+                             (long long)t, b->tokens[t]);
     }
     return ESP_OK;
 }

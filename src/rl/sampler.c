@@ -186,10 +186,16 @@ static esp_status check_prompt(const esp_sampler *s, const esp_generate_config *
                          "prompt %d: got %lld tokens, which with max_new_tokens = %d is beyond the sampler's max_length of %lld: shorten "
                          "the prompt, or raise max_length (the model's context is %lld)",
                          p, (long long)n, c->max_new_tokens, (long long)s->length, (long long)s->model->config.max_position);
-    for (int32_t i = c->cu_prompts[p]; i < c->cu_prompts[p + 1]; i++)
+    for (int32_t i = c->cu_prompts[p]; i < c->cu_prompts[p + 1]; i++) {
         if (c->prompts[i] < 0 || c->prompts[i] >= s->model->config.vocab)
             return ESPI_FAIL(ESP_ERR_ARG, "prompt %d: got id %d at its token %d, expected 0 to %lld (the vocabulary)", p, c->prompts[i],
                              i - c->cu_prompts[p], (long long)s->model->config.vocab - 1);
+        if (espi_token_refused(&s->model->config, c->prompts[i]))
+            return ESPI_FAIL(
+                ESP_ERR_ARG,
+                "prompt %d: got id %d at its token %d, which stands for a picture, expected text: this is the text model alone", p,
+                c->prompts[i], i - c->cu_prompts[p]);
+    }
     return ESP_OK;
 }
 

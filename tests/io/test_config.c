@@ -28,9 +28,32 @@ Test(config, golden_folders) {
     espi_config_free(&c);
 }
 
+/* What each family's file says of its own. */
+Test(config, golden_folders_of_other_families) {
+    espi_config go, vl, ol, mx;
+    OK(espi_config_read(&go, ESP_SOURCE_DIR "/tests/golden/data/go1/model"));
+    cr_expect(go.experts == 4 && go.top_k == 2 && go.expert_width == 96 && go.moe_layers == 2 && go.renormalise && !go.qk_norm);
+    cr_expect(go.attention_bias && go.output_bias && go.sinks && go.router_bias && go.expert_bias && go.mxfp4 && !go.quantised);
+    cr_expect(go.window[0] == 5 && go.window[1] == 0 && go.glu.clamped && go.glu.interleaved && go.glu.limit == 7);
+    cr_expect(go.yarn && !go.yarn_truncate && go.yarn_original == 256 && go.yarn_beta_fast == 4 && go.rope_factor == 4);
+    OK(espi_config_read(&vl, ESP_SOURCE_DIR "/tests/golden/data/vl/model"));
+    cr_expect(vl.experts == 6 && vl.hidden == 64 && vl.renormalise && vl.qk_norm && !vl.whole_qk_norm && !vl.tied_head);
+    cr_expect(vl.rope_theta == 500000 && vl.rope_factor == 1 && !vl.yarn && vl.stored_dtype == ESP_BF16);
+    const int64_t refused[] = {156, 157, 151654, 159, 158};
+    cr_expect(vl.n_refused == 5 && memcmp(vl.refused, refused, sizeof refused) == 0);
+    OK(espi_config_read(&ol, ESP_SOURCE_DIR "/tests/golden/data/ol/model"));
+    cr_expect(ol.qk_norm && ol.whole_qk_norm && ol.clip_qkv == 0.5 && !ol.renormalise && ol.norm_eps == 1e-5 && ol.n_refused == 0);
+    OK(espi_config_read(&mx, ESP_SOURCE_DIR "/tests/golden/data/mx/model"));
+    cr_expect(mx.window[0] == 7 && mx.window[1] == 7 && mx.renormalise && !mx.qk_norm && !mx.attention_bias && mx.rope_theta == 1e6);
+    espi_config_free(&go);
+    espi_config_free(&vl);
+    espi_config_free(&ol);
+    espi_config_free(&mx);
+}
+
 /* config_v4.json says the same in the older style. */
 Test(config, both_styles_say_the_same) {
-    static const char *const models[] = {"q3a", "q3b", "q3c"};
+    static const char *const models[] = {"q3a", "q3b", "q3c", "go1", "go2", "vl", "vla", "ol", "mx"};
     char dir[ESPI_PATH_MAX], path[ESPI_PATH_MAX], copy[ESPI_PATH_MAX];
     scratch_make(dir);
     OK(espi_path_join(copy, dir, "config.json"));
@@ -45,6 +68,15 @@ Test(config, both_styles_say_the_same) {
         cr_expect(v4.experts == v5.experts && v4.top_k == v5.top_k && v4.head_dim == v5.head_dim && v4.stored_dtype == v5.stored_dtype,
                   "%s", models[i]);
         cr_expect(v4.rope_theta == v5.rope_theta && v4.rope_factor == v5.rope_factor && v4.renormalise == v5.renormalise, "%s", models[i]);
+        cr_expect_eq(memcmp(v4.window, v5.window, (size_t)v4.layers * sizeof *v4.window), 0, "%s", models[i]);
+        cr_expect(v4.yarn == v5.yarn && v4.yarn_truncate == v5.yarn_truncate && v4.yarn_original == v5.yarn_original &&
+                      v4.yarn_beta_fast == v5.yarn_beta_fast && v4.yarn_beta_slow == v5.yarn_beta_slow &&
+                      v4.rope_attention == v5.rope_attention && v4.rotary_dim == v5.rotary_dim,
+                  "%s", models[i]);
+        cr_expect(v4.glu.clamped == v5.glu.clamped && v4.glu.limit == v5.glu.limit && v4.glu.alpha == v5.glu.alpha &&
+                      v4.clip_qkv == v5.clip_qkv && v4.mxfp4 == v5.mxfp4 && v4.output_bias == v5.output_bias,
+                  "%s", models[i]);
+        cr_expect(v4.n_refused == v5.n_refused && memcmp(v4.refused, v5.refused, sizeof v4.refused) == 0, "%s", models[i]);
         cr_expect(v4.tied_head == v5.tied_head && v4.attention_bias == v5.attention_bias && v4.norm_eps == v5.norm_eps, "%s", models[i]);
         espi_config_free(&v4);
         espi_config_free(&v5);
