@@ -16,6 +16,27 @@ esp_status ESPI_CPU(espi_kv_append)(const espi_exec *exec, const espi_kv_append 
     return ESP_OK;
 }
 
+/* out[j] = scale * x . row j, four rows at a time so that the chains of sums overlap. */
+static inline void dot_rows(float *out, const float *x, const float *rows, int64_t stride, int64_t keys, int64_t dim, float scale) {
+    int64_t j = 0;
+    for (; dim % LANES == 0 && j + 4 <= keys; j += 4) {
+        const float *row = rows + j * stride;
+        vec s0 = {0}, s1 = {0}, s2 = {0}, s3 = {0};
+        for (int64_t d = 0; d < dim; d += LANES) {
+            const vec q = load(x + d);
+            s0 += q * load(row + d);
+            s1 += q * load(row + stride + d);
+            s2 += q * load(row + 2 * stride + d);
+            s3 += q * load(row + 3 * stride + d);
+        }
+        out[j] = scale * vsum(s0);
+        out[j + 1] = scale * vsum(s1);
+        out[j + 2] = scale * vsum(s2);
+        out[j + 3] = scale * vsum(s3);
+    }
+    for (; j < keys; j++) out[j] = scale * cpu_dot(x, rows + j * stride, dim);
+}
+
 /* out += sum over j of p[j] * row j. */
 static inline void add_rows(float *out, const float *p, const float *rows, int64_t stride, int64_t keys, int64_t dim) {
     int64_t d = 0;
@@ -64,10 +85,8 @@ static void attend(float *out, float *lse, const float *q, const float *k, const
         next = cpu_min(keys, (j0 / KEYS + 1) * KEYS);
         const int64_t n = next - j0;
         float largest = max;
-        for (int64_t j = 0; j < n; j++) {
-            p[j] = scale * cpu_dot(q, k + (j0 + j) * stride, dim);
-            largest = p[j] > largest ? p[j] : largest;
-        }
+        dot_rows(p, q, k + j0 * stride, stride, n, dim, scale);
+        for (int64_t j = 0; j < n; j++) largest = p[j] > largest ? p[j] : largest;
         if (largest > max && j0 > first) { /* what was summed so far was relative to the old maximum */
             const float shrink = expf(max - largest);
             sum *= shrink;
@@ -139,10 +158,12 @@ static void query_grads(const espi_attention_bwd *a, float *d_k, float *d_v, con
             const int64_t j_first = seen > j0 ? seen - j0 : 0;
             if (n <= j_first) continue;
             float p[KEYS], d_s[KEYS];
-            for (int64_t j = 0; j < n; j++) p[j] = j < j_first ? -INFINITY : scale * cpu_dot(q + i * q_stride, k + (j0 + j) * stride, dim);
+            for (int64_t j = 0; j < j_first; j++) p[j] = -INFINITY;
+            dot_rows(p + j_first, q + i * q_stride, k + (j0 + j_first) * stride, stride, n - j_first, dim, scale);
+            dot_rows(d_s + j_first, d_out + i * q_stride, v + (j0 + j_first) * stride, stride, n - j_first, dim, 1);
             exp_block(p, ((const float *)a->lse)[row + i * a->heads], n);
             for (int64_t j = j_first; j < n; j++) {
-                d_s[j] = scale * p[j] * (cpu_dot(d_out + i * q_stride, v + (j0 + j) * stride, dim) - delta[i]);
+                d_s[j] = scale * p[j] * (d_s[j] - delta[i]);
                 p_of[j][i] = p[j];
                 d_s_of[j][i] = d_s[j];
             }

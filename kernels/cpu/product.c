@@ -1,12 +1,16 @@
 /* The matrix product of the cpu backend: weights are decoded to f32 and packed a panel at a time, and a register tile runs over the rows.
  */
 #include "kernels/cpu/cpu.h"
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* c[i] = (add ? c[i] : 0) + (a[i] * panel) for `rows` rows and `vecs` vectors, both constants where this is inlined: the accumulators are
- * registers. */
-INLINE void tile(float *const *c, const float *const *a, const float *panel, int64_t depth, bool add, const int rows, const int vecs) {
+/* c[i] = (add ? c[i] : 0) + (a[i] * panel), panel rows `stride` apart, for `rows` rows and `vecs` vectors, both constants where this is
+ * inlined: the accumulators are registers. */
+INLINE void tile(float *const *c, const float *const *a, const float *panel, int64_t stride, int64_t depth, bool add, const int rows,
+                 const int vecs) {
     vec sum[TILE_ROWS][TILE_VECS];
 #pragma GCC unroll 8
     for (int i = 0; i < rows; i++)
@@ -15,7 +19,7 @@ INLINE void tile(float *const *c, const float *const *a, const float *panel, int
     for (int64_t k = 0; k < depth; k++) {
         vec b[TILE_VECS];
 #pragma GCC unroll 8
-        for (int j = 0; j < vecs; j++) b[j] = *(const vec *)(panel + k * PANEL_COLS + j * LANES);
+        for (int j = 0; j < vecs; j++) b[j] = load(panel + k * stride + j * LANES);
 #pragma GCC unroll 8
         for (int i = 0; i < rows; i++) {
             const vec x = splat(a[i][k]);
@@ -29,13 +33,14 @@ INLINE void tile(float *const *c, const float *const *a, const float *panel, int
         for (int j = 0; j < vecs; j++) store(c[i] + j * LANES, add ? load(c[i] + j * LANES) + sum[i][j] : sum[i][j]);
 }
 
-typedef void tile_fn(float *const *c, const float *const *a, const float *panel, int64_t depth, bool add);
+typedef void tile_fn(float *const *c, const float *const *a, const float *panel, int64_t stride, int64_t depth, bool add);
 #define TILE(rows, vecs)                                                                                                                   \
-    static void tile_##rows##_##vecs(float *const *c, const float *const *a, const float *panel, int64_t depth, bool add) {                \
+    static void tile_##rows##_##vecs(float *const *c, const float *const *a, const float *panel, int64_t stride, int64_t depth,            \
+                                     bool add) {                                                                                           \
         if (add)                                                                                                                           \
-            tile(c, a, panel, depth, true, rows, vecs);                                                                                    \
+            tile(c, a, panel, stride, depth, true, rows, vecs);                                                                            \
         else                                                                                                                               \
-            tile(c, a, panel, depth, false, rows, vecs);                                                                                   \
+            tile(c, a, panel, stride, depth, false, rows, vecs);                                                                           \
     }
 #define TILES(vecs) TILE(1, vecs) TILE(2, vecs) TILE(3, vecs) TILE(4, vecs)
 TILES(1)
@@ -68,13 +73,60 @@ static tile_fn *const tiles[TILE_VECS][TILE_ROWS] = {
 #endif
 };
 
+#if defined(__AVX512F__)
+/* The same for half a vector of columns, as low-rank branches have them: half as wide, twice as high. */
+enum { NARROW_COLS = LANES / 2, NARROW_ROWS = 12 };
+typedef float narrow __attribute__((vector_size(NARROW_COLS * 4), aligned(4), may_alias));
+INLINE void narrow_tile(float *const *c, const float *const *a, const float *panel, int64_t stride, int64_t depth, bool add,
+                        const int rows) {
+    narrow sum[NARROW_ROWS];
+#pragma GCC unroll 12
+    for (int i = 0; i < rows; i++) sum[i] = (narrow){0};
+    for (int64_t k = 0; k < depth; k++) {
+        const narrow b = *(const narrow *)(panel + k * stride);
+#pragma GCC unroll 12
+        for (int i = 0; i < rows; i++) sum[i] = a[i][k] * b + sum[i];
+    }
+#pragma GCC unroll 12
+    for (int i = 0; i < rows; i++) {
+        narrow *out = (narrow *)c[i];
+        if (add) sum[i] += *out;
+        *out = sum[i];
+    }
+}
+
+static void run_narrow(const cpu_rows *c, const cpu_rows *a, const float *panel, int64_t stride, int64_t m, int64_t k0, int64_t depth,
+                       int64_t col, bool add) {
+    float *to[NARROW_ROWS];
+    const float *from[NARROW_ROWS];
+    for (int64_t first = 0; first < m; first += NARROW_ROWS) {
+        const int64_t rows = cpu_min(m - first, NARROW_ROWS);
+        for (int64_t i = 0; i < rows; i++) {
+            from[i] = row_at(a, first + i) + k0;
+            to[i] = row_at(c, first + i) + col;
+        }
+        if (rows == NARROW_ROWS)
+            narrow_tile(to, from, panel, stride, depth, add, NARROW_ROWS);
+        else
+            for (int64_t i = 0; i < rows; i++) narrow_tile(to + i, from + i, panel, stride, depth, add, 1);
+    }
+}
+#endif
+
 static void scale_by(float *x, float scale, int64_t n) {
     for (int64_t i = 0; i < n; i++) x[i] *= scale;
 }
 
+/* A few floats, a panel's row or less: a call of memcpy would take longer. */
+INLINE void copy_few(float *to, const float *from, int64_t n) {
+    for (; n >= LANES; n -= LANES, to += LANES, from += LANES) store(to, load(from));
+    for (; n >= 4; n -= 4, to += 4, from += 4) *(vec4 *)to = *(const vec4 *)from;
+    for (int64_t j = 0; j < n; j++) to[j] = from[j];
+}
+
 static void decode_plain(float *dst, const void *data, esp_dtype dtype, int64_t at, int64_t n) {
     if (dtype == ESP_F32) {
-        memcpy(dst, (const float *)data + at, (size_t)n * sizeof *dst);
+        copy_few(dst, (const float *)data + at, n);
     } else if (dtype == ESP_BF16) {
         const uint16_t *bits = (const uint16_t *)data + at;
         uint32_t wide[PANEL_DEPTH];
@@ -94,6 +146,27 @@ static float block_scale(const espi_stack *w, int64_t part, int64_t block) {
     return espi_e8m0_value(w->scales[part * w->part_blocks + block]);
 }
 
+#if defined(__AVX512F__)
+/* Of n values beginning with an even element the first that fill vectors; returns how many. */
+static int64_t decode_vectors(float *out, const espi_stack *w, const uint8_t *codes, float scale, int64_t n) {
+    const __m512 values = _mm512_loadu_ps(w->lut), factor = _mm512_set1_ps(scale);
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        const __m128i low = _mm_loadl_epi64((const __m128i *)(codes + i / 2)), high = _mm_srli_epi16(low, 4);
+        const __m128i in_order = w->format == ESP_MXFP4 ? _mm_unpacklo_epi8(low, high) : _mm_unpacklo_epi8(high, low);
+        /* The permutation reads the lowest four bits of an index alone. */
+        const __m512 value = _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(in_order), values);
+        _mm512_storeu_ps(out + i, _mm512_mul_ps(value, factor));
+    }
+    return i;
+}
+#else
+static int64_t decode_vectors(float *out, const espi_stack *w, const uint8_t *codes, float scale, int64_t n) {
+    (void)out, (void)w, (void)codes, (void)scale, (void)n;
+    return 0;
+}
+#endif
+
 /* n values of a part from element `at` on. */
 static void decode_codes(float *dst, const cpu_weight *w, int64_t part, int64_t at, int64_t n) {
     const uint8_t *codes = (const uint8_t *)w->stack->data + (size_t)part * w->stack->part_bytes;
@@ -103,11 +176,12 @@ static void decode_codes(float *dst, const cpu_weight *w, int64_t part, int64_t 
         const int64_t count = cpu_min(n - done, (block + 1) * block_size - i);
         const float scale = block_scale(w->stack, part, block);
         float *out = dst + done;
-        int64_t j = 0;
+        const int64_t ready = i % 2 == 0 ? decode_vectors(out, w->stack, codes + i / 2, scale, count) : 0;
+        int64_t j = ready;
         if (i % 2 != 0) out[j++] = w->pairs[codes[i / 2]][1];
         for (; j + 1 < count; j += 2) memcpy(out + j, w->pairs[codes[(i + j) / 2]], 2 * sizeof *out);
         if (j < count) out[j] = w->pairs[codes[(i + j) / 2]][0];
-        scale_by(out, scale, count);
+        scale_by(out + ready, scale, count - ready);
         done += count;
     }
 }
@@ -143,6 +217,43 @@ static void transpose4(float *panel, const float *const row[4], int64_t depth) {
         for (int i = 0; i < 4; i++) panel[i] = row[i][k];
 }
 
+/* panel[k][at .. at + LANES) = row[0..LANES)[k]. */
+static void transpose_rows(float *panel, const float *const row[LANES], int64_t depth) {
+    int64_t k = 0;
+#if defined(__AVX512F__)
+    for (; k + LANES <= depth; k += LANES) {
+        __m512 x[LANES], y[LANES];
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) x[i] = _mm512_loadu_ps(row[i] + k);
+#pragma GCC unroll 8
+        for (int i = 0; i < LANES; i += 2) {
+            y[i] = _mm512_unpacklo_ps(x[i], x[i + 1]);
+            y[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < LANES; i += 4) {
+            x[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(y[i]), _mm512_castps_pd(y[i + 2])));
+            x[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(y[i]), _mm512_castps_pd(y[i + 2])));
+            x[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(y[i + 1]), _mm512_castps_pd(y[i + 3])));
+            x[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(y[i + 1]), _mm512_castps_pd(y[i + 3])));
+        }
+        /* x[4 g + i] holds of rows 4 g .. 4 g + 3 the steps i, 4 + i, 8 + i, 12 + i. */
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) {
+            const __m512 low = _mm512_shuffle_f32x4(x[i], x[4 + i], 0x88), high = _mm512_shuffle_f32x4(x[i], x[4 + i], 0xdd);
+            const __m512 low2 = _mm512_shuffle_f32x4(x[8 + i], x[12 + i], 0x88), high2 = _mm512_shuffle_f32x4(x[8 + i], x[12 + i], 0xdd);
+            _mm512_storeu_ps(panel + (k + i) * PANEL_COLS, _mm512_shuffle_f32x4(low, low2, 0x88));
+            _mm512_storeu_ps(panel + (k + 4 + i) * PANEL_COLS, _mm512_shuffle_f32x4(high, high2, 0x88));
+            _mm512_storeu_ps(panel + (k + 8 + i) * PANEL_COLS, _mm512_shuffle_f32x4(low, low2, 0xdd));
+            _mm512_storeu_ps(panel + (k + 12 + i) * PANEL_COLS, _mm512_shuffle_f32x4(high, high2, 0xdd));
+        }
+    }
+#endif
+    for (int j = 0; j < LANES && k < depth; j += 4)
+        transpose4(panel + k * PANEL_COLS + j, (const float *const[4]){row[j] + k, row[j + 1] + k, row[j + 2] + k, row[j + 3] + k},
+                   depth - k);
+}
+
 /* panel[k][j] = b(k0 + k, col + j), columns beyond n up to a whole vector are 0. */
 static void pack(float *panel, const cpu_weight *w, int64_t k0, int64_t depth, int64_t col, int64_t n) {
     const int64_t whole = cpu_blocks(n, LANES) * LANES;
@@ -154,11 +265,11 @@ static void pack(float *panel, const cpu_weight *w, int64_t k0, int64_t depth, i
         return;
     }
     static const float zero[PANEL_DEPTH];
-    float decoded[4][PANEL_DEPTH];
+    float decoded[LANES][PANEL_DEPTH];
     const bool direct = !w->stack && w->dtype == ESP_F32 && w->scale == 1;
-    for (int64_t j = 0; j < whole; j += 4) {
-        const float *row[4];
-        for (int i = 0; i < 4; i++) {
+    for (int64_t j = 0; j < whole; j += LANES) {
+        const float *row[LANES];
+        for (int i = 0; i < LANES; i++) {
             if (j + i >= n) {
                 row[i] = zero;
             } else if (direct) {
@@ -168,19 +279,19 @@ static void pack(float *panel, const cpu_weight *w, int64_t k0, int64_t depth, i
                 row[i] = decoded[i];
             }
         }
-        transpose4(panel + j, row, depth);
+        transpose_rows(panel + j, row, depth);
     }
 }
 
-/* A few floats, less than a panel: a call of memcpy would take longer. */
-INLINE void copy_few(float *to, const float *from, int64_t n) {
-    for (; n >= 4; n -= 4, to += 4, from += 4) *(vec4 *)to = *(const vec4 *)from;
-    for (int64_t j = 0; j < n; j++) to[j] = from[j];
-}
-
 /* One panel against m rows.  Columns that do not fill a vector go through a buffer: the tile is the same. */
-static void run_tiles(const cpu_rows *c, const cpu_rows *a, const float *panel, int64_t m, int64_t k0, int64_t depth, int64_t col,
-                      int64_t n, bool add) {
+static void run_tiles(const cpu_rows *c, const cpu_rows *a, const float *panel, int64_t stride, int64_t m, int64_t k0, int64_t depth,
+                      int64_t col, int64_t n, bool add) {
+#if defined(__AVX512F__)
+    if (n == NARROW_COLS) {
+        run_narrow(c, a, panel, stride, m, k0, depth, col, add);
+        return;
+    }
+#endif
     const int64_t vecs = cpu_blocks(n, LANES);
     const bool ragged = n % LANES != 0;
     _Alignas(64) float buffer[TILE_ROWS][PANEL_COLS];
@@ -195,20 +306,26 @@ static void run_tiles(const cpu_rows *c, const cpu_rows *a, const float *panel, 
             if (add) copy_few(buffer[i], to[i], n);
             to[i] = buffer[i];
         }
-        tiles[vecs - 1][rows - 1](to, from, panel, depth, add);
+        tiles[vecs - 1][rows - 1](to, from, panel, stride, depth, add);
         for (int64_t i = 0; ragged && i < rows; i++) copy_few(row_at(c, first + i) + col, buffer[i], n);
     }
 }
 
+enum { IN_PLACE_COLS = 512 };
+
 void cpu_product(const cpu_rows *c, const cpu_rows *a, const cpu_weight *b, int64_t m, int64_t depth, int64_t col, int64_t n, bool add) {
     _Alignas(64) float panel[PANEL_DEPTH * PANEL_COLS];
+    /* Rows of floats that lie close enough need no packing. */
+    const bool in_place = !b->stack && b->dtype == ESP_F32 && !b->transposed && b->scale == 1 && b->cols <= IN_PLACE_COLS;
     if (m == 0) return;
     for (int64_t done = 0; done < n; done += PANEL_COLS) {
         const int64_t width = cpu_min(n - done, PANEL_COLS);
+        const bool direct = in_place && width % LANES == 0;
         for (int64_t k = 0; k < depth; k += PANEL_DEPTH) {
             const int64_t steps = cpu_min(depth - k, PANEL_DEPTH);
-            pack(panel, b, k, steps, col + done, width);
-            run_tiles(c, a, panel, m, k, steps, done, width, add || k > 0);
+            const float *ready = direct ? (const float *)b->data + k * b->cols + col + done : panel;
+            if (!direct) pack(panel, b, k, steps, col + done, width);
+            run_tiles(c, a, ready, direct ? b->cols : PANEL_COLS, m, k, steps, done, width, add || k > 0);
         }
     }
 }
