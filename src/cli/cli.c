@@ -187,6 +187,17 @@ static int parse_option(const espi_usage *usage, int argc, char **argv, int *i) 
     return ESPI_EXIT_OK;
 }
 
+/* The i-th of the names that `usage` has for its operands; false behind the last. */
+static bool operand_name(char out[32], const espi_usage *usage, int i) {
+    const char *word = usage->operand;
+    for (; i > 0 && word; i--) {
+        word = strchr(word, ' ');
+        if (word) word++;
+    }
+    if (word) snprintf(out, 32, "%.*s", (int)strcspn(word, " "), word);
+    return word;
+}
+
 bool espi_cli_parse(int *exit_code, const espi_usage *usage, int argc, char **argv) {
     *exit_code = ESPI_EXIT_OK;
     for (int i = 2; i < argc; i++)
@@ -194,17 +205,18 @@ bool espi_cli_parse(int *exit_code, const espi_usage *usage, int argc, char **ar
             print_help(usage);
             return false;
         }
-    *usage->operand_out = NULL;
+    char name[32];
+    int n = 0;
     for (int i = 2; i < argc; i++) {
         if (argv[i][0] == '-' && argv[i][1] != '\0')
             *exit_code = parse_option(usage, argc, argv, &i);
-        else if (*usage->operand_out)
-            *exit_code = espi_cli_misuse(usage, "one %s is taken, '%s' is too many", usage->operand, argv[i]);
+        else if (!operand_name(name, usage, n))
+            *exit_code = espi_cli_misuse(usage, "only %s is taken, '%s' is too many", usage->operand, argv[i]);
         else
-            *usage->operand_out = argv[i];
+            usage->operand_out[n++] = argv[i];
         if (*exit_code != ESPI_EXIT_OK) return false;
     }
-    if (*usage->operand_out) return true;
-    *exit_code = espi_cli_misuse(usage, "%s is missing", usage->operand);
+    if (!operand_name(name, usage, n)) return true;
+    *exit_code = espi_cli_misuse(usage, "%s is missing", name);
     return false;
 }

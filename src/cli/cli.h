@@ -28,8 +28,8 @@ typedef struct espi_option {
 /* A subcommand as its help describes it. */
 typedef struct espi_usage {
     const char *command, *summary;
-    const char *operand; /* "DIR": exactly one is required */
-    const char **operand_out;
+    const char *operand;      /* "DIR", or several names with spaces between: each is required */
+    const char **operand_out; /* as many as there are names */
     const espi_option *options;
     int n_options;
 } espi_usage;
@@ -61,5 +61,6 @@ int espi_cli_plan(int argc, char **argv);
 int espi_cli_verify(int argc, char **argv);
 int espi_cli_generate(int argc, char **argv);
 int espi_cli_plot(int argc, char **argv);
+int espi_cli_quantize(int argc, char **argv);
 
 #endif

@@ -13,6 +13,7 @@ static const command commands[] = {
     {"inspect", espi_cli_inspect, "what a model folder holds: family, dimensions, bytes by part"},
     {"plan", espi_cli_plan, "memory that training it would take, by part, before anything is read"},
     {"verify", espi_cli_verify, "compare this build with reference tensors, one line a tensor"},
+    {"quantize", espi_cli_quantize, "write a model folder with 4-bit experts"},
     {"generate", espi_cli_generate, "continue a prompt"},
     {"plot", espi_cli_plot, "draw a trainer's metrics.jsonl"},
 };

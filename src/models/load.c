@@ -396,9 +396,8 @@ static esp_dtype held_dtype(const espi_stack *s) {
     return s->format == ESP_Q_NONE ? s->dtype : ESP_F32;
 }
 
-/* What the tensor that holds matrix `part` of a stack is called. */
-static void matrix_name(char out[ESPI_TENSOR_NAME], const espi_family *f, espi_expert_layout layout, int64_t layer, bool down,
-                        int64_t part) {
+void espi_expert_matrix_name(char out[ESPI_TENSOR_NAME], const espi_family *f, espi_expert_layout layout, int64_t layer, bool down,
+                             int64_t part) {
     if (layout == ESPI_EXPERTS_PER_EXPERT)
         expert_name(out, down ? f->expert_down : part % 2 ? f->expert_up : f->expert_gate, layer, down ? part : part / 2, ".weight");
     else if (layout == ESPI_EXPERTS_JOINED)
@@ -424,7 +423,7 @@ static esp_status load_stack(espi_loader *loader, const espi_stack *s, espi_expe
     for (int64_t part = 0; part < s->experts * s->parts; part++) {
         char name[ESPI_TENSOR_NAME];
         espi_source from;
-        matrix_name(name, loader->model->config.family, layout, layer, down, part);
+        espi_expert_matrix_name(name, loader->model->config.family, layout, layer, down, part);
         if (espi_bnb_present(loader, name)) {
             if (layout == ESPI_EXPERTS_FUSED) return espi_bnb_load_fused(loader, s, name);
             ESPI_TRY(espi_bnb_load_part(loader, s, part, name));
@@ -508,17 +507,23 @@ static bool is_turned(const espi_loader *loader, const espi_layer *w, int64_t la
     return t && t->rank == 3 && t->dims[1] == s->cols && t->dims[2] == s->rows;
 }
 
-static esp_status load_fused_bias(espi_loader *loader, const float *out, const espi_stack *s, const char *format, int64_t layer) {
-    char name[ESPI_TENSOR_NAME];
-    layer_name(name, format, layer, "_bias");
-    return load_values(loader, out, name, ESP_F32, 2, (int64_t[]){s->experts, s->rows});
+void espi_expert_bias_name(char out[ESPI_TENSOR_NAME], const espi_family *f, espi_expert_layout layout, int64_t layer, bool down,
+                           int64_t part) {
+    if (layout == ESPI_EXPERTS_JOINED)
+        expert_name(out, down ? f->joined_down : f->expert_gate_up, layer, part, ".bias");
+    else
+        layer_name(out, down ? f->fused_down : f->fused_gate_up, layer, "_bias");
 }
 
-static esp_status load_joined_bias(espi_loader *loader, const float *out, const espi_stack *s, const char *format, int64_t layer) {
-    for (int64_t e = 0; e < s->experts; e++) {
+/* One row for each expert, in tensors of their own or in one. */
+static esp_status load_bias(espi_loader *loader, const float *out, const espi_stack *s, espi_expert_layout layout, int64_t layer,
+                            bool down) {
+    const bool joined = layout == ESPI_EXPERTS_JOINED;
+    const int64_t all[] = {s->experts, s->rows};
+    for (int64_t e = 0; e < (joined ? s->experts : 1); e++) {
         char name[ESPI_TENSOR_NAME];
-        expert_name(name, format, layer, e, ".bias");
-        ESPI_TRY(load_values(loader, out + e * s->rows, name, ESP_F32, 1, &s->rows));
+        espi_expert_bias_name(name, loader->model->config.family, layout, layer, down, e);
+        ESPI_TRY(load_values(loader, out + e * s->rows, name, ESP_F32, joined ? 1 : 2, joined ? &s->rows : all));
     }
     return ESP_OK;
 }
@@ -537,12 +542,19 @@ static esp_status load_experts(espi_loader *loader, const espi_layer *w, int64_t
         ESPI_TRY(load_stack(loader, &w->down, layout, turned, layer, true));
     }
     if (!c->expert_bias) return ESP_OK;
-    if (layout == ESPI_EXPERTS_JOINED) {
-        ESPI_TRY(load_joined_bias(loader, w->gate_up_bias, &w->gate_up, f->expert_gate_up, layer));
-        return load_joined_bias(loader, w->down_bias, &w->down, f->joined_down, layer);
-    }
-    ESPI_TRY(load_fused_bias(loader, w->gate_up_bias, &w->gate_up, f->fused_gate_up, layer));
-    return load_fused_bias(loader, w->down_bias, &w->down, f->fused_down, layer);
+    ESPI_TRY(load_bias(loader, w->gate_up_bias, &w->gate_up, layout, layer, false));
+    return load_bias(loader, w->down_bias, &w->down, layout, layer, true);
+}
+
+esp_status espi_loader_bias(espi_source *from, espi_loader *loader, const espi_stack *s, int64_t layer, bool down, int64_t part) {
+    espi_expert_layout layout = ESPI_EXPERTS_LAYOUTS;
+    char name[ESPI_TENSOR_NAME];
+    ESPI_TRY(find_layout(&layout, loader, layer));
+    espi_expert_bias_name(name, loader->model->config.family, layout, layer, down, part);
+    *from = (espi_source){0};
+    if (layout == ESPI_EXPERTS_JOINED) return need_plain(loader, &from->t, name, ESP_F32, 1, &s->rows);
+    from->first = part * s->rows;
+    return need_plain(loader, &from->t, name, ESP_F32, 2, (int64_t[]){s->experts, s->rows});
 }
 
 esp_status espi_loader_source(espi_source *from, espi_loader *loader, const espi_stack *s, int64_t layer, bool down, int64_t part) {
@@ -550,7 +562,7 @@ esp_status espi_loader_source(espi_source *from, espi_loader *loader, const espi
     espi_expert_layout layout = ESPI_EXPERTS_LAYOUTS;
     char name[ESPI_TENSOR_NAME];
     ESPI_TRY(find_layout(&layout, loader, layer));
-    matrix_name(name, loader->model->config.family, layout, layer, down, part);
+    espi_expert_matrix_name(name, loader->model->config.family, layout, layer, down, part);
     if (layout == ESPI_EXPERTS_BLOCKS || espi_bnb_present(loader, name))
         return ESPI_FAIL(ESP_ERR_UNSUPPORTED, "%s: tensor %s: is quantised already, expected 16-bit or f32 values to quantise",
                          espi_st_set_path(loader->set), name);

@@ -34,7 +34,12 @@ esp_status espi_loader_read(const espi_st_tensor *tensor, void *out, int64_t fir
 /* Scales of matrix `part` of the stack, which lie in loader->absmax, to 8 bits. */
 esp_status espi_loader_shrink_absmax(espi_loader *loader, const espi_stack *stack, int64_t part);
 
-/* Where the plain values of one expert matrix lie. */
+/* What the tensor that holds matrix `part` of a layer's down or gate_up stack is called. */
+void espi_expert_matrix_name(char out[ESPI_TENSOR_NAME], const espi_family *family, espi_expert_layout layout, int64_t layer, bool down,
+                             int64_t part);
+void espi_expert_bias_name(char out[ESPI_TENSOR_NAME], const espi_family *family, espi_expert_layout layout, int64_t layer, bool down,
+                           int64_t part);
+/* Where the plain values of one expert matrix, or of its bias, lie. */
 typedef struct espi_source {
     const espi_st_tensor *t;
     int64_t first;   /* its first element */
@@ -42,7 +47,8 @@ typedef struct espi_source {
 } espi_source;
 /* Those of matrix `part` of a layer's down or gate_up stack, whatever the layout.  ESP_ERR_UNSUPPORTED: quantised already. */
 esp_status espi_loader_source(espi_source *from, espi_loader *loader, const espi_stack *stack, int64_t layer, bool down, int64_t part);
-/* They become matrix `part` of the stack, in its form. */
+esp_status espi_loader_bias(espi_source *from, espi_loader *loader, const espi_stack *stack, int64_t layer, bool down, int64_t part);
+/* The values become matrix `part` of the stack, in its form. */
 esp_status espi_loader_take(espi_loader *loader, const espi_stack *stack, int64_t part, const espi_source *from);
 
 /* True where `name` (with ".weight" where it has that) was quantised by bitsandbytes: its quant_state or its scales are there. */

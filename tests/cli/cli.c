@@ -28,7 +28,7 @@ Test(cli, version) {
 }
 
 Test(cli, help_everywhere) {
-    static const char *const commands[] = {"inspect", "plan", "verify", "generate", "plot"};
+    static const char *const commands[] = {"inspect", "plan", "verify", "generate", "plot", "quantize"};
     for (size_t i = 0; i < sizeof commands / sizeof commands[0]; i++) {
         char arguments[64], usage[64];
         snprintf(arguments, sizeof arguments, "%s --help", commands[i]);
@@ -57,6 +57,19 @@ Test(cli, wrong_use_is_told) {
     expect("generate x", 2, "--prompt is missing");
     expect("generate x --prompt a --temperature nan", 2, "--temperature cannot be 'nan'");
     expect("generate x --prompt a --temperature -1", 2, "expected 0 or more");
+}
+
+Test(cli, quantize) {
+    char *dir = program_folder(), arguments[512];
+    expect("quantize a", 2, "OUT is missing");
+    expect("quantize a b", 2, "--format is missing");
+    expect("quantize a b --format int4", 2, "expected nf4|fp4|mxfp4");
+    snprintf(arguments, sizeof arguments, "quantize " MIX " %s --format nf4 --double-quant", dir);
+    expect(arguments, 0, "");
+    expect(arguments, 1, "expected a new or empty folder");
+    snprintf(arguments, sizeof arguments, "inspect %s", dir);
+    expect(arguments, 0, "U8");
+    program_remove(dir);
 }
 
 Test(cli, failures_are_told) {
