@@ -4,12 +4,16 @@
 
 #include "espalier/quant.h"
 
+#include <omp.h>
 #include <stdlib.h>
 #include <string.h>
 
 #define RAW_MAX ((int64_t)8 << 20) /* of 64 MiB allowed: larger pieces read no faster and leave the cache */
+#define RAW_MAX_TURNED ((int64_t)32 << 20)
 #define RAW_MIN INT64_C(4096)
-#define READ_PIECE INT64_C(262144) /* elements checked right after they were read */
+#define SLICE_MIN ((size_t)256 << 10)  /* of the staging buffer, for one thread */
+#define SLICE_TURNED ((size_t)4 << 20) /* the same where rows are gathered: the more rows, the longer the reads */
+#define READ_PIECE INT64_C(262144)     /* elements checked right after they were read */
 
 /* ---- layout ---- */
 
@@ -126,8 +130,8 @@ static size_t staging_bytes(size_t *raw_bytes, const esp_model *m) {
         values = larger(values, copies * larger(part_values(&w->gate_up), part_values(&w->down)));
         blocks = larger(blocks, larger(w->gate_up.part_blocks, w->down.part_blocks));
     }
-    const int64_t raw = larger(values * (int64_t)sizeof(float), RAW_MIN);
-    *raw_bytes = raw < RAW_MAX ? (size_t)(raw + 255) / 256 * 256 : (size_t)RAW_MAX;
+    const int64_t raw = larger(values * (int64_t)sizeof(float), RAW_MIN), most = copies == 1 ? RAW_MAX : RAW_MAX_TURNED;
+    *raw_bytes = (size_t)(raw < most ? (raw + 255) / 256 * 256 : most);
     return *raw_bytes + (m->options.double_quant ? ESPI_ALIGNED((size_t)blocks * sizeof(float)) : 0);
 }
 
@@ -173,21 +177,25 @@ esp_status espi_loader_need(espi_loader *loader, const espi_st_tensor **tensor, 
     return ESPI_FAIL(ESP_ERR_FORMAT, "%s: tensor %s is missing, expected one of shape %s", espi_st_set_path(loader->set), name, expected);
 }
 
-/* The exponent of NaN and infinity is all ones.  No early exit inside a piece: the loop is then wide. */
+/* Without its sign, a value that is not finite is at least the pattern with an exponent of all ones: the largest tells.  No early exit: the
+ * loop is then wide. */
 static int64_t first_nonfinite(const void *x, esp_dtype dtype, int64_t n) {
-    bool bad = false;
+    int64_t i = 0;
     if (dtype == ESP_F32) {
         const uint32_t *bits = x;
-        for (int64_t i = 0; i < n; i++) bad |= (bits[i] & 0x7f800000u) == 0x7f800000u;
-        for (int64_t i = 0; bad && i < n; i++)
-            if ((bits[i] & 0x7f800000u) == 0x7f800000u) return i;
-        return -1;
+        int32_t most = 0;
+        for (i = 0; i < n; i++) most = (int32_t)(bits[i] & 0x7fffffffu) > most ? (int32_t)(bits[i] & 0x7fffffffu) : most;
+        if (most < 0x7f800000) return -1;
+        for (i = 0; (bits[i] & 0x7f800000u) != 0x7f800000u;) i++;
+        return i;
     }
-    const uint16_t *bits = x, mask = dtype == ESP_BF16 ? 0x7f80u : 0x7c00u;
-    for (int64_t i = 0; i < n; i++) bad |= (bits[i] & mask) == mask;
-    for (int64_t i = 0; bad && i < n; i++)
-        if ((bits[i] & mask) == mask) return i;
-    return -1;
+    const uint16_t *bits = x;
+    const int16_t mask = dtype == ESP_BF16 ? 0x7f80 : 0x7c00;
+    int16_t most = 0;
+    for (i = 0; i < n; i++) most = (int16_t)(bits[i] & 0x7fff) > most ? (int16_t)(bits[i] & 0x7fff) : most;
+    if (most < mask) return -1;
+    for (i = 0; (bits[i] & mask) != mask;) i++;
+    return i;
 }
 
 esp_status espi_loader_read(const espi_st_tensor *tensor, void *out, int64_t first, int64_t n) {
@@ -313,43 +321,69 @@ esp_status espi_loader_shrink_absmax(espi_loader *loader, const espi_stack *s, i
                                (float *)s->offset + part, loader->absmax, s->part_blocks);
 }
 
-/* How many elements go through the staging buffer at once: whole blocks, and whole rows where rows must be gathered from columns. */
-static esp_status piece_size(int64_t *elements, const espi_loader *loader, const espi_stack *s, const espi_source *from) {
-    *elements = (int64_t)(loader->raw_bytes / esp_dtype_size(from->t->dtype));
-    if (!from->columns) return ESP_OK;
-    const int64_t half = *elements / 2, all = part_values(s);
-    int64_t rows = 1; /* the fewest that fill whole blocks */
-    while (rows * s->cols % ESPI_QBLOCK != 0) rows *= 2;
-    *elements = all <= half ? all : half / (rows * s->cols) * (rows * s->cols);
-    if (*elements > 0) return ESP_OK;
-    return ESPI_FAIL(ESP_ERR_UNSUPPORTED, "%s: tensor %s: %lld rows of %lld values do not fit the buffer of %zu bytes, expected less",
-                     espi_st_path(from->t->file), from->t->name, (long long)rows, (long long)s->cols, loader->raw_bytes);
+/* How the values of one matrix go through the staging buffer: every thread has a slice of it, and takes pieces of whole blocks; of whole
+ * rows where rows must be gathered from columns, which are then there twice. */
+typedef struct way {
+    int threads;
+    size_t slice;
+    int64_t piece;
+} way;
+
+static esp_status find_way(way *w, const espi_loader *loader, const espi_stack *s, const espi_source *from) {
+    const bool turned = from->columns != 0;
+    const size_t most = loader->raw_bytes / (turned ? SLICE_TURNED : SLICE_MIN);
+    const int64_t n = part_values(s);
+    w->threads = loader->model->ctx->threads;
+    if (most < (size_t)w->threads) w->threads = most ? (int)most : 1;
+    w->slice = loader->raw_bytes / (size_t)w->threads / 256 * 256;
+    const int64_t fits = (int64_t)(w->slice / esp_dtype_size(from->t->dtype)) / (turned ? 2 : 1);
+    int64_t together = ESPI_QBLOCK;
+    while (turned && together % s->cols != 0) together += ESPI_QBLOCK;
+    const int64_t wanted = turned ? (n + w->threads - 1) / w->threads : READ_PIECE;
+    w->piece = (wanted + together - 1) / together * together;
+    if (w->piece > fits) w->piece = fits / together * together;
+    if (w->piece > n || (w->piece == 0 && n <= fits)) w->piece = n;
+    if (w->piece > 0) return ESP_OK;
+    return ESPI_FAIL(ESP_ERR_UNSUPPORTED, "%s: tensor %s: %lld values do not fit the buffer of %zu bytes, expected shorter rows",
+                     espi_st_path(from->t->file), from->t->name, (long long)together, w->slice);
 }
 
-/* rows x cols values of `size` bytes, row after row, from the same column after column.  In bands: what a column of a band brings into the
- * cache is used at once. */
-static inline void turn(unsigned char *restrict out, const unsigned char *restrict in, int64_t rows, int64_t cols, size_t size) {
-    enum { BAND = 16 };
-    for (int64_t first = 0; first < rows; first += BAND) {
-        const int64_t last = first + BAND < rows ? first + BAND : rows;
-        for (int64_t c = 0; c < cols; c++)
-            for (int64_t r = first; r < last; r++) memcpy(out + (size_t)(r * cols + c) * size, in + (size_t)(c * rows + r) * size, size);
+/* rows x cols values, row after row, from the same column after column; in tiles that stay in the nearest cache. */
+enum { TILE = 64 };
+#define TURN(name, type)                                                                                                                   \
+    static void name(type *restrict out, const type *restrict in, int64_t rows, int64_t cols) {                                            \
+        type tile[TILE][TILE];                                                                                                             \
+        for (int64_t r0 = 0; r0 < rows; r0 += TILE)                                                                                        \
+            for (int64_t c0 = 0; c0 < cols; c0 += TILE) {                                                                                  \
+                const int64_t height = rows - r0 < TILE ? rows - r0 : TILE, width = cols - c0 < TILE ? cols - c0 : TILE;                   \
+                for (int64_t c = 0; c < width; c++)                                                                                        \
+                    for (int64_t r = 0; r < height; r++) tile[r][c] = in[(c0 + c) * rows + r0 + r];                                        \
+                for (int64_t r = 0; r < height; r++) memcpy(out + (r0 + r) * cols + c0, tile[r], (size_t)width * sizeof(type));            \
+            }                                                                                                                              \
     }
+TURN(turn16, uint16_t)
+TURN(turn32, uint32_t)
+
+/* Elements as they are stored, looked at or not. */
+static esp_status read_elements(const espi_st_tensor *t, void *out, int64_t first, int64_t n, bool look) {
+    const size_t size = esp_dtype_size(t->dtype);
+    return look ? espi_loader_read(t, out, first, n) : espi_st_read(t, out, (uint64_t)first * size, (size_t)n * size);
 }
 
-/* Elements first .. first+n-1 of the matrix, row after row, as they are stored. */
-static esp_status fetch(const void **values, espi_loader *loader, const espi_stack *s, const espi_source *from, int64_t first, int64_t n) {
-    *values = loader->raw;
-    if (!from->columns) return espi_loader_read(from->t, loader->raw, from->first + first, n);
+/* Elements first .. first+n-1 of the matrix, row after row, as they are stored.  raw: a slice of the staging buffer. */
+static esp_status fetch(const void **values, unsigned char *raw, size_t raw_bytes, const espi_stack *s, const espi_source *from,
+                        int64_t first, int64_t n, bool look) {
+    *values = raw;
+    if (!from->columns) return read_elements(from->t, raw, from->first + first, n, look);
     const int64_t rows = n / s->cols, row = first / s->cols;
     const size_t size = esp_dtype_size(from->t->dtype);
     for (int64_t c = 0; c < s->cols; c++)
-        ESPI_TRY(espi_loader_read(from->t, loader->raw + (size_t)(c * rows) * size, from->first + c * from->columns + row, rows));
-    unsigned char *turned = loader->raw + loader->raw_bytes / 2;
-    if (size == sizeof(uint16_t)) /* a constant, so that a copy is one move */
-        turn(turned, loader->raw, rows, s->cols, sizeof(uint16_t));
+        ESPI_TRY(read_elements(from->t, raw + (size_t)(c * rows) * size, from->first + c * from->columns + row, rows, look));
+    void *turned = raw + raw_bytes / 2, *columns = raw;
+    if (size == sizeof(uint16_t))
+        turn16(turned, columns, rows, s->cols);
     else
-        turn(turned, loader->raw, rows, s->cols, sizeof(float));
+        turn32(turned, columns, rows, s->cols);
     *values = turned;
     return ESP_OK;
 }
@@ -375,19 +409,30 @@ static esp_status put(espi_loader *loader, const espi_stack *s, int64_t part, co
     return esp_quantize(data + first / 2, absmax + first / ESPI_QBLOCK, values, dtype, n, ESPI_QBLOCK, s->format);
 }
 
+static esp_status take_piece(espi_loader *loader, unsigned char *raw, const way *w, const espi_stack *s, int64_t part,
+                             const espi_source *from, int64_t i, bool look) {
+    const int64_t n = part_values(s), first = i * w->piece, count = n - first < w->piece ? n - first : w->piece;
+    const void *values;
+    ESPI_TRY(fetch(&values, raw, w->slice, s, from, first, count, look));
+    return put(loader, s, part, values, from->t->dtype, first, count);
+}
+
 esp_status espi_loader_take(espi_loader *loader, const espi_stack *s, int64_t part, const espi_source *from) {
     const int64_t n = part_values(s);
     if (s->format == ESP_Q_NONE && !from->columns)
         return read_plain(loader, from->t, (unsigned char *)s->data + (size_t)part * s->part_bytes, s->dtype, from->first, n);
-    int64_t most;
-    ESPI_TRY(piece_size(&most, loader, s, from));
-    for (int64_t done = 0; done < n;) {
-        const int64_t m = n - done < most ? n - done : most;
-        const void *values;
-        ESPI_TRY(fetch(&values, loader, s, from, done, m));
-        ESPI_TRY(put(loader, s, part, values, from->t->dtype, done, m));
-        done += m;
+    way w;
+    ESPI_TRY(find_way(&w, loader, s, from));
+    const int64_t pieces = (n + w.piece - 1) / w.piece;
+    int64_t failed = pieces;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(w.threads) if (w.threads > 1 && pieces > 1) reduction(min : failed)
+    for (int64_t i = 0; i < pieces; i++) {
+        unsigned char *raw = loader->raw + (size_t)omp_get_thread_num() * w.slice;
+        if (take_piece(loader, raw, &w, s, part, from, i, s->format == ESP_Q_NONE) != ESP_OK && i < failed) failed = i;
     }
+    /* A sentence stays with the thread that said it, and a quantiser that meets a NaN does not know the tensor: from the first piece that
+     * failed on, this thread tries for itself and looks. */
+    for (int64_t i = failed; i < pieces; i++) ESPI_TRY(take_piece(loader, loader->raw, &w, s, part, from, i, true));
     return s->absmax8 ? espi_loader_shrink_absmax(loader, s, part) : ESP_OK;
 }
 
