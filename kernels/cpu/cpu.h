@@ -134,6 +134,7 @@ typedef struct cpu_weight {
 
 #define cpu_decode_row ESPI_CPU(espi_cpu_decode_row)
 #define cpu_product ESPI_CPU(espi_cpu_product)
+#define cpu_product_low ESPI_CPU(espi_cpu_product_low)
 #define cpu_outer ESPI_CPU(espi_cpu_outer)
 
 /* dst = n values of row `row` from column `col` on, times the scale. */
@@ -141,6 +142,15 @@ void cpu_decode_row(float *dst, const cpu_weight *w, int64_t row, int64_t col, i
 
 /* c[0..m)[0..n) = (add ? c : 0) + a[0..m)[0..depth) * b(0..depth, col .. col + n). */
 void cpu_product(const cpu_rows *c, const cpu_rows *a, const cpu_weight *b, int64_t m, int64_t depth, int64_t col, int64_t n, bool add);
+
+/* The same and a low-rank branch's second product: + rows[0..m)[0..r) * weight(0..r, col .. col + n).  r = 0: none. */
+typedef struct cpu_low {
+    cpu_rows rows;
+    cpu_weight weight;
+    int64_t r;
+} cpu_low;
+void cpu_product_low(const cpu_rows *c, const cpu_rows *a, const cpu_weight *b, const cpu_low *low, int64_t m, int64_t depth, int64_t col,
+                     int64_t n, bool add);
 
 /* sum over s of a[s][i] * b_row(s)[col + j], i < rows <= OUTER_ROWS, j < n <= OUTER_VECS * LANES, s ascending.
  * a: stride a_stride from s to s + 1.  out: [OUTER_ROWS][OUTER_VECS * LANES]. */

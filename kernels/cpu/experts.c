@@ -66,12 +66,11 @@ static void forward(const espi_exec *exec, const expert_pass *p, void *y, void *
             const int64_t e = task / panels, col = task % panels * PANEL_COLS, n = cpu_min(out - col, PANEL_COLS);
             const int64_t first = offsets[e], m = offsets[e + 1] - first;
             const cpu_branch l = cpu_branch_of(p->lora, e, in, out);
-            const cpu_weight w = cpu_expert(p->w, e, values, true), up = cpu_floats(l.b, r, l.scale, true);
-            const cpu_rows from = input_rows(p, x, in, first), low = routed_rows(u, r, first),
-                           to = routed_rows((float *)y + col, out, first);
+            const cpu_weight w = cpu_expert(p->w, e, values, true);
+            const cpu_low low = {routed_rows(u, r, first), cpu_floats(l.b, r, l.scale, true), r};
+            const cpu_rows from = input_rows(p, x, in, first), to = routed_rows((float *)y + col, out, first);
             for (int64_t i = 0; p->bias && i < m; i++) memcpy(row_at(&to, i), p->bias + e * out + col, (size_t)n * sizeof(float));
-            cpu_product(&to, &from, &w, m, in, col, n, p->bias != NULL);
-            if (r) cpu_product(&to, &low, &up, m, r, col, n, true);
+            cpu_product_low(&to, &from, &w, &low, m, in, col, n, p->bias != NULL);
         }
     }
 }
@@ -101,11 +100,9 @@ static void backward(const espi_exec *exec, const expert_pass *p, void *d_x, flo
             const int64_t e = task / panels, col = task % panels * PANEL_COLS, n = cpu_min(in - col, PANEL_COLS);
             const int64_t first = offsets[e], m = offsets[e + 1] - first;
             const cpu_weight w = cpu_expert(p->w, e, values, false);
-            const cpu_weight down = cpu_floats(cpu_branch_of(p->lora, e, in, out).a, in, 1, false);
-            const cpu_rows from = input_rows(p, d_y, out, first), low = routed_rows(q, r, first),
-                           to = routed_rows((float *)d_x + col, in, first);
-            cpu_product(&to, &from, &w, m, out, col, n, false);
-            if (r) cpu_product(&to, &low, &down, m, r, col, n, true);
+            const cpu_low low = {routed_rows(q, r, first), cpu_floats(cpu_branch_of(p->lora, e, in, out).a, in, 1, false), r};
+            const cpu_rows from = input_rows(p, d_y, out, first), to = routed_rows((float *)d_x + col, in, first);
+            cpu_product_low(&to, &from, &w, &low, m, out, col, n, false);
         }
     }
 }

@@ -48,9 +48,11 @@ esp_status ESPI_CPU(espi_linear_fwd)(const espi_exec *exec, const espi_linear_fw
             const int64_t first = task / panels * ROW_BLOCK, m = cpu_min(a->tokens - first, ROW_BLOCK);
             const int64_t col = task % panels * PANEL_COLS, n = cpu_min(out - col, PANEL_COLS);
             const cpu_rows y = {(float *)a->y + first * out + col, out, NULL};
+            const cpu_low low = {{(float *)a->u + first * r, r, NULL}, up, r};
             if (dense == ESPI_DENSE_OWN)
-                cpu_product(&y, &(cpu_rows){(float *)a->x + first * in, in, NULL}, &w, m, in, col, n, a->bias != NULL);
-            if (r) cpu_product(&y, &(cpu_rows){(float *)a->u + first * r, r, NULL}, &up, m, r, col, n, true);
+                cpu_product_low(&y, &(cpu_rows){(float *)a->x + first * in, in, NULL}, &w, &low, m, in, col, n, a->bias != NULL);
+            else if (r)
+                cpu_product(&y, &low.rows, &up, m, r, col, n, true);
         }
     }
     return ESP_OK;
@@ -89,9 +91,11 @@ esp_status ESPI_CPU(espi_linear_bwd)(const espi_exec *exec, const espi_linear_bw
             const int64_t first = task / panels * ROW_BLOCK, m = cpu_min(a->tokens - first, ROW_BLOCK);
             const int64_t col = task % panels * PANEL_COLS, n = cpu_min(in - col, PANEL_COLS);
             const cpu_rows d_x = {(float *)a->d_x + first * in + col, in, NULL};
+            const cpu_low low = {{q + first * r, r, NULL}, down, r};
             if (dense == ESPI_DENSE_OWN)
-                cpu_product(&d_x, &(cpu_rows){(float *)a->d_y + first * out, out, NULL}, &w, m, out, col, n, a->accumulate);
-            if (r) cpu_product(&d_x, &(cpu_rows){q + first * r, r, NULL}, &down, m, r, col, n, true);
+                cpu_product_low(&d_x, &(cpu_rows){(float *)a->d_y + first * out, out, NULL}, &w, &low, m, out, col, n, a->accumulate);
+            else if (r)
+                cpu_product(&d_x, &low.rows, &down, m, r, col, n, true);
         }
 #pragma omp for schedule(static)
         for (int64_t strip = 0; strip < strips; strip++)

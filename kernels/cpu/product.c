@@ -7,24 +7,35 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* c[i] = (add ? c[i] : 0) + (a[i] * panel), panel rows `stride` apart, for `rows` rows and `vecs` vectors, both constants where this is
- * inlined: the accumulators are registers. */
-INLINE void tile(float *const *c, const float *const *a, const float *panel, int64_t stride, int64_t depth, bool add, const int rows,
-                 const int vecs) {
+/* One term of a tile's sums: `depth` steps of rows a[i] against a panel, whose rows lie `stride` apart. */
+typedef struct term {
+    const float *a[TILE_ROWS];
+    const float *panel;
+    int64_t stride, depth;
+} term;
+
+/* c[i] = (add ? c[i] : 0) + (sum of the terms' a[i] * panel) for `rows` rows and `vecs` vectors, both constants where this is inlined: the
+ * accumulators are registers. */
+INLINE void tile(float *const *c, const term *terms, int n_terms, bool add, const int rows, const int vecs) {
     vec sum[TILE_ROWS][TILE_VECS];
 #pragma GCC unroll 8
     for (int i = 0; i < rows; i++)
 #pragma GCC unroll 8
         for (int j = 0; j < vecs; j++) sum[i][j] = (vec){0};
-    for (int64_t k = 0; k < depth; k++) {
-        vec b[TILE_VECS];
+    for (const term *t = terms; t < terms + n_terms; t++) {
+        const float *a[TILE_ROWS], *panel = t->panel;
 #pragma GCC unroll 8
-        for (int j = 0; j < vecs; j++) b[j] = load(panel + k * stride + j * LANES);
+        for (int i = 0; i < rows; i++) a[i] = t->a[i];
+        for (int64_t k = 0, depth = t->depth, stride = t->stride; k < depth; k++) {
+            vec b[TILE_VECS];
 #pragma GCC unroll 8
-        for (int i = 0; i < rows; i++) {
-            const vec x = splat(a[i][k]);
+            for (int j = 0; j < vecs; j++) b[j] = load(panel + k * stride + j * LANES);
 #pragma GCC unroll 8
-            for (int j = 0; j < vecs; j++) sum[i][j] = x * b[j] + sum[i][j];
+            for (int i = 0; i < rows; i++) {
+                const vec x = splat(a[i][k]);
+#pragma GCC unroll 8
+                for (int j = 0; j < vecs; j++) sum[i][j] = x * b[j] + sum[i][j];
+            }
         }
     }
 #pragma GCC unroll 8
@@ -33,14 +44,10 @@ INLINE void tile(float *const *c, const float *const *a, const float *panel, int
         for (int j = 0; j < vecs; j++) store(c[i] + j * LANES, add ? load(c[i] + j * LANES) + sum[i][j] : sum[i][j]);
 }
 
-typedef void tile_fn(float *const *c, const float *const *a, const float *panel, int64_t stride, int64_t depth, bool add);
+typedef void tile_fn(float *const *c, const term *terms, int n_terms, bool add);
 #define TILE(rows, vecs)                                                                                                                   \
-    static void tile_##rows##_##vecs(float *const *c, const float *const *a, const float *panel, int64_t stride, int64_t depth,            \
-                                     bool add) {                                                                                           \
-        if (add)                                                                                                                           \
-            tile(c, a, panel, stride, depth, true, rows, vecs);                                                                            \
-        else                                                                                                                               \
-            tile(c, a, panel, stride, depth, false, rows, vecs);                                                                           \
+    static void tile_##rows##_##vecs(float *const *c, const term *terms, int n_terms, bool add) {                                          \
+        tile(c, terms, n_terms, add, rows, vecs);                                                                                          \
     }
 #define TILES(vecs) TILE(1, vecs) TILE(2, vecs) TILE(3, vecs) TILE(4, vecs)
 TILES(1)
@@ -283,51 +290,72 @@ static void pack(float *panel, const cpu_weight *w, int64_t k0, int64_t depth, i
     }
 }
 
-/* One panel against m rows.  Columns that do not fill a vector go through a buffer: the tile is the same. */
-static void run_tiles(const cpu_rows *c, const cpu_rows *a, const float *panel, int64_t stride, int64_t m, int64_t k0, int64_t depth,
-                      int64_t col, int64_t n, bool add) {
+/* A term of all rows: steps k0 .. k0 + depth - 1 of `a`. */
+typedef struct rows_term {
+    const cpu_rows *a;
+    const float *panel;
+    int64_t stride, k0, depth;
+} rows_term;
+
+/* m rows.  Columns that do not fill a vector go through a buffer: the tile is the same. */
+static void run_tiles(const cpu_rows *c, const rows_term *terms, int n_terms, int64_t m, int64_t col, int64_t n, bool add) {
 #if defined(__AVX512F__)
-    if (n == NARROW_COLS) {
-        run_narrow(c, a, panel, stride, m, k0, depth, col, add);
+    if (n == NARROW_COLS && n_terms == 1) {
+        run_narrow(c, terms->a, terms->panel, terms->stride, m, terms->k0, terms->depth, col, add);
         return;
     }
 #endif
     const int64_t vecs = cpu_blocks(n, LANES);
     const bool ragged = n % LANES != 0;
     _Alignas(64) float buffer[TILE_ROWS][PANEL_COLS];
+    term of_tile[2];
+    for (int t = 0; t < n_terms; t++) of_tile[t] = (term){.panel = terms[t].panel, .stride = terms[t].stride, .depth = terms[t].depth};
     for (int64_t first = 0; first < m; first += TILE_ROWS) {
         const int64_t rows = cpu_min(m - first, TILE_ROWS);
         float *to[TILE_ROWS];
-        const float *from[TILE_ROWS];
         for (int64_t i = 0; i < rows; i++) {
-            from[i] = row_at(a, first + i) + k0;
+            for (int t = 0; t < n_terms; t++) of_tile[t].a[i] = row_at(terms[t].a, first + i) + terms[t].k0;
             to[i] = row_at(c, first + i) + col;
             if (!ragged) continue;
             if (add) copy_few(buffer[i], to[i], n);
             to[i] = buffer[i];
         }
-        tiles[vecs - 1][rows - 1](to, from, panel, stride, depth, add);
+        tiles[vecs - 1][rows - 1](to, of_tile, n_terms, add);
         for (int64_t i = 0; ragged && i < rows; i++) copy_few(row_at(c, first + i) + col, buffer[i], n);
     }
 }
 
-enum { IN_PLACE_COLS = 512 };
+/* Rows of floats that lie this close need no packing; a branch of this rank is added in the registers of the product it belongs to. */
+enum { IN_PLACE_COLS = 512, FUSED_RANK = 32 };
 
-void cpu_product(const cpu_rows *c, const cpu_rows *a, const cpu_weight *b, int64_t m, int64_t depth, int64_t col, int64_t n, bool add) {
-    _Alignas(64) float panel[PANEL_DEPTH * PANEL_COLS];
-    /* Rows of floats that lie close enough need no packing. */
+/* A term whose panel is packed into `panel`, or lies ready. */
+static rows_term make_term(float *panel, const cpu_rows *a, const cpu_weight *b, int64_t k, int64_t depth, int64_t col, int64_t n) {
     const bool in_place = !b->stack && b->dtype == ESP_F32 && !b->transposed && b->scale == 1 && b->cols <= IN_PLACE_COLS;
+    if (in_place && n % LANES == 0) return (rows_term){a, (const float *)b->data + k * b->cols + col, b->cols, k, depth};
+    pack(panel, b, k, depth, col, n);
+    return (rows_term){a, panel, PANEL_COLS, k, depth};
+}
+
+void cpu_product_low(const cpu_rows *c, const cpu_rows *a, const cpu_weight *b, const cpu_low *low, int64_t m, int64_t depth, int64_t col,
+                     int64_t n, bool add) {
+    _Alignas(64) float panel[PANEL_DEPTH * PANEL_COLS], low_panel[FUSED_RANK * PANEL_COLS];
+    const bool fused = low->r > 0 && low->r <= FUSED_RANK;
     if (m == 0) return;
     for (int64_t done = 0; done < n; done += PANEL_COLS) {
         const int64_t width = cpu_min(n - done, PANEL_COLS);
-        const bool direct = in_place && width % LANES == 0;
         for (int64_t k = 0; k < depth; k += PANEL_DEPTH) {
             const int64_t steps = cpu_min(depth - k, PANEL_DEPTH);
-            const float *ready = direct ? (const float *)b->data + k * b->cols + col + done : panel;
-            if (!direct) pack(panel, b, k, steps, col + done, width);
-            run_tiles(c, a, ready, direct ? b->cols : PANEL_COLS, m, k, steps, done, width, add || k > 0);
+            const bool last = k + steps == depth;
+            rows_term terms[2] = {make_term(panel, a, b, k, steps, col + done, width)};
+            if (fused && last) terms[1] = make_term(low_panel, &low->rows, &low->weight, 0, low->r, col + done, width);
+            run_tiles(c, terms, fused && last ? 2 : 1, m, done, width, add || k > 0);
         }
     }
+    if (low->r > FUSED_RANK) cpu_product(c, &low->rows, &low->weight, m, low->r, col, n, true);
+}
+
+void cpu_product(const cpu_rows *c, const cpu_rows *a, const cpu_weight *b, int64_t m, int64_t depth, int64_t col, int64_t n, bool add) {
+    cpu_product_low(c, a, b, &(cpu_low){.r = 0}, m, depth, col, n, add);
 }
 
 INLINE void outer(float *out, const float *a, int64_t a_stride, const cpu_rows *b, int64_t count, int64_t col, const int rows) {
