@@ -71,6 +71,7 @@ static const option options[] = {
     {"micro_batch_tokens", I32, NOT_NEGATIVE, T(micro_batch_tokens), BOTH, NULL, "tokens of one forward and backward; 0 = all at once (0)"},
     {"updates_per_batch", I32, POSITIVE, T(updates_per_batch), GRPO, NULL, "optimiser steps on one generation (1)"},
     {"shuffle_rewards", FLAG, ANY, T(shuffle_rewards), GRPO, NULL, "control run: rewards change owners within a step; must not learn"},
+    {"no_thinking", FLAG, ANY, T(no_thinking), BOTH, NULL, "chat messages: answers begin with an empty thinking block"},
     {"no_skip", FLAG, ANY, T(no_skip), GRPO, NULL, "also run groups whose advantages are all zero"},
     {"eval_every", I64, POSITIVE, T(eval_every), BOTH, NULL, "steps between evaluations (10)"},
     {"eval_samples", I32, POSITIVE, T(eval_samples), BOTH, NULL, "sampled completions of an evaluation line (4)"},

@@ -47,7 +47,8 @@ typedef enum esp_trainer_kind { ESP_TRAIN_SFT = 1, ESP_TRAIN_GRPO = 2 } esp_trai
 typedef struct esp_trainer_config {
     size_t struct_size;
     esp_trainer_kind kind;      ///< required
-    const char *train_file;     ///< JSONL with "prompt" and "answer"; required
+    const char *train_file;     ///< JSONL; required.  A line has "prompt" and "answer", "messages" (the chat format of the model's family),
+                                ///< "prompt_ids" and "answer_ids" or "answer"; for SFT also "text", or "ids" and "mask"
     const char *eval_file;      ///< JSONL of the same form; NULL = no evaluation
     const char *out_dir;        ///< metrics.jsonl, completions.jsonl, checkpoint.h5, adapter/; NULL = nothing is written
     const char *resume_dir;     ///< an out_dir to go on from; NULL = start afresh
@@ -70,6 +71,7 @@ typedef struct esp_trainer_config {
     int32_t eval_samples;     ///< sampled completions a line; default 4
     int64_t checkpoint_every; ///< default 20; after the last step in any case
     bool no_skip;             ///< also run forward and backward of groups whose advantages are all zero
+    bool no_thinking;         ///< "messages": the assistant's turn begins with an empty thinking block (Qwen3's enable_thinking = false)
 } esp_trainer_config;
 #define ESP_TRAINER_CONFIG(...) ((esp_trainer_config){.struct_size = sizeof(esp_trainer_config), __VA_ARGS__})
 

@@ -5,6 +5,7 @@
 
 #include "core/ctx.h"
 #include "espalier/model.h"
+#include "io/chat.h"
 #include "kernels/ops.h"
 
 #include <jansson.h>
@@ -116,6 +117,7 @@ typedef struct espi_family {
     const char *skipped; /* beginning of the names of tensors that are no part of the text model */
     espi_refused_token refused[ESPI_REFUSED_TOKENS];
     int n_refused;
+    espi_chat_format chat; /* how messages become tokens */
 } espi_family;
 
 #define ESPI_FAMILY(name) extern const espi_family espi_family_##name;

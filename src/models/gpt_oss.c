@@ -60,6 +60,7 @@ static esp_status read_config(espi_config *c, const json_t *root, const char *pa
 /* bitsandbytes files have the router one module deeper, and the experts in lists of matrices. */
 const espi_family espi_family_gpt_oss = {.name = "gpt_oss",
                                          .read_config = read_config,
+                                         .chat = ESPI_CHAT_HARMONY,
                                          .norm_eps = 1e-5,
                                          .rope_theta = 150000,
                                          .max_position = 131072,

@@ -22,6 +22,7 @@ static esp_status read_config(espi_config *c, const json_t *root, const char *pa
 
 const espi_family espi_family_qwen3_moe = {.name = "qwen3_moe",
                                            .read_config = read_config,
+                                           .chat = ESPI_CHAT_CHATML,
                                            .norm_eps = 1e-6,
                                            .rope_theta = 10000,
                                            .max_position = 32768,

@@ -16,6 +16,8 @@
 typedef struct espi_sequence {
     const int32_t *prompt, *completion;
     int32_t n_prompt, n_completion;
+    const uint8_t *mask;          /* [n_completion] 0 = no part of the loss; NULL = all are */
+    int32_t n_counted;            /* how many are */
     const float *sampler_logprob; /* [n_completion], or NULL: SFT */
     float *ref_logprob;           /* [n_completion] */
     double advantage;

@@ -149,10 +149,15 @@ static esp_status read_tasks(esp_trainer *t) {
     if (t->info.eos_token_id < 0)
         return ESPI_FAIL(ESP_ERR_FORMAT,
                          "trainer: the model's config.json states no eos_token_id, expected one: completions would not end");
-    const int32_t eos = (int32_t)t->info.eos_token_id;
-    ESPI_TRY(espi_tasks_read(&t->train, t->c.train_file, t->tokenizer, eos));
-    if (t->c.eval_file) ESPI_TRY(espi_tasks_read(&t->eval, t->c.eval_file, t->tokenizer, eos));
     const bool grpo = t->c.kind == ESP_TRAIN_GRPO;
+    espi_tasks_options options = {.tokenizer = t->tokenizer,
+                                  .eos = (int32_t)t->info.eos_token_id,
+                                  .vocab = t->info.vocab,
+                                  .scored = grpo,
+                                  .chat = {.format = t->model->config.family->chat, .no_thinking = t->c.no_thinking}};
+    ESPI_TRY(espi_tasks_read(&t->train, t->c.train_file, &options));
+    options.scored = true;
+    if (t->c.eval_file) ESPI_TRY(espi_tasks_read(&t->eval, t->c.eval_file, &options));
     t->rows = (int64_t)t->c.prompts_per_step * (grpo ? t->c.group_size : 1);
     t->longest = grpo ? t->train.longest_prompt + t->c.max_new_tokens : t->train.longest_line;
     if (t->longest > t->info.max_position)
@@ -303,8 +308,12 @@ static void next_lines(esp_trainer *t) {
         uint32_t key;
         espi_next_line(t, &line, &key);
         const espi_task *task = &t->train.items[line];
-        t->sequences[i] = (espi_sequence){
-            .prompt = task->prompt_ids, .n_prompt = task->n_prompt, .completion = task->answer_ids, .n_completion = task->n_answer};
+        t->sequences[i] = (espi_sequence){.prompt = task->prompt_ids,
+                                          .n_prompt = task->n_prompt,
+                                          .completion = task->answer_ids,
+                                          .n_completion = task->n_answer,
+                                          .mask = task->answer_mask,
+                                          .n_counted = task->n_counted};
     }
 }
 

@@ -137,7 +137,7 @@ void espi_stats_fill(esp_trainer *t, esp_step_stats *stats) {
                               .seconds_train = s->seconds_train,
                               .eval_sampled = NAN,
                               .eval_greedy = NAN};
-    for (int64_t i = 0; i < t->rows; i++) stats->tokens += t->sequences[i].n_completion;
+    for (int64_t i = 0; i < t->rows; i++) stats->tokens += t->sequences[i].n_counted;
     if (t->c.kind != ESP_TRAIN_GRPO) return;
     const lengths l = completion_lengths(t);
     reward_stats(t, stats);

@@ -264,6 +264,7 @@ void espi_rollout_sequences(esp_trainer *t) {
                                               .n_prompt = task->n_prompt,
                                               .completion = r->tokens + i * t->c.max_new_tokens,
                                               .n_completion = r->lengths[i],
+                                              .n_counted = r->lengths[i],
                                               .sampler_logprob = r->logprobs + i * t->c.max_new_tokens,
                                               .ref_logprob = r->ref + i * t->c.max_new_tokens,
                                               .advantage = r->advantage[i],

@@ -138,6 +138,7 @@ static int set_run(json_t *root, const esp_trainer *t) {
         {"updates_per_batch", c->updates_per_batch},
         {"shuffle_rewards", c->shuffle_rewards},
         {"no_skip", c->no_skip},
+        {"no_thinking", c->no_thinking},
         {"train_lines", t->train.n},
         {"layers", t->info.layers},
         {"hidden", t->info.hidden},

@@ -96,6 +96,7 @@ static void put(espi_packed *p, int32_t seq, const espi_sequence *s) {
     memcpy(p->tokens + middle, s->completion, (size_t)s->n_completion * sizeof *p->tokens);
     memset(p->mask + begin, 0, (size_t)s->n_prompt);
     memset(p->mask + middle, 1, (size_t)s->n_completion);
+    if (s->mask) memcpy(p->mask + middle, s->mask, (size_t)s->n_completion);
     if (s->sampler_logprob) memcpy(p->sampler + middle, s->sampler_logprob, (size_t)bytes);
     if (s->ref_logprob) memcpy(p->ref + middle, s->ref_logprob, (size_t)bytes);
     p->advantage[seq] = (float)s->advantage;
@@ -174,7 +175,7 @@ static esp_status accumulate(esp_trainer *t, esp_batch *batch) {
 
 esp_status espi_update(esp_trainer *t) {
     double step_tokens = 0;
-    for (int64_t i = 0; i < t->rows; i++) step_tokens += t->sequences[i].n_completion;
+    for (int64_t i = 0; i < t->rows; i++) step_tokens += t->sequences[i].n_counted;
     for (int64_t next = 0; next < t->rows;) {
         esp_batch batch = pack(t, &next, false);
         if (batch.n_seqs == 0) break;

@@ -1,7 +1,7 @@
 """Cuts real vocabularies down to what the strings of data/tokenizer can ever ask for.
 
 Merging looks only at pairs whose bytes stand side by side in the text, so a vocabulary without the tokens that are no substring of any
-text gives the same ids.  usage: tokenizer_subset.py QWEN3_TOKENIZER_JSON O200K_BASE_TIKTOKEN FOLDER (with qwen3.jsonl and o200k.jsonl)
+text gives the same ids.  usage: tokenizer_subset.py QWEN3_TOKENIZER_JSON O200K_BASE_TIKTOKEN FOLDER (with the files of strings)
 """
 
 import base64
@@ -37,7 +37,7 @@ def needed(vocabulary, strings):
 def main(qwen, o200k, folder):
     with open(o200k) as lines:
         ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines)}
-    keep = needed(ranks, texts(f"{folder}/o200k.jsonl", False))
+    keep = needed(ranks, texts(f"{folder}/o200k.jsonl", False) + texts(f"{folder}/chat_harmony.jsonl", False))
     with open(f"{folder}/o200k_base.tiktoken", "w") as out:
         out.writelines(f"{base64.b64encode(t).decode()} {ranks[t]}\n" for t in sorted(keep, key=ranks.get))
 
@@ -46,7 +46,7 @@ def main(qwen, o200k, folder):
     byte_of = {c: b for b, c in alphabet().items()}
     model = tokenizer["model"]
     bytes_of = {token: bytes(byte_of[c] for c in token) for token in model["vocab"]}
-    keep = needed(set(bytes_of.values()), texts(f"{folder}/qwen3.jsonl", True))
+    keep = needed(set(bytes_of.values()), texts(f"{folder}/qwen3.jsonl", True) + texts(f"{folder}/chat_qwen3.jsonl", True))
     model["vocab"] = {token: i for token, i in model["vocab"].items() if bytes_of[token] in keep}
     model["merges"] = [m for m in model["merges"] if all(part in model["vocab"] for part in (m[0], m[1], m[0] + m[1]))]
     with open(f"{folder}/tokenizer.json", "w", encoding="utf-8") as out:
