@@ -116,7 +116,7 @@ static esp_status check_state(const quant_state *q, const espi_loader *loader, c
         char got[ESPI_DIMS_TEXT], expected[ESPI_DIMS_TEXT];
         espi_dims_text(got, q->rank, q->dims);
         espi_dims_text(expected, rank, dims);
-        const bool turned = rank == 3 && q->rank == 3 && dims[1] == q->dims[2] && dims[2] == q->dims[1];
+        const bool turned = rank == 3 && q->rank == 3 && dims[1] != dims[2] && dims[1] == q->dims[2] && dims[2] == q->dims[1];
         return ESPI_FAIL(turned ? ESP_ERR_UNSUPPORTED : ESP_ERR_SHAPE, "%s: tensor %s: quant_state has shape %s, expected %s%s", path, name,
                          got, expected,
                          turned ? ": blocks run along the other axis there and cannot be kept; quantise the 16-bit checkpoint" : "");
