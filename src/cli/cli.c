@@ -7,10 +7,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-const char espi_cli_experts[] = "nf4|fp4|none";
+const char espi_cli_experts[] = "auto|nf4|fp4|mxfp4|none";
 
 esp_qformat espi_cli_format(int choice) {
-    static const esp_qformat formats[] = {ESP_NF4, ESP_FP4, ESP_Q_NONE};
+    static const esp_qformat formats[] = {ESP_Q_DEFAULT, ESP_NF4, ESP_FP4, ESP_MXFP4, ESP_Q_NONE};
     return formats[choice];
 }
 

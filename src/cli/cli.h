@@ -52,7 +52,7 @@ void *espi_cli_memory(size_t bytes);
 /* DIR/NAME in memory of the caller's. */
 char *espi_cli_path(const char *dir, const char *name);
 
-/* The choice "nf4|fp4|none" of --experts as a format. */
+/* The words of --experts, and the format that one of them names; "auto": what the library does by default. */
 extern const char espi_cli_experts[];
 esp_qformat espi_cli_format(int choice);
 

@@ -45,7 +45,7 @@ int espi_cli_plan(int argc, char **argv) {
         {"--tokens", ESPI_OPTION_COUNT, &o.tokens, "N", "tokens of one forward/backward; required"},
         {"--sequences", ESPI_OPTION_COUNT, &o.sequences, "S", "in how many sequences (1)"},
         {"--rank", ESPI_OPTION_COUNT, &rank, "R", "LoRA rank (8)"},
-        {"--experts", ESPI_OPTION_CHOICE, &experts, espi_cli_experts, "how frozen experts are held (nf4)"},
+        {"--experts", ESPI_OPTION_CHOICE, &experts, espi_cli_experts, "how frozen experts are held (auto: MXFP4 as it is, others as nf4)"},
         {"--double-quant", ESPI_OPTION_FLAG, &o.model.double_quant, NULL, "block scales through 8 bits"},
         {"--8bit-adam", ESPI_OPTION_FLAG, &o.adamw.eight_bit, NULL, "moments in 8 bits"},
         {"--activation-budget", ESPI_OPTION_BYTES, &o.model.activation_budget, "BYTES", "saved activations; K, M, G allowed (no bound)"},

@@ -50,7 +50,7 @@ Test(cli, wrong_use_is_told) {
     expect("plan x --tokens", 2, "--tokens needs a value");
     expect("plan x --tokens 3x", 2, "--tokens cannot be '3x'");
     expect("plan x --tokens -3", 2, "--tokens cannot be '-3'");
-    expect("plan x --tokens 3 --experts nf5", 2, "expected nf4|fp4|none");
+    expect("plan x --tokens 3 --experts nf5", 2, "expected auto|nf4|fp4|mxfp4|none");
     expect("plan x --tokens 3 --activation-budget 3Q", 2, "--activation-budget cannot be '3Q'");
     expect("plan x --tokens 3 --sequences 4", 2, "every sequence has a token");
     expect("plan x", 2, "every sequence has a token");
