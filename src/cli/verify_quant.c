@@ -1,4 +1,4 @@
-/* espalier verify: quant/.  NF4 and FP4 codes, double quantisation, and bitsandbytes' Linear4bit files. */
+/* espalier verify: quant/.  NF4 and FP4 codes, double quantisation, bitsandbytes' Linear4bit files, and MXFP4. */
 #include "cli/verify.h"
 
 #include <math.h>
@@ -313,6 +313,83 @@ static void verify_linear(espi_verify *v, const char *name, const espi_arrays *f
     json_decref(state);
 }
 
+/* One case of the MXFP4 file: blocks U8 [E,out,groups,16] and scales U8 [E,out,groups], decoded as [E,in,out]. */
+typedef struct mxfp4_case {
+    int64_t experts, out, in;
+    uint8_t *blocks, *scales;
+    float *value; /* [E,out,in] */
+} mxfp4_case;
+
+static void compare_decoded(espi_verify *v, const mxfp4_case *c, const espi_array *want) {
+    char name[96];
+    const int64_t n = c->experts * c->out * c->in;
+    snprintf(name, sizeof name, "mxfp4.%s", want->name);
+    if (want->n != n) {
+        espi_verify_fail(v, name, "has another size than its blocks");
+        return;
+    }
+    double *got = espi_cli_memory((size_t)n * sizeof *got);
+    for (int64_t i = 0; i < n; i++) {
+        const int64_t e = i / (c->out * c->in), column = i / c->out % c->in, row = i % c->out;
+        got[i] = c->value[(e * c->out + row) * c->in + column];
+    }
+    exact(v, name, got, want->v, n);
+    free(got);
+}
+
+/* A value that MXFP4 holds is held again, whatever scale the rule chooses for its block. */
+static void compare_again(espi_verify *v, const mxfp4_case *c, const char *prefix) {
+    const int64_t n = c->experts * c->out * c->in;
+    char name[96];
+    snprintf(name, sizeof name, "mxfp4.%squantised again", prefix);
+    for (int64_t i = 0; i < n; i++)
+        if (!isfinite(c->value[i])) return;
+    float *again = espi_cli_memory((size_t)n * sizeof *again);
+    esp_status status = esp_mxfp4_quantize(c->blocks, c->scales, c->value, ESP_F32, n, ESP_MXFP4_OCP);
+    if (status == ESP_OK) status = esp_mxfp4_dequantize(again, c->blocks, c->scales, n);
+    int64_t different = 0;
+    for (int64_t i = 0; i < n; i++) different += again[i] != c->value[i];
+    if (status == ESP_OK)
+        espi_verify_count(v, name, different);
+    else
+        espi_verify_error(v, name, status);
+    free(again);
+}
+
+static void verify_mxfp4_case(espi_verify *v, const espi_arrays *file, const char *prefix, const espi_array *blocks) {
+    const espi_array *scales = espi_arrays_find(file, "%sscales", prefix);
+    if (!scales || blocks->rank != 4 || blocks->dims[3] != 16 || scales->n * 16 != blocks->n) {
+        espi_verify_fail(v, blocks->name, "is not [E,out,groups,16], or has no scales [E,out,groups] beside it");
+        return;
+    }
+    mxfp4_case c = {.experts = blocks->dims[0], .out = blocks->dims[1], .in = 32 * blocks->dims[2]};
+    c.blocks = espi_array_u8(blocks);
+    c.scales = espi_array_u8(scales);
+    c.value = espi_cli_memory((size_t)(2 * blocks->n) * sizeof *c.value);
+    const esp_status status = esp_mxfp4_dequantize(c.value, c.blocks, c.scales, 2 * blocks->n);
+    if (status != ESP_OK) espi_verify_error(v, blocks->name, status);
+    static const char *const decoded[] = {"f32", "bf16"};
+    for (int i = 0; i < ESPI_COUNT(decoded) && status == ESP_OK; i++) {
+        const espi_array *want = espi_arrays_find(file, "%s%s", prefix, decoded[i]);
+        if (want) compare_decoded(v, &c, want);
+    }
+    if (status == ESP_OK) compare_again(v, &c, prefix);
+    free(c.blocks);
+    free(c.scales);
+    free(c.value);
+}
+
+static void verify_mxfp4(espi_verify *v, const espi_arrays *file) {
+    static const char end[] = "blocks";
+    for (int64_t i = 0; i < file->n; i++) {
+        const size_t length = strlen(file->items[i].name), prefix = length - (sizeof end - 1);
+        if (length < sizeof end - 1 || strcmp(file->items[i].name + prefix, end) != 0) continue;
+        char name[64];
+        snprintf(name, sizeof name, "%.*s", (int)prefix, file->items[i].name);
+        verify_mxfp4_case(v, file, name, &file->items[i]);
+    }
+}
+
 void espi_verify_quant(espi_verify *v, const char *dir) {
     espi_arrays file, ref;
     if (espi_verify_open(v, &file, dir, "bnb4.safetensors")) verify_bnb4(v, &file);
@@ -328,5 +405,8 @@ void espi_verify_quant(espi_verify *v, const char *dir) {
         }
         espi_arrays_free(&file);
     }
-    if (espi_is_file(dir, "mxfp4.safetensors")) espi_verify_skip(v, "mxfp4.safetensors", "MXFP4 is not offered by this version");
+    if (espi_is_file(dir, "mxfp4.safetensors") && espi_verify_open(v, &file, dir, "mxfp4.safetensors")) {
+        verify_mxfp4(v, &file);
+        espi_arrays_free(&file);
+    }
 }
