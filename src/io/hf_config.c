@@ -191,7 +191,8 @@ static esp_status read_dtype(espi_config *c, const json_t *root, const char *pat
     } known[] = {{"bfloat16", ESP_BF16}, {"float16", ESP_F16}, {"float32", ESP_F32}};
     const json_t *v;
     ESPI_TRY(lookup(&v, root, path, "dtype", "torch_dtype"));
-    c->stored_dtype = v ? ESP_DTYPE_NONE : ESP_F32;
+    const esp_dtype unsaid = c->family->stored_dtype == ESP_DTYPE_NONE ? ESP_F32 : c->family->stored_dtype;
+    c->stored_dtype = v ? ESP_DTYPE_NONE : unsaid;
     for (int i = 0; i < ESPI_COUNT(known); i++)
         if (json_is_string(v) && strcmp(known[i].name, json_string_value(v)) == 0) c->stored_dtype = known[i].dtype;
     return c->stored_dtype == ESP_DTYPE_NONE ? fail_value(path, "dtype", v, "\"bfloat16\", \"float16\" or \"float32\"") : ESP_OK;

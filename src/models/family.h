@@ -98,6 +98,7 @@ typedef struct espi_family {
     double rotary_share; /* partial_rotary_factor; 0: whole heads, and nothing else is known of this family */
     int64_t max_position;
     bool attention_bias;
+    esp_dtype stored_dtype; /* NONE: f32 */
     /* Tensor names; %d where the layer number goes, a second %d where the expert's does.  NULL: the family has none. */
     const char *embed, *final_norm, *head;
     const char *norm1, *norm2, *q, *k, *v, *o, *q_norm, *k_norm; /* without ".weight" / ".bias" */

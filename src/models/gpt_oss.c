@@ -65,6 +65,7 @@ const espi_family espi_family_gpt_oss = {.name = "gpt_oss",
                                          .rope_theta = 150000,
                                          .max_position = 131072,
                                          .attention_bias = true,
+                                         .stored_dtype = ESP_BF16, /* the published files are, and their config.json does not say */
                                          .embed = "model.embed_tokens.weight",
                                          .final_norm = "model.norm.weight",
                                          .head = "lm_head.weight",

@@ -49,6 +49,24 @@ Test(verify, q3b) {
 Test(verify, q3c) {
     expect_all("q3c", 390, 0);
 }
+Test(verify, go1) {
+    expect_all("go1", 394, 0);
+}
+Test(verify, go2) {
+    expect_all("go2", 274, 0);
+}
+Test(verify, vl) {
+    expect_all("vl", 260, 0);
+}
+Test(verify, vla) {
+    expect_all("vla", 195, 0);
+}
+Test(verify, ol) {
+    expect_all("ol", 260, 0);
+}
+Test(verify, mx) {
+    expect_all("mx", 262, 0);
+}
 Test(verify, grpo) {
     expect_all("grpo", 207, 2);
 }
