@@ -66,10 +66,6 @@ static double now(void) {
     return clock_seconds(stopwatch);
 }
 
-static double processor(void) {
-    return clock_seconds(CLOCK_PROCESS_CPUTIME_ID);
-}
-
 static void die(const char *what) {
     fprintf(stderr, "esp_bench: %s: %s\n", what, esp_last_error());
     exit(1);
@@ -239,31 +235,54 @@ static int add_cases(bench_case *cases, const espi_backend *backend, int threads
     return n;
 }
 
-/* Processor seconds of a forward and backward of the model in `dir` over 128 sequences of 14 tokens; 0 when dir is NULL. */
-static double model_step(const char *dir, const char *backend, int rounds) {
-    enum { SEQUENCES = 128, LENGTH = 14 };
-    static int32_t tokens[SEQUENCES * LENGTH], cu[SEQUENCES + 1];
+/* Forward and backward of a whole model over `sequences` of `length` random tokens each. */
+typedef struct model_run {
+    const char *dir;
+    int sequences, length;
+    double load, forward, backward; /* seconds; backward with the loss */
+    size_t planned, peak;           /* bytes, AdamW included */
+} model_run;
+
+static void run_model(model_run *run, const char *backend, int threads, int rounds) {
+    const int n = run->sequences * run->length;
+    int32_t *tokens = allocate((size_t)n * sizeof *tokens), *cu = allocate((size_t)(run->sequences + 1) * sizeof *cu);
     esp_ctx *ctx = NULL;
     esp_model *model = NULL;
-    double seconds[MAX_ROUNDS];
-    if (!dir) return 0;
-    if (esp_ctx_create(&ctx, &ESP_CTX_CONFIG(.backend = backend)) != ESP_OK) die("context");
-    if (esp_model_load(&model, ctx, dir, NULL) != ESP_OK) die(dir);
-    for (int i = 0; i < SEQUENCES * LENGTH; i++) tokens[i] = (int32_t)pick(1, "tokens", i, 50);
-    for (int i = 0; i <= SEQUENCES; i++) cu[i] = i * LENGTH;
-    const esp_batch batch = ESP_BATCH(.tokens = tokens, .cu_seqlens = cu, .n_tokens = SEQUENCES * LENGTH, .n_seqs = SEQUENCES);
+    esp_optim *optim = NULL;
+    esp_plan plan = ESP_PLAN_INIT;
+    esp_memory memory = ESP_MEMORY_INIT;
+    double forward[MAX_ROUNDS], backward[MAX_ROUNDS];
+    if (esp_ctx_create(&ctx, &ESP_CTX_CONFIG(.backend = backend, .threads = threads)) != ESP_OK) die("context");
+    if (esp_plan_folder(&plan, ctx, run->dir, NULL, NULL, n, run->sequences) != ESP_OK) die(run->dir);
+    const double begin = now();
+    if (esp_model_load(&model, ctx, run->dir, NULL) != ESP_OK) die(run->dir);
+    run->load = now() - begin;
+    if (esp_adamw_create(&optim, model, NULL) != ESP_OK) die("AdamW");
+    for (int i = 0; i < n; i++) tokens[i] = (int32_t)pick(1, "tokens", i, 50);
+    for (int i = 0; i <= run->sequences; i++) cu[i] = i * run->length;
+    const esp_batch batch = ESP_BATCH(.tokens = tokens, .cu_seqlens = cu, .n_tokens = n, .n_seqs = run->sequences);
     for (int i = 0; i < rounds + 1; i++) {
         esp_tensor hidden, d_hidden;
         double loss;
-        const double start = processor();
+        const double start = now();
         if (esp_model_forward(model, &batch, &hidden) != ESP_OK) die("forward");
+        const double middle = now();
         if (esp_model_cross_entropy(model, &batch, &hidden, &loss, &d_hidden) != ESP_OK) die("loss");
         if (esp_model_backward(model, &batch, &d_hidden) != ESP_OK) die("backward");
-        if (i > 0) seconds[i - 1] = processor() - start; /* the first one allocates */
+        if (i == 0) continue; /* the first one allocates */
+        forward[i - 1] = middle - start;
+        backward[i - 1] = now() - middle;
     }
+    if (esp_ctx_memory(ctx, &memory) != ESP_OK) die("memory");
+    run->forward = median(forward, rounds);
+    run->backward = median(backward, rounds);
+    run->planned = plan.peak;
+    run->peak = memory.peak;
+    esp_optim_destroy(optim);
     esp_model_destroy(model);
     esp_ctx_destroy(ctx);
-    return median(seconds, rounds);
+    free(tokens);
+    free(cu);
 }
 
 static const char *cpu_name(void) {
@@ -281,7 +300,7 @@ static const char *cpu_name(void) {
 }
 
 static void write_json(const char *path, const char *commit, const char *backend, int threads, const bench_case *cases, int n, double fma,
-                       double copy, double step) {
+                       double copy, const model_run *run) {
     char date[LINE];
     const time_t today = time(NULL);
     strftime(date, sizeof date, "%Y-%m-%dT%H:%M:%SZ", gmtime(&today));
@@ -291,9 +310,14 @@ static void write_json(const char *path, const char *commit, const char *backend
                                               cases[i].median, cases[i].memory ? "bytes_per_second" : "flop_per_second",
                                               (cases[i].memory ? 1 : 2) * cases[i].work / cases[i].median, "of_roof",
                                               cases[i].work / cases[i].median / (cases[i].memory ? copy : fma)));
-    json_t *root = json_pack("{s:s, s:s, s:s, s:s, s:s, s:i, s:f, s:f, s:f, s:o}", "commit", commit, "compiler", ESP_COMPILER, "cpu",
-                             cpu_name(), "date", date, "backend", backend, "threads", threads, "roof_flop_per_second", 2 * fma,
-                             "roof_copy_bytes_per_second", copy, "model_step_processor_seconds", step, "cases", list);
+    json_t *root = json_pack("{s:s, s:s, s:s, s:s, s:s, s:i, s:f, s:f, s:o}", "commit", commit, "compiler", ESP_COMPILER, "cpu", cpu_name(),
+                             "date", date, "backend", backend, "threads", threads, "roof_flop_per_second", 2 * fma,
+                             "roof_copy_bytes_per_second", copy, "cases", list);
+    if (root && run->dir)
+        json_object_set_new(root, "model",
+                            json_pack("{s:s, s:i, s:i, s:f, s:f, s:f, s:I, s:I}", "folder", run->dir, "sequences", run->sequences, "length",
+                                      run->length, "load_seconds", run->load, "forward_seconds", run->forward, "backward_seconds",
+                                      run->backward, "planned_bytes", (json_int_t)run->planned, "peak_bytes", (json_int_t)run->peak));
     if (!root || json_dump_file(root, path, JSON_INDENT(1)) != 0) {
         fprintf(stderr, "esp_bench: cannot write %s\n", path);
         exit(1);
@@ -302,17 +326,26 @@ static void write_json(const char *path, const char *commit, const char *backend
 }
 
 static const char usage[] =
-    "usage: esp_bench [--backend NAME] [--threads N] [--rounds N] [--only OP] [--model DIR] [--json FILE] [--commit ID]\n"
-    "--only: ops whose name contains OP.  --model: also a forward and backward of that model.\n";
+    "usage: esp_bench [--backend NAME] [--threads N] [--rounds N] [--only OP]\n"
+    "                 [--model DIR [--sequences N] [--length N]] [--json FILE] [--commit ID]\n"
+    "--only: ops whose name contains OP.  --model: also a forward and backward of that model, over 128 sequences of 14 tokens.\n";
 
 int main(int argc, char **argv) {
     static bench_case cases[MAX_CASES];
     static double fma[MAX_ROUNDS], copy[MAX_ROUNDS];
-    static const struct option options[] = {
-        {"backend", required_argument, NULL, 'b'}, {"threads", required_argument, NULL, 't'}, {"rounds", required_argument, NULL, 'r'},
-        {"only", required_argument, NULL, 'o'},    {"model", required_argument, NULL, 'm'},   {"json", required_argument, NULL, 'j'},
-        {"commit", required_argument, NULL, 'c'},  {"help", no_argument, NULL, 'h'},          {NULL, 0, NULL, 0}};
-    const char *name = NULL, *only = NULL, *model = NULL, *json = NULL, *commit = "unknown";
+    static const struct option options[] = {{"backend", required_argument, NULL, 'b'},
+                                            {"threads", required_argument, NULL, 't'},
+                                            {"rounds", required_argument, NULL, 'r'},
+                                            {"only", required_argument, NULL, 'o'},
+                                            {"model", required_argument, NULL, 'm'},
+                                            {"json", required_argument, NULL, 'j'},
+                                            {"commit", required_argument, NULL, 'c'},
+                                            {"sequences", required_argument, NULL, 's'},
+                                            {"length", required_argument, NULL, 'l'},
+                                            {"help", no_argument, NULL, 'h'},
+                                            {NULL, 0, NULL, 0}};
+    const char *name = NULL, *only = NULL, *json = NULL, *commit = "unknown";
+    model_run run = {.sequences = 128, .length = 14};
     int threads = 1, rounds = 11, option;
     while ((option = getopt_long(argc, argv, "", options, NULL)) != -1) {
         if (option == 'b')
@@ -324,7 +357,11 @@ int main(int argc, char **argv) {
         else if (option == 'o')
             only = optarg;
         else if (option == 'm')
-            model = optarg;
+            run.dir = optarg;
+        else if (option == 's')
+            run.sequences = atoi(optarg);
+        else if (option == 'l')
+            run.length = atoi(optarg);
         else if (option == 'j')
             json = optarg;
         else if (option == 'c')
@@ -334,8 +371,8 @@ int main(int argc, char **argv) {
             return option == 'h' ? 0 : 2;
         }
     }
-    if (threads < 1 || rounds < 1 || rounds >= MAX_ROUNDS) {
-        fprintf(stderr, "esp_bench: --threads %d --rounds %d: at least 1 each, fewer than %d rounds\n", threads, rounds, MAX_ROUNDS);
+    if (threads < 1 || rounds < 1 || rounds >= MAX_ROUNDS || run.sequences < 1 || run.length < 1) {
+        fprintf(stderr, "esp_bench: --threads, --rounds, --sequences, --length: at least 1 each, fewer than %d rounds\n", MAX_ROUNDS);
         return 2;
     }
     if (threads > 1) stopwatch = CLOCK_MONOTONIC;
@@ -363,9 +400,12 @@ int main(int argc, char **argv) {
         printf("%-14s %10.1f us %8.1f %s %6.2f of the roof\n", c->op, 1e6 * c->median, (c->memory ? 1e-9 : 2e-9) * rate,
                c->memory ? "GB/s   " : "GFLOP/s", rate / roof);
     }
-    const double step = model_step(model, backend->name, rounds);
-    if (model) printf("forward, loss and backward of 128 x 14 tokens of %s: %.1f ms of processor time\n", model, 1e3 * step);
-    if (json) write_json(json, commit, backend->name, threads, cases, n, fma_median, copy_median, step);
+    if (run.dir) {
+        run_model(&run, backend->name, threads, rounds);
+        printf("%s, %d x %d tokens: loaded in %.2f s, forward %.1f ms, loss and backward %.1f ms; planned %zu bytes, peak %zu\n", run.dir,
+               run.sequences, run.length, run.load, 1e3 * run.forward, 1e3 * run.backward, run.planned, run.peak);
+    }
+    if (json) write_json(json, commit, backend->name, threads, cases, n, fma_median, copy_median, &run);
     for (int i = 0; i < n; i++) {
         problem_free(&cases[i].problem);
         free(cases[i].exec.scratch);
