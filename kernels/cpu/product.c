@@ -174,9 +174,11 @@ static int64_t decode_vectors(float *out, const espi_stack *w, const uint8_t *co
 }
 #endif
 
-/* n values of a part from element `at` on. */
-static void decode_codes(float *dst, const cpu_weight *w, int64_t part, int64_t at, int64_t n) {
+/* n values of a part from element `at` on.  ahead: how many elements further on the next call of the same panel column will read: a panel
+ * takes a line of codes from each of many rows, which the machine does not foresee. */
+static void decode_codes(float *dst, const cpu_weight *w, int64_t part, int64_t at, int64_t n, int64_t ahead) {
     const uint8_t *codes = (const uint8_t *)w->stack->data + (size_t)part * w->stack->part_bytes;
+    if (at / 2 + ahead / 2 < (int64_t)w->stack->part_bytes) __builtin_prefetch(codes + at / 2 + ahead / 2);
     const int64_t block_size = w->stack->format == ESP_MXFP4 ? ESPI_MXBLOCK : ESPI_QBLOCK;
     for (int64_t done = 0; done < n;) {
         const int64_t i = at + done, block = i / block_size;
@@ -193,18 +195,22 @@ static void decode_codes(float *dst, const cpu_weight *w, int64_t part, int64_t 
     }
 }
 
-void cpu_decode_row(float *dst, const cpu_weight *w, int64_t row, int64_t col, int64_t n) {
+static void decode_row(float *dst, const cpu_weight *w, int64_t row, int64_t col, int64_t n, int64_t ahead) {
     if (w->stack) {
         const int64_t part_rows = w->stack->rows / w->stack->parts;
         const int64_t part = w->expert * w->stack->parts + row / part_rows, at = row % part_rows * w->cols + col;
         if (w->stack->format == ESP_Q_NONE)
             decode_plain(dst, (const uint8_t *)w->stack->data + (size_t)part * w->stack->part_bytes, w->dtype, at, n);
         else
-            decode_codes(dst, w, part, at, n);
+            decode_codes(dst, w, part, at, n, ahead);
     } else {
         decode_plain(dst, w->data, w->dtype, row * w->cols + col, n);
     }
     if (w->scale != 1) scale_by(dst, w->scale, n);
+}
+
+void cpu_decode_row(float *dst, const cpu_weight *w, int64_t row, int64_t col, int64_t n) {
+    decode_row(dst, w, row, col, n, 0);
 }
 
 /* panel[k][at .. at + 4) = row[0..4)[k]. */
@@ -261,12 +267,14 @@ static void transpose_rows(float *panel, const float *const row[LANES], int64_t 
                    depth - k);
 }
 
+enum { ROWS_AHEAD = 16 };
+
 /* panel[k][j] = b(k0 + k, col + j), columns beyond n up to a whole vector are 0. */
 static void pack(float *panel, const cpu_weight *w, int64_t k0, int64_t depth, int64_t col, int64_t n) {
     const int64_t whole = cpu_blocks(n, LANES) * LANES;
     if (!w->transposed) {
         for (int64_t k = 0; k < depth; k++) {
-            cpu_decode_row(panel + k * PANEL_COLS, w, k0 + k, col, n);
+            decode_row(panel + k * PANEL_COLS, w, k0 + k, col, n, ROWS_AHEAD * w->cols);
             for (int64_t j = n; j < whole; j++) panel[k * PANEL_COLS + j] = 0;
         }
         return;
@@ -282,7 +290,7 @@ static void pack(float *panel, const cpu_weight *w, int64_t k0, int64_t depth, i
             } else if (direct) {
                 row[i] = (const float *)w->data + (col + j + i) * w->cols + k0;
             } else {
-                cpu_decode_row(decoded[i], w, col + j + i, k0, depth);
+                decode_row(decoded[i], w, col + j + i, k0, depth, PANEL_DEPTH);
                 row[i] = decoded[i];
             }
         }
