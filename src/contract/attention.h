@@ -19,6 +19,18 @@ typedef struct espi_attention_saved {
     void *out, *lse, *u_o; /* real [T,Hq*D], [T,Hq]; LoRA of the output projection */
 } espi_attention_saved;
 
+/* The rotation of q or k, and of their gradients. */
+static inline espi_rope espi_rope_of(const espi_pass *pass, void *x, int64_t heads) {
+    const espi_config *c = &pass->model->config;
+    return (espi_rope){.x = x,
+                       .cos = pass->cos,
+                       .sin = pass->sin,
+                       .tokens = pass->tokens,
+                       .heads = heads,
+                       .half = c->rotary_dim / 2,
+                       .head_dim = c->head_dim};
+}
+
 /* y real [T,H] overwrite; x real [T,H].  `saved` is taken here.  With a cache the new keys and values are appended to it first. */
 esp_status espi_attention_forward(espi_pass *pass, int64_t layer, void *y, const void *x, espi_attention_saved *saved);
 /* d_x real [T,H] overwrite, or NULL: not wanted.  LoRA gradients: add. */

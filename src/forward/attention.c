@@ -4,14 +4,7 @@
 #include <math.h>
 
 static esp_status rotate(espi_pass *pass, void *x, int64_t heads) {
-    const espi_config *c = &pass->model->config;
-    const espi_rope args = {.x = x,
-                            .cos = pass->cos,
-                            .sin = pass->sin,
-                            .tokens = pass->tokens,
-                            .heads = heads,
-                            .half = c->rotary_dim / 2,
-                            .head_dim = c->head_dim};
+    const espi_rope args = espi_rope_of(pass, x, heads);
     return espi_op_rope_fwd(pass->ctx, pass->arena, &args);
 }
 
