@@ -4,6 +4,7 @@
 #include "contract/head.h"
 #include "core/select.h"
 #include "io/folder.h"
+#include "io/safetensors.h"
 #include "models/model.h"
 
 #include <math.h>
@@ -711,6 +712,57 @@ static void verify_quantised(espi_verify *v, const char *dir, const variant *for
     free(model_dir);
 }
 
+/* ---- MXFP4 as it is stored ---- */
+
+/* The bytes that a stack holds are those of the file's tensor NAME_blocks or NAME_scales. */
+static void compare_stored(espi_verify *v, const espi_st_set *set, const char *format, int64_t layer, const char *end, const void *held) {
+    char name[NAME_BYTES], line[NAME_BYTES + 16];
+    snprintf(name, sizeof name, format, (int)layer);
+    snprintf(name + strlen(name), sizeof name - strlen(name), "%s", end);
+    snprintf(line, sizeof line, "%s as stored", name);
+    const espi_st_tensor *t = espi_st_set_find(set, name);
+    if (!t) return; /* another layout, which has other bytes */
+    unsigned char *bytes = espi_cli_memory(t->bytes);
+    const esp_status status = espi_st_read(t, bytes, 0, t->bytes);
+    if (status == ESP_OK)
+        espi_verify_count(v, line, bytes_off(held, bytes, t->bytes));
+    else
+        espi_verify_error(v, line, status);
+    free(bytes);
+}
+
+static esp_status compare_stacks(espi_verify *v, const esp_model *m, const char *model_dir) {
+    const espi_family *f = m->config.family;
+    espi_st_set *set;
+    ESPI_TRY(espi_st_set_open(&set, model_dir));
+    for (int64_t l = 0; l < m->config.layers; l++) {
+        const espi_stack *gate_up = &m->layers[l].gate_up, *down = &m->layers[l].down;
+        if (gate_up->format != ESP_MXFP4) continue;
+        compare_stored(v, set, f->fused_gate_up, l, "_blocks", gate_up->data);
+        compare_stored(v, set, f->fused_gate_up, l, "_scales", gate_up->scales);
+        compare_stored(v, set, f->fused_down, l, "_blocks", down->data);
+        compare_stored(v, set, f->fused_down, l, "_scales", down->scales);
+    }
+    espi_st_set_close(set);
+    return ESP_OK;
+}
+
+/* A checkpoint in MXFP4 is run on its own bytes, converted to nothing else. */
+static void verify_stored(espi_verify *v, const char *dir) {
+    static const variant as_stored = {.experts = ESP_Q_NONE};
+    char *model_dir = espi_cli_path(dir, "model");
+    esp_model *m = NULL;
+    esp_qformat experts;
+    esp_status status = stored_experts(&experts, model_dir);
+    if (status == ESP_OK && experts == ESP_MXFP4) {
+        status = load(&m, v, model_dir, NULL, &as_stored, 0);
+        if (status == ESP_OK) status = compare_stacks(v, m, model_dir);
+    }
+    if (status != ESP_OK) espi_verify_error(v, "MXFP4 as stored", status);
+    esp_model_destroy(m);
+    free(model_dir);
+}
+
 /* ---- the folder ---- */
 
 /* The packed batch, from packed_ids and cu_seqlens or from the padded ids and lengths. */
@@ -766,6 +818,7 @@ void espi_verify_model(espi_verify *v, const char *dir) {
         for (int i = 0; i < N_VARIANTS; i++) verify_variant(&f, i);
         for (int i = 0; i < N_VARIANTS; i++)
             if (strncmp(variants[i].label, "model_nf4", 9) == 0) verify_quantised(v, dir, &variants[i]);
+        verify_stored(v, dir);
     }
     for (int i = 0; i < N_VARIANTS; i++) espi_arrays_free(&f.logits[i]);
     espi_arrays_free(&f.in);

@@ -276,6 +276,8 @@ static json_t *quant_state(const espi_arrays *file, const char *format) {
 
 /* x W^T + bias on the dequantised weight, in double. */
 static void compare_output(espi_verify *v, const char *label, const espi_arrays *file, const espi_arrays *ref) {
+    char place[96];
+    snprintf(place, sizeof place, "%s.", label);
     const espi_array *x = espi_arrays_find(ref, "x"), *w = espi_arrays_find(ref, "dequant"), *want = espi_arrays_find(ref, "y_exact");
     const espi_array *bias = espi_arrays_find(file, "layer.bias");
     if (!x || !w || !want || !bias || w->rank != 2 || x->n / w->dims[1] * w->dims[0] != want->n) return;
@@ -285,10 +287,10 @@ static void compare_output(espi_verify *v, const char *label, const espi_arrays 
         y[i] = bias->v[i % out];
         for (int64_t k = 0; k < in; k++) y[i] += x->v[i / out * in + k] * w->v[i % out * in + k];
     }
-    espi_verify_compare(v, label, "y_exact", ESPI_RULE_FORWARD, espi_verify_limit(v, ESPI_RULE_FORWARD, want->dtype), y, want->v, want->n);
+    espi_verify_compare(v, place, "y_exact", ESPI_RULE_FORWARD, espi_verify_limit(v, ESPI_RULE_FORWARD, want->dtype), y, want->v, want->n);
     /* The layer's own output was computed in bf16. */
     const espi_array *rounded = espi_arrays_find(ref, "y");
-    if (rounded && rounded->n == want->n) espi_verify_compare(v, label, "y", ESPI_RULE_GRADIENT, 2e-2, y, rounded->v, rounded->n);
+    if (rounded && rounded->n == want->n) espi_verify_compare(v, place, "y", ESPI_RULE_GRADIENT, 2e-2, y, rounded->v, rounded->n);
     free(y);
 }
 
