@@ -10,7 +10,8 @@ extern "C" {
 #endif
 
 typedef struct esp_model esp_model;
-typedef struct esp_objective esp_objective; /* grpo.h */
+typedef struct esp_objective esp_objective;           /* grpo.h */
+typedef struct esp_adapter_config esp_adapter_config; /* adapter.h */
 
 /// What trains: bit set for esp_model_config.lora_targets.
 enum {
@@ -40,6 +41,7 @@ typedef struct esp_model_config {
     float router_z_coef;      ///< router z-loss; default 0 (off)
     bool train_router;        ///< also form gradients of router weights and sinks (for checks; the optimiser does not touch them)
     const char *adapter_dir;  ///< a PEFT folder: take rank, scale and targets from it (the fields above are then ignored) and load it
+    const esp_adapter_config *adapter_reading; ///< how adapter_dir is read, where it does not say so itself; NULL = as it says
 } esp_model_config;
 #define ESP_MODEL_CONFIG(...) ((esp_model_config){.struct_size = sizeof(esp_model_config), __VA_ARGS__})
 
@@ -142,7 +144,8 @@ ESP_API int64_t esp_model_param_count(const esp_model *model);
 ESP_API esp_status esp_model_param_get(esp_model *model, int64_t index, esp_param *out);
 ESP_API esp_status esp_model_zero_grad(esp_model *model);
 
-/// PEFT files: adapter_config.json and adapter_model.safetensors.  Written to a temporary name, flushed, renamed.
+/// PEFT files: adapter_config.json and adapter_model.safetensors, in the form that vLLM loads for the family (adapter.h has others).
+/// Written to a temporary name, flushed, renamed.
 ESP_API esp_status esp_model_save_adapter(esp_model *model, const char *dir);
 /// Ranks, targets and shapes must be those of the model's config: ESP_ERR_MISMATCH names the first that is not.
 ESP_API esp_status esp_model_load_adapter(esp_model *model, const char *dir);

@@ -1,4 +1,5 @@
 /* The model level of the public API: load, forward, losses that need nothing but the head, backward. */
+#include "espalier/adapter.h"
 #include "models/passes.h"
 
 #include <math.h>
@@ -47,7 +48,8 @@ esp_status espi_model_options(esp_model_config *options, espi_lora_spec lora[ESP
                          (double)options->router_aux_coef, (double)options->router_z_coef, c->family->name);
     if ((options->experts == ESP_Q_NONE || options->experts == ESP_MXFP4) && options->double_quant)
         return ESPI_FAIL(ESP_ERR_ARG, "double_quant: got true with experts that have no f32 scales, expected NF4 or FP4 experts");
-    if (options->adapter_dir) return espi_adapter_read_spec(lora, &options->lora_alpha, &options->rslora, options->adapter_dir, c);
+    if (options->adapter_dir)
+        return espi_adapter_read_spec(lora, &options->lora_alpha, &options->rslora, options->adapter_dir, c, options->adapter_reading);
 
     if (options->lora_rank == 0) options->lora_rank = 8;
     if (options->lora_alpha == 0) options->lora_alpha = 2.0f * (float)options->lora_rank;
@@ -93,8 +95,9 @@ static esp_status build(esp_model *m, const char *dir) {
     ESPI_TRY(espi_rope_frequencies(&m->inv_freq, &m->config));
     ESPI_TRY(espi_model_init_adapter(m));
     ESPI_TRY(espi_decoder_saved_create(&m->saved, &m->config));
-    if (o->adapter_dir) ESPI_TRY(esp_model_load_adapter(m, o->adapter_dir));
-    m->options.adapter_dir = NULL; /* the caller's string need not outlive the call */
+    if (o->adapter_dir) ESPI_TRY(esp_model_load_adapter_as(m, o->adapter_dir, o->adapter_reading));
+    m->options.adapter_dir = NULL; /* the caller's string need not outlive the call, nor what goes with it */
+    m->options.adapter_reading = NULL;
     m->adapter_on = true;
     return ESP_OK;
 }
