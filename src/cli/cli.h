@@ -56,11 +56,15 @@ char *espi_cli_path(const char *dir, const char *name);
 extern const char espi_cli_experts[];
 esp_qformat espi_cli_format(int choice);
 
+/* The choices of esp_adapter_widths and esp_adapter_columns. */
+extern const char espi_cli_widths[], espi_cli_columns[];
+
 int espi_cli_inspect(int argc, char **argv);
 int espi_cli_plan(int argc, char **argv);
 int espi_cli_verify(int argc, char **argv);
 int espi_cli_generate(int argc, char **argv);
 int espi_cli_plot(int argc, char **argv);
 int espi_cli_quantize(int argc, char **argv);
+int espi_cli_convert(int argc, char **argv);
 
 #endif

@@ -15,6 +15,7 @@ static const command commands[] = {
     {"verify", espi_cli_verify, "compare this build with reference tensors, one line a tensor"},
     {"quantize", espi_cli_quantize, "write a model folder with 4-bit experts"},
     {"generate", espi_cli_generate, "continue a prompt"},
+    {"convert", espi_cli_convert, "an adapter in another form: per expert or fused"},
     {"plot", espi_cli_plot, "draw a trainer's metrics.jsonl"},
 };
 enum { N_COMMANDS = sizeof commands / sizeof commands[0] };
