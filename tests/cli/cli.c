@@ -28,7 +28,7 @@ Test(cli, version) {
 }
 
 Test(cli, help_everywhere) {
-    static const char *const commands[] = {"inspect", "plan", "verify", "generate", "plot", "quantize"};
+    static const char *const commands[] = {"inspect", "plan", "verify", "generate", "plot", "quantize", "convert"};
     for (size_t i = 0; i < sizeof commands / sizeof commands[0]; i++) {
         char arguments[64], usage[64];
         snprintf(arguments, sizeof arguments, "%s --help", commands[i]);
@@ -70,6 +70,16 @@ Test(cli, quantize) {
     snprintf(arguments, sizeof arguments, "inspect %s", dir);
     expect(arguments, 0, "U8");
     program_remove(dir);
+}
+
+Test(cli, convert_asks_for_what_it_needs) {
+    expect("convert a", 2, "OUT is missing");
+    expect("convert a b --to 2d", 2, "--model is missing");
+    expect("convert a b --model m", 2, "--to is missing");
+    expect("convert a b --model m --to 4d", 2, "expected 2d|3d");
+    expect("convert /nonexistent b --model " Q3B " --to 2d", 1, "/nonexistent/adapter_model.safetensors");
+    expect("convert " Q3B "/../adapter /tmp/never --model " Q3B " --to 2d --b-layout expert-slowest", 1,
+           "expert-slowest with the 2-D form");
 }
 
 Test(cli, failures_are_told) {
