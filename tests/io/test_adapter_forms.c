@@ -248,7 +248,8 @@ Test(adapter_forms, what_contradicts_is_refused) {
     expect_refused("q3a", s, both, &ESP_ADAPTER_CONFIG(.widths = ESP_ADAPTER_WIDTHS_SWAPPED), ESP_ERR_SHAPE, "base_layer.lora_A");
     expect_refused("q3a", s, (form){.down = true, .config = ", \"target_parameters\": null"}, NULL, ESP_ERR_FORMAT, "adapter_config.json");
     expect_refused("q3a", s, both, &ESP_ADAPTER_CONFIG(.widths = 7), ESP_ERR_ARG, "widths");
-    expect_refused("q3a", s, (form){true, true, .config = ", \"rank_pattern\": {\"gate_up_proj\": 4}"}, NULL, ESP_ERR_SHAPE, "[15,64], expected [20,64]");
+    expect_refused("q3a", s, (form){true, true, .config = ", \"rank_pattern\": {\"gate_up_proj\": 4}"}, NULL, ESP_ERR_SHAPE,
+                   "[15,64], expected [20,64]");
 }
 
 /* target_parameters names both, but the file has one wrapper's tensors: as if base_layer had been lost. */
