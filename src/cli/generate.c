@@ -94,7 +94,8 @@ int espi_cli_generate(int argc, char **argv) {
         {"--temperature", ESPI_OPTION_REAL, &o.temperature, "T", "0 = greedy (1)"},
         {"--samples", ESPI_OPTION_COUNT, &o.samples, "N", "continuations, one a line (1)"},
         {"--seed", ESPI_OPTION_COUNT, &o.seed, "S", "of the draws (0)"},
-        {"--experts", ESPI_OPTION_CHOICE, &o.experts, espi_cli_experts, "how frozen experts are held (auto: MXFP4 as it is, others as nf4)"},
+        {"--experts", ESPI_OPTION_CHOICE, &o.experts, espi_cli_experts,
+         "how frozen experts are held (auto: MXFP4 as it is, others as nf4)"},
     };
     const espi_usage usage = {"generate", "Continues a prompt with the model of a Hugging Face folder.",
                               "DIR",      &o.dir,
