@@ -1,6 +1,7 @@
 /* The families: every layout of a checkpoint's experts is the same model, byte for byte; what is missing, too much or ill-shaped is named;
  * and the family that no golden folder has is held against a few lines of its own. */
 #include "core/status.h"
+#include "espalier/plan.h"
 #include "espalier/quant.h"
 #include "loaded.h"
 
@@ -730,6 +731,14 @@ Test(families, glm4_moe_trains) {
     }
     const double loss = cross_entropy(model, &batch, &d_hidden);
     OK(esp_model_backward(model, &batch, &d_hidden));
+    esp_plan plan = ESP_PLAN_INIT;
+    esp_memory memory = ESP_MEMORY_INIT;
+    OK(esp_plan_folder(&plan, ctx, dir, &ESP_MODEL_CONFIG(.lora_rank = 2), NULL, T, 2));
+    OK(esp_ctx_memory(ctx, &memory));
+    cr_expect_eq(memory.weights, plan.dense_weights + plan.expert_weights);
+    cr_expect_eq(memory.adapter, plan.adapter + plan.gradients);
+    cr_expect_eq(memory.activations, plan.activations);
+    cr_expect_eq(memory.activations_used, plan.activations);
     for (int64_t i = 0; i < esp_model_param_count(model); i++) {
         esp_param p = ESP_PARAM_INIT;
         OK(esp_model_param_get(model, i, &p));
