@@ -42,6 +42,7 @@ typedef struct esp_model_config {
     bool train_router;        ///< also form gradients of router weights and sinks (for checks; the optimiser does not touch them)
     const char *adapter_dir;  ///< a PEFT folder: take rank, scale and targets from it (the fields above are then ignored) and load it
     const esp_adapter_config *adapter_reading; ///< how adapter_dir is read, where it does not say so itself; NULL = as it says
+    esp_mxfp4_rule mxfp4_rule;                 ///< how plain experts become MXFP4; default OCP's
 } esp_model_config;
 #define ESP_MODEL_CONFIG(...) ((esp_model_config){.struct_size = sizeof(esp_model_config), __VA_ARGS__})
 

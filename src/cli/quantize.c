@@ -16,10 +16,12 @@ int espi_cli_quantize(int argc, char **argv) {
     const char *folders[2];
     int format = -1, code;
     espi_quantised_spec spec = {0};
+    bool round_up = false;
     const espi_option options[] = {
         {"--format", ESPI_OPTION_CHOICE, &format, "nf4|fp4|mxfp4", "required"},
         {"--double-quant", ESPI_OPTION_FLAG, &spec.double_quant, NULL, "block scales of nf4 and fp4 through 8 bits"},
         {"--fused", ESPI_OPTION_FLAG, &spec.fused, NULL, "nf4 and fp4: one array for all experts of a layer, not one a matrix"},
+        {"--round-up", ESPI_OPTION_FLAG, &round_up, NULL, "mxfp4: scales that nothing exceeds, as triton_kernels has them (OCP's rule)"},
     };
     const espi_usage usage = {
         "quantize",
@@ -33,6 +35,8 @@ int espi_cli_quantize(int argc, char **argv) {
     if (!espi_cli_parse(&code, &usage, argc, argv)) return code;
     if (format < 0) return espi_cli_misuse(&usage, "--format is missing");
     spec.format = formats[format];
+    if (round_up && spec.format != ESP_MXFP4) return espi_cli_misuse(&usage, "--round-up is for mxfp4");
+    if (round_up) spec.rule = ESP_MXFP4_ROUND_UP;
     const esp_status status = quantise(folders[1], folders[0], &spec);
     return status == ESP_OK ? ESPI_EXIT_OK : espi_cli_failed("quantize", status);
 }

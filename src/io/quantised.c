@@ -417,7 +417,8 @@ static esp_status open_model(writer *w, const char *in_dir) {
     if (m->config.quantised || m->config.mxfp4)
         return ESPI_FAIL(ESP_ERR_UNSUPPORTED, "%s: config.json says that it is quantised already, expected a 16-bit or f32 checkpoint",
                          in_dir);
-    ESPI_TRY(espi_model_options(&m->options, m->lora, &ESP_MODEL_CONFIG(.experts = w->spec.format), &m->config));
+    ESPI_TRY(
+        espi_model_options(&m->options, m->lora, &ESP_MODEL_CONFIG(.experts = w->spec.format, .mxfp4_rule = w->spec.rule), &m->config));
     w->layout = layout_for(&w->spec, m->config.family);
     ESPI_TRY(espi_model_skeleton(m));
     return espi_loader_open(&w->loader, m, in_dir);

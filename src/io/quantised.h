@@ -11,6 +11,7 @@ typedef struct espi_quantised_spec {
     bool double_quant;  /* block scales of NF4 and FP4 in 8 bits */
     /* NF4 and FP4: one array for all experts of a layer, instead of a matrix for each.  qwen3_vl_moe has no other form; MXFP4 neither. */
     bool fused;
+    esp_mxfp4_rule rule;
 } espi_quantised_spec;
 
 /* The bytes of the experts are those that loading in_dir with the same format gives; every other tensor, and every file that holds none, is

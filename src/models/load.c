@@ -404,7 +404,7 @@ static esp_status put(espi_loader *loader, const espi_stack *s, int64_t part, co
     }
     if (s->format == ESP_MXFP4)
         return esp_mxfp4_quantize(data + first / 2, (uint8_t *)s->scales + part * s->part_blocks + first / ESPI_MXBLOCK, values, dtype, n,
-                                  ESP_MXFP4_OCP);
+                                  loader->model->options.mxfp4_rule);
     float *absmax = s->absmax8 ? loader->absmax : (float *)s->absmax + part * s->part_blocks;
     return esp_quantize(data + first / 2, absmax + first / ESPI_QBLOCK, values, dtype, n, ESPI_QBLOCK, s->format);
 }
@@ -417,22 +417,31 @@ static esp_status take_piece(espi_loader *loader, unsigned char *raw, const way 
     return put(loader, s, part, values, from->t->dtype, first, count);
 }
 
-esp_status espi_loader_take(espi_loader *loader, const espi_stack *s, int64_t part, const espi_source *from) {
+/* Matrices `part` .. of the stack.  All come from tensors of one dtype and order: one parallel region serves a whole stack. */
+static esp_status take_parts(espi_loader *loader, const espi_stack *s, int64_t part, const espi_source *from, int64_t parts) {
     const int64_t n = part_values(s);
-    if (s->format == ESP_Q_NONE && !from->columns)
-        return read_plain(loader, from->t, (unsigned char *)s->data + (size_t)part * s->part_bytes, s->dtype, from->first, n);
     way w;
     ESPI_TRY(find_way(&w, loader, s, from));
-    const int64_t pieces = (n + w.piece - 1) / w.piece;
+    const int64_t per_part = (n + w.piece - 1) / w.piece, pieces = parts * per_part;
     int64_t failed = pieces;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(w.threads) if (w.threads > 1 && pieces > 1) reduction(min : failed)
     for (int64_t i = 0; i < pieces; i++) {
+        const int64_t p = i / per_part;
         unsigned char *raw = loader->raw + (size_t)omp_get_thread_num() * w.slice;
-        if (take_piece(loader, raw, &w, s, part, from, i, s->format == ESP_Q_NONE) != ESP_OK && i < failed) failed = i;
+        const bool look = s->format == ESP_Q_NONE;
+        if (take_piece(loader, raw, &w, s, part + p, &from[p], i % per_part, look) != ESP_OK && i < failed) failed = i;
     }
     /* A sentence stays with the thread that said it, and a quantiser that meets a NaN does not know the tensor: from the first piece that
      * failed on, this thread tries for itself and looks. */
-    for (int64_t i = failed; i < pieces; i++) ESPI_TRY(take_piece(loader, loader->raw, &w, s, part, from, i, true));
+    for (int64_t i = failed; i < pieces; i++)
+        ESPI_TRY(take_piece(loader, loader->raw, &w, s, part + i / per_part, &from[i / per_part], i % per_part, true));
+    return ESP_OK;
+}
+
+esp_status espi_loader_take(espi_loader *loader, const espi_stack *s, int64_t part, const espi_source *from) {
+    if (s->format == ESP_Q_NONE && !from->columns)
+        return read_plain(loader, from->t, (unsigned char *)s->data + (size_t)part * s->part_bytes, s->dtype, from->first, part_values(s));
+    ESPI_TRY(take_parts(loader, s, part, from, 1));
     return s->absmax8 ? espi_loader_shrink_absmax(loader, s, part) : ESP_OK;
 }
 
@@ -464,20 +473,36 @@ static esp_status plain_source(espi_source *from, espi_loader *loader, const esp
     return need_plain(loader, &from->t, name, held_dtype(s), 3, dims);
 }
 
-static esp_status load_stack(espi_loader *loader, const espi_stack *s, espi_expert_layout layout, bool turned, int64_t layer, bool down) {
+/* Where the values of the stack's matrices lie; what is quantised already is taken at once, and has no tensor in `from`. */
+static esp_status find_parts(espi_source *from, espi_loader *loader, const espi_stack *s, espi_expert_layout layout, bool turned,
+                             int64_t layer, bool down) {
     for (int64_t part = 0; part < s->experts * s->parts; part++) {
         char name[ESPI_TENSOR_NAME];
-        espi_source from;
         espi_expert_matrix_name(name, loader->model->config.family, layout, layer, down, part);
-        if (espi_bnb_present(loader, name)) {
-            if (layout == ESPI_EXPERTS_FUSED) return espi_bnb_load_fused(loader, s, name);
-            ESPI_TRY(espi_bnb_load_part(loader, s, part, name));
+        if (!espi_bnb_present(loader, name)) {
+            ESPI_TRY(plain_source(&from[part], loader, s, layout, turned, name, part));
             continue;
         }
-        ESPI_TRY(plain_source(&from, loader, s, layout, turned, name, part));
-        ESPI_TRY(espi_loader_take(loader, s, part, &from));
+        if (layout == ESPI_EXPERTS_FUSED) return espi_bnb_load_fused(loader, s, name);
+        ESPI_TRY(espi_bnb_load_part(loader, s, part, name));
     }
     return ESP_OK;
+}
+
+static esp_status load_stack(espi_loader *loader, const espi_stack *s, espi_expert_layout layout, bool turned, int64_t layer, bool down) {
+    const int64_t parts = s->experts * s->parts;
+    espi_source *from = calloc((size_t)parts, sizeof *from);
+    if (!from) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for a list of %lld matrices", (long long)parts);
+    esp_status status = find_parts(from, loader, s, layout, turned, layer, down);
+    bool alike = s->format != ESP_Q_NONE && !s->absmax8; /* the 8-bit scales of a matrix are made once it is complete */
+    for (int64_t i = 0; i < parts; i++) alike &= from[i].t && from[0].t && from[i].t->dtype == from[0].t->dtype;
+    if (status == ESP_OK && alike)
+        status = take_parts(loader, s, 0, from, parts);
+    else
+        for (int64_t part = 0; status == ESP_OK && part < parts; part++)
+            if (from[part].t) status = espi_loader_take(loader, s, part, &from[part]);
+    free(from);
+    return status;
 }
 
 /* MXFP4 as it lies in the file: the bytes of the stack. */

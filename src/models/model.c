@@ -14,6 +14,8 @@ static esp_status check_options(const esp_model_config *o) {
         return ESPI_FAIL(ESP_ERR_ARG, "router_aux_coef, router_z_coef: got %g, %g, expected finite numbers", (double)o->router_aux_coef,
                          (double)o->router_z_coef);
     if ((unsigned)o->experts > ESP_MXFP4) return ESPI_FAIL(ESP_ERR_ARG, "experts: got %d, expected an esp_qformat", (int)o->experts);
+    if ((unsigned)o->mxfp4_rule > ESP_MXFP4_ROUND_UP)
+        return ESPI_FAIL(ESP_ERR_ARG, "mxfp4_rule: got %d, expected ESP_MXFP4_OCP or ESP_MXFP4_ROUND_UP", (int)o->mxfp4_rule);
     if (o->lora_targets & ~(unsigned)(ESP_LORA_ALL | ESP_LORA_NOTHING))
         return ESPI_FAIL(ESP_ERR_ARG, "lora_targets: got %#x, expected a sum of ESP_LORA_ values (at most %#x)", o->lora_targets,
                          ESP_LORA_ALL);

@@ -64,6 +64,7 @@ Test(cli, quantize) {
     expect("quantize a", 2, "OUT is missing");
     expect("quantize a b", 2, "--format is missing");
     expect("quantize a b --format int4", 2, "expected nf4|fp4|mxfp4");
+    expect("quantize a b --format nf4 --round-up", 2, "--round-up is for mxfp4");
     snprintf(arguments, sizeof arguments, "quantize " MIX " %s --format nf4 --double-quant", dir);
     expect(arguments, 0, "");
     expect(arguments, 1, "expected a new or empty folder");

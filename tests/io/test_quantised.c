@@ -115,7 +115,8 @@ static void check_round_trip(const char *in, const espi_quantised_spec *spec) {
     char out[ESPI_PATH_MAX];
     loaded a, b;
     scratch_make(out);
-    const esp_model_config options = ESP_MODEL_CONFIG(.experts = spec->format, .double_quant = spec->double_quant);
+    const esp_model_config options =
+        ESP_MODEL_CONFIG(.experts = spec->format, .double_quant = spec->double_quant, .mxfp4_rule = spec->rule);
     esp_status status = loaded_try(&a, in, &options);
     if (status == ESP_ERR_UNSUPPORTED) { /* sizes that are no blocks of MXFP4 */
         cr_expect_eq(spec->format, ESP_MXFP4, "%s", esp_last_error());
@@ -141,6 +142,7 @@ static void check_every_form(const char *in) {
     for (int i = 0; i < 8; i++)
         check_round_trip(in, &(espi_quantised_spec){.format = i & 1 ? ESP_FP4 : ESP_NF4, .double_quant = i & 2, .fused = i & 4});
     check_round_trip(in, &(espi_quantised_spec){.format = ESP_MXFP4});
+    check_round_trip(in, &(espi_quantised_spec){.format = ESP_MXFP4, .rule = ESP_MXFP4_ROUND_UP});
 }
 
 Test(quantised, every_family_and_layout) {
@@ -191,6 +193,19 @@ Test(quantised, mxfp4_again_is_the_same) {
         scratch_remove(in);
         scratch_remove(out);
     }
+}
+
+/* The rule reaches the quantiser. */
+Test(quantised, rules_of_mxfp4_differ) {
+    loaded ocp, up;
+    loaded_golden(&ocp, "q3a/model", &ESP_MODEL_CONFIG(.experts = ESP_MXFP4));
+    loaded_golden(&up, "q3a/model", &ESP_MODEL_CONFIG(.experts = ESP_MXFP4, .mxfp4_rule = ESP_MXFP4_ROUND_UP));
+    cr_expect(!loaded_same(&ocp, &up));
+    loaded_free(&ocp);
+    loaded_free(&up);
+    cr_expect_eq(loaded_try(&up, ESP_SOURCE_DIR "/tests/golden/data/q3a/model", &ESP_MODEL_CONFIG(.mxfp4_rule = (esp_mxfp4_rule)7)),
+                 ESP_ERR_ARG);
+    loaded_free(&up);
 }
 
 /* Name by name and byte by byte the file that bitsandbytes' own codes were assembled to; its quant_state included. */
