@@ -59,11 +59,11 @@ static inline void add_rows(float *out, const float *p, const float *rows, int64
         for (int64_t j = 0; j < keys; j++) out[d] += p[j] * rows[j * stride + d];
 }
 
-/* p = e^(p - shift) over a block, entries from `keys` on become 0; returns the sum. */
+/* p = e^(p - shift) over the `keys` entries of a block; returns the sum. */
 static inline float exp_block(float p[KEYS], float shift, int64_t keys) {
     vec sum = {0};
-    for (int64_t j = keys; j < KEYS; j++) p[j] = shift - 100; /* e^-100 counts as 0 */
-    for (int64_t j = 0; j < KEYS; j += LANES) {
+    for (int64_t j = keys; j % LANES != 0; j++) p[j] = shift - 100; /* e^-100 counts as 0 */
+    for (int64_t j = 0; j < keys; j += LANES) {
         const vec e = vexp(load(p + j) - splat(shift));
         store(p + j, e);
         sum += e;
