@@ -57,6 +57,30 @@ ESP_API esp_status esp_model_load_adapter_as(esp_model *model, const char *dir, 
 ESP_API esp_status esp_adapter_convert(esp_ctx *ctx, const char *out_dir, const char *adapter_dir, const char *model_dir,
                                        const esp_adapter_config *reading, const esp_adapter_config *writing);
 
+typedef struct esp_merge_config {
+    size_t struct_size;
+    const esp_adapter_config *reading; ///< how the adapter is read; NULL = as it says
+    esp_qformat format;                ///< of the new folder's experts: ESP_NF4, ESP_FP4, ESP_MXFP4; 0 = plain, in the dtype they had
+} esp_merge_config;
+#define ESP_MERGE_CONFIG(...) ((esp_merge_config){.struct_size = sizeof(esp_merge_config), __VA_ARGS__})
+
+typedef struct esp_merge_stats {
+    size_t struct_size;
+    int64_t attempted; ///< weight matrices that the adapter changes
+    int64_t applied;   ///< those that were found and changed: the same number, or the call has failed
+} esp_merge_stats;
+#define ESP_MERGE_STATS_INIT                                                                                                               \
+    { .struct_size = sizeof(esp_merge_stats) }
+
+/// Writes the model of model_dir to out_dir, same files and tensors, with scale * B A added to every weight that the adapter has a branch
+/// for: in f32, rounded once (to nearest, ties to even).  Tensor by tensor.  A format other than 0 needs, for the time of the call, a
+/// folder "OUT_DIR.f32" with the experts in f32.
+/// stats [out] or NULL
+/// ESP_ERR_FORMAT: a weight of the adapter is not in the folder (nothing is written); ESP_ERR_UNSUPPORTED: the folder is 4-bit already
+/// (MXFP4 is taken with format ESP_MXFP4: decoded, changed, rounded again); ESP_ERR_NONFINITE: a sum too large for its dtype
+ESP_API esp_status esp_adapter_merge(esp_ctx *ctx, esp_merge_stats *stats, const char *out_dir, const char *model_dir,
+                                     const char *adapter_dir, const esp_merge_config *config);
+
 #ifdef __cplusplus
 }
 #endif

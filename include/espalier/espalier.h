@@ -3,7 +3,7 @@
 /// Three levels, each built only on the one before:
 ///   block    moe.h        one MoE layer on your own tensors
 ///   model    model.h      a Hugging Face checkpoint: forward to hidden states, losses, backward, adapter files
-///            adapter.h      forms of those files, conversion
+///            adapter.h      forms of those files, conversion, merging
 ///            grpo.h optim.h sampler.h tokenizer.h
 ///   trainer  trainer.h    SFT and GRPO loops with evaluation, checkpoints and logs
 ///

@@ -66,5 +66,6 @@ int espi_cli_generate(int argc, char **argv);
 int espi_cli_plot(int argc, char **argv);
 int espi_cli_quantize(int argc, char **argv);
 int espi_cli_convert(int argc, char **argv);
+int espi_cli_merge(int argc, char **argv);
 
 #endif

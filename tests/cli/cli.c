@@ -28,7 +28,7 @@ Test(cli, version) {
 }
 
 Test(cli, help_everywhere) {
-    static const char *const commands[] = {"inspect", "plan", "verify", "generate", "plot", "quantize", "convert"};
+    static const char *const commands[] = {"inspect", "plan", "verify", "generate", "plot", "quantize", "convert", "merge"};
     for (size_t i = 0; i < sizeof commands / sizeof commands[0]; i++) {
         char arguments[64], usage[64];
         snprintf(arguments, sizeof arguments, "%s --help", commands[i]);
@@ -81,6 +81,17 @@ Test(cli, convert_asks_for_what_it_needs) {
     expect("convert /nonexistent b --model " Q3B " --to 2d", 1, "/nonexistent/adapter_model.safetensors");
     expect("convert " Q3B "/../adapter /tmp/never --model " Q3B " --to 2d --b-layout expert-slowest", 1,
            "expert-slowest with the 2-D form");
+}
+
+Test(cli, merge_counts_what_it_changed) {
+    char *dir = program_folder(), command[4096];
+    snprintf(command, sizeof command, "merge " Q3B " " Q3B "/../adapter %s/merged", dir);
+    expect(command, 0, "matrices attempted 40, applied 40");
+    expect(command, 1, "is there already");
+    program_remove(dir);
+    expect("merge a b", 2, "OUT is missing");
+    expect("merge a b c --format q4", 2, "expected nf4|fp4|mxfp4");
+    expect("merge /nonexistent b c", 1, "b/adapter_model.safetensors");
 }
 
 Test(cli, failures_are_told) {
