@@ -168,3 +168,26 @@ Test(published, activations_of_a_layer_are_the_closed_formula) {
         program_remove(large);
     }
 }
+
+/* The frugal form, whose figures for Qwen3-30B-A3B at rank 16 kernels-gpu section 4 gives: experts 15.0 GB, adapter and gradients 2.57 GB,
+ * moments 1.29 GB beside their scales; for gpt-oss-20b experts of 10.2 GB and 177 million values of expert branches. */
+Test(published, frugal_plan_is_as_stated) {
+    const published *m = &models[0];
+    char *out = run("plan " CONFIGS "%s --tokens 4096 --rank 16 %s", m->name, "--double-quant --8bit-adam");
+    const long long parts = 3 * m->layers * m->experts, blocks = m->hidden * m->width / 64, n = RANK * adapter_values(m);
+    const long long experts = expert_matrices(m) / 2 + parts * (blocks + 4 * (blocks / 256) + 4);
+    expect_count(m, "expert weights", figure(out, "expert weights"), experts);
+    expect_count(m, "optimizer", figure(out, "optimizer"), 2 * n + 8 * n / 256 + 64);
+    cr_expect(experts > 14.95e9 && experts < 15.05e9, "%lld", experts);
+    cr_expect(figure(out, "adapter") > 2.565e9 && figure(out, "adapter") < 2.575e9);
+    cr_expect(figure(out, "gradients") > 2.565e9 && figure(out, "gradients") < 2.575e9);
+    cr_expect(2 * n > 1.285e9 && 2 * n < 1.295e9, "%lld", 2 * n);
+    free(out);
+    m = &models[2];
+    out = run("plan " CONFIGS "%s --tokens 4096 --rank 16%s", m->name, "");
+    const long long mxfp4 = figure(out, "expert weights"), nq = m->heads * m->head_dim, nk = m->kv_heads * m->head_dim;
+    const long long branches = figure(out, "adapter") / 4 - m->layers * RANK * (4 * m->hidden + 2 * nq + 2 * nk);
+    cr_expect(mxfp4 > 10.15e9 && mxfp4 < 10.25e9, "%lld", mxfp4);
+    cr_expect(branches > 176.5e6 && branches < 177.5e6, "%lld", branches);
+    free(out);
+}
