@@ -125,6 +125,12 @@ static double alpha_of(const espi_lora_spec *spec, int64_t r, bool rslora) {
     return nearest / divisor == spec->scale ? nearest : exact;
 }
 
+/* PEFT makes one fused branch of twice the rank and alpha of gate and up per expert.  Under rsLoRA that is sqrt(2) times the scale, so in
+ * this form the scale is stated the plain way, alpha / r, which everybody reads alike. */
+static bool says_rslora(const esp_model *m, const espi_adapter_layout *layout) {
+    return m->options.rslora && (layout->fused[ESPI_STACK_GATE_UP] || m->lora[ESPI_T_GATE_UP].r == 0);
+}
+
 static int targets_of(target out[8], const esp_model *m, const espi_adapter_layout *layout) {
     const espi_family *f = m->config.family;
     int n = 0;
@@ -132,7 +138,7 @@ static int targets_of(target out[8], const esp_model *m, const espi_adapter_layo
         if (m->lora[t].r == 0) continue;
         const bool fused = t >= ESPI_T_GATE_UP && layout->fused[t - ESPI_T_GATE_UP];
         const int64_t r = t == ESPI_T_GATE_UP && layout->separate ? m->lora[t].r / 2 : m->lora[t].r;
-        target one = {.r = r, .alpha = alpha_of(&m->lora[t], r, m->options.rslora), .fused = fused};
+        target one = {.r = r, .alpha = alpha_of(&m->lora[t], r, says_rslora(m, layout)), .fused = fused};
         if (t <= ESPI_T_O)
             one.name = espi_adapter_last_part(espi_adapter_attention(f, t));
         else if (fused)
@@ -177,8 +183,8 @@ static json_t *config_json(const esp_model *model, const espi_adapter_layout *la
     json_t *root =
         json_pack("{s:s, s:s, s:s, s:I, s:o, s:b, s:o, s:o, s:f, s:s, s:b, s:b, s:b, s:b, s:n, s:o, s:o}", "peft_type", "LORA", "task_type",
                   "CAUSAL_LM", "base_model_name_or_path", "", "r", (json_int_t)targets[0].r, "lora_alpha", number(targets[0].alpha),
-                  "use_rslora", (int)model->options.rslora, "target_modules", modules, "target_parameters", parameters, "lora_dropout", 0.0,
-                  "bias", "none", "use_dora", 0, "fan_in_fan_out", 0, "init_lora_weights", 1, "inference_mode", 1, "modules_to_save",
+                  "use_rslora", (int)says_rslora(model, layout), "target_modules", modules, "target_parameters", parameters, "lora_dropout",
+                  0.0, "bias", "none", "use_dora", 0, "fan_in_fan_out", 0, "init_lora_weights", 1, "inference_mode", 1, "modules_to_save",
                   "rank_pattern", ranks, "alpha_pattern", alphas);
     if (root && layout->slowest) json_object_set_new(root, "lora_B_layout", json_string("grouped_by_expert"));
     return root;
@@ -189,7 +195,7 @@ static esp_status write_config(const esp_model *model, const char *dir, const es
     target targets[8];
     const int n = targets_of(targets, model, layout);
     for (int i = 1; i < n; i++)
-        if (fabs(targets[i].alpha / (double)targets[i].r - targets[0].alpha / (double)targets[0].r) > 1e-12 && !model->options.rslora)
+        if (fabs(targets[i].alpha / (double)targets[i].r - targets[0].alpha / (double)targets[0].r) > 1e-12 && !says_rslora(model, layout))
             espi_log(model->ctx, ESP_LOG_WARN, "%s: %s and %s have different scales: vLLM, which ignores alpha_pattern, takes one for both",
                      dir, targets[0].name, targets[i].name);
     ESPI_TRY(espi_path_join(path, dir, ESPI_ADAPTER_CONFIG));
