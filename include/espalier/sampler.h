@@ -21,6 +21,10 @@ typedef struct esp_sampler_config {
 ESP_API esp_status esp_sampler_create(esp_sampler **sampler, esp_model *model, const esp_sampler_config *config);
 ESP_API void esp_sampler_destroy(esp_sampler *sampler);
 
+/// Token number `index` of row `row`, in order within a row; rows of one pass from the lowest up.  A non-zero return ends the call with
+/// ESP_ERR_CALLBACK; what was drawn until then is in the caller's arrays.
+typedef int (*esp_token_fn)(void *user, int32_t row, int32_t index, int32_t id, float logprob);
+
 /// A request: each prompt is prefilled once and continued `samples` times.
 typedef struct esp_generate_config {
     size_t struct_size;
@@ -35,8 +39,10 @@ typedef struct esp_generate_config {
     int32_t n_stop_ids;
     uint64_t seed; ///< with step, key and the sample's number: the Philox counter, so no draw depends on the batch
     uint32_t step;
-    bool evaluation;      ///< a stream of its own, so evaluating never changes training
-    const uint32_t *keys; ///< [n_prompts] a stable number of each prompt; NULL: its index
+    bool evaluation;       ///< a stream of its own, so evaluating never changes training
+    const uint32_t *keys;  ///< [n_prompts] a stable number of each prompt; NULL: its index
+    esp_token_fn on_token; ///< called with every token as it is drawn; NULL: none
+    void *on_token_user;
 } esp_generate_config;
 #define ESP_GENERATE_CONFIG(...) ((esp_generate_config){.struct_size = sizeof(esp_generate_config), __VA_ARGS__})
 
@@ -44,7 +50,8 @@ typedef struct esp_generate_config {
 /// tokens   [out] [n_prompts*samples, max_new_tokens] ids, the stop id included, 0 behind the end
 /// logprobs [out] the same shape f32, or NULL
 /// lengths  [out] [n_prompts*samples]
-/// stopped  [out] [n_prompts*samples] 1 = ended with a stop id, 0 = cut at max_new_tokens; or NULL
+/// stopped  [out] [n_prompts*samples] 1 = ended with a stop id, 0 = cut at max_new_tokens, or before a token that the model does not take
+///                (one that stands for a picture); or NULL
 /// ESP_ERR_ARG: an empty prompt, an id outside the vocabulary, a prompt that leaves no room for max_new_tokens (names the prompt)
 ESP_API esp_status esp_sampler_generate(esp_sampler *sampler, const esp_generate_config *config, int32_t *tokens, float *logprobs,
                                         int32_t *lengths, uint8_t *stopped);

@@ -51,17 +51,30 @@ static esp_status encode_prompt(session *s, const char *text, int32_t *n) {
     return ESP_OK;
 }
 
-/* The prompt and one sample, token by token. */
-static esp_status print_sample(const session *s, const generate_options *o, const int32_t *tokens, int32_t length) {
+/* The first sample as it is drawn. */
+typedef struct stream {
+    const esp_tokenizer *tokenizer;
+    esp_decode_state state;
+} stream;
+
+static esp_status print_token(stream *s, int32_t id) {
     char text[1024];
     size_t bytes;
-    esp_decode_state state = {0};
+    ESPI_TRY(esp_tokenizer_decode_next(s->tokenizer, &s->state, id, true, text, sizeof text, &bytes));
+    fwrite(text, 1, bytes, stdout);
+    fflush(stdout);
+    return ESP_OK;
+}
+
+static int first_sample(void *user, int32_t row, int32_t index, int32_t id, float logprob) {
+    (void)index, (void)logprob;
+    return row == 0 && print_token(user, id) != ESP_OK;
+}
+
+static esp_status print_sample(const session *s, const generate_options *o, const int32_t *tokens, int32_t length) {
+    stream out = {.tokenizer = s->tokenizer};
     printf("%s", o->prompt);
-    for (int32_t i = 0; i < length; i++) {
-        ESPI_TRY(esp_tokenizer_decode_next(s->tokenizer, &state, tokens[i], true, text, sizeof text, &bytes));
-        fwrite(text, 1, bytes, stdout);
-        fflush(stdout);
-    }
+    for (int32_t i = 0; i < length; i++) ESPI_TRY(print_token(&out, tokens[i]));
     printf("\n");
     return ESP_OK;
 }
@@ -76,12 +89,15 @@ static esp_status generate(session *s, const generate_options *o) {
     s->tokens = espi_cli_memory((size_t)(o->samples * row) * sizeof *s->tokens);
     s->lengths = espi_cli_memory((size_t)o->samples * sizeof *s->lengths);
     const int32_t cu[2] = {0, n};
+    stream first = {.tokenizer = s->tokenizer};
     const esp_generate_config config =
         ESP_GENERATE_CONFIG(.prompts = s->prompt, .cu_prompts = cu, .n_prompts = 1, .samples = (int32_t)o->samples,
                             .max_new_tokens = (int32_t)row, .temperature = (float)o->temperature, .greedy = o->temperature == 0,
-                            .seed = (uint64_t)o->seed);
+                            .seed = (uint64_t)o->seed, .on_token = first_sample, .on_token_user = &first);
+    printf("%s", o->prompt);
     ESPI_TRY(esp_sampler_generate(s->sampler, &config, s->tokens, NULL, s->lengths, NULL));
-    for (int64_t i = 0; i < o->samples; i++) ESPI_TRY(print_sample(s, o, s->tokens + i * row, s->lengths[i]));
+    printf("\n");
+    for (int64_t i = 1; i < o->samples; i++) ESPI_TRY(print_sample(s, o, s->tokens + i * row, s->lengths[i]));
     return ESP_OK;
 }
 

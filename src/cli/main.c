@@ -17,6 +17,7 @@ static const command commands[] = {
     {"generate", espi_cli_generate, "continue a prompt"},
     {"convert", espi_cli_convert, "an adapter in another form: per expert or fused"},
     {"merge", espi_cli_merge, "a model with an adapter added to its weights"},
+    {"tokenize", espi_cli_tokenize, "text to token ids, and back"},
     {"plot", espi_cli_plot, "draw a trainer's metrics.jsonl"},
 };
 enum { N_COMMANDS = sizeof commands / sizeof commands[0] };

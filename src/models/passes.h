@@ -25,6 +25,15 @@ esp_status espi_loss_begin(esp_model *model, const esp_batch *batch, const esp_t
 /* Accounts for the peak; *d_hidden becomes the view of what begin took. */
 void espi_loss_end(esp_model *model, const esp_batch *batch, void *data, esp_tensor *d_hidden);
 
+/* optim/adamw.c: esp_adamw_config with defaults filled in and checked. */
+typedef struct espi_adamw_settings {
+    double lr, beta1, beta2, eps, weight_decay, max_grad_norm, num_cycles;
+    esp_schedule schedule;
+    int64_t warmup_steps, total_steps;
+    bool eight_bit;
+} espi_adamw_settings;
+esp_status espi_adamw_settings_read(espi_adamw_settings *settings, const esp_adamw_config *config);
+
 /* optim/adamw.c: bytes that esp_adamw_create takes for this model; config NULL = defaults. */
 esp_status espi_adamw_plan(size_t *bytes, const esp_model *model, const esp_adamw_config *config);
 

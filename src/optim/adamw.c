@@ -14,14 +14,6 @@
 /* Keeps the clip factor finite at norm 0, as torch has it. */
 #define CLIP_FLOOR 1e-6
 
-/* esp_adamw_config with defaults filled in. */
-typedef struct settings {
-    double lr, beta1, beta2, eps, weight_decay, max_grad_norm, num_cycles;
-    esp_schedule schedule;
-    int64_t warmup_steps, total_steps;
-    bool eight_bit;
-} settings;
-
 /* Of one trained tensor. */
 typedef struct moments {
     int64_t count;
@@ -32,7 +24,7 @@ typedef struct moments {
 
 struct esp_optim {
     esp_model *model;
-    settings set;
+    espi_adamw_settings set;
     int64_t n;
     moments *tensors;        /* [n] in the order of the model's parameters */
     esp_optim_array *arrays; /* [n_arrays] what a checkpoint keeps */
@@ -44,7 +36,7 @@ struct esp_optim {
     double grad_norm, lr;
 };
 
-static esp_status check_settings(const settings *s) {
+static esp_status check_settings(const espi_adamw_settings *s) {
     if (!(s->lr > 0) || !isfinite(s->lr)) return ESPI_FAIL(ESP_ERR_ARG, "adamw: lr is %g, expected a positive number", s->lr);
     if (!(s->beta1 >= 0 && s->beta1 < 1) || !(s->beta2 >= 0 && s->beta2 < 1))
         return ESPI_FAIL(ESP_ERR_ARG, "adamw: beta1 is %g and beta2 %g, expected numbers in [0, 1)", s->beta1, s->beta2);
@@ -71,20 +63,20 @@ static esp_status check_settings(const settings *s) {
     return ESP_OK;
 }
 
-static esp_status read_settings(settings *s, const esp_adamw_config *config) {
+esp_status espi_adamw_settings_read(espi_adamw_settings *s, const esp_adamw_config *config) {
     esp_adamw_config given;
     ESPI_TRY(espi_struct_read(&given, sizeof given, config, "esp_adamw_config"));
-    *s = (settings){.lr = espi_decimal_or(given.lr, 1e-3),
-                    .beta1 = espi_decimal_or(given.beta1, 0.9),
-                    .beta2 = espi_decimal_or(given.beta2, 0.999),
-                    .eps = espi_decimal_or(given.eps, 1e-8),
-                    .weight_decay = espi_decimal(given.weight_decay),
-                    .max_grad_norm = espi_decimal_or(given.max_grad_norm, 1),
-                    .num_cycles = espi_decimal(given.num_cycles),
-                    .schedule = given.schedule,
-                    .warmup_steps = given.warmup_steps,
-                    .total_steps = given.total_steps,
-                    .eight_bit = given.eight_bit};
+    *s = (espi_adamw_settings){.lr = espi_decimal_or(given.lr, 1e-3),
+                               .beta1 = espi_decimal_or(given.beta1, 0.9),
+                               .beta2 = espi_decimal_or(given.beta2, 0.999),
+                               .eps = espi_decimal_or(given.eps, 1e-8),
+                               .weight_decay = espi_decimal(given.weight_decay),
+                               .max_grad_norm = espi_decimal_or(given.max_grad_norm, 1),
+                               .num_cycles = espi_decimal(given.num_cycles),
+                               .schedule = given.schedule,
+                               .warmup_steps = given.warmup_steps,
+                               .total_steps = given.total_steps,
+                               .eight_bit = given.eight_bit};
     return check_settings(s);
 }
 
@@ -105,7 +97,7 @@ static void add_stack(esp_optim *o, const espi_lora *lora, const espi_stack *w) 
 /* Settings, and the size of every trained tensor from the layers' shapes, which a plan has too: in the order of model.params. */
 static esp_status describe(esp_optim *o, esp_model *model, const esp_adamw_config *config) {
     o->model = model;
-    ESPI_TRY(read_settings(&o->set, config));
+    ESPI_TRY(espi_adamw_settings_read(&o->set, config));
     o->tensors = calloc((size_t)(model->config.layers * ESPI_T_COUNT * 2), sizeof *o->tensors);
     if (!o->tensors) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for the optimiser's list of %lld layers", (long long)model->config.layers);
     for (int64_t l = 0; l < model->config.layers; l++) {
@@ -146,7 +138,7 @@ static esp_status square_sum(esp_optim *o) {
 }
 
 static esp_status update(esp_optim *o, double lr, double grad_scale) {
-    const settings *s = &o->set;
+    const espi_adamw_settings *s = &o->set;
     for (int64_t i = 0; i < o->n; i++) {
         const moments *t = &o->tensors[i];
         const esp_param p = param(o, i);
@@ -308,7 +300,7 @@ void esp_optim_destroy(esp_optim *optim) {
 
 esp_status esp_optim_step(esp_optim *optim) {
     if (!optim) return ESPI_FAIL(ESP_ERR_ARG, "esp_optim_step: optim is NULL");
-    const settings *s = &optim->set;
+    const espi_adamw_settings *s = &optim->set;
     ESPI_TRY(square_sum(optim));
     optim->grad_norm = sqrt(*optim->square_sum);
     optim->lr = s->lr * esp_schedule_multiplier(s->schedule, optim->step, s->warmup_steps, s->total_steps, s->num_cycles);

@@ -230,15 +230,24 @@ static bool stops(const request *r, int32_t id) {
     return false;
 }
 
-/* Writes down one drawn token of a request's row; true when the row goes on. */
-static bool record(const request *r, int32_t row, int32_t id, double lp) {
-    const int32_t at = r->lengths[row]++;
+/* Writes down one drawn token of a request's row and hands it to the caller.  *goes_on: the row does. */
+static esp_status record(bool *goes_on, const esp_sampler *s, const request *r, int32_t row, int32_t id, double lp) {
+    const int32_t at = r->lengths[row];
     const size_t cell = (size_t)row * (size_t)r->c.max_new_tokens + (size_t)at;
-    const bool stop = stops(r, id);
+    const bool refused = espi_token_refused(&s->model->config, id), stop = stops(r, id);
+    if (refused && at == 0)
+        return ESPI_FAIL(ESP_ERR_UNSUPPORTED,
+                         "generate: row %d: the model's first token is %d, which stands for a picture, expected text: change the prompt",
+                         row, id);
+    *goes_on = !refused && !stop && at + 1 < r->c.max_new_tokens;
+    if (r->stopped) r->stopped[row] = stop && !refused;
+    if (refused) return ESP_OK; /* the row was cut before it */
+    r->lengths[row]++;
     r->tokens[cell] = id;
     if (r->logprobs) r->logprobs[cell] = (float)lp;
-    if (r->stopped) r->stopped[row] = stop;
-    return !stop && r->lengths[row] < r->c.max_new_tokens;
+    const int code = r->c.on_token ? r->c.on_token(r->c.on_token_user, row, at, id, (float)lp) : 0;
+    if (code == 0) return ESP_OK;
+    return ESPI_FAIL(ESP_ERR_CALLBACK, "generate: on_token returned %d for token %d of row %d, expected 0", code, at, row);
 }
 
 static double draw(const request *r, int32_t row) {
@@ -257,7 +266,9 @@ static esp_status next_tokens(esp_sampler *s, const request *r, int32_t *live, i
     int32_t left = 0;
     for (int32_t i = 0; i < *n; i++) {
         const int32_t slot = live[i], id = s->work.token[i];
-        if (!record(r, s->slot_row[slot], id, espi_real_get(s->work.lp, i, s->model->ctx->real))) continue;
+        bool goes_on = false;
+        ESPI_TRY(record(&goes_on, s, r, s->slot_row[slot], id, espi_real_get(s->work.lp, i, s->model->ctx->real)));
+        if (!goes_on) continue;
         s->work.ids[left] = id;
         live[left++] = slot;
     }

@@ -1,10 +1,11 @@
 /* What a checkpoint holds: adapter, moments, counters, the position in the data, and a rollout that has not been used up.  Random numbers
  * are counter-based, so the seed in the config and the counters are all their state. */
 #include "io/checkpoint.h"
-#include "models/model.h"
+#include "models/passes.h"
 #include "rl/run.h"
 
 #include <jansson.h>
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -96,35 +97,36 @@ static int set_text(json_t *root, const char *key, const char *format, unsigned 
     return json_object_set_new(root, key, json_string(text));
 }
 
-static int set_objective(json_t *root, const esp_objective *o) {
+/* The objective and the optimiser as they are resolved: a default that was stated is the default. */
+static int set_objective(json_t *root, const espi_objective *o) {
     const struct {
         const char *key;
         double value;
     } numbers[] = {
         {"epsilon_low", o->epsilon_low},
         {"epsilon_high", o->epsilon_high},
-        {"delta", o->delta},
+        {"delta", isinf(o->delta) ? 0 : o->delta}, /* 0: none */
         {"beta", o->beta},
         {"kl_grad", o->kl_grad},
         {"kl_bias_correction", o->kl_bias_correction},
-        {"sapo_temperature_pos", o->sapo_temperature_pos},
-        {"sapo_temperature_neg", o->sapo_temperature_neg},
-        {"vespo_k_pos", o->vespo_k_pos},
-        {"vespo_lambda_pos", o->vespo_lambda_pos},
-        {"vespo_k_neg", o->vespo_k_neg},
-        {"vespo_lambda_neg", o->vespo_lambda_neg},
+        {"sapo_temperature_pos", o->sapo_temperature[0]},
+        {"sapo_temperature_neg", o->sapo_temperature[1]},
+        {"vespo_k_pos", o->vespo_k[0]},
+        {"vespo_lambda_pos", o->vespo_lambda[0]},
+        {"vespo_k_neg", o->vespo_k[1]},
+        {"vespo_lambda_neg", o->vespo_lambda[1]},
         {"off_policy_mask_threshold", o->off_policy_mask_threshold},
         {"top_entropy_quantile", o->top_entropy_quantile},
         {"entropy_coef", o->entropy_coef},
         {"max_completion_length", o->max_completion_length},
-        {"level", o->level},
+        {"sequence_level", o->sequence_level},
     };
-    int bad = json_object_set_new(root, "loss", json_string(esp_loss_type_name(o->loss ? o->loss : ESP_LOSS_DAPO)));
+    int bad = json_object_set_new(root, "loss", json_string(espi_objective_name(o)));
     for (int i = 0; i < ESPI_COUNT(numbers); i++) bad |= json_object_set_new(root, numbers[i].key, json_real(numbers[i].value));
     return bad;
 }
 
-static int set_run(json_t *root, const esp_trainer *t) {
+static int set_run(json_t *root, const esp_trainer *t, const espi_adamw_settings *a) {
     const esp_trainer_config *c = &t->c;
     const struct {
         const char *key;
@@ -148,10 +150,10 @@ static int set_run(json_t *root, const esp_trainer *t) {
         {"adapter_parameters", t->info.adapter_parameters},
         {"experts_format", t->model->options.experts},
         {"adapter_dtype", t->model->ctx->real},
-        {"adamw_eight_bit", c->adamw.eight_bit},
-        {"adamw_schedule", c->adamw.schedule},
-        {"adamw_warmup_steps", c->adamw.warmup_steps},
-        {"adamw_total_steps", c->adamw.total_steps},
+        {"adamw_eight_bit", a->eight_bit},
+        {"adamw_schedule", a->schedule},
+        {"adamw_warmup_steps", a->warmup_steps},
+        {"adamw_total_steps", a->total_steps},
     };
     int bad = json_object_set_new(root, "kind", json_string(c->kind == ESP_TRAIN_GRPO ? "grpo" : "sft"));
     bad |= json_object_set_new(root, "family", json_string(t->info.family));
@@ -161,8 +163,7 @@ static int set_run(json_t *root, const esp_trainer *t) {
     return bad;
 }
 
-static int set_reals(json_t *root, const esp_trainer *t) {
-    const esp_adamw_config *a = &t->c.adamw;
+static int set_reals(json_t *root, const esp_trainer *t, const espi_adamw_settings *a) {
     const struct {
         const char *key;
         double value;
@@ -186,8 +187,12 @@ static int set_reals(json_t *root, const esp_trainer *t) {
 
 /* What two runs must have in common for one to go on with the other's state.  How long it runs and where it writes is not among it. */
 static esp_status describe(json_t **config, const esp_trainer *t) {
+    espi_objective objective;
+    espi_adamw_settings adamw;
+    ESPI_TRY(espi_objective_make(&objective, &t->c.objective));
+    ESPI_TRY(espi_adamw_settings_read(&adamw, &t->c.adamw));
     json_t *root = json_object();
-    if (!root || set_run(root, t) | set_reals(root, t) | set_objective(root, &t->c.objective)) {
+    if (!root || set_run(root, t, &adamw) | set_reals(root, t, &adamw) | set_objective(root, &objective)) {
         json_decref(root);
         return ESPI_FAIL(ESP_ERR_MEMORY, "checkpoint: no memory for the config as JSON");
     }

@@ -1,6 +1,6 @@
 /* The tokenizer: a small synthetic file that has every offered component, the bundled one, refusals by name, streaming, random bytes. */
 #include "core/rng.h"
-#include "espalier/tokenizer.h"
+#include "io/tokenizer.h"
 #include "scratch.h"
 
 #include <jansson.h>
@@ -281,6 +281,91 @@ Test(tokenizer, random_bytes_settle) {
     esp_tokenizer_destroy(t);
 }
 
+/* Merging as it is defined: the pair with the lowest rank, the leftmost of equals, until there is none. */
+static size_t merged_plainly(int32_t *ids, const char *text, size_t n) {
+    static const int32_t pairs[MERGED][2] = {{'h', 'e'}, {'l', 'l'}, {256, 257}, {258, 'o'}, {' ', 'w'}, {'o', 'r'}, {0xC3, 0xA9}};
+    for (size_t i = 0; i < n; i++) ids[i] = (unsigned char)text[i];
+    for (;;) {
+        int best = MERGED;
+        size_t at = 0;
+        for (size_t i = 0; i + 1 < n; i++)
+            for (int m = 0; m < best; m++)
+                if (ids[i] == pairs[m][0] && ids[i + 1] == pairs[m][1]) best = m, at = i;
+        if (best == MERGED) return n;
+        ids[at] = FIRST_MERGED + best;
+        memmove(ids + at + 1, ids + at + 2, (n - at - 2) * sizeof *ids);
+        n--;
+    }
+}
+
+/* One piece of any length, short ones and those that take the heap; with the cache (many repeats in one text) and without. */
+Test(tokenizer, pieces_of_any_length) {
+    static char text[1 << 16];
+    static int32_t ids[1 << 16], want[1 << 16];
+    esp_tokenizer *t = synthetic();
+    size_t bytes = 0, n_want = 0, n;
+    for (uint32_t round = 0; round < 1200; round++) {
+        char word[160];
+        uint32_t r[4];
+        espi_philox(r, 13, ESPI_STREAM_CONTROL, round, 0, 0, 0);
+        const size_t length = 1 + (round % 3 ? r[0] % 7 : r[0] % 100);
+        for (size_t i = 0; i < length; i++) {
+            espi_philox(r, 13, ESPI_STREAM_CONTROL, round, 1 + (uint32_t)i, 0, 0);
+            word[i] = "helowr"[r[0] % 6];
+        }
+        OK(esp_tokenizer_encode(t, word, length, false, false, ids, 160, &n));
+        const size_t expected = merged_plainly(want + n_want, word, length);
+        cr_assert(n == expected && memcmp(ids, want + n_want, n * sizeof *ids) == 0, "word %u of %zu letters", round, length);
+        if (bytes + length + 1 >= sizeof text) break;
+        memcpy(text + bytes, word, length);
+        text[bytes + length] = '\n'; /* a piece of its own */
+        bytes += length + 1;
+        n_want += n;
+        want[n_want++] = '\n';
+    }
+    OK(esp_tokenizer_encode(t, text, bytes, false, false, ids, sizeof ids / sizeof *ids, &n));
+    cr_assert(n == n_want && memcmp(ids, want, n * sizeof *ids) == 0, "the whole text: %zu ids, expected %zu", n, n_want);
+    esp_tokenizer_destroy(t);
+}
+
+static esp_tokenizer *with_pattern(const char *pattern, const char *behaviour, bool invert) {
+    esp_tokenizer *t = NULL;
+    json_t *root = whole(false);
+    json_object_set_new(root, "pre_tokenizer",
+                        json_pack("{s:s, s:[{s:s, s:s, s:b, s:{s:s}}, o]}", "type", "Sequence", "pretokenizers", "type", "Split",
+                                  "behavior", behaviour, "invert", invert, "pattern", "Regex", pattern, parsed("{" BYTE_LEVEL "false}")));
+    OK(load(&t, root));
+    return t;
+}
+
+/* A pattern that runs away is stopped, one that goes deep is not. */
+Test(tokenizer, limits_of_a_match, .timeout = 30) {
+    enum { LONG = 1 << 20 };
+    char *text = malloc(LONG);
+    int32_t *ids = malloc(LONG * sizeof *ids);
+    size_t n;
+    memset(text, 'x', LONG);
+    esp_tokenizer *t = with_pattern("(?:(?:x+)+)+(?=y)|z", "Isolated", false);
+    cr_expect_eq(esp_tokenizer_encode(t, text, 60, false, false, ids, LONG, &n), ESP_ERR_ARG);
+    cr_expect(strstr(esp_last_error(), "gave up at byte 0 of 60: match limit exceeded"), "%s", esp_last_error());
+    esp_tokenizer_destroy(t);
+    t = with_pattern("(?:x|y)+", "Isolated", false);
+    OK(esp_tokenizer_encode(t, text, LONG / 8, false, false, ids, LONG, &n));
+    cr_expect_eq(n, LONG / 8);
+    esp_tokenizer_destroy(t);
+    free(text);
+    free(ids);
+}
+
+Test(tokenizer, gaps_are_kept_or_removed) {
+    esp_tokenizer *t = with_pattern("[a-z]+", "Isolated", false);
+    expect_ids(t, "he, llo", false, false, IDS(256, ',', ' ', 257, 'o'));
+    esp_tokenizer_destroy(t);
+    t = with_pattern("[a-z]+", "Removed", true);
+    expect_ids(t, "he, llo", false, false, IDS(256, 257, 'o'));
+    esp_tokenizer_destroy(t);
+}
+
 /* ---- files ---- */
 
 Test(tokenizer, bundled) {
@@ -327,4 +412,113 @@ Test(tokenizer, wrong_files) {
     }
     esp_tokenizer *t = NULL;
     cr_expect_eq(esp_tokenizer_load(&t, "/nowhere/tokenizer.json"), ESP_ERR_IO);
+}
+
+/* ---- rank files ---- */
+
+#define O200K ESP_SOURCE_DIR "/tests/golden/data/tokenizer/o200k_base.tiktoken"
+
+Test(ranks, wrong_files) {
+    static const struct {
+        const char *name, *line; /* put behind the good ones */
+        esp_status status;
+        const char *names;
+    } cases[] = {{"cl100k_base.tiktoken", "", ESP_ERR_UNSUPPORTED, "o200k_base.tiktoken"},
+                 {"o200k_a.tiktoken", "IQ== \n", ESP_ERR_FORMAT, "expected a token in base64"},
+                 {"o200k_a.tiktoken", "IQ==\n", ESP_ERR_FORMAT, "expected a token in base64"},
+                 {"o200k_a.tiktoken", "I?== 5\n", ESP_ERR_FORMAT, "expected a token in base64"},
+                 {"o200k_a.tiktoken", "IQ= 5\n", ESP_ERR_FORMAT, "expected a token in base64"},
+                 {"o200k_a.tiktoken", "IWE= 199998\n", ESP_ERR_FORMAT, "below 199998"},
+                 {"o200k_a.tiktoken", "IWE= 5x\n", ESP_ERR_FORMAT, "below 199998"},
+                 {"o200k_a.tiktoken", "IQ== 150000\n", ESP_ERR_FORMAT, "a second time"},
+                 {"o200k_a.tiktoken", "enp6enp6enp6 0\n", ESP_ERR_FORMAT, "two tokens have id 0"}};
+    char *good;
+    size_t bytes;
+    OK(espi_file_read_all(&good, &bytes, O200K, 1 << 20));
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        char dir[ESPI_PATH_MAX], path[ESPI_PATH_MAX], *text = malloc(bytes + 64);
+        esp_tokenizer *t = NULL;
+        snprintf(text, bytes + 64, "%s%s", good, cases[i].line);
+        scratch_make(dir);
+        scratch_write(path, dir, cases[i].name, text, strlen(text));
+        cr_expect_eq(esp_tokenizer_load(&t, path), cases[i].status, "%zu: %s", i, esp_last_error());
+        cr_expect(strstr(esp_last_error(), cases[i].names), "%zu: %s", i, esp_last_error());
+        scratch_write(path, dir, "o200k_b.tiktoken", "IQ== 0\n", 7);
+        cr_expect_eq(esp_tokenizer_load(&t, path), ESP_ERR_FORMAT);
+        cr_expect(strstr(esp_last_error(), "byte 0x00: got no token"), "%s", esp_last_error());
+        scratch_remove(dir);
+        free(text);
+    }
+    free(good);
+}
+
+#define UPPER "[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}]"
+#define LOWER "[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}]"
+#define ENDINGS "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+#define O200K_PATTERN                                                                                                                      \
+    "[^\\r\\n\\p{L}\\p{N}]?" UPPER "*" LOWER "+" ENDINGS "|[^\\r\\n\\p{L}\\p{N}]?" UPPER "+" LOWER "*" ENDINGS                             \
+    "|\\p{N}{1,3}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n/]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
+
+/* The bytes of a token in the alphabet of a tokenizer.json. */
+static void shown(char *out, const unsigned char *bytes, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        const int c = code_point_of(bytes[i]);
+        if (c >= 128) *out++ = (char)(0xC0 | c >> 6);
+        *out++ = c < 128 ? (char)c : (char)(0x80 | (c & 63));
+    }
+    *out = 0;
+}
+
+/* The same vocabulary as a converted tokenizer.json has it (ignore_merges, every way to cut a token a merge) gives the golden ids too. */
+Test(ranks, converted_file, .timeout = 60) {
+    esp_tokenizer *ranks, *converted = NULL;
+    OK(esp_tokenizer_load(&ranks, O200K));
+    json_t *vocab = json_object(), *merges = json_array(), *specials = json_array(), *root = whole(false);
+    for (int32_t id = 0; id < esp_tokenizer_size(ranks); id++) {
+        const espi_token *token = &ranks->tokens[id];
+        char text[300], left[300], right[300];
+        if (!token->bytes || token->n > 140) continue;
+        if (token->added) {
+            json_array_append_new(specials, added((const char *)token->bytes, id, true));
+            continue;
+        }
+        shown(text, token->bytes, token->n);
+        json_object_set_new(vocab, text, json_integer(id));
+        for (uint32_t cut = 1; cut < token->n; cut++) {
+            if (espi_vocab_find(ranks, &ranks->vocab, token->bytes, cut) < 0 ||
+                espi_vocab_find(ranks, &ranks->vocab, token->bytes + cut, token->n - cut) < 0)
+                continue;
+            shown(left, token->bytes, cut);
+            shown(right, token->bytes + cut, token->n - cut);
+            json_array_append_new(merges, json_pack("[s, s]", left, right));
+        }
+    }
+    json_object_set_new(root, "pre_tokenizer",
+                        json_pack("{s:s, s:[{s:s, s:s, s:b, s:{s:s}}, o]}", "type", "Sequence", "pretokenizers", "type", "Split",
+                                  "behavior", "Isolated", "invert", 0, "pattern", "Regex", O200K_PATTERN, parsed("{" BYTE_LEVEL "false}")));
+    json_object_set_new(root, "normalizer", json_null());
+    json_object_set_new(root, "post_processor", parsed("{" BYTE_LEVEL "false}"));
+    json_object_set_new(root, "added_tokens", specials);
+    json_object_set_new(root, "model",
+                        json_pack("{s:s, s:o, s:o, s:b}", "type", "BPE", "vocab", vocab, "merges", merges, "ignore_merges", 1));
+    OK(load(&converted, root));
+    char *lines;
+    OK(espi_file_read_all(&lines, NULL, ESP_SOURCE_DIR "/tests/golden/data/tokenizer/o200k.jsonl", 1 << 20));
+    int n_lines = 0;
+    for (const char *at = lines; *at; n_lines++) {
+        const size_t length = strcspn(at, "\n");
+        json_t *line = json_loadb(at, length, JSON_ALLOW_NUL, NULL);
+        const json_t *text = json_object_get(line, "text"), *want = json_object_get(line, "ids");
+        int32_t ids[4096];
+        size_t n;
+        OK(esp_tokenizer_encode(converted, json_string_value(text), json_string_length(text), true, false, ids, 4096, &n));
+        cr_assert_eq(n, json_array_size(want), "line %d", n_lines);
+        for (size_t i = 0; i < n; i++) cr_assert_eq(ids[i], json_integer_value(json_array_get(want, i)), "line %d", n_lines);
+        json_decref(line);
+        at += length + (at[length] == '\n');
+    }
+    cr_assert_eq(n_lines, 404);
+    free(lines);
+    esp_tokenizer_destroy(ranks);
+    esp_tokenizer_destroy(converted);
 }

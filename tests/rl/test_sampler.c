@@ -204,3 +204,69 @@ Test(sampler, wrong_calls) {
     esp_sampler_destroy(s);
     demo_free(&m);
 }
+
+typedef struct heard {
+    int32_t tokens[ROWS * NEW], lengths[ROWS];
+    float lp[ROWS * NEW];
+    int calls, fail_at;
+} heard;
+
+static int listen(void *user, int32_t row, int32_t index, int32_t id, float logprob) {
+    heard *h = user;
+    if (++h->calls == h->fail_at) return 7;
+    if (index != h->lengths[row]++) return 1; /* in order within a row */
+    h->tokens[row * NEW + index] = id;
+    h->lp[row * NEW + index] = logprob;
+    return 0;
+}
+
+/* A caller hears every token once, in order, and can end the call. */
+Test(sampler, tokens_are_told_as_they_are_drawn) {
+    demo m = demo_model(1, true);
+    static drawn d;
+    static heard h;
+    esp_generate_config c = request(1);
+    c.on_token = listen;
+    c.on_token_user = &h;
+    draw(&d, m.model, 7, &c);
+    cr_assert_eq(memcmp(h.tokens, d.tokens, sizeof d.tokens), 0);
+    cr_assert_eq(memcmp(h.lp, d.lp, sizeof d.lp), 0);
+    cr_assert_eq(memcmp(h.lengths, d.lengths, sizeof d.lengths), 0);
+    h = (heard){.fail_at = 3};
+    esp_sampler *s;
+    OK(esp_sampler_create(&s, m.model, &ESP_SAMPLER_CONFIG(.max_length = 24)));
+    FAILS(ESP_ERR_CALLBACK, "on_token returned 7", esp_sampler_generate(s, &c, d.tokens, d.lp, d.lengths, d.stopped));
+    cr_assert_eq(h.calls, 3);
+    esp_sampler_destroy(s);
+    demo_free(&m);
+}
+
+/* A token that the model does not take (here the end token, for the sake of the test) cuts its row before it; as the first it is a failure.
+ */
+Test(sampler, refused_tokens_cut_a_row) {
+    demo m = demo_model(1, false);
+    static drawn d;
+    esp_generate_config c = request(1);
+    const int32_t never = 63, answered[] = {1, 42, 24, 25, 31, 5, 24, 25, 31}, cu[2] = {0, 9};
+    int cut = 0;
+    m.model->config.refused[0] = 2;
+    m.model->config.n_refused = 1;
+    draw(&d, m.model, 0, &c);
+    for (int r = 0; r < ROWS; r++) {
+        cut += d.lengths[r] < NEW;
+        cr_assert(!d.stopped[r] && d.lengths[r] > 0);
+        for (int k = 0; k < d.lengths[r]; k++) cr_assert_neq(d.tokens[r * NEW + k], 2);
+    }
+    cr_assert_gt(cut, ROWS / 2);
+    c.prompts = answered;
+    c.cu_prompts = cu;
+    c.n_prompts = 1;
+    c.greedy = true;
+    c.stop_ids = &never;
+    c.n_stop_ids = 1;
+    esp_sampler *s;
+    OK(esp_sampler_create(&s, m.model, &ESP_SAMPLER_CONFIG(.max_length = 24)));
+    FAILS(ESP_ERR_UNSUPPORTED, "first token is 2", esp_sampler_generate(s, &c, d.tokens, d.lp, d.lengths, d.stopped));
+    esp_sampler_destroy(s);
+    demo_free(&m);
+}

@@ -257,6 +257,17 @@ Test(trainer, resume_refuses_another_config) {
     c = small(NULL, out, 2);
     c.objective.beta = 0.5f;
     FAILS(ESP_ERR_MISMATCH, "beta: got 0.5, expected 0.0", esp_trainer_create(&d.trainer, d.model, d.tokenizer, &c));
+    /* What the checkpoint's run took by default may be stated: a default that was stated is the default. */
+    c = small(NULL, out, 2);
+    c.temperature = 1;
+    c.adamw = ESP_ADAMW_CONFIG(.lr = 1e-3f, .beta1 = 0.9f, .beta2 = 0.999f, .eps = 1e-8f, .max_grad_norm = 1);
+    c.objective = ESP_OBJECTIVE(.loss = ESP_LOSS_DAPO, .epsilon_low = 0.2f, .epsilon_high = 0.2f, .top_entropy_quantile = 1,
+                                .sapo_temperature_pos = 1, .vespo_k_pos = 2);
+    OK(esp_trainer_create(&d.trainer, d.model, d.tokenizer, &c));
+    demo_free(&d);
+    d = demo_model(5, false);
+    c.adamw.lr = 2e-3f;
+    FAILS(ESP_ERR_MISMATCH, "adamw_lr: got 0.002, expected 0.001", esp_trainer_create(&d.trainer, d.model, d.tokenizer, &c));
     demo_free(&d);
     demo_remove(out);
 }
