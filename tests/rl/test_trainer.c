@@ -204,6 +204,20 @@ Test(trainer, planned_bytes_are_the_peak) {
     planned_is_peak(&c);
 }
 
+/* Micro-batches of one step differ in shape: one long line, then many short ones, whose number is what counts. */
+Test(trainer, planned_bytes_hold_for_many_short_lines) {
+    enum { SHORT = 160 };
+    char path[256], text[SHORT * 64 + 1024], *w = text;
+    demo_folder(path, "shapes.jsonl");
+    for (int i = 0; i < SHORT; i++) w += sprintf(w, "{\"prompt_ids\":[1],\"answer_ids\":[2]}\n");
+    OK(espi_file_write_atomic(path, text, strlen(text)));
+    esp_trainer_config c = ESP_TRAINER_CONFIG(.kind = ESP_TRAIN_SFT, .train_file = path, .steps = 2, .prompts_per_step = SHORT);
+    planned_is_peak(&c);
+    c.micro_batch_tokens = 100; /* 50 lines a micro-batch, and 10 in the last */
+    planned_is_peak(&c);
+    remove(path);
+}
+
 static int failing(void *user, const esp_reward_batch *batch, float *reward) {
     (void)batch, (void)reward;
     return *(int *)user;

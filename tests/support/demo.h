@@ -34,12 +34,14 @@ typedef struct demo {
     esp_trainer *trainer;
 } demo;
 
+#define DEMO_GPT_OSS ESP_SOURCE_DIR "/examples/models/mix-gptoss"
+
 /* A model; B of its adapter is filled too when `trained`, so that the adapter says something. */
-static inline demo demo_model(uint64_t seed, bool trained) {
+static inline demo demo_model_of(const char *dir, uint64_t seed, bool trained) {
     demo d = {NULL, NULL, NULL, NULL};
     OK(esp_ctx_create(&d.ctx, NULL));
-    OK(esp_model_load(&d.model, d.ctx, DEMO_MODEL, &ESP_MODEL_CONFIG(.seed = seed)));
-    OK(esp_tokenizer_load(&d.tokenizer, DEMO_MODEL));
+    OK(esp_model_load(&d.model, d.ctx, dir, &ESP_MODEL_CONFIG(.seed = seed)));
+    OK(esp_tokenizer_load(&d.tokenizer, dir));
     for (int64_t i = 0; trained && i < esp_model_param_count(d.model); i++) {
         esp_param p = ESP_PARAM_INIT;
         OK(esp_model_param_get(d.model, i, &p));
@@ -50,10 +52,18 @@ static inline demo demo_model(uint64_t seed, bool trained) {
     return d;
 }
 
-static inline demo demo_trainer(const esp_trainer_config *config) {
-    demo d = demo_model(config->seed, false);
+static inline demo demo_model(uint64_t seed, bool trained) {
+    return demo_model_of(DEMO_MODEL, seed, trained);
+}
+
+static inline demo demo_trainer_of(const char *dir, const esp_trainer_config *config) {
+    demo d = demo_model_of(dir, config->seed, false);
     OK(esp_trainer_create(&d.trainer, d.model, d.tokenizer, config));
     return d;
+}
+
+static inline demo demo_trainer(const esp_trainer_config *config) {
+    return demo_trainer_of(DEMO_MODEL, config);
 }
 
 static inline void demo_free(demo *d) {
