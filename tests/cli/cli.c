@@ -185,4 +185,11 @@ Test(cli, generate_is_repeatable) {
     free(first.out);
     free(second.out);
     expect("generate " MIX " --prompt sdecbc= --max-new-tokens 4 --temperature 0", 0, "sdecbc=");
+    /* The same draws, alone or with others, and printed alike. */
+    program_run one = espalier("generate " MIX " --prompt sdecbc= --max-new-tokens 8 --samples 1 --seed 5");
+    first = espalier(arguments);
+    cr_expect_eq(strncmp(first.out, one.out, strlen(one.out)), 0, "streamed: %sfirst of three: %s", one.out, first.out);
+    cr_expect(strlen(one.out) > 0 && one.out[strlen(one.out) - 1] == '\n', "%s", one.out);
+    free(one.out);
+    free(first.out);
 }
