@@ -1,20 +1,30 @@
 /* The context: configuration, and the accounting of every byte of tensor memory. */
+#define _DEFAULT_SOURCE /* madvise */
+
 #include "core/ctx.h"
 #include "core/select.h"
 
 #include <omp.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+
+#define LARGE_PAGE ((size_t)2 << 20)
 
 static const char *const purpose_names[ESPI_MEM_COUNT] = {
     [ESPI_MEM_WEIGHTS] = "weights",         [ESPI_MEM_ADAPTER] = "adapter", [ESPI_MEM_OPTIMIZER] = "optimizer",
     [ESPI_MEM_ACTIVATIONS] = "activations", [ESPI_MEM_CACHE] = "cache",     [ESPI_MEM_STAGING] = "staging",
 };
 
+/* Large blocks ask for large pages: in small ones, their first touch costs as much time as reading the weights that go there. */
 static void *default_alloc(void *user, size_t bytes) {
     (void)user;
-    size_t rounded = ESPI_ALIGNED(bytes);
-    return rounded < bytes ? NULL : aligned_alloc(ESPI_ALIGN, rounded);
+    const size_t align = bytes < 2 * LARGE_PAGE ? ESPI_ALIGN : LARGE_PAGE, rounded = (bytes + align - 1) / align * align;
+    void *p = rounded < bytes ? NULL : aligned_alloc(align, rounded);
+#ifdef MADV_HUGEPAGE
+    if (p && align == LARGE_PAGE) (void)madvise(p, rounded, MADV_HUGEPAGE); /* refused: as before */
+#endif
+    return p;
 }
 
 static void default_free(void *user, void *p, size_t bytes) {
