@@ -607,6 +607,9 @@ static esp_status load_experts(espi_loader *loader, const espi_layer *w, int64_t
         ESPI_TRY(load_blocks(loader, &w->gate_up, f->fused_gate_up, layer));
         ESPI_TRY(load_blocks(loader, &w->down, f->fused_down, layer));
     } else {
+        if (c->mxfp4)
+            espi_log(loader->model->ctx, ESP_LOG_WARN, "%s: config.json says MXFP4, but layer %lld has plain values: they become MXFP4 now",
+                     espi_st_set_path(loader->set), (long long)layer);
         const bool turned = layout == ESPI_EXPERTS_FUSED && is_turned(loader, w, layer);
         ESPI_TRY(load_stack(loader, &w->gate_up, layout, turned, layer, false));
         ESPI_TRY(load_stack(loader, &w->down, layout, turned, layer, true));
