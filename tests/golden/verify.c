@@ -67,6 +67,12 @@ Test(verify, ol) {
 Test(verify, mx) {
     expect_all("mx", 262, 0);
 }
+Test(verify, gla) {
+    expect_all("gla", 4, 0);
+}
+Test(verify, glb) {
+    expect_all("glb", 4, 0);
+}
 Test(verify, grpo) {
     expect_all("grpo", 207, 2);
 }
@@ -77,7 +83,7 @@ Test(verify, quant) {
     expect_all("quant", 282, 0);
 }
 Test(verify, folder_of_folders) {
-    expect_all(".", 3443, 2);
+    expect_all(".", 3451, 2);
 }
 
 /* A copy of one golden folder, to be damaged. */
