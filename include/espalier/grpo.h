@@ -71,10 +71,10 @@ typedef struct esp_grpo_stats {
     { .struct_size = sizeof(esp_grpo_stats) }
 
 /// Loss and its gradient by the hidden states; never holds [T,V].  Options come from batch.objective.
-/// One pass over the head (LH1) when a token's coefficient depends on that token alone, two passes (LH2) otherwise; ESP_LOG=select says
-/// which. d_hidden [out]  [T,H] view in the activation block; rows that the mask does not count are 0 ESP_ERR_ARG: advantage missing,
-/// ref_logprob missing with beta > 0, contradicting options (the sentence names both) ESP_ERR_NONFINITE: an advantage or log-probability
-/// that is NaN or infinite (names the sequence)
+/// One pass over the head (LH1) when a token's coefficient depends on that token alone, two passes (LH2) otherwise; ESP_LOG=select says which.
+/// d_hidden [out]  [T,H] view in the activation block; rows that the mask does not count are 0
+/// ESP_ERR_ARG: advantage missing, ref_logprob missing with beta > 0, contradicting options (the sentence names both)
+/// ESP_ERR_NONFINITE: an advantage or log-probability that is NaN or infinite (names the sequence)
 ESP_API esp_status esp_grpo_loss(esp_model *model, const esp_batch *batch, const esp_tensor *hidden, esp_tensor *d_hidden,
                                  esp_grpo_stats *stats);
 

@@ -40,7 +40,8 @@ typedef struct esp_model_config {
     float router_aux_coef;    ///< load-balancing loss added to every backward; default 0 (off)
     float router_z_coef;      ///< router z-loss; default 0 (off)
     bool train_router;        ///< also form gradients of router weights and sinks (for checks; the optimiser does not touch them)
-    const char *adapter_dir;  ///< a PEFT folder: take rank, scale and targets from it (the fields above are then ignored) and load it
+    const char
+        *adapter_dir; ///< a PEFT folder: take rank, scale and targets from it and load it (the lora_ fields and rslora are then ignored)
     const esp_adapter_config *adapter_reading; ///< how adapter_dir is read, where it does not say so itself; NULL = as it says
     esp_mxfp4_rule mxfp4_rule;                 ///< how plain experts become MXFP4; default OCP's
 } esp_model_config;
@@ -123,7 +124,7 @@ typedef void (*esp_probe_fn)(void *user, const char *name, int64_t layer, const 
 ESP_API esp_status esp_model_set_probe(esp_model *model, esp_probe_fn fn, void *user);
 
 /// Makes room for batches of up to n_tokens in n_seqs sequences now, rather than at the first call that needs it.
-/// training: also for the backward and the loss head.  ESP_ERR_MEMORY: the context's limit
+/// training: also for the backward and the loss head.  When room must grow, hidden, d_hidden and what a forward saved are lost.  ESP_ERR_MEMORY: the context's limit
 ESP_API esp_status esp_model_reserve(esp_model *model, int64_t n_tokens, int32_t n_seqs, bool training);
 
 /// Load-balancing loss and z-loss of the last forward, over all MoE layers and tokens (formats-and-numerics 4.9), not yet times their

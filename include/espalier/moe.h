@@ -64,7 +64,7 @@ ESP_API esp_status esp_moe_forward(esp_moe *moe, void *out, const void *x, int64
 /// x       [in]     as the twin had it
 /// saved   [in]     exactly what the twin wrote for this batch
 /// scratch [in,out] contents lost
-/// ESP_ERR_SHAPE if T differs from the twin's call
+/// ESP_ERR_SHAPE if T differs from the twin's call; ESP_ERR_STATE without a forward before; ESP_ERR_ARG if a memory is NULL or not aligned to 64
 ESP_API esp_status esp_moe_backward(esp_moe *moe, void *d_x, const void *d_out, const void *x, int64_t n_tokens, void *saved,
                                     void *scratch);
 

@@ -29,7 +29,7 @@ typedef int (*esp_token_fn)(void *user, int32_t row, int32_t index, int32_t id, 
 typedef struct esp_generate_config {
     size_t struct_size;
     const int32_t *prompts;    ///< packed ids
-    const int32_t *cu_prompts; ///< [n_prompts+1]
+    const int32_t *cu_prompts; ///< [n_prompts+1], 0 first, strictly ascending
     int32_t n_prompts;
     int32_t samples;         ///< per prompt; default 1
     int32_t max_new_tokens;  ///< default 16

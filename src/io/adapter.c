@@ -96,8 +96,17 @@ static esp_status check_config(const json_t *root, const char *path) {
         {"trainable_token_indices", "trained embeddings are not offered"},
         {"use_qalora", "QA-LoRA is not offered"},
         {"use_bdlora", "block-diagonal LoRA is not offered"},
+        {"alora_invocation_tokens", "activated LoRA is not offered"},
     };
     for (int i = 0; i < ESPI_COUNT(refused); i++) ESPI_TRY(refuse_field(root, path, refused[i].key, refused[i].why));
+    /* These start from another base than the checkpoint's: their A and B over it are another model. */
+    static const char *const other_base[] = {"pissa", "olora", "corda", "loftq"};
+    const char *init = json_string_value(json_object_get(root, "init_lora_weights"));
+    for (int i = 0; init && i < ESPI_COUNT(other_base); i++)
+        if (strncmp(init, other_base[i], strlen(other_base[i])) == 0)
+            return ESPI_FAIL(ESP_ERR_UNSUPPORTED,
+                             "%s: init_lora_weights: got %s, expected true, false or gaussian: that form changes the base weights", path,
+                             init);
     const char *type = json_string_value(json_object_get(root, "peft_type"));
     if (type && strcmp(type, "LORA") != 0) return ESPI_FAIL(ESP_ERR_UNSUPPORTED, "%s: peft_type: got %s, expected LORA", path, type);
     return ESP_OK;

@@ -16,9 +16,9 @@ static esp_status check_options(const esp_model_config *o) {
     if ((unsigned)o->experts > ESP_MXFP4) return ESPI_FAIL(ESP_ERR_ARG, "experts: got %d, expected an esp_qformat", (int)o->experts);
     if ((unsigned)o->mxfp4_rule > ESP_MXFP4_ROUND_UP)
         return ESPI_FAIL(ESP_ERR_ARG, "mxfp4_rule: got %d, expected ESP_MXFP4_OCP or ESP_MXFP4_ROUND_UP", (int)o->mxfp4_rule);
-    if (o->lora_targets & ~(unsigned)(ESP_LORA_ALL | ESP_LORA_NOTHING))
-        return ESPI_FAIL(ESP_ERR_ARG, "lora_targets: got %#x, expected a sum of ESP_LORA_ values (at most %#x)", o->lora_targets,
-                         ESP_LORA_ALL);
+    if (o->lora_targets & ~(unsigned)ESP_LORA_ALL && o->lora_targets != ESP_LORA_NOTHING)
+        return ESPI_FAIL(ESP_ERR_ARG, "lora_targets: got %#x, expected a sum of ESP_LORA_ values up to %#x, or ESP_LORA_NOTHING alone",
+                         o->lora_targets, ESP_LORA_ALL);
     return ESP_OK;
 }
 
@@ -182,9 +182,11 @@ esp_status esp_model_adapter_enable(esp_model *model, bool on) {
 
 static esp_status check_batch(const esp_model *model, const esp_batch *b) {
     if (!model || !b) return ESPI_FAIL(ESP_ERR_ARG, "model or batch is NULL");
-    if (b->n_tokens < 0 || b->n_seqs < 0 || b->n_tokens > INT32_MAX)
-        return ESPI_FAIL(ESP_ERR_ARG, "batch: got %lld tokens in %d sequences, expected 0 to %d tokens", (long long)b->n_tokens, b->n_seqs,
-                         INT32_MAX);
+    /* Routed rows, T*K, are counted in int32. */
+    if (b->n_tokens < 0 || b->n_seqs < 0 || b->n_tokens > INT32_MAX || b->n_tokens * model->config.top_k > INT32_MAX)
+        return ESPI_FAIL(ESP_ERR_ARG,
+                         "batch: got %lld tokens in %d sequences, %lld experts a token, expected 0 or more and at most %d routed rows",
+                         (long long)b->n_tokens, b->n_seqs, (long long)model->config.top_k, INT32_MAX);
     if (b->n_tokens == 0 && b->n_seqs == 0) return ESP_OK;
     if (!b->tokens || !b->cu_seqlens) return ESPI_FAIL(ESP_ERR_ARG, "batch: tokens or cu_seqlens is NULL, expected both");
     if (b->cu_seqlens[0] != 0 || b->cu_seqlens[b->n_seqs] != b->n_tokens)

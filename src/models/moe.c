@@ -83,8 +83,8 @@ static esp_status check(esp_moe_config *o) {
     if (o->top_k > o->experts)
         return ESPI_FAIL(ESP_ERR_ARG, "esp_moe_config: got top_k %lld, expected at most the %lld experts", (long long)o->top_k,
                          (long long)o->experts);
-    if (o->lora_rank < 0 || !isfinite(o->lora_alpha))
-        return ESPI_FAIL(ESP_ERR_ARG, "esp_moe_config: got lora_rank %lld, lora_alpha %g, expected 0 or more and a finite number",
+    if (o->lora_rank < 0 || !isfinite(o->lora_alpha) || o->lora_alpha < 0)
+        return ESPI_FAIL(ESP_ERR_ARG, "esp_moe_config: got lora_rank %lld, lora_alpha %g, expected 0 or more of each, finite",
                          (long long)o->lora_rank, (double)o->lora_alpha);
     if (o->format == ESP_Q_DEFAULT) o->format = ESP_NF4;
     if (o->format != ESP_Q_NONE && o->format != ESP_NF4 && o->format != ESP_FP4)
@@ -187,6 +187,7 @@ esp_status esp_moe_set_expert(esp_moe *moe, int64_t e, const float *gate, const 
     if (!moe || !gate || !up || !down) return ESPI_FAIL(ESP_ERR_ARG, "esp_moe_set_expert: an argument is NULL");
     if (e < 0 || e >= moe->options.experts)
         return ESPI_FAIL(ESP_ERR_ARG, "expert: got %lld, expected 0 to %lld", (long long)e, (long long)moe->options.experts - 1);
+    moe->is_set[e] = 0; /* until all three are in: a failure must not leave a mixture */
     ESPI_TRY(put(&moe->experts.gate_up, e, 0, gate, "gate"));
     ESPI_TRY(put(&moe->experts.gate_up, e, 1, up, "up"));
     ESPI_TRY(put(&moe->experts.down, e, 0, down, "down"));
@@ -199,7 +200,7 @@ esp_status esp_moe_param_get(esp_moe *moe, esp_moe_param which, void **data, voi
     const espi_lora *lora = which <= ESP_MOE_GATE_UP_B ? &moe->experts.lora_gate_up : &moe->experts.lora_down;
     const bool is_a = which == ESP_MOE_GATE_UP_A || which == ESP_MOE_DOWN_A;
     if ((unsigned)which > ESP_MOE_ROUTER)
-        return ESPI_FAIL(ESP_ERR_ARG, "esp_moe_param: got %d, expected 0 to %d", (int)which, ESP_MOE_ROUTER);
+        return ESPI_FAIL(ESP_ERR_ARG, "esp_moe_param_get: which: got %d, expected 0 to %d", (int)which, ESP_MOE_ROUTER);
     if (which == ESP_MOE_ROUTER) {
         if (data) *data = (void *)moe->router.w.data;
         if (grad) *grad = moe->router.d_w;

@@ -218,6 +218,8 @@ static esp_status read_request(request *r, const esp_sampler *s, const esp_gener
     if (c->n_prompts > 0 && (!c->prompts || !c->cu_prompts))
         return ESPI_FAIL(ESP_ERR_ARG, "generate: prompts or cu_prompts is NULL, expected both");
     if (c->n_stop_ids > 0 && !c->stop_ids) return ESPI_FAIL(ESP_ERR_ARG, "generate: got n_stop_ids %d and no stop_ids", c->n_stop_ids);
+    if (c->n_prompts > 0 && c->cu_prompts[0] != 0)
+        return ESPI_FAIL(ESP_ERR_ARG, "generate: cu_prompts[0]: got %d, expected 0", c->cu_prompts[0]);
     r->eos = (int32_t)s->model->config.eos_id;
     for (int32_t p = 0; p < c->n_prompts; p++) ESPI_TRY(check_prompt(s, c, p));
     return ESP_OK;
@@ -239,6 +241,10 @@ static esp_status record(bool *goes_on, const esp_sampler *s, const request *r, 
         return ESPI_FAIL(ESP_ERR_UNSUPPORTED,
                          "generate: row %d: the model's first token is %d, which stands for a picture, expected text: change the prompt",
                          row, id);
+    if (!isfinite(lp))
+        return ESPI_FAIL(ESP_ERR_NONFINITE,
+                         "generate: row %d, token %d: got log-probability %g, expected a finite number: the logits have NaN or infinity",
+                         row, at, lp);
     *goes_on = !refused && !stop && at + 1 < r->c.max_new_tokens;
     if (r->stopped) r->stopped[row] = stop && !refused;
     if (refused) return ESP_OK; /* the row was cut before it */
@@ -368,11 +374,13 @@ esp_status esp_sampler_generate(esp_sampler *sampler, const esp_generate_config 
     memset(lengths, 0, (size_t)rows * sizeof *lengths);
     int32_t *live = malloc(2 * (size_t)sampler->sequences * sizeof *live);
     if (!live) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for the list of %lld live sequences", (long long)sampler->sequences);
+    const size_t mark = espi_arena_mark(&sampler->arena);
     esp_status status = ESP_OK;
     for (int64_t first = 0; first < rows && status == ESP_OK; first += sampler->sequences) {
         const int64_t n = rows - first < sampler->sequences ? rows - first : sampler->sequences;
         status = wave(sampler, &r, live, live + sampler->sequences, (int32_t)first, (int32_t)n);
     }
+    espi_arena_release(&sampler->arena, mark); /* a pass that failed half-way has not */
     free(live);
     return status;
 }

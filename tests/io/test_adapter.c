@@ -157,6 +157,8 @@ static const wrong wrongs[] = {
     {.key = "alpha_pattern", .json = "3", .status = ESP_ERR_FORMAT, .names = "alpha_pattern"},
     {.key = "alpha_pattern", .json = "{\"q_proj\": -1}", .status = ESP_ERR_FORMAT, .names = "q_proj"},
     {.key = "lora_B_layout", .json = "\"expert_major\"", .status = ESP_ERR_UNSUPPORTED, .names = "expert_major"},
+    {.key = "init_lora_weights", .json = "\"pissa_niter_4\"", .status = ESP_ERR_UNSUPPORTED, .names = "pissa_niter_4"},
+    {.key = "alora_invocation_tokens", .json = "[1, 2]", .status = ESP_ERR_UNSUPPORTED, .names = "alora_invocation_tokens"},
     {.key = "use_dora", .json = "true", .status = ESP_ERR_UNSUPPORTED, .names = "use_dora"},
     {.key = "bias", .json = "\"all\"", .status = ESP_ERR_UNSUPPORTED, .names = "bias"},
     {.key = "lora_bias", .json = "true", .status = ESP_ERR_UNSUPPORTED, .names = "lora_bias"},

@@ -53,6 +53,9 @@ Test(model_calls, bad_batches) {
     b.cu_seqlens = (int32_t[]){0, 0, 6};
     EXPECT(esp_model_forward(model, &b, &hidden), ESP_ERR_ARG, "sequence 0", "at least 1");
     b = good();
+    b.n_tokens = INT32_MAX / 2 + 1; /* two experts a token */
+    EXPECT(esp_model_forward(model, &b, &hidden), ESP_ERR_ARG, "routed rows");
+    b = good();
     b.tokens = NULL;
     EXPECT(esp_model_forward(model, &b, &hidden), ESP_ERR_ARG, "tokens");
     EXPECT(esp_model_forward(model, NULL, &hidden), ESP_ERR_ARG, "NULL");
@@ -167,6 +170,8 @@ Test(model_calls, logprob_is_log_softmax) {
 Test(model_calls, bad_configs) {
     esp_model *m;
     EXPECT(esp_model_load(&m, ctx, MODEL, &ESP_MODEL_CONFIG(.lora_rank = -1)), ESP_ERR_ARG, "lora_rank", "-1");
+    EXPECT(esp_model_load(&m, ctx, MODEL, &ESP_MODEL_CONFIG(.lora_targets = ESP_LORA_ALL | ESP_LORA_NOTHING)), ESP_ERR_ARG, "lora_targets",
+           "alone");
     EXPECT(esp_model_load(&m, ctx, NARROW_MODEL, &ESP_MODEL_CONFIG(.experts = ESP_MXFP4)), ESP_ERR_UNSUPPORTED, "MXFP4", "48", "24",
            "multiples of 32");
     EXPECT(esp_model_load(&m, ctx, MODEL, &ESP_MODEL_CONFIG(.experts = ESP_Q_NONE, .double_quant = true)), ESP_ERR_ARG, "double_quant");
@@ -207,6 +212,12 @@ Test(block_calls, wrong) {
     EXPECT(esp_moe_set_expert(moe, 0, w, w, w), ESP_ERR_NONFINITE, "gate of expert 0", "element 5");
     w[5] = 0;
     for (int e = 0; e < 2; e++) cr_assert_eq(esp_moe_set_expert(moe, e, w, w, w), ESP_OK, "%s", esp_last_error());
+    /* A second setting that fails half-way leaves the expert unset, not a mixture of old and new. */
+    float broken[4 * 8] = {0};
+    broken[0] = INFINITY;
+    EXPECT(esp_moe_set_expert(moe, 1, w, broken, w), ESP_ERR_NONFINITE, "up of expert 1");
+    EXPECT(esp_moe_forward(moe, out, x, 2, saved, scratch), ESP_ERR_STATE, "expert 1");
+    cr_assert_eq(esp_moe_set_expert(moe, 1, w, w, w), ESP_OK, "%s", esp_last_error());
     EXPECT(esp_moe_backward(moe, out, x, x, 2, saved, scratch), ESP_ERR_STATE, "esp_moe_forward");
     cr_assert_eq(esp_moe_forward(moe, out, x, 2, saved, scratch), ESP_OK, "%s", esp_last_error());
     EXPECT(esp_moe_backward(moe, out, x, x, 1, saved, scratch), ESP_ERR_SHAPE, "1 tokens", "2");

@@ -1,5 +1,6 @@
 /* The sampler: its log-probabilities are the trainer's to the bit, and neither batch nor waves show in what it draws. */
 #include "demo.h"
+#include "models/model.h"
 
 #include <math.h>
 
@@ -190,6 +191,8 @@ Test(sampler, wrong_calls) {
     c.n_prompts = 1;
     c.prompts = lying;
     FAILS(ESP_ERR_ARG, "got id 64", esp_sampler_generate(s, &c, d.tokens, d.lp, d.lengths, d.stopped));
+    c.cu_prompts = (const int32_t[]){1, 3};
+    FAILS(ESP_ERR_ARG, "cu_prompts[0]: got 1", esp_sampler_generate(s, &c, d.tokens, d.lp, d.lengths, d.stopped));
     c = request(1);
     c.max_new_tokens = 11;
     FAILS(ESP_ERR_ARG, "prompt 2: got 10 tokens", esp_sampler_generate(s, &c, d.tokens, d.lp, d.lengths, d.stopped));
@@ -221,6 +224,28 @@ static int listen(void *user, int32_t row, int32_t index, int32_t id, float logp
 }
 
 /* A caller hears every token once, in order, and can end the call. */
+/* Weights that have gone bad: an error, not a token; and a pass that failed half-way takes no memory from the next. */
+Test(sampler, bad_weights) {
+    demo m = demo_model(1, false);
+    static drawn d;
+    esp_sampler *s;
+    OK(esp_sampler_create(&s, m.model, &ESP_SAMPLER_CONFIG(.max_sequences = 4, .max_length = 20)));
+    const esp_generate_config c = request(1);
+    float *inner = (float *)m.model->layers[1].norm2, *last = (float *)m.model->final_norm;
+    const float kept_inner = inner[0], kept_last = last[0];
+    for (int i = 0; i < 20; i++) {
+        inner[0] = NAN;
+        FAILS(ESP_ERR_NONFINITE, "", esp_sampler_generate(s, &c, d.tokens, d.lp, d.lengths, d.stopped));
+        inner[0] = kept_inner;
+    }
+    last[0] = NAN; /* behind the last router */
+    FAILS(ESP_ERR_NONFINITE, "log-probability", esp_sampler_generate(s, &c, d.tokens, d.lp, d.lengths, d.stopped));
+    last[0] = kept_last;
+    OK(esp_sampler_generate(s, &c, d.tokens, d.lp, d.lengths, d.stopped));
+    esp_sampler_destroy(s);
+    demo_free(&m);
+}
+
 Test(sampler, tokens_are_told_as_they_are_drawn) {
     demo m = demo_model(1, true);
     static drawn d;
