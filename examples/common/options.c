@@ -28,7 +28,7 @@ typedef struct option {
     const char *help;
 } option;
 
-static const choice formats[] = {{"nf4", ESP_NF4}, {"fp4", ESP_FP4}, {"none", ESP_Q_NONE}, {NULL, 0}};
+static const choice formats[] = {{"nf4", ESP_NF4}, {"fp4", ESP_FP4}, {"mxfp4", ESP_MXFP4}, {"none", ESP_Q_NONE}, {NULL, 0}};
 static const choice losses[] = {{"grpo", ESP_LOSS_GRPO},   {"bnpo", ESP_LOSS_BNPO},   {"dr_grpo", ESP_LOSS_DR_GRPO},
                                 {"dapo", ESP_LOSS_DAPO},   {"cispo", ESP_LOSS_CISPO}, {"sapo", ESP_LOSS_SAPO},
                                 {"luspo", ESP_LOSS_LUSPO}, {"vespo", ESP_LOSS_VESPO}, {NULL, 0}};
@@ -107,7 +107,8 @@ static const option options[] = {
     {"warmup_steps", I64, NOT_NEGATIVE, A(warmup_steps), BOTH, NULL, "(0)"},
     {"total_steps", I64, NOT_NEGATIVE, A(total_steps), BOTH, NULL, "length of the schedule; needed unless it is constant"},
     {"eight_bit", FLAG, ANY, A(eight_bit), BOTH, NULL, "moments in 8 bits"},
-    {"experts", CHOICE, ANY, M(experts), BOTH, formats, "how experts are held: nf4|fp4|none (nf4)"},
+    {"experts", CHOICE, ANY, M(experts), BOTH, formats,
+     "how experts are held: nf4|fp4|mxfp4|none (as the checkpoint has them in 4 bits, else nf4)"},
     {"double_quant", FLAG, ANY, M(double_quant), BOTH, NULL, "quantise the block scales too"},
     {"lora_rank", I32, POSITIVE, M(lora_rank), BOTH, NULL, "(8)"},
     {"lora_alpha", REAL, POSITIVE, M(lora_alpha), BOTH, NULL, "(2 * lora_rank)"},
@@ -195,8 +196,13 @@ static outcome check_range(const source *from, double value) {
 
 static outcome set_real(settings *s, const source *from, double value) {
     const outcome fine = check_range(from, value);
-    if (fine == OUTCOME_RUN) *(float *)((char *)s + from->o->offset) = (float)value;
-    return fine;
+    if (fine != OUTCOME_RUN) return fine;
+    char got[32];
+    snprintf(got, sizeof got, "%g", value);
+    /* 0 in a config means the default: a number too small for a float must not become it, nor one too large infinity. */
+    if (isinf((float)value) || (value != 0 && (float)value == 0)) return wrong_value(from, got, "a number that a float can hold");
+    *(float *)((char *)s + from->o->offset) = (float)value;
+    return OUTCOME_RUN;
 }
 
 static outcome set_integer(settings *s, const source *from, long long value) {

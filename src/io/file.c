@@ -236,7 +236,13 @@ esp_status espi_dir_make(const char *path) {
         if (part[i] != '/' && part[i] != 0) continue;
         part[i] = 0;
         /* Some file systems answer with another error than EEXIST for a folder that is there (read-only ones, for instance). */
-        if (mkdir(part, 0777) != 0 && !espi_dir_exists(part)) return fail_errno("make the folder", part);
+        if (mkdir(part, 0777) != 0) {
+            const int reason = errno; /* looking for the folder may leave another */
+            if (!espi_dir_exists(part)) {
+                errno = reason;
+                return fail_errno("make the folder", part);
+            }
+        }
         part[i] = i < n ? '/' : 0;
     }
     return ESP_OK;

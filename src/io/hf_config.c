@@ -208,6 +208,8 @@ static esp_status read_quantisation(espi_config *c, const json_t *root, const ch
     const char *name = json_string_value(method);
     c->mxfp4 = name && strcmp(name, "mxfp4") == 0;
     c->quantised = name && strcmp(name, "bitsandbytes") == 0 && !eight;
+    const char *type = json_string_value(json_object_get(q, "bnb_4bit_quant_type"));
+    c->fp4 = c->quantised && type && strcmp(type, "fp4") == 0;
     if (!c->mxfp4 && !c->quantised)
         return ESPI_FAIL(ESP_ERR_UNSUPPORTED,
                          "%s: quantization_config: got quant_method \"%s\"%s, expected bitsandbytes in 4 bits, mxfp4, or none", path,

@@ -71,6 +71,7 @@ typedef struct espi_config {
     int64_t refused[ESPI_REFUSED_TOKENS], n_refused; /* ids that stand for something other than text */
     esp_dtype stored_dtype; /* in which embedding, head and plain experts are held; what the file has narrower is widened */
     bool quantised;         /* config.json has a quantization_config of bitsandbytes; the tensors present decide what is quantised */
+    bool fp4;               /* ... which says FP4: the default form of the experts */
     bool mxfp4;             /* config.json has one of MXFP4: the experts are kept as they are */
     int64_t unused_layers;  /* behind the model's own in the checkpoint: layers that predict further tokens, left out */
 } espi_config;

@@ -22,9 +22,9 @@ static esp_status check_options(const esp_model_config *o) {
     return ESP_OK;
 }
 
-/* The form of the experts in memory: by default NF4, but what a checkpoint has in MXFP4 stays as it is. */
+/* The form of the experts in memory: by default NF4, but what a checkpoint has in MXFP4 or FP4 stays as it is. */
 static esp_status choose_experts(esp_model_config *o, const espi_config *c) {
-    if (o->experts == ESP_Q_DEFAULT) o->experts = c->mxfp4 ? ESP_MXFP4 : ESP_NF4;
+    if (o->experts == ESP_Q_DEFAULT) o->experts = c->mxfp4 ? ESP_MXFP4 : c->fp4 ? ESP_FP4 : ESP_NF4;
     if (c->mxfp4 && o->experts != ESP_MXFP4)
         return ESPI_FAIL(ESP_ERR_UNSUPPORTED,
                          "experts: got %s, expected MXFP4 or the default: this checkpoint has its experts in MXFP4, and they are used as "

@@ -55,7 +55,6 @@ struct esp_model {
     espi_config config;
     esp_model_config options; /* defaults filled in; adapter_dir not kept */
     espi_lora_spec lora[ESPI_T_COUNT];
-    float lora_alpha;
 
     espi_mat embed, head; /* stored dtype [V,H]; the same matrix when tied */
     const float *final_norm;

@@ -66,6 +66,7 @@ struct esp_trainer {
     double *weights;
     espi_tasks train, eval;
     esp_model_info info;
+    uint64_t weights_hash; /* XXH3 of the frozen weights as they lie in memory: a checkpoint belongs to one base */
     esp_optim *optim;
     esp_sampler *sampler; /* NULL: SFT without evaluation */
 

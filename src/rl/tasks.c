@@ -154,8 +154,8 @@ static esp_status check(line *l, const espi_tasks_options *o) {
     return o->scored ? add_texts(l, o) : ESP_OK;
 }
 
-/* The line's memory becomes the task's. */
-static esp_status keep(espi_task *task, line *l) {
+/* The line's memory becomes the task's, whatever is wrong with the line: the tasks free it. */
+static void keep(espi_task *task, const line *l) {
     *task = (espi_task){.prompt = l->prompt,
                         .answer = l->answer,
                         .prompt_ids = l->row.p,
@@ -163,6 +163,10 @@ static esp_status keep(espi_task *task, line *l) {
                         .n_prompt = (int32_t)l->n_prompt,
                         .n_answer = (int32_t)(l->row.n - l->n_prompt)};
     task->n_counted = task->n_answer;
+}
+
+/* Only of a line that was checked: the mask then has as many entries as the line has tokens. */
+static esp_status keep_mask(espi_task *task, const line *l) {
     if (l->mask.n == 0) return ESP_OK;
     task->answer_mask = malloc((size_t)task->n_answer);
     if (!task->answer_mask) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for a mask of %d tokens", task->n_answer);
@@ -184,9 +188,10 @@ static esp_status read_line(espi_task *task, const char *text, size_t bytes, con
     if (status == ESP_OK) status = form->read(&l, object, o);
     if (status == ESP_OK) status = check(&l, o);
     json_decref(object);
-    const esp_status kept = keep(task, &l);
+    keep(task, &l);
+    if (status == ESP_OK) status = keep_mask(task, &l);
     free(l.mask.p);
-    return status == ESP_OK ? kept : status;
+    return status;
 }
 
 static esp_status add_line(espi_tasks *tasks, const char *text, size_t bytes, const char *path, int64_t number,

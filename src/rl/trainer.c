@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <xxhash.h>
 
 #define DEFAULT_STEPS 60
 #define DEFAULT_PROMPTS 16
@@ -197,6 +198,7 @@ static esp_status take_memory(esp_trainer *t) {
 }
 
 static esp_status restore(esp_trainer *t) {
+    if (t->c.resume_dir || t->out_dir) t->weights_hash = XXH3_64bits(t->model->weights.p, t->model->weights.bytes);
     int64_t metrics_bytes = 0, completions_bytes = 0;
     if (t->c.resume_dir) ESPI_TRY(espi_state_restore(t, t->c.resume_dir, &metrics_bytes, &completions_bytes));
     return t->out_dir ? espi_logs_open(t, metrics_bytes, completions_bytes) : ESP_OK;

@@ -13,6 +13,11 @@ esp_status espi_logs_open(esp_trainer *t, int64_t metrics_bytes, int64_t complet
     const int64_t keep[2] = {metrics_bytes, completions_bytes};
     espi_log_file **logs[2] = {&t->metrics, &t->completions};
     ESPI_TRY(espi_dir_make(t->out_dir));
+    if (!t->c.resume_dir) { /* a new run takes the folder over: a checkpoint of the old one would fit none of the new logs */
+        char old[ESPI_PATH_MAX];
+        ESPI_TRY(espi_path_join(old, t->out_dir, "checkpoint.h5"));
+        espi_file_remove(old);
+    }
     for (int i = 0; i < (t->c.kind == ESP_TRAIN_GRPO ? 2 : 1); i++) {
         char path[ESPI_PATH_MAX], from[ESPI_PATH_MAX];
         ESPI_TRY(espi_path_join(path, t->out_dir, names[i]));

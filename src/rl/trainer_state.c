@@ -149,6 +149,7 @@ static int set_run(json_t *root, const esp_trainer *t, const espi_adamw_settings
         {"lora_rank", t->info.lora_rank},
         {"adapter_parameters", t->info.adapter_parameters},
         {"experts_format", t->model->options.experts},
+        {"double_quant", t->model->options.double_quant},
         {"adapter_dtype", t->model->ctx->real},
         {"adamw_eight_bit", a->eight_bit},
         {"adamw_schedule", a->schedule},
@@ -159,6 +160,7 @@ static int set_run(json_t *root, const esp_trainer *t, const espi_adamw_settings
     bad |= json_object_set_new(root, "family", json_string(t->info.family));
     for (int i = 0; i < ESPI_COUNT(numbers); i++) bad |= json_object_set_new(root, numbers[i].key, json_integer(numbers[i].value));
     bad |= set_text(root, "seed", "%llu", (unsigned long long)c->seed);
+    bad |= set_text(root, "weights_hash", "%016llx", (unsigned long long)t->weights_hash);
     bad |= set_text(root, "train_file_hash", "%016llx", (unsigned long long)t->train.hash);
     return bad;
 }
@@ -168,7 +170,12 @@ static int set_reals(json_t *root, const esp_trainer *t, const espi_adamw_settin
         const char *key;
         double value;
     } numbers[] = {{"temperature", t->c.temperature},
-                   {"lora_alpha", t->model->lora_alpha},
+                   {"lora_scale_q", t->model->lora[ESPI_T_Q].scale},
+                   {"lora_scale_k", t->model->lora[ESPI_T_K].scale},
+                   {"lora_scale_v", t->model->lora[ESPI_T_V].scale},
+                   {"lora_scale_o", t->model->lora[ESPI_T_O].scale},
+                   {"lora_scale_gate_up", t->model->lora[ESPI_T_GATE_UP].scale},
+                   {"lora_scale_down", t->model->lora[ESPI_T_DOWN].scale},
                    {"adamw_lr", a->lr},
                    {"adamw_beta1", a->beta1},
                    {"adamw_beta2", a->beta2},

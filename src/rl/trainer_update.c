@@ -54,15 +54,22 @@ esp_status espi_update_reserve(size_t *bytes, esp_trainer *t, bool take) {
     return ESP_OK;
 }
 
-/* The entropy quantile is over the batch of one forward, as in TRL: cutting the step would silently make another objective of it. */
+/* Two settings speak of the batch of one forward, as in TRL; cutting the step would silently make another objective of them. */
 static esp_status check_cut(const esp_trainer *t, int64_t capacity) {
-    const double share = t->c.objective.top_entropy_quantile;
+    const esp_objective *o = &t->c.objective;
     const int64_t all = t->rows * t->longest;
-    if (t->c.kind != ESP_TRAIN_GRPO || share == 0 || share == 1 || capacity == all) return ESP_OK;
+    if (t->c.kind != ESP_TRAIN_GRPO || capacity == all) return ESP_OK;
+    if (o->loss == ESP_LOSS_BNPO)
+        return ESPI_FAIL(
+            ESP_ERR_ARG,
+            "micro_batch_tokens: got %d with loss bnpo, expected at least %lld, the most tokens of a step: bnpo is a mean over the "
+            "tokens of one micro-batch; set micro_batch_tokens 0, or loss dapo, the mean over those of the step",
+            t->c.micro_batch_tokens, (long long)all);
+    if (o->top_entropy_quantile == 0 || o->top_entropy_quantile == 1) return ESP_OK;
     return ESPI_FAIL(ESP_ERR_ARG,
                      "micro_batch_tokens: got %d with top_entropy_quantile %g, expected at least %lld, the most tokens of a step: each "
                      "micro-batch would pick tokens by a threshold of its own; set micro_batch_tokens or top_entropy_quantile 0",
-                     t->c.micro_batch_tokens, share, (long long)all);
+                     t->c.micro_batch_tokens, (double)o->top_entropy_quantile, (long long)all);
 }
 
 esp_status espi_update_create(esp_trainer *t) {
