@@ -256,6 +256,14 @@ Test(quantised, config_and_other_files) {
     cr_expect_eq(json_array_size(skipped), 1 + 2 * 5);
     cr_expect_str_eq(json_string_value(json_array_get(skipped, 0)), "lm_head");
     cr_expect_str_eq(json_string_value(json_array_get(skipped, 10)), "model.layers.1.mlp.gate");
+    /* The folder says its own form: nobody need repeat it to load it. */
+    esp_ctx *ctx;
+    esp_model *model;
+    OK(esp_ctx_create(&ctx, NULL));
+    OK(esp_model_load(&model, ctx, out, NULL));
+    cr_expect_eq(model->layers[0].gate_up.format, ESP_FP4);
+    esp_model_destroy(model);
+    esp_ctx_destroy(ctx);
     json_object_del(config, "quantization_config");
     cr_expect(json_equal(config, c->config));
     json_decref(config);

@@ -26,6 +26,8 @@ grep -q -e "--shuffle-rewards" "$work/out" && say "espalier-sft offers rewards"
     refused "did you mean --steps" $model $prompts --stepz 3
     refused "temperature: got 0, expected a positive number" $model $prompts --temperature 0
     refused "lr: got x, expected a number" $model $prompts --lr x
+    refused "lr: got 1e-46, expected a number that a float can hold" $model $prompts --lr 1e-46
+    refused "lr: got 1e+39, expected a number that a float can hold" $model $prompts --lr 1e39
     refused "loss: got ppo" $model $prompts --loss ppo
     refused "expected a value" $model $prompts --steps
     refused "model: got nothing" $prompts

@@ -95,6 +95,7 @@ Test(tasks, errors_name_file_and_line) {
     bad("{\"prompt_ids\":[1],\"answer_ids\":[]}\n", "the answer has no token");
     bad("{\"prompt_ids\":[1]}\n", "key \"answer_ids\": got nothing");
     bad("{\"ids\":[1,2],\"mask\":[0]}\n", "key \"mask\": got 1 items, expected 2");
+    bad("{\"ids\":[1,2,3],\"mask\":[0,1]}\n", "key \"mask\": got 2 items, expected 3"); /* nothing behind the mask is read: for ASan */
     bad("{\"ids\":[1,2],\"mask\":[1,1]}\n", "nothing stands before it");
     bad("{\"ids\":[1,2],\"mask\":[0,0]}\n", "the answer has no token");
     bad("{\"ids\":[1,2],\"mask\":[0,2]}\n", "item 1: got 2, expected 0 to 1");

@@ -2,6 +2,7 @@
 #include "demo.h"
 
 #include "io/checkpoint.h"
+#include "io/file.h"
 #include <math.h>
 
 static esp_trainer_config small(const char *out, const char *resume, int64_t steps) {
@@ -271,6 +272,17 @@ Test(trainer, resume_refuses_another_config) {
     c = small(NULL, out, 2);
     c.objective.beta = 0.5f;
     FAILS(ESP_ERR_MISMATCH, "beta: got 0.5, expected 0.0", esp_trainer_create(&d.trainer, d.model, d.tokenizer, &c));
+    /* Another scale of the branches, another form of the experts, another base. */
+    c = small(NULL, out, 2);
+    d.model->lora[ESPI_T_DOWN].scale *= 1.5;
+    FAILS(ESP_ERR_MISMATCH, "lora_scale_down", esp_trainer_create(&d.trainer, d.model, d.tokenizer, &c));
+    d.model->lora[ESPI_T_DOWN].scale /= 1.5;
+    d.model->options.double_quant = true;
+    FAILS(ESP_ERR_MISMATCH, "double_quant", esp_trainer_create(&d.trainer, d.model, d.tokenizer, &c));
+    d.model->options.double_quant = false;
+    ((uint8_t *)d.model->layers[0].gate_up.data)[7] ^= 0x80; /* the sign of one weight */
+    FAILS(ESP_ERR_MISMATCH, "weights_hash", esp_trainer_create(&d.trainer, d.model, d.tokenizer, &c));
+    ((uint8_t *)d.model->layers[0].gate_up.data)[7] ^= 0x80;
     /* What the checkpoint's run took by default may be stated: a default that was stated is the default. */
     c = small(NULL, out, 2);
     c.temperature = 1;
@@ -303,6 +315,35 @@ Test(trainer, entropy_quantile_needs_the_step_in_one_forward) {
     c.objective.top_entropy_quantile = 1;
     OK(esp_trainer_create(&d.trainer, d.model, d.tokenizer, &c));
     demo_free(&d);
+}
+
+/* bnpo's mean is over the tokens of one forward. */
+Test(trainer, bnpo_needs_the_step_in_one_forward) {
+    esp_trainer_config c = small(NULL, NULL, 1);
+    c.objective.loss = ESP_LOSS_BNPO;
+    c.micro_batch_tokens = 60;
+    demo d = demo_model(5, false);
+    FAILS(ESP_ERR_ARG, "with loss bnpo", esp_trainer_create(&d.trainer, d.model, d.tokenizer, &c));
+    c.micro_batch_tokens = 0;
+    OK(esp_trainer_create(&d.trainer, d.model, d.tokenizer, &c));
+    demo_free(&d);
+}
+
+/* A new run in a used folder leaves no checkpoint of the old one for a later resume to find. */
+Test(trainer, a_new_run_takes_the_folder_over) {
+    char out[256], path[300];
+    demo_folder(out, "takes_over");
+    snprintf(path, sizeof path, "%s/checkpoint.h5", out);
+    esp_trainer_config c = small(out, NULL, 2);
+    demo d = demo_trainer(&c);
+    run(&d, 1);
+    OK(esp_trainer_save(d.trainer));
+    demo_free(&d);
+    cr_assert(espi_file_exists(path));
+    d = demo_trainer(&c);
+    cr_expect_not(espi_file_exists(path), "the old run's checkpoint is still there");
+    demo_free(&d);
+    demo_remove(out);
 }
 
 Test(trainer, steps_end) {
