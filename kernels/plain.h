@@ -76,4 +76,7 @@ static inline float espi_plain_value(const void *data, esp_dtype dtype, int64_t 
     }
 }
 
+/* The scale of a block under double quantisation: f32(mapped * nested) + offset, rounded twice whatever the flags of the caller's file. */
+float espi_absmax_restore(float mapped, float nested, float offset);
+
 #endif

@@ -9,9 +9,6 @@ static inline float espi_mat_value(const espi_mat *w, int64_t row, int64_t col) 
     return espi_plain_value(w->data, w->dtype, row * w->cols + col);
 }
 
-/* f32(mapped * nested) + offset, rounded twice whatever the flags of the caller's file.  stack.c */
-float espi_absmax_restore(float mapped, float nested, float offset);
-
 /* The scale of block b of a part, parts counted through all experts. */
 static inline float espi_stack_absmax(const espi_stack *w, int64_t part, int64_t b) {
     if (!w->absmax8) return w->absmax[part * w->part_blocks + b];

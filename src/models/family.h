@@ -122,6 +122,18 @@ typedef struct espi_family {
     espi_chat_format chat; /* how messages become tokens */
 } espi_family;
 
+/* The names that most families share, for the row of a family: `model` and `layer` are the beginnings of its names, `experts` that of its
+ * experts' (each a string with its dot behind). */
+#define ESPI_NAMES_DECODER(model, layer)                                                                                                   \
+    .embed = model "embed_tokens.weight", .final_norm = model "norm.weight", .head = "lm_head.weight", .norm1 = layer "input_layernorm",   \
+    .norm2 = layer "post_attention_layernorm", .q = layer "self_attn.q_proj", .k = layer "self_attn.k_proj",                               \
+    .v = layer "self_attn.v_proj", .o = layer "self_attn.o_proj"
+#define ESPI_NAMES_QK_NORM(layer) .q_norm = layer "self_attn.q_norm", .k_norm = layer "self_attn.k_norm"
+#define ESPI_NAMES_DENSE(mlp) .dense_gate = mlp "gate_proj", .dense_up = mlp "up_proj", .dense_down = mlp "down_proj"
+#define ESPI_NAMES_EXPERTS(experts)                                                                                                        \
+    .expert_gate = experts "%d.gate_proj", .expert_up = experts "%d.up_proj", .expert_down = experts "%d.down_proj"
+#define ESPI_NAMES_FUSED(experts) .fused_gate_up = experts "gate_up_proj", .fused_down = experts "down_proj"
+
 #define ESPI_FAMILY(name) extern const espi_family espi_family_##name;
 #include "models/families.def"
 #undef ESPI_FAMILY

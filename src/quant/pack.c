@@ -2,6 +2,7 @@
 #include "quant/quant.h"
 
 #include "core/status.h"
+#include "kernels/plain.h"
 
 #include <math.h>
 
@@ -46,9 +47,6 @@ esp_status esp_absmax_dequantize(float *absmax, const uint8_t *absmax8, const fl
     if (n < 0) return ESPI_FAIL(ESP_ERR_ARG, "n: got %lld, expected 0 or more", (long long)n);
     if (n && (!absmax || !absmax8 || !nested)) return ESPI_FAIL(ESP_ERR_ARG, "esp_absmax_dequantize: an argument is NULL");
     if (!map) map = esp_dynamic_map(1);
-    for (int64_t i = 0; i < n; i++) {
-        const float centred = map[absmax8[i]] * nested[i / NESTED];
-        absmax[i] = centred + offset;
-    }
+    for (int64_t i = 0; i < n; i++) absmax[i] = espi_absmax_restore(map[absmax8[i]], nested[i / NESTED], offset);
     return ESP_OK;
 }
