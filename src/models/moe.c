@@ -229,6 +229,9 @@ esp_status esp_moe_sizes(esp_moe *moe, int64_t n_tokens, esp_moe_memory *out) {
     if (!moe || !out || n_tokens < 0)
         return ESPI_FAIL(ESP_ERR_ARG, "esp_moe_sizes: got moe or out NULL, or n_tokens %lld, expected both and 0 or more",
                          (long long)n_tokens);
+    if (n_tokens > INT32_MAX / moe->options.top_k)
+        return ESPI_FAIL(ESP_ERR_ARG, "esp_moe_sizes: got %lld tokens, %lld experts a token, expected at most %d routed rows",
+                         (long long)n_tokens, (long long)moe->options.top_k, INT32_MAX);
     espi_arena kept = espi_arena_dry(), forward = espi_arena_dry(), backward = espi_arena_dry();
     espi_moe_saved saved;
     espi_pass pass = make_pass(moe, &kept, n_tokens);

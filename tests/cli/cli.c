@@ -28,7 +28,7 @@ Test(cli, version) {
 }
 
 Test(cli, help_everywhere) {
-    static const char *const commands[] = {"inspect", "plan", "verify", "generate", "plot", "quantize", "convert", "merge"};
+    static const char *const commands[] = {"inspect", "plan", "verify", "generate", "plot", "quantize", "convert", "merge", "tokenize"};
     for (size_t i = 0; i < sizeof commands / sizeof commands[0]; i++) {
         char arguments[64], usage[64];
         snprintf(arguments, sizeof arguments, "%s --help", commands[i]);
@@ -71,6 +71,19 @@ Test(cli, quantize) {
     snprintf(arguments, sizeof arguments, "inspect %s", dir);
     expect(arguments, 0, "U8");
     program_remove(dir);
+}
+
+Test(cli, tokenize) {
+    expect("tokenize " MIX " --text sdbca=", 0, "42 27 25 26 24 5\n");
+    expect("tokenize " MIX " --text sdbca= --add-special", 0, "1 42 27 25 26 24 5\n");
+    expect("tokenize " MIX " --text '<eos>a'", 0, "2 24\n");
+    expect("tokenize " MIX " --text '<eos>a' --specials-as-text", 0, "3 28 38 42 7 24\n");
+    expect("tokenize " MIX " --text abc --count", 0, "3\n");
+    expect("tokenize " MIX " --text '1 42 27 25' --decode", 0, "<bos>sdb");
+    expect("tokenize " MIX " --text x --decode", 1, "got x, expected numbers below 50");
+    expect("tokenize " MIX " --text 99 --decode", 1, "got 99, expected numbers below 50");
+    expect("tokenize /nowhere --text a", 1, "/nowhere");
+    expect("tokenize", 2, "is missing");
 }
 
 Test(cli, convert_asks_for_what_it_needs) {

@@ -57,6 +57,14 @@ static esp_status fill_large(void *user, espi_out *out) {
 }
 
 /* A file size limit gives the same failing write as a full disk, without filling one. */
+/* Why a folder cannot be made is the answer of making it, not of looking for it afterwards.  A kernel file system refuses even root. */
+Test(file, a_folder_that_cannot_be_made_says_why) {
+    if (!espi_dir_exists("/sys/kernel")) cr_skip("no /sys here");
+    cr_expect_eq(espi_dir_make("/sys/espalier"), ESP_ERR_IO);
+    cr_expect_not_null(strstr(esp_last_error(), "/sys/espalier: cannot make the folder"), "%s", esp_last_error());
+    cr_expect_null(strstr(esp_last_error(), "No such file"), "%s", esp_last_error());
+}
+
 Test(file, a_full_disk_leaves_the_old_file) {
     char dir[ESPI_PATH_MAX], path[ESPI_PATH_MAX];
     scratch_make(dir);

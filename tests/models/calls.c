@@ -201,6 +201,7 @@ Test(block_calls, wrong) {
     EXPECT(esp_moe_create(&moe, ctx, &ESP_MOE_CONFIG(.hidden = 8, .experts = 2, .top_k = 1)), ESP_ERR_ARG, "width 0");
     cr_assert_eq(esp_moe_create(&moe, ctx, &ESP_MOE_CONFIG(.hidden = 8, .experts = 2, .top_k = 1, .width = 4, .lora_rank = 2)), ESP_OK,
                  "%s", esp_last_error());
+    EXPECT(esp_moe_sizes(moe, (int64_t)INT32_MAX + 1, &sizes), ESP_ERR_ARG, "routed rows");
     cr_assert_eq(esp_moe_sizes(moe, 2, &sizes), ESP_OK);
     void *saved = aligned_alloc(64, sizes.saved), *scratch = aligned_alloc(64, sizes.scratch);
     cr_assert(saved && scratch);
