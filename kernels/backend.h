@@ -6,6 +6,7 @@
 
 /* What a kernel may use besides its arguments. */
 typedef struct espi_exec {
+    void *device; /* what espi_device.start gave; NULL on a CPU */
     int threads;
     void *scratch;     /* scratch() bytes, aligned to 64, contents undefined, dead after the call */
     bool always_split; /* use all threads, even where the work does not pay for them: how the tests see rule 8 on small shapes */
@@ -29,9 +30,32 @@ typedef enum espi_op_id {
     ESPI_OP_COUNT
 } espi_op_id;
 
+/* Where a backend's arrays live when that is not host memory.  Everything is ordered by one stream a device; functions that do not wait
+ * return once the work is queued. */
+typedef struct espi_device {
+    esp_status (*start)(void **device);
+    void (*stop)(void *device);
+    esp_status (*alloc)(void *device, size_t bytes, void **out); /* contents undefined, aligned to 256 */
+    void (*free)(void *device, void *p);
+    esp_status (*alloc_host)(void *device, size_t bytes, void **out); /* pinned memory of the host, aligned to 64 */
+    void (*free_host)(void *device, void *p);
+    esp_status (*zero)(void *device, void *p, size_t bytes);
+    esp_status (*put)(void *device, void *to, const void *from_host, size_t bytes); /* from_host may be used again on return */
+    esp_status (*get)(void *device, void *to_host, const void *from, size_t bytes); /* waits */
+    esp_status (*wait)(void *device); /* until all that was queued is done; then any failure that was found on the way */
+    /* What is queued between begin and end is recorded instead of run; *graph is then run by launch, as often as wanted, with the same
+     * addresses and sizes. */
+    esp_status (*record_begin)(void *device);
+    esp_status (*record_end)(void *device, void **graph);
+    esp_status (*launch)(void *device, void *graph);
+    void (*graph_free)(void *device, void *graph);
+} espi_device;
+
 typedef struct espi_backend {
-    const char *name; /* "ref", "ref64", "cpu-generic", "cpu-avx2", "cpu-avx512" */
+    const char *name; /* "ref", "ref64", "cpu-generic", "cpu-avx2", "cpu-avx512", "cuda" */
     esp_dtype real;
+    esp_dtype act;                 /* of activations: real, but for a GPU's bf16 */
+    const espi_device *device;     /* NULL: arrays are in host memory */
     bool (*available)(void);       /* can this machine run it? */
     const char *(*describe)(void); /* one line for ESP_LOG=select (e.g. which dense GEMM), or NULL */
 #define ESPI_OP(name, args) espi_slot_##name name;

@@ -1,8 +1,9 @@
 /* Argument structs of the ops.  This file is the specification that kernels/ref implements in plain C.
  *
  * Dimensions: T tokens, H hidden, E experts, K top-k, S = T*K routed rows, I expert width, R LoRA rank, V vocabulary, D head dim.
- * `void *` fields marked "real" hold float, or double under the ref64 backend.  All arrays are dense row-major and do not overlap
- * unless said.  Every op says of each output whether it overwrites or adds (rule 7: parameter gradients add, activation gradients
+ * `void *` fields marked "real" hold float, or double under the ref64 backend: parameters, their gradients, moments, statistics, routing
+ * weights.  Those marked "act" hold activations and their gradients: the same type as real on a CPU, bf16 on a GPU.  On a GPU every pointer
+ * of an argument struct is to device memory, unless said.  All arrays are dense row-major and do not overlap unless said.  Every op says of each output whether it overwrites or adds (rule 7: parameter gradients add, activation gradients
  * overwrite).  T = 0 is legal everywhere and does nothing.
  *
  * Contract on bits (CPU): a row's result does not depend on how many other rows there are, on their content, or on the thread count. */
@@ -79,7 +80,7 @@ typedef struct espi_spans {
 } espi_spans;
 
 typedef struct espi_embed_fwd {
-    void *out; /* real [T,H] overwrite: table[ids[t]] */
+    void *out; /* act [T,H] overwrite: table[ids[t]] */
     const int32_t *ids;
     espi_mat table; /* [V,H] */
     int64_t tokens;
@@ -87,25 +88,25 @@ typedef struct espi_embed_fwd {
 
 typedef struct espi_embed_bwd {
     void *d_table;     /* real [V,H] add, in token order */
-    const void *d_out; /* real [T,H] */
+    const void *d_out; /* act [T,H] */
     const int32_t *ids;
     int64_t tokens, vocab, hidden;
 } espi_embed_bwd;
 
 typedef struct espi_zero {
-    void *out; /* real [n] overwrite: 0 */
-    int64_t n;
+    void *out; /* [bytes] overwrite: 0, whatever the dtype */
+    size_t bytes;
 } espi_zero;
 
 typedef struct espi_add {
-    void *out; /* real [n] overwrite: a + b; may be a or b */
+    void *out; /* act [n] overwrite: a + b; may be a or b */
     const void *a, *b;
     int64_t n;
 } espi_add;
 
 /* y = w * (x * rstd), rstd = 1/sqrt(mean(x^2) + eps), over rows of n values. */
 typedef struct espi_rmsnorm_fwd {
-    void *y;    /* real [rows,n] overwrite */
+    void *y;    /* act [rows,n] overwrite */
     void *rstd; /* real [rows] overwrite */
     const void *x;
     const float *w; /* [n] */
@@ -115,10 +116,10 @@ typedef struct espi_rmsnorm_fwd {
 
 /* g = d_y*w; d_x = rstd*(g - xhat*mean(g*xhat)) + d_add; d_w += sum over rows of d_y*xhat. */
 typedef struct espi_rmsnorm_bwd {
-    void *d_x; /* real [rows,n] overwrite; may be d_y or d_add */
+    void *d_x; /* act [rows,n] overwrite; may be d_y or d_add */
     void *d_w; /* real [n] add, or NULL: frozen */
     const void *d_y, *x, *rstd;
-    const void *d_add; /* real [rows,n] gradient of the residual path, or NULL */
+    const void *d_add; /* act [rows,n] gradient of the residual path, or NULL */
     const float *w;
     int64_t rows, n;
 } espi_rmsnorm_bwd;
@@ -126,7 +127,7 @@ typedef struct espi_rmsnorm_bwd {
 typedef struct espi_rope_table {
     void *cos, *sin; /* real [T,half] overwrite: factor*cos(pos*inv_freq), factor*sin(..); the product in double */
     const int32_t *positions;
-    const double *inv_freq; /* [half] */
+    const double *inv_freq; /* [half], in host memory also where the rest is on a device */
     double factor;
     int64_t tokens, half;
 } espi_rope_table;
@@ -134,21 +135,21 @@ typedef struct espi_rope_table {
 /* Half-split rotation in place: pairs (j, j+half) of the first 2*half values of each head, the rest is left.  The backward is the
  * transpose. */
 typedef struct espi_rope {
-    void *x; /* real [T,heads,head_dim] in place */
-    const void *cos, *sin;
+    void *x;               /* act [T,heads,head_dim] in place */
+    const void *cos, *sin; /* real [T,half] */
     int64_t tokens, heads, half, head_dim;
 } espi_rope;
 
 /* y = x limited to [-limit, limit].  The gradient passes where |x| <= limit, the limits included. */
 typedef struct espi_clamp_fwd {
-    void *y;       /* real [n] overwrite; may be x */
-    const void *x; /* real [n] */
+    void *y;       /* act [n] overwrite; may be x */
+    const void *x; /* act [n] */
     int64_t n;
     double limit;
 } espi_clamp_fwd;
 
 typedef struct espi_clamp_bwd {
-    void *d_x; /* real [n] overwrite; may be d_y */
+    void *d_x; /* act [n] overwrite; may be d_y */
     const void *d_y, *x;
     int64_t n;
     double limit;
@@ -157,8 +158,8 @@ typedef struct espi_clamp_bwd {
 /* Puts the new keys and values of each sequence behind those it has: token i of the n new ones of sequence s goes to cache row
  * k_start[s] + k_len[s] - n + i. */
 typedef struct espi_kv_append {
-    void *k_cache, *v_cache; /* real [rows,width]: the rows named are overwritten, others left */
-    const void *k, *v;       /* real [Tq,width] */
+    void *k_cache, *v_cache; /* act [rows,width]: the rows named are overwritten, others left */
+    const void *k, *v;       /* act [Tq,width] */
     espi_spans spans;
     int64_t width; /* Hk*D */
 } espi_kv_append;
@@ -167,7 +168,7 @@ typedef struct espi_kv_append {
  * window w > 0: a query sees the last w keys only, itself included.  sinks: one more, unscaled logit per head in the denominator alone:
  * lse_i = log(sum_j e^S_ij + e^sink). */
 typedef struct espi_attention_fwd {
-    void *out; /* real [Tq,Hq,D] overwrite */
+    void *out; /* act [Tq,Hq,D] overwrite */
     void *lse; /* real [Tq,Hq] overwrite: log-sum-exp of the scaled scores */
     const void *q, *k, *v;
     const float *sinks; /* [Hq] or NULL */
@@ -180,7 +181,7 @@ typedef struct espi_attention_fwd {
 /* P = exp(S - lse); delta_i = d_out_i.out_i; dS = P (d_out.v - delta); d_sink -= sum_i e^(sink - lse_i) delta_i.
  * Training spans only (k_start = cu_q). */
 typedef struct espi_attention_bwd {
-    void *d_q, *d_k, *d_v; /* real, overwrite */
+    void *d_q, *d_k, *d_v; /* act, overwrite */
     void *d_sinks;         /* real [Hq] add, or NULL: frozen */
     const void *d_out, *q, *k, *v, *out, *lse;
     const float *sinks; /* [Hq] or NULL */
@@ -192,9 +193,9 @@ typedef struct espi_attention_bwd {
 
 /* y = x W^T + bias + scale (x A^T) B^T. */
 typedef struct espi_linear_fwd {
-    void *y;           /* real [T,out] overwrite */
-    void *u;           /* real [T,r] overwrite: x A^T; NULL when lora.r = 0 */
-    const void *x;     /* real [T,in] */
+    void *y;           /* act [T,out] overwrite */
+    void *u;           /* act [T,r] overwrite: x A^T; NULL when lora.r = 0 */
+    const void *x;     /* act [T,in] */
     espi_mat w;        /* [out,in] */
     const float *bias; /* [out] or NULL */
     espi_lora lora;
@@ -203,7 +204,7 @@ typedef struct espi_linear_fwd {
 
 /* q = scale d_y B; d_b += scale d_y^T u; d_a += q^T x; d_x = d_y W + q A. */
 typedef struct espi_linear_bwd {
-    void *d_x; /* real [T,in]: overwrite, or add when accumulate; NULL: not wanted */
+    void *d_x; /* act [T,in]: overwrite, or add when accumulate; NULL: not wanted */
     bool accumulate;
     const void *d_y, *x, *u;
     espi_mat w;
@@ -222,14 +223,14 @@ typedef struct espi_router_rule {
  * + correction (ties to the lower index); weights scaling * p_k or, when renormalise, scaling * p_k / (sum of the selected, + 1e-20 where
  * sigmoid).  idx ascending within a token.  A logit that is not finite: ESP_ERR_NONFINITE. */
 typedef struct espi_router_fwd {
-    void *logits;    /* real [T,E] overwrite */
-    void *lse;       /* real [T] overwrite: log-sum-exp of the logits */
-    int32_t *idx;    /* [T,K] overwrite */
-    void *weight;    /* real [T,K] overwrite */
-    int64_t *counts; /* [E] add: selections, or NULL */
-    double *p_sum;   /* [E] add: probabilities, in token order, or NULL */
-    double *z_sum;   /* [1] add: sum of lse^2, or NULL */
-    const void *x;
+    void *logits;            /* real [T,E] overwrite */
+    void *lse;               /* real [T] overwrite: log-sum-exp of the logits */
+    int32_t *idx;            /* [T,K] overwrite */
+    void *weight;            /* real [T,K] overwrite */
+    int64_t *counts;         /* [E] add: selections, or NULL */
+    double *p_sum;           /* [E] add: probabilities, in token order, or NULL */
+    double *z_sum;           /* [1] add: sum of lse^2, or NULL */
+    const void *x;           /* act [T,H] */
     espi_mat w;              /* [E,H] */
     const float *bias;       /* [E] added to the logits, or NULL */
     const float *correction; /* [E] added for the ranking alone (sigmoid), or NULL */
@@ -240,10 +241,10 @@ typedef struct espi_router_fwd {
 /* From the gradient of the K weights (and the two auxiliary losses) to the logits, then to x: a frozen router still passes it on.  With
  * G = sum over k of weight_k d_weight_k:  softmax: weight_e d_weight_e - p_e G for all e, renormalised weight_e (d_weight_e - G / scaling);
  * sigmoid: that of the selected times 1 - sigmoid, without p_e G.
- * aux: d_logits[t,e] += aux_coef * p_te * (aux_f[e] - sum_j p_tj aux_f[j]);  z: d_logits[t,e] += z_coef * 2 * lse_t * p_te
+ * aux, with f_e = aux_counts[e]: d_logits[t,e] += aux_coef * p_te * (f_e - sum_j p_tj f_j);  z: d_logits[t,e] += z_coef * 2 * lse_t * p_te
  * (p: softmax, also where rule.sigmoid). */
 typedef struct espi_router_bwd {
-    void *d_x;            /* real [T,H]: ADDS (the experts wrote it first) */
+    void *d_x;            /* act [T,H]: ADDS (the experts wrote it first) */
     void *d_w;            /* real [E,H] add, or NULL: frozen */
     void *d_logits;       /* real [T,E] overwrite */
     const void *d_weight; /* real [T,K] */
@@ -252,7 +253,7 @@ typedef struct espi_router_bwd {
     espi_mat w;
     int64_t tokens, top_k;
     espi_router_rule rule;
-    const double *aux_f; /* [E], or NULL: no load-balancing loss */
+    const int64_t *aux_counts; /* [E] selections of each expert, or NULL: no load-balancing loss */
     double aux_coef, z_coef;
 } espi_router_bwd;
 
@@ -267,9 +268,9 @@ typedef struct espi_dispatch {
 
 /* Row s of token t = row_token[s], expert e: gu_s = W_e x_t + bias_e + scale B_e (A_e x_t).  Rows of W as espi_glu says. */
 typedef struct espi_gate_up_fwd {
-    void *gu;          /* real [S,2I] overwrite */
-    void *u;           /* real [S,R] overwrite, or NULL when lora.r = 0 */
-    const void *x;     /* real [T,H] */
+    void *gu;          /* act [S,2I] overwrite */
+    void *u;           /* act [S,R] overwrite, or NULL when lora.r = 0 */
+    const void *x;     /* act [T,H] */
     espi_stack w;      /* [E,2I,H] */
     const float *bias; /* [E,2I] or NULL */
     espi_lora lora;
@@ -278,7 +279,7 @@ typedef struct espi_gate_up_fwd {
 
 /* d_rows_s = W_e^T d_gu_s + A_e^T q_s, q_s = scale B_e^T d_gu_s; dB_e += scale sum d_gu_s u_s^T; dA_e += sum q_s x_t^T. */
 typedef struct espi_gate_up_bwd {
-    void *d_rows; /* real [S,H] overwrite */
+    void *d_rows; /* act [S,H] overwrite */
     const void *d_gu, *x, *u;
     espi_stack w;
     espi_lora lora;
@@ -295,14 +296,14 @@ typedef struct espi_glu {
 } espi_glu;
 
 typedef struct espi_swiglu_fwd {
-    void *act;      /* real [rows,I] overwrite */
-    const void *gu; /* real [rows,2I] */
+    void *act;      /* act [rows,I] overwrite */
+    const void *gu; /* act [rows,2I] */
     int64_t rows, width;
     espi_glu glu;
 } espi_swiglu_fwd;
 
 typedef struct espi_swiglu_bwd {
-    void *d_gu; /* real [rows,2I] overwrite; may be gu */
+    void *d_gu; /* act [rows,2I] overwrite; may be gu */
     const void *d_act, *gu;
     int64_t rows, width;
     espi_glu glu;
@@ -310,8 +311,8 @@ typedef struct espi_swiglu_bwd {
 
 /* y_s = W_e act_s + bias_e + scale B_e (A_e act_s), not yet weighted. */
 typedef struct espi_down_fwd {
-    void *y; /* real [S,H] overwrite */
-    void *u; /* real [S,R] overwrite, or NULL */
+    void *y; /* act [S,H] overwrite */
+    void *u; /* act [S,R] overwrite, or NULL */
     const void *act;
     espi_stack w;      /* [E,H,I] */
     const float *bias; /* [E,H] or NULL */
@@ -322,9 +323,9 @@ typedef struct espi_down_fwd {
 /* The gate gradient in its exact form (no stored y, no division): a_s = W_e^T d_out_t + scale A_e^T (B_e^T d_out_t);
  * d_row_weight_s = act_s . a_s + bias_e . d_out_t;  d_act_s = w_s a_s;  LoRA gradients from w_s d_out_t. */
 typedef struct espi_down_bwd {
-    void *d_act;        /* real [S,I] overwrite */
+    void *d_act;        /* act [S,I] overwrite */
     void *d_row_weight; /* real [S] overwrite */
-    const void *d_out;  /* real [T,H] gradient of the block's output */
+    const void *d_out;  /* act [T,H] gradient of the block's output */
     const void *act, *u;
     espi_stack w;
     const float *bias; /* [E,H] or NULL */
@@ -334,16 +335,16 @@ typedef struct espi_down_bwd {
 
 /* out_t = add_t + sum over k of weight_tk * y[slot_row(t,k)], in slot order. */
 typedef struct espi_combine_fwd {
-    void *out;       /* real [T,H] overwrite; may be add */
-    const void *y;   /* real [S,H] */
-    const void *add; /* real [T,H] or NULL */
+    void *out;       /* act [T,H] overwrite; may be add */
+    const void *y;   /* act [S,H] */
+    const void *add; /* act [T,H] or NULL */
     espi_routing routing;
     int64_t hidden;
 } espi_combine_fwd;
 
 /* The transpose of the gather: d_x_t = sum over k of d_rows[slot_row(t,k)], in slot order; d_weight_tk = d_row_weight[slot_row(t,k)]. */
 typedef struct espi_combine_bwd {
-    void *d_x;      /* real [T,H] overwrite */
+    void *d_x;      /* act [T,H] overwrite */
     void *d_weight; /* real [T,K] overwrite */
     const void *d_rows, *d_row_weight;
     espi_routing routing;
@@ -353,7 +354,7 @@ typedef struct espi_combine_bwd {
 /* The head: z = softcap(logit_scale (h W^T + bias)) / temperature;  lse = log sum e^z;  lp = z[target] - lse;  entropy = lse - sum p z.
  * softcap(v) = cap tanh(v/cap), or v when cap = 0.  Work memory is a fixed number of bytes, whatever n: never [n,V]. */
 typedef struct espi_head {
-    const void *hidden;    /* real [T,H] */
+    const void *hidden;    /* act [T,H] */
     const int32_t *rows;   /* [n] which row of hidden */
     const int32_t *target; /* [n] */
     espi_mat w;            /* [V,H] */
@@ -371,19 +372,27 @@ typedef struct espi_head_stats {
 /* Pass B of LH2.  dz_j = g (1[j=y] - p_j) - e p_j (log p_j + entropy);  d_hidden = (dz through temperature, softcap and scale) W. */
 typedef struct espi_head_grad {
     espi_head head;
-    void *d_hidden;    /* real [T,H]: the rows named are overwritten, others left; rows must be distinct */
+    void *d_hidden;    /* act [T,H]: the rows named are overwritten, others left; rows must be distinct */
     const void *g, *e; /* real [n]: d loss / d lp, d loss / d entropy; e may be NULL */
     const void *lse, *entropy;
 } espi_head_grad;
 
+/* What a loss reads and writes of the rows, in host memory: real [n] each. */
+typedef struct espi_head_host {
+    void *lp, *entropy, *g, *e;
+} espi_head_host;
+
 /* LH1: one pass for losses whose coefficients of a row depend on that row alone.  coef() is called for consecutive chunks of rows, in
- * order, on the calling thread: it reads lp[first..], entropy[first..] and writes g[first..], e[first..] (real). */
+ * order, and reads lp[first..], entropy[first..] and writes g[first..], e[first..] (real) of `host`: [n] each, in host memory, pinned where
+ * the backend is a GPU; on a CPU they are lp, entropy, g and e themselves.  A GPU calls it from the stream, on a thread of the driver, in
+ * the order of the stream: it must not call the device.  Its failure is the op's on a CPU, and that of the next espi_device.wait on a GPU. */
 typedef struct espi_head_fused {
     espi_head head;
     void *lp, *entropy, *lse, *g, *e; /* real [n] overwrite */
     void *d_hidden;                   /* as in espi_head_grad */
     esp_status (*coef)(void *user, int64_t first, int64_t count);
     void *coef_user;
+    espi_head_host host;
 } espi_head_fused;
 
 typedef struct espi_head_logits {

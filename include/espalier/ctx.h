@@ -62,6 +62,7 @@ typedef struct esp_memory {
     size_t live, peak;
     size_t weights, adapter, optimizer, activations, cache, staging; ///< live bytes of each purpose
     size_t activations_used; ///< high-water mark inside the activation block; equals `activations` when the plan was exact
+    size_t pinned;           ///< host memory taken beside a GPU's, not part of the other figures; 0 on a CPU
 } esp_memory;
 #define ESP_MEMORY_INIT                                                                                                                    \
     { .struct_size = sizeof(esp_memory) }

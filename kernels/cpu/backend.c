@@ -13,6 +13,7 @@ extern const espi_backend ESPI_CPU(espi_backend_cpu);
 const espi_backend ESPI_CPU(espi_backend_cpu) = {
     .name = "cpu-" STRING(ESPI_CPU_ISA),
     .real = ESP_F32,
+    .act = ESP_F32,
     .available = ESPI_CPU(espi_cpu_available),
 #define ESPI_OP(op, args) .op.run = ESPI_CPU(espi_##op),
 #include "kernels/ops.def"

@@ -107,13 +107,13 @@ static void logits_grad(float *d_z, const espi_router_bwd *a, int64_t t) {
     const double scaling = a->rule.scaling != 0 ? a->rule.scaling : 1;
     double gate = 0, balance = 0;
     for (int64_t k = 0; k < a->top_k; k++) gate += (double)weight[k] * d_weight[k];
-    for (int64_t e = 0; a->aux_f && e < experts; e++) balance += expf(z[e] - lse) * a->aux_f[e];
+    for (int64_t e = 0; a->aux_counts && e < experts; e++) balance += expf(z[e] - lse) * (double)a->aux_counts[e];
     for (int64_t e = 0; e < experts; e++) {
         double d = 0;
-        if (through_all || a->aux_f || a->z_coef != 0) {
+        if (through_all || a->aux_counts || a->z_coef != 0) {
             const double p = expf(z[e] - lse);
             d = a->z_coef * 2 * lse * p;
-            if (a->aux_f) d += a->aux_coef * p * (a->aux_f[e] - balance);
+            if (a->aux_counts) d += a->aux_coef * p * ((double)a->aux_counts[e] - balance);
             if (through_all) d -= p * gate;
         }
         d_z[e] = (float)d;

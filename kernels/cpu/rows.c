@@ -20,7 +20,7 @@ esp_status ESPI_CPU(espi_embed_bwd)(const espi_exec *exec, const espi_embed_bwd 
 
 esp_status ESPI_CPU(espi_zero)(const espi_exec *exec, const espi_zero *a) {
     (void)exec;
-    if (a->n > 0) memset(a->out, 0, (size_t)a->n * sizeof(float));
+    if (a->bytes > 0) memset(a->out, 0, a->bytes);
     return ESP_OK;
 }
 

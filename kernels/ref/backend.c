@@ -10,6 +10,7 @@ static bool always(void) {
 const espi_backend ESPI_REF_NAME(espi_backend) = {
     .name = ESPI_REF_LABEL,
     .real = ESPI_REF_DTYPE,
+    .act = ESPI_REF_DTYPE,
     .available = always,
 #define ESPI_OP(name, args) .name.run = ESPI_REF_NAME(espi_##name),
 #include "kernels/ops.def"

@@ -80,12 +80,12 @@ static void logits_grad(real *d_z, const espi_router_bwd *a, int64_t t) {
     double gate = 0, balance = 0;
     for (int64_t k = 0; k < a->top_k; k++) gate += (double)weight[k] * d_weight[k];
     const double shared = a->rule.renormalise ? gate / scaling_of(&a->rule) : 0; /* through the sum of the selected */
-    for (int64_t e = 0; a->aux_f && e < experts; e++) balance += exp(z[e] - lse) * a->aux_f[e];
+    for (int64_t e = 0; a->aux_counts && e < experts; e++) balance += exp(z[e] - lse) * (double)a->aux_counts[e];
     int64_t k = 0; /* idx ascends, so one walk over the experts meets the selected in order */
     for (int64_t e = 0; e < experts; e++) {
         const double p = exp(z[e] - lse);
         double d = a->z_coef * 2 * lse * p;
-        if (a->aux_f) d += a->aux_coef * p * (a->aux_f[e] - balance);
+        if (a->aux_counts) d += a->aux_coef * p * ((double)a->aux_counts[e] - balance);
         if (!a->rule.renormalise && !a->rule.sigmoid) d -= p * gate;
         if (k < a->top_k && idx[k] == e) {
             d += weight[k] * (d_weight[k] - shared) * (a->rule.sigmoid ? sigmoid(-(double)z[e]) : 1);

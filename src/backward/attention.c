@@ -26,12 +26,12 @@ esp_status espi_attention_backward(espi_pass *pass, int64_t layer, void *d_x, co
     const espi_config *c = &pass->model->config;
     const espi_layer *w = &pass->model->layers[layer];
     const int64_t t = pass->tokens, nq = c->heads * c->head_dim, nk = c->kv_heads * c->head_dim;
-    const size_t mark = espi_arena_mark(pass->arena);
+    const espi_mark mark = espi_arena_mark(pass->arena);
     void *d_out, *d_q, *d_k, *d_v;
-    ESPI_TRY(espi_take_real(pass, t * nq, &d_out));
-    ESPI_TRY(espi_take_real(pass, t * nq, &d_q));
-    ESPI_TRY(espi_take_real(pass, t * nk, &d_k));
-    ESPI_TRY(espi_take_real(pass, t * nk, &d_v));
+    ESPI_TRY(espi_take_act(pass, t * nq, &d_out));
+    ESPI_TRY(espi_take_act(pass, t * nq, &d_q));
+    ESPI_TRY(espi_take_act(pass, t * nk, &d_k));
+    ESPI_TRY(espi_take_act(pass, t * nk, &d_v));
     ESPI_TRY(espi_linear_backward(pass, d_out, false, d_y, saved->out, saved->u_o, &w->o));
     espi_probe(pass, "d_attn", layer, d_out, t, nq);
     const espi_attention_bwd args = {.d_q = d_q,

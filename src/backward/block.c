@@ -5,9 +5,9 @@ esp_status espi_moe_backward(espi_pass *pass, int64_t layer, void *d_x, const vo
                              const espi_experts *experts, const espi_moe_saved *saved) {
     const espi_routing *routing = &saved->route.routing;
     const int64_t slots = pass->tokens * router->top_k, hidden = experts->down.rows;
-    const size_t mark = espi_arena_mark(pass->arena);
+    const espi_mark mark = espi_arena_mark(pass->arena);
     void *d_rows, *d_row_weight, *d_weight;
-    ESPI_TRY(espi_take_real(pass, slots * hidden, &d_rows));
+    ESPI_TRY(espi_take_act(pass, slots * hidden, &d_rows));
     ESPI_TRY(espi_take_real(pass, slots, &d_row_weight));
     ESPI_TRY(espi_take_real(pass, slots, &d_weight));
     ESPI_TRY(espi_experts_backward(pass, d_rows, d_row_weight, d_out, x, experts, routing, &saved->experts));
@@ -21,11 +21,11 @@ esp_status espi_moe_backward(espi_pass *pass, int64_t layer, void *d_x, const vo
 static esp_status mlp_backward(espi_pass *pass, const espi_linear *gate_up, const espi_linear *down, void *d_x, bool accumulate,
                                const void *d_out, const espi_block_saved *saved) {
     const int64_t t = pass->tokens, width = down->w.cols;
-    const size_t mark = espi_arena_mark(pass->arena);
+    const espi_mark mark = espi_arena_mark(pass->arena);
     void *act, *d_act, *d_gu;
-    ESPI_TRY(espi_take_real(pass, t * width, &act));
-    ESPI_TRY(espi_take_real(pass, t * width, &d_act));
-    ESPI_TRY(espi_take_real(pass, t * 2 * width, &d_gu));
+    ESPI_TRY(espi_take_act(pass, t * width, &act));
+    ESPI_TRY(espi_take_act(pass, t * width, &d_act));
+    ESPI_TRY(espi_take_act(pass, t * 2 * width, &d_gu));
     const espi_swiglu_fwd again = {.act = act, .gu = saved->mlp_gu, .rows = t, .width = width};
     ESPI_TRY(espi_op_swiglu_fwd(pass->ctx, pass->arena, &again));
     ESPI_TRY(espi_linear_backward(pass, d_act, false, d_out, act, saved->u_mlp_dn, down));
@@ -39,9 +39,9 @@ static esp_status mlp_backward(espi_pass *pass, const espi_linear *gate_up, cons
 esp_status espi_block_backward(espi_pass *pass, int64_t layer, void *d, const void *x, const espi_block_saved *saved, bool to_input) {
     const espi_layer *w = &pass->model->layers[layer];
     const int64_t t = pass->tokens, hidden = pass->model->config.hidden;
-    const size_t mark = espi_arena_mark(pass->arena);
+    const espi_mark mark = espi_arena_mark(pass->arena);
     void *d_norm;
-    ESPI_TRY(espi_take_real(pass, t * hidden, &d_norm));
+    ESPI_TRY(espi_take_act(pass, t * hidden, &d_norm));
     if (w->mlp == ESPI_MLP_DENSE) {
         ESPI_TRY(mlp_backward(pass, &w->mlp_gate_up, &w->mlp_down, d_norm, false, d, saved));
     } else {

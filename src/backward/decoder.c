@@ -2,49 +2,43 @@
 #include "contract/decoder.h"
 
 /* The load-balancing loss is E * sum_e F_e P_e with means over all MoE layers and tokens at once; the z-loss is the mean of lse^2. */
-static esp_status router_loss_terms(espi_pass *pass, double loss_share, const espi_decoder_saved *saved) {
+static void router_loss_terms(espi_pass *pass, double loss_share, const espi_decoder_saved *saved) {
     const esp_model *model = pass->model;
     const espi_config *c = &model->config;
     const double n = (double)c->moe_layers * (double)pass->tokens;
-    if (n == 0 || (model->options.router_aux_coef == 0 && model->options.router_z_coef == 0)) return ESP_OK;
-    double *f;
-    ESPI_TRY(espi_arena_take(pass->arena, (size_t)c->experts * sizeof *f, &f));
-    if (!pass->arena->dry) {
-        for (int64_t e = 0; e < c->experts; e++) f[e] = (double)saved->router_counts[e] / n;
-    }
-    if (model->options.router_aux_coef != 0) pass->aux_f = f;
-    pass->aux_coef = loss_share * model->options.router_aux_coef * (double)c->experts / n;
+    if (n == 0 || (model->options.router_aux_coef == 0 && model->options.router_z_coef == 0)) return;
+    if (model->options.router_aux_coef != 0) pass->aux_counts = saved->router_counts;
+    pass->aux_coef = loss_share * model->options.router_aux_coef * (double)c->experts / (n * n);
     pass->z_coef = loss_share * model->options.router_z_coef / n;
-    return ESP_OK;
 }
 
 esp_status espi_decoder_backward(esp_model *model, espi_arena *arena, const void *d_hidden, double loss_share, espi_decoder_saved *saved) {
     const espi_config *c = &model->config;
     const int64_t t = saved->tokens;
-    const size_t all = espi_arena_mark(arena);
+    const espi_mark all = espi_arena_mark(arena);
     espi_pass pass = {
         .model = model,
         .ctx = model->ctx,
         .arena = arena,
         .tokens = t,
-        .ids = saved->ids,
-        .spans = {.cu_q = saved->cu, .k_start = saved->cu, .k_len = saved->k_len, .n_seqs = saved->n_seqs},
+        .ids = saved->d_ids,
+        .spans = espi_saved_spans(saved),
         .cos = saved->cos,
         .sin = saved->sin,
         .adapter = saved->adapter,
     };
-    ESPI_TRY(router_loss_terms(&pass, loss_share, saved));
+    router_loss_terms(&pass, loss_share, saved);
     void *d;
-    ESPI_TRY(espi_take_real(&pass, t * c->hidden, &d));
+    ESPI_TRY(espi_take_act(&pass, t * c->hidden, &d));
     espi_probe(&pass, "d_hidden", c->layers, d_hidden, t, c->hidden);
     ESPI_TRY(espi_norm_backward(&pass, d, d_hidden, NULL, saved->h[c->layers], saved->rstd, model->final_norm, t, c->hidden));
     espi_probe(&pass, "d_h", c->layers, d, t, c->hidden);
     for (int64_t l = c->layers - 1; l >= 0; l--) {
-        const size_t mark = espi_arena_mark(arena);
+        const espi_mark mark = espi_arena_mark(arena);
         espi_block_saved again = saved->blocks[l]; /* of a checkpointed layer only the routing is alive */
         if (l < saved->first_kept) {
             void *out; /* lands where h[l+1] stands already, with the same bits */
-            ESPI_TRY(espi_take_real(&pass, t * c->hidden, &out));
+            ESPI_TRY(espi_take_act(&pass, t * c->hidden, &out));
             pass.quiet = true;
             ESPI_TRY(espi_block_forward(&pass, l, out, saved->h[l], &again, true));
             pass.quiet = false;

@@ -4,11 +4,11 @@
 esp_status espi_experts_backward(espi_pass *pass, void *d_rows, void *d_row_weight, const void *d_out, const void *x,
                                  const espi_experts *experts, const espi_routing *routing, const espi_experts_saved *saved) {
     const int64_t slots = routing->tokens * routing->top_k, width = experts->down.cols;
-    const size_t mark = espi_arena_mark(pass->arena);
+    const espi_mark mark = espi_arena_mark(pass->arena);
     void *act, *d_act, *d_gu;
-    ESPI_TRY(espi_take_real(pass, slots * 2 * width, &d_gu));
-    ESPI_TRY(espi_take_real(pass, slots * width, &act));
-    ESPI_TRY(espi_take_real(pass, slots * width, &d_act));
+    ESPI_TRY(espi_take_act(pass, slots * 2 * width, &d_gu));
+    ESPI_TRY(espi_take_act(pass, slots * width, &act));
+    ESPI_TRY(espi_take_act(pass, slots * width, &d_act));
     const espi_swiglu_fwd again = {.act = act, .gu = saved->gu, .rows = slots, .width = width, .glu = experts->glu};
     ESPI_TRY(espi_op_swiglu_fwd(pass->ctx, pass->arena, &again));
     const espi_down_bwd down = {.d_act = d_act,

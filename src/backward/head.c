@@ -19,7 +19,7 @@ static esp_status call_coef(void *user, int64_t first, int64_t count) {
 esp_status espi_head_loss(esp_model *model, espi_arena *arena, const espi_head_rows *rows, const void *hidden, void *d_hidden,
                           int64_t tokens, double temperature, bool row_local, espi_head_coef coef, void *user) {
     const espi_head head = espi_head_describe(model, rows, hidden, temperature);
-    const espi_zero zero = {.out = d_hidden, .n = tokens * model->config.hidden};
+    const espi_zero zero = {.out = d_hidden, .bytes = (size_t)(tokens * model->config.hidden) * model->ctx->act_size};
     ESPI_TRY(espi_op_zero(model->ctx, arena, &zero));
     if (row_local) {
         coef_call call = {.coef = coef, .user = user, .rows = rows};
@@ -31,11 +31,20 @@ esp_status espi_head_loss(esp_model *model, espi_arena *arena, const espi_head_r
                                        .e = rows->e,
                                        .d_hidden = d_hidden,
                                        .coef = call_coef,
-                                       .coef_user = &call};
-        return espi_op_head_fused(model->ctx, arena, &fused);
+                                       .coef_user = &call,
+                                       .host = rows->host};
+        ESPI_TRY(espi_op_head_fused(model->ctx, arena, &fused));
+        /* The caller's function runs from the device's queue: it and what it reads must outlive this call. */
+        return arena->dry ? ESP_OK : espi_ctx_wait(model->ctx);
     }
     ESPI_TRY(espi_head_logprob(model, arena, rows, hidden, temperature));
-    if (!arena->dry) ESPI_TRY(coef(user, rows, 0, rows->n));
+    ESPI_TRY(espi_head_read(model, arena, rows));
+    if (!arena->dry) {
+        const size_t reals = (size_t)rows->n * model->ctx->real_size;
+        ESPI_TRY(coef(user, rows, 0, rows->n));
+        ESPI_TRY(espi_ctx_put(model->ctx, rows->g, rows->host.g, reals));
+        ESPI_TRY(espi_ctx_put(model->ctx, rows->e, rows->host.e, reals));
+    }
     const espi_head_grad grad = {
         .head = head, .d_hidden = d_hidden, .g = rows->g, .e = rows->e, .lse = rows->lse, .entropy = rows->entropy};
     return espi_op_head_grad(model->ctx, arena, &grad);

@@ -3,7 +3,7 @@
 
 esp_status espi_route_backward(espi_pass *pass, int64_t layer, void *d_x, const void *d_weight, const void *x, const espi_router *router,
                                const espi_route_saved *saved) {
-    const size_t mark = espi_arena_mark(pass->arena);
+    const espi_mark mark = espi_arena_mark(pass->arena);
     void *d_logits;
     ESPI_TRY(espi_take_real(pass, pass->tokens * router->w.rows, &d_logits));
     const espi_router_bwd args = {.d_x = d_x,
@@ -19,7 +19,7 @@ esp_status espi_route_backward(espi_pass *pass, int64_t layer, void *d_x, const 
                                   .tokens = pass->tokens,
                                   .top_k = router->top_k,
                                   .rule = router->rule,
-                                  .aux_f = pass->aux_f,
+                                  .aux_counts = pass->aux_counts,
                                   .aux_coef = pass->aux_coef,
                                   .z_coef = pass->z_coef};
     ESPI_TRY(espi_op_router_bwd(pass->ctx, pass->arena, &args));

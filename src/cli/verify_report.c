@@ -252,14 +252,14 @@ json_t *espi_verify_report(const char *dir) {
 }
 
 esp_status espi_verify_walk(espi_verify *v, espi_walk walk, void *user) {
-    espi_arena dry = espi_arena_dry();
+    espi_arena dry = espi_arena_dry(false);
     esp_status status = walk(user, &dry);
     if (status != ESP_OK) return status;
     void *memory;
-    status = espi_ctx_alloc(v->ctx, ESPI_MEM_ACTIVATIONS, dry.high, &memory);
+    status = espi_ctx_alloc(v->ctx, ESPI_MEM_ACTIVATIONS, dry.main.high, &memory);
     if (status != ESP_OK) return status;
-    espi_arena arena = espi_arena_over(memory, dry.high);
+    espi_arena arena = espi_arena_over(memory, dry.main.high);
     status = walk(user, &arena);
-    espi_ctx_free(v->ctx, ESPI_MEM_ACTIVATIONS, memory, dry.high);
+    espi_ctx_free(v->ctx, ESPI_MEM_ACTIVATIONS, memory, dry.main.high);
     return status;
 }

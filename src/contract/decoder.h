@@ -10,7 +10,8 @@
 struct espi_decoder_saved {
     int64_t tokens;
     int32_t n_seqs;
-    int32_t *ids, *cu, *k_len; /* copies: [T], [n_seqs+1], [n_seqs] */
+    int32_t *ids, *cu, *k_len;                     /* copies in host memory: [T], [n_seqs+1], [n_seqs] */
+    int32_t *d_ids, *d_cu, *d_k_len, *d_positions; /* the same for the ops, and [T] */
     void *cos, *sin;
     void **h;                 /* [L+1] real [T,H]: the residual stream at the layer borders */
     void *rstd;               /* real [T] of the final norm */
@@ -21,8 +22,13 @@ struct espi_decoder_saved {
     /* Router statistics over all MoE layers and tokens. */
     int64_t *router_counts;
     double *router_p_sum, *router_z_sum;
-    size_t mark; /* the arena behind everything saved */
+    espi_mark mark; /* the arena behind everything saved */
 };
+
+/* Its sequences as the ops take them. */
+static inline espi_spans espi_saved_spans(const espi_decoder_saved *saved) {
+    return (espi_spans){.cu_q = saved->d_cu, .k_start = saved->d_cu, .k_len = saved->d_k_len, .n_seqs = saved->n_seqs};
+}
 
 /* Bookkeeping of a model's saved state: arrays of pointers, not tensor memory. */
 esp_status espi_decoder_saved_create(espi_decoder_saved **saved, const espi_config *config);
@@ -37,10 +43,13 @@ esp_status espi_decoder_forward(esp_model *model, espi_arena *arena, const esp_b
 /* d_hidden real [T,H].  loss_share: this batch's share of the optimiser step, for the router losses.  LoRA gradients: add. */
 esp_status espi_decoder_backward(esp_model *model, espi_arena *arena, const void *d_hidden, double loss_share, espi_decoder_saved *saved);
 
+/* positions [T] overwrite: token i of the n new ones of sequence s stands at k_len[s] - n + i.  All in host memory. */
+void espi_positions(int32_t *positions, const espi_spans *spans);
+
 /* Forward without anything kept but hidden real [T,H] (the caller's).  cache: NULL, or where keys and values go and are read: the token i
  * of the n new ones of sequence s stands at cache row k_start[s] + k_len[s] - n + i and at position k_len[s] - n + i. */
 esp_status espi_decoder_extend(esp_model *model, espi_arena *arena, void *hidden, espi_kv_cache *cache, const int32_t *ids,
-                               const espi_spans *spans, int64_t tokens);
+                               const int32_t *positions, const espi_spans *spans, int64_t tokens);
 
 /* The same on a batch of its own, without a cache: *hidden real [T,H] is taken here and stays, the rest is given back. */
 esp_status espi_decoder_forward_only(void **hidden, esp_model *model, espi_arena *arena, const esp_batch *batch);

@@ -17,9 +17,10 @@
 typedef struct espi_head_rows {
     int64_t n;
     int32_t *row, *target;            /* [n] */
-    int32_t *token;                   /* [n] index of the target in the batch: row + 1 */
-    int32_t *cu;                      /* [n_seqs+1] rows of each sequence */
+    int32_t *token;                   /* [n] index of the target in the batch: row + 1; host memory */
+    int32_t *cu;                      /* [n_seqs+1] rows of each sequence; host memory */
     void *lp, *entropy, *lse, *g, *e; /* real [n] */
+    espi_head_host host;              /* what a loss reads and writes of them */
 } espi_head_rows;
 
 /* Collects the rows of `batch` (loss_mask, or all but each sequence's first token) and takes the arrays from the arena.
@@ -36,10 +37,13 @@ int64_t espi_head_count_rows(const esp_batch *batch);
 /* Full logits, for those who ask: logits [T,V] f32, the caller's.  Temperature 1. */
 esp_status espi_head_full_logits(esp_model *model, espi_arena *arena, float *logits, const void *hidden, int64_t tokens);
 
-/* LH0: fills lp, entropy and lse. */
+/* LH0: fills lp, entropy and lse.  Not on the host's side: see espi_head_read. */
 esp_status espi_head_logprob(esp_model *model, espi_arena *arena, const espi_head_rows *rows, const void *hidden, double temperature);
 
-/* Reads rows->lp and rows->entropy from `first` on, `count` of them, and writes rows->g and rows->e there. */
+/* Brings lp and entropy to rows->host. */
+esp_status espi_head_read(esp_model *model, espi_arena *arena, const espi_head_rows *rows);
+
+/* Reads rows->host.lp and .entropy from `first` on, `count` of them, and writes .g and .e there. */
 typedef esp_status (*espi_head_coef)(void *user, const espi_head_rows *rows, int64_t first, int64_t count);
 
 /* LH1 or LH2.  d_hidden real [T,H] overwritten, 0 where no row is. */

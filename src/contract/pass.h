@@ -19,7 +19,7 @@ typedef struct espi_pass {
     esp_ctx *ctx;
     espi_arena *arena;
     int64_t tokens;
-    const int32_t *ids; /* [T] */
+    const int32_t *ids, *positions; /* [T] */
     espi_spans spans;
     const void *cos, *sin; /* real [T,D/2] */
     espi_kv_cache *cache;  /* NULL: keys and values are those of this batch */
@@ -30,13 +30,16 @@ typedef struct espi_pass {
     double *router_p_sum;   /* [E] */
     double *router_z_sum;   /* [1] */
     /* Backward only: gradients of the router losses, see espi_router_bwd. */
-    const double *aux_f; /* [E] or NULL */
+    const int64_t *aux_counts; /* [E] or NULL */
     double aux_coef, z_coef;
 } espi_pass;
 
-/* `count` values of the context's dtype. */
+/* `count` values of the dtype of statistics, or of activations. */
 static inline esp_status espi_take_real(espi_pass *pass, int64_t count, void *out) {
     return espi_arena_take(pass->arena, (size_t)count * pass->ctx->real_size, out);
+}
+static inline esp_status espi_take_act(espi_pass *pass, int64_t count, void *out) {
+    return espi_arena_take(pass->arena, (size_t)count * pass->ctx->act_size, out);
 }
 
 /* The LoRA branch as this pass sees it: absent when the adapter is off. */

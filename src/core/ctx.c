@@ -47,7 +47,12 @@ static esp_status configure(esp_ctx *ctx, const esp_ctx_config *config) {
     ctx->free = config->free ? config->free : default_free;
     ctx->alloc_user = config->alloc_user;
     ESPI_TRY(espi_log_setup(ctx, config->log, config->log_user));
-    return espi_select_backends(ctx, config->backend ? config->backend : "auto");
+    ESPI_TRY(espi_select_backends(ctx, config->backend ? config->backend : "auto"));
+    if (ctx->device_ops != NULL && config->alloc != NULL)
+        return ESPI_FAIL(ESP_ERR_UNSUPPORTED,
+                         "esp_ctx_config.alloc is set with backend \"%s\", expected no hooks: they are for memory of the host",
+                         ctx->backends[0]->name);
+    return ctx->device_ops != NULL ? ctx->device_ops->start(&ctx->device) : ESP_OK;
 }
 
 esp_status esp_ctx_create(esp_ctx **ctx, const esp_ctx_config *config) {
@@ -59,7 +64,7 @@ esp_status esp_ctx_create(esp_ctx **ctx, const esp_ctx_config *config) {
     if (made == NULL) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for a context (%zu bytes)", sizeof *made);
     esp_status status = configure(made, &settings);
     if (status != ESP_OK) {
-        free(made);
+        esp_ctx_destroy(made);
         return status;
     }
     *ctx = made;
@@ -67,6 +72,8 @@ esp_status esp_ctx_create(esp_ctx **ctx, const esp_ctx_config *config) {
 }
 
 void esp_ctx_destroy(esp_ctx *ctx) {
+    if (ctx == NULL) return;
+    if (ctx->device != NULL) ctx->device_ops->stop(ctx->device);
     free(ctx);
 }
 
@@ -86,6 +93,7 @@ esp_status esp_ctx_memory(const esp_ctx *ctx, esp_memory *out) {
         .cache = ctx->live[ESPI_MEM_CACHE],
         .staging = ctx->live[ESPI_MEM_STAGING],
         .activations_used = ctx->activations_used,
+        .pinned = ctx->pinned,
     };
     return espi_struct_write(out, &memory, sizeof memory, "esp_memory");
 }
@@ -101,6 +109,26 @@ static void zero(unsigned char *p, size_t bytes, int threads) {
     }
 }
 
+/* Zeroed host memory from the caller's hooks. */
+static esp_status host_memory(esp_ctx *ctx, size_t bytes, void **out) {
+    void *p = ctx->alloc(ctx->alloc_user, bytes);
+    if (p == NULL) return ESPI_FAIL(ESP_ERR_MEMORY, "%zu bytes wanted, but the allocator gave none (%zu are taken)", bytes, ctx->total);
+    if ((uintptr_t)p % ESPI_ALIGN != 0) {
+        ctx->free(ctx->alloc_user, p, bytes);
+        return ESPI_FAIL(ESP_ERR_ARG, "esp_ctx_config.alloc gave memory that is not aligned to %d bytes", ESPI_ALIGN);
+    }
+    zero(p, bytes, ctx->threads);
+    *out = p;
+    return ESP_OK;
+}
+
+static esp_status device_memory(esp_ctx *ctx, size_t bytes, void **out) {
+    ESPI_TRY(ctx->device_ops->alloc(ctx->device, bytes, out));
+    const esp_status status = ctx->device_ops->zero(ctx->device, *out, bytes);
+    if (status != ESP_OK) ctx->device_ops->free(ctx->device, *out);
+    return status;
+}
+
 esp_status espi_ctx_alloc(esp_ctx *ctx, espi_purpose purpose, size_t bytes, void *out) {
     void *p = NULL;
     memcpy(out, &p, sizeof p);
@@ -111,15 +139,7 @@ esp_status espi_ctx_alloc(esp_ctx *ctx, espi_purpose purpose, size_t bytes, void
             "%zu bytes wanted for %s, but %zu are taken and esp_ctx_config.memory_limit is %zu: raise the limit or make batch, rank "
             "or context smaller",
             bytes, purpose_names[purpose], ctx->total, ctx->memory_limit);
-    p = ctx->alloc(ctx->alloc_user, bytes);
-    if (p == NULL)
-        return ESPI_FAIL(ESP_ERR_MEMORY, "%zu bytes wanted for %s, but the allocator gave none (%zu are taken)", bytes,
-                         purpose_names[purpose], ctx->total);
-    if ((uintptr_t)p % ESPI_ALIGN != 0) {
-        ctx->free(ctx->alloc_user, p, bytes);
-        return ESPI_FAIL(ESP_ERR_ARG, "esp_ctx_config.alloc gave memory that is not aligned to %d bytes", ESPI_ALIGN);
-    }
-    zero(p, bytes, ctx->threads);
+    ESPI_TRY(ctx->device != NULL ? device_memory(ctx, bytes, &p) : host_memory(ctx, bytes, &p));
     ctx->live[purpose] += bytes;
     ctx->total += bytes;
     if (ctx->total > ctx->peak) ctx->peak = ctx->total;
@@ -129,7 +149,80 @@ esp_status espi_ctx_alloc(esp_ctx *ctx, espi_purpose purpose, size_t bytes, void
 
 void espi_ctx_free(esp_ctx *ctx, espi_purpose purpose, void *p, size_t bytes) {
     if (p == NULL) return;
-    ctx->free(ctx->alloc_user, p, bytes);
+    if (ctx->device != NULL)
+        ctx->device_ops->free(ctx->device, p);
+    else
+        ctx->free(ctx->alloc_user, p, bytes);
     ctx->live[purpose] -= bytes;
     ctx->total -= bytes;
+}
+
+esp_status espi_ctx_alloc_host(esp_ctx *ctx, espi_purpose purpose, size_t bytes, void *out) {
+    if (ctx->device == NULL) return espi_ctx_alloc(ctx, purpose, bytes, out);
+    void *p = NULL;
+    memcpy(out, &p, sizeof p);
+    if (bytes == 0) return ESP_OK;
+    ESPI_TRY(ctx->device_ops->alloc_host(ctx->device, bytes, &p));
+    memset(p, 0, bytes);
+    ctx->pinned += bytes;
+    memcpy(out, &p, sizeof p);
+    return ESP_OK;
+}
+
+void espi_ctx_free_host(esp_ctx *ctx, espi_purpose purpose, void *p, size_t bytes) {
+    if (ctx->device == NULL) {
+        espi_ctx_free(ctx, purpose, p, bytes);
+    } else if (p != NULL) {
+        ctx->device_ops->free_host(ctx->device, p);
+        ctx->pinned -= bytes;
+    }
+}
+
+esp_status espi_ctx_put(esp_ctx *ctx, void *to, const void *from, size_t bytes) {
+    if (bytes == 0 || to == from) return ESP_OK;
+    if (ctx->device != NULL) return ctx->device_ops->put(ctx->device, to, from, bytes);
+    memcpy(to, from, bytes);
+    return ESP_OK;
+}
+
+esp_status espi_ctx_get(esp_ctx *ctx, void *to, const void *from, size_t bytes) {
+    if (bytes == 0 || to == from) return ESP_OK;
+    if (ctx->device != NULL) return ctx->device_ops->get(ctx->device, to, from, bytes);
+    memcpy(to, from, bytes);
+    return ESP_OK;
+}
+
+esp_status espi_ctx_zero(esp_ctx *ctx, void *p, size_t bytes) {
+    if (bytes == 0) return ESP_OK;
+    if (ctx->device != NULL) return ctx->device_ops->zero(ctx->device, p, bytes);
+    zero(p, bytes, ctx->threads);
+    return ESP_OK;
+}
+
+esp_status espi_ctx_wait(esp_ctx *ctx) {
+    return ctx->device != NULL ? ctx->device_ops->wait(ctx->device) : ESP_OK;
+}
+
+esp_status espi_room_take(espi_room *room, esp_ctx *ctx, espi_purpose purpose, espi_extent extent) {
+    *room = (espi_room){.purpose = purpose, .extent = extent};
+    ESPI_TRY(espi_ctx_alloc(ctx, purpose, extent.main, &room->main));
+    if (ctx->device == NULL) return ESP_OK;
+    const esp_status status = espi_ctx_alloc_host(ctx, purpose, extent.host, &room->host);
+    if (status != ESP_OK) espi_room_free(room, ctx);
+    return status;
+}
+
+void espi_room_free(espi_room *room, esp_ctx *ctx) {
+    espi_ctx_free(ctx, room->purpose, room->main, room->extent.main);
+    espi_ctx_free_host(ctx, room->purpose, room->host, room->extent.host);
+    *room = (espi_room){0};
+}
+
+espi_arena espi_room_arena(const espi_room *room, const esp_ctx *ctx) {
+    return ctx->device != NULL ? espi_arena_over_both(room->main, room->host, room->extent)
+                               : espi_arena_over(room->main, room->extent.main);
+}
+
+espi_arena espi_ctx_dry(const esp_ctx *ctx) {
+    return espi_arena_dry(ctx->device != NULL);
 }

@@ -27,8 +27,10 @@ struct esp_ctx {
     esp_comm *comm;
     const struct espi_backend *backends[ESPI_MAX_BACKENDS]; /* tried in this order for every op */
     int n_backends;
-    esp_dtype real;   /* dtype of activations and trainable parameters: ESP_F32, or ESP_F64 under "ref64" */
-    size_t real_size; /* its bytes */
+    esp_dtype real, act; /* dtypes of parameters and statistics, and of activations: see ops.h */
+    size_t real_size, act_size;
+    const struct espi_device *device_ops; /* NULL: tensor memory is host memory */
+    void *device;
     int threads;
     size_t memory_limit;
     esp_log_fn log;
@@ -38,14 +40,40 @@ struct esp_ctx {
     esp_free_fn free;
     void *alloc_user;
     size_t live[ESPI_MEM_COUNT], total, peak;
-    size_t activations_used;
+    size_t activations_used, pinned;
     unsigned char reported[256]; /* select.c: which op choices have been logged */
 };
 
 /* `bytes` of zeroed memory aligned to ESPI_ALIGN.  All tensor memory of the library comes from here, so esp_ctx_memory() is exact.
  * out: a pointer to any object pointer.  bytes = 0 gives NULL and ESP_OK. */
 esp_status espi_ctx_alloc(esp_ctx *ctx, espi_purpose purpose, size_t bytes, void *out);
+/* The same in host memory that the device copies from and to at full speed (on a CPU: as espi_ctx_alloc). */
+esp_status espi_ctx_alloc_host(esp_ctx *ctx, espi_purpose purpose, size_t bytes, void *out);
+void espi_ctx_free_host(esp_ctx *ctx, espi_purpose purpose, void *p, size_t bytes);
+
+/* Moves bytes between host arrays and tensor memory.  Where they are the same memory (to == from, on a CPU) nothing happens.  put returns
+ * once `from` may be used again; get returns when the bytes are there, after all that was queued before. */
+esp_status espi_ctx_put(esp_ctx *ctx, void *to, const void *from, size_t bytes);
+esp_status espi_ctx_get(esp_ctx *ctx, void *to, const void *from, size_t bytes);
+/* Sets tensor memory to zero. */
+esp_status espi_ctx_zero(esp_ctx *ctx, void *p, size_t bytes);
+/* Waits for all that was queued, and returns what failed on the way.  Nothing on a CPU. */
+esp_status espi_ctx_wait(esp_ctx *ctx);
+
 /* Takes what espi_ctx_alloc gave, with the same purpose and size.  NULL is allowed. */
 void espi_ctx_free(esp_ctx *ctx, espi_purpose purpose, void *p, size_t bytes);
+
+/* A block of tensor memory and, on a device, one of host memory beside it: what an arena lies over. */
+typedef struct espi_room {
+    espi_purpose purpose;
+    void *main, *host;
+    espi_extent extent;
+} espi_room;
+
+esp_status espi_room_take(espi_room *room, esp_ctx *ctx, espi_purpose purpose, espi_extent extent);
+void espi_room_free(espi_room *room, esp_ctx *ctx);
+espi_arena espi_room_arena(const espi_room *room, const esp_ctx *ctx);
+/* A dry arena as this context would have it. */
+espi_arena espi_ctx_dry(const esp_ctx *ctx);
 
 #endif

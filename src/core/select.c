@@ -42,7 +42,7 @@ static void report(esp_ctx *ctx, espi_op_id op, int b, const refusals *refused) 
 }
 
 static esp_status unsupported(const esp_ctx *ctx, espi_op_id op, const refusals *refused) {
-    return ESPI_FAIL(ESP_ERR_UNSUPPORTED, "no backend takes %s (%s activations): %s", op_names[op], esp_dtype_name(ctx->real),
+    return ESPI_FAIL(ESP_ERR_UNSUPPORTED, "no backend takes %s (%s activations): %s", op_names[op], esp_dtype_name(ctx->act),
                      refused->length ? refused->text : "the context has no backend");
 }
 
@@ -58,8 +58,8 @@ static esp_status unsupported(const esp_ctx *ctx, espi_op_id op, const refusals 
                 continue;                                                                                                                  \
             }                                                                                                                              \
             report(ctx, ESPI_OP_##name, b, &refused);                                                                                      \
-            espi_exec exec = {.threads = ctx->threads};                                                                                    \
-            size_t mark = espi_arena_mark(arena);                                                                                          \
+            espi_exec exec = {.device = ctx->device, .threads = ctx->threads};                                                             \
+            const espi_mark mark = espi_arena_mark(arena);                                                                                 \
             ESPI_TRY(espi_arena_take(arena, slot->scratch == NULL ? 0 : slot->scratch(&exec, a), &exec.scratch));                          \
             esp_status status = arena->dry ? ESP_OK : slot->run(&exec, a);                                                                 \
             espi_arena_release(arena, mark);                                                                                               \
@@ -123,7 +123,11 @@ esp_status espi_select_backends(esp_ctx *ctx, const char *name) {
     ctx->n_backends = 0;
     ctx->real = first->real;
     ctx->real_size = esp_dtype_size(first->real);
+    ctx->act = first->act;
+    ctx->act_size = esp_dtype_size(first->act);
+    ctx->device_ops = first->device;
     use(ctx, first);
-    if (first != &espi_backend_ref && first != &espi_backend_ref64) use(ctx, &espi_backend_ref);
+    /* The reference computes in host memory, and in its own dtype alone. */
+    if (first != &espi_backend_ref && first != &espi_backend_ref64 && first->device == NULL) use(ctx, &espi_backend_ref);
     return ESP_OK;
 }

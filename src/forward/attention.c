@@ -12,12 +12,12 @@ static esp_status rotate(espi_pass *pass, void *x, int64_t heads) {
 static esp_status take_projection(espi_pass *pass, const espi_linear *linear, bool normed, int64_t heads, espi_projection_saved *saved) {
     const espi_config *c = &pass->model->config;
     const int64_t n = pass->tokens * heads * c->head_dim;
-    ESPI_TRY(espi_take_real(pass, n, &saved->out));
+    ESPI_TRY(espi_take_act(pass, n, &saved->out));
     if (normed) {
-        ESPI_TRY(espi_take_real(pass, n, &saved->raw));
+        ESPI_TRY(espi_take_act(pass, n, &saved->raw));
         ESPI_TRY(espi_take_real(pass, pass->tokens * (c->whole_qk_norm ? 1 : heads), &saved->rstd));
     }
-    if (c->clip_qkv > 0) ESPI_TRY(espi_take_real(pass, n, &saved->free));
+    if (c->clip_qkv > 0) ESPI_TRY(espi_take_act(pass, n, &saved->free));
     return espi_linear_take_saved(pass, linear, &saved->u);
 }
 
@@ -43,7 +43,7 @@ static esp_status keys_and_values(const void **k, const void **v, espi_pass *pas
     if (!pass->cache) return ESP_OK;
     const espi_config *c = &pass->model->config;
     const int64_t width = c->kv_heads * c->head_dim;
-    const size_t plane = (size_t)(pass->cache->rows * width) * pass->ctx->real_size;
+    const size_t plane = (size_t)(pass->cache->rows * width) * pass->ctx->act_size;
     const espi_kv_append append = {.k_cache = (char *)pass->cache->k + plane * (size_t)layer,
                                    .v_cache = (char *)pass->cache->v + plane * (size_t)layer,
                                    .k = *k,
@@ -63,7 +63,7 @@ esp_status espi_attention_forward(espi_pass *pass, int64_t layer, void *y, const
     ESPI_TRY(take_projection(pass, &w->q, c->qk_norm, c->heads, &saved->q));
     ESPI_TRY(take_projection(pass, &w->k, c->qk_norm, c->kv_heads, &saved->k));
     ESPI_TRY(take_projection(pass, &w->v, false, c->kv_heads, &saved->v));
-    ESPI_TRY(espi_take_real(pass, t * nq, &saved->out));
+    ESPI_TRY(espi_take_act(pass, t * nq, &saved->out));
     ESPI_TRY(espi_take_real(pass, t * c->heads, &saved->lse));
     ESPI_TRY(espi_linear_take_saved(pass, &w->o, &saved->u_o));
 

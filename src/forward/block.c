@@ -35,13 +35,13 @@ esp_status espi_moe_forward(espi_pass *pass, int64_t layer, void *out, const voi
     const espi_routing *routing = &saved->route.routing;
     const int64_t slots = pass->tokens * router->top_k, hidden = experts->down.rows;
     if (!replay) ESPI_TRY(espi_route_forward(pass, layer, x, router, &saved->route));
-    const size_t mark = espi_arena_mark(pass->arena);
+    const espi_mark mark = espi_arena_mark(pass->arena);
     void *y;
-    ESPI_TRY(espi_take_real(pass, slots * hidden, &y));
+    ESPI_TRY(espi_take_act(pass, slots * hidden, &y));
     ESPI_TRY(espi_experts_forward(pass, layer, y, x, experts, routing, &saved->experts));
     if (pass->model->probe) {
         void *alone; /* the block's output without the residual exists for the probe only */
-        ESPI_TRY(espi_take_real(pass, pass->tokens * hidden, &alone));
+        ESPI_TRY(espi_take_act(pass, pass->tokens * hidden, &alone));
         ESPI_TRY(espi_combine_forward(pass, alone, y, NULL, routing, hidden));
         espi_probe(pass, "moe_out", layer, alone, pass->tokens, hidden);
     }
@@ -54,14 +54,14 @@ esp_status espi_moe_forward(espi_pass *pass, int64_t layer, void *out, const voi
 static esp_status mlp_forward(espi_pass *pass, const espi_linear *gate_up, const espi_linear *down, void *out, const void *add,
                               espi_block_saved *saved) {
     const int64_t t = pass->tokens, width = down->w.cols;
-    ESPI_TRY(espi_take_real(pass, t * 2 * width, &saved->mlp_gu));
+    ESPI_TRY(espi_take_act(pass, t * 2 * width, &saved->mlp_gu));
     ESPI_TRY(espi_linear_take_saved(pass, gate_up, &saved->u_mlp_gu));
     ESPI_TRY(espi_linear_take_saved(pass, down, &saved->u_mlp_dn));
     ESPI_TRY(espi_linear_forward(pass, saved->mlp_gu, saved->u_mlp_gu, saved->norm2, gate_up));
-    const size_t mark = espi_arena_mark(pass->arena);
+    const espi_mark mark = espi_arena_mark(pass->arena);
     void *act, *y;
-    ESPI_TRY(espi_take_real(pass, t * width, &act));
-    ESPI_TRY(espi_take_real(pass, t * down->w.rows, &y));
+    ESPI_TRY(espi_take_act(pass, t * width, &act));
+    ESPI_TRY(espi_take_act(pass, t * down->w.rows, &y));
     const espi_swiglu_fwd swiglu = {.act = act, .gu = saved->mlp_gu, .rows = t, .width = width};
     ESPI_TRY(espi_op_swiglu_fwd(pass->ctx, pass->arena, &swiglu));
     ESPI_TRY(espi_linear_forward(pass, y, saved->u_mlp_dn, act, down));
@@ -74,10 +74,10 @@ static esp_status mlp_forward(espi_pass *pass, const espi_linear *gate_up, const
 esp_status espi_block_forward(espi_pass *pass, int64_t layer, void *out, const void *x, espi_block_saved *saved, bool replay) {
     const espi_layer *w = &pass->model->layers[layer];
     const int64_t t = pass->tokens, hidden = pass->model->config.hidden;
-    ESPI_TRY(espi_take_real(pass, t * hidden, &saved->norm1));
+    ESPI_TRY(espi_take_act(pass, t * hidden, &saved->norm1));
     ESPI_TRY(espi_take_real(pass, t, &saved->rstd1));
-    ESPI_TRY(espi_take_real(pass, t * hidden, &saved->h1));
-    ESPI_TRY(espi_take_real(pass, t * hidden, &saved->norm2));
+    ESPI_TRY(espi_take_act(pass, t * hidden, &saved->h1));
+    ESPI_TRY(espi_take_act(pass, t * hidden, &saved->norm2));
     ESPI_TRY(espi_take_real(pass, t, &saved->rstd2));
 
     espi_probe(pass, "h", layer, x, t, hidden);

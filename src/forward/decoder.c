@@ -25,32 +25,28 @@ void espi_decoder_saved_free(espi_decoder_saved *saved) {
     free(saved);
 }
 
-/* cos and sin of this batch's positions: token i of sequence s stands at k_len[s] - n + i. */
+void espi_positions(int32_t *positions, const espi_spans *s) {
+    for (int32_t i = 0; i < s->n_seqs; i++) {
+        const int32_t first = s->k_len[i] - (s->cu_q[i + 1] - s->cu_q[i]);
+        for (int32_t t = s->cu_q[i]; t < s->cu_q[i + 1]; t++) positions[t] = first + t - s->cu_q[i];
+    }
+}
+
+/* cos and sin of this batch's positions. */
 static esp_status positions_table(espi_pass *pass) {
     const espi_config *c = &pass->model->config;
     const int64_t half = c->rotary_dim / 2;
     void *cos, *sin;
     ESPI_TRY(espi_take_real(pass, pass->tokens * half, &cos));
     ESPI_TRY(espi_take_real(pass, pass->tokens * half, &sin));
-    const size_t mark = espi_arena_mark(pass->arena);
-    int32_t *positions;
-    ESPI_TRY(espi_arena_take(pass->arena, (size_t)pass->tokens * sizeof *positions, &positions));
-    if (!pass->arena->dry) {
-        const espi_spans *s = &pass->spans;
-        for (int32_t i = 0; i < s->n_seqs; i++) {
-            const int32_t first = s->k_len[i] - (s->cu_q[i + 1] - s->cu_q[i]);
-            for (int32_t t = s->cu_q[i]; t < s->cu_q[i + 1]; t++) positions[t] = first + t - s->cu_q[i];
-        }
-    }
     const espi_rope_table args = {.cos = cos,
                                   .sin = sin,
-                                  .positions = positions,
+                                  .positions = pass->positions,
                                   .inv_freq = pass->model->inv_freq,
                                   .factor = c->rope_attention,
                                   .tokens = pass->tokens,
                                   .half = half};
     ESPI_TRY(espi_op_rope_table(pass->ctx, pass->arena, &args));
-    espi_arena_release(pass->arena, mark);
     pass->cos = cos;
     pass->sin = sin;
     return ESP_OK;
@@ -58,14 +54,14 @@ static esp_status positions_table(espi_pass *pass) {
 
 /* How many bytes a layer keeps beyond its input and its routing: found by walking it dry. */
 static esp_status kept_bytes(const espi_pass *pass, int64_t layer, size_t *bytes) {
-    espi_arena dry = espi_arena_dry();
+    espi_arena dry = espi_ctx_dry(pass->ctx);
     espi_pass walk = *pass;
     espi_block_saved saved;
     walk.arena = &dry;
     ESPI_TRY(espi_block_take_route(&walk, layer, &saved));
-    const size_t before = dry.used;
+    const size_t before = dry.main.used;
     ESPI_TRY(espi_block_forward(&walk, layer, NULL, NULL, &saved, false));
-    *bytes = dry.used - before;
+    *bytes = dry.main.used - before;
     return ESP_OK;
 }
 
@@ -95,19 +91,28 @@ static esp_status final_norm(espi_pass *pass, void *hidden, void *rstd, const vo
     return ESP_OK;
 }
 
+/* The batch's ids, borders and positions, in host memory and where the ops read them. */
 static esp_status take_batch(espi_pass *pass, const esp_batch *batch, espi_decoder_saved *saved) {
-    const size_t t = (size_t)batch->n_tokens, n = (size_t)batch->n_seqs;
-    ESPI_TRY(espi_arena_take(pass->arena, t * sizeof(int32_t), &saved->ids));
-    ESPI_TRY(espi_arena_take(pass->arena, (n + 1) * sizeof(int32_t), &saved->cu));
-    ESPI_TRY(espi_arena_take(pass->arena, n * sizeof(int32_t), &saved->k_len));
+    const size_t t = (size_t)batch->n_tokens, n = (size_t)batch->n_seqs, size = sizeof(int32_t);
+    int32_t *positions;
+    ESPI_TRY(espi_arena_take_shared(pass->arena, t * size, &saved->ids, &saved->d_ids));
+    ESPI_TRY(espi_arena_take_shared(pass->arena, (n + 1) * size, &saved->cu, &saved->d_cu));
+    ESPI_TRY(espi_arena_take_shared(pass->arena, n * size, &saved->k_len, &saved->d_k_len));
+    ESPI_TRY(espi_arena_take_shared(pass->arena, t * size, &positions, &saved->d_positions));
     if (!pass->arena->dry) {
         saved->cu[0] = 0;
-        if (t) memcpy(saved->ids, batch->tokens, t * sizeof(int32_t));
-        if (n) memcpy(saved->cu, batch->cu_seqlens, (n + 1) * sizeof(int32_t));
+        if (t) memcpy(saved->ids, batch->tokens, t * size);
+        if (n) memcpy(saved->cu, batch->cu_seqlens, (n + 1) * size);
         for (size_t i = 0; i < n; i++) saved->k_len[i] = saved->cu[i + 1] - saved->cu[i];
+        espi_positions(positions, &(espi_spans){.cu_q = saved->cu, .k_len = saved->k_len, .n_seqs = batch->n_seqs});
+        ESPI_TRY(espi_ctx_put(pass->ctx, saved->d_ids, saved->ids, t * size));
+        ESPI_TRY(espi_ctx_put(pass->ctx, saved->d_cu, saved->cu, (n + 1) * size));
+        ESPI_TRY(espi_ctx_put(pass->ctx, saved->d_k_len, saved->k_len, n * size));
+        ESPI_TRY(espi_ctx_put(pass->ctx, saved->d_positions, positions, t * size));
     }
-    pass->ids = saved->ids;
-    pass->spans = (espi_spans){.cu_q = saved->cu, .k_start = saved->cu, .k_len = saved->k_len, .n_seqs = batch->n_seqs};
+    pass->ids = saved->d_ids;
+    pass->positions = saved->d_positions;
+    pass->spans = espi_saved_spans(saved);
     return ESP_OK;
 }
 
@@ -117,9 +122,9 @@ static esp_status take_statistics(espi_pass *pass, espi_decoder_saved *saved) {
     ESPI_TRY(espi_arena_take(pass->arena, e * sizeof(double), &saved->router_p_sum));
     ESPI_TRY(espi_arena_take(pass->arena, sizeof(double), &saved->router_z_sum));
     if (!pass->arena->dry) {
-        if (e) memset(saved->router_counts, 0, e * sizeof(int64_t));
-        if (e) memset(saved->router_p_sum, 0, e * sizeof(double));
-        *saved->router_z_sum = 0.0;
+        ESPI_TRY(espi_ctx_zero(pass->ctx, saved->router_counts, e * sizeof(int64_t)));
+        ESPI_TRY(espi_ctx_zero(pass->ctx, saved->router_p_sum, e * sizeof(double)));
+        ESPI_TRY(espi_ctx_zero(pass->ctx, saved->router_z_sum, sizeof(double)));
     }
     pass->router_counts = saved->router_counts;
     pass->router_p_sum = saved->router_p_sum;
@@ -140,14 +145,14 @@ esp_status espi_decoder_forward(esp_model *model, espi_arena *arena, const esp_b
     saved->cos = (void *)pass.cos;
     saved->sin = (void *)pass.sin;
     ESPI_TRY(espi_decoder_first_kept(&saved->first_kept, model, t));
-    ESPI_TRY(espi_take_real(&pass, t * c->hidden, &saved->hidden));
+    ESPI_TRY(espi_take_act(&pass, t * c->hidden, &saved->hidden));
     ESPI_TRY(espi_take_real(&pass, t, &saved->rstd));
-    ESPI_TRY(espi_take_real(&pass, t * c->hidden, &saved->h[0]));
+    ESPI_TRY(espi_take_act(&pass, t * c->hidden, &saved->h[0]));
     ESPI_TRY(espi_embed_forward(&pass, saved->h[0]));
     for (int64_t l = 0; l < c->layers; l++) {
-        ESPI_TRY(espi_take_real(&pass, t * c->hidden, &saved->h[l + 1]));
+        ESPI_TRY(espi_take_act(&pass, t * c->hidden, &saved->h[l + 1]));
         ESPI_TRY(espi_block_take_route(&pass, l, &saved->blocks[l]));
-        const size_t mark = espi_arena_mark(arena);
+        const espi_mark mark = espi_arena_mark(arena);
         ESPI_TRY(espi_block_forward(&pass, l, saved->h[l + 1], saved->h[l], &saved->blocks[l], false));
         if (l < saved->first_kept) espi_arena_release(arena, mark);
     }
@@ -157,26 +162,27 @@ esp_status espi_decoder_forward(esp_model *model, espi_arena *arena, const esp_b
 }
 
 esp_status espi_decoder_extend(esp_model *model, espi_arena *arena, void *hidden, espi_kv_cache *cache, const int32_t *ids,
-                               const espi_spans *spans, int64_t tokens) {
+                               const int32_t *positions, const espi_spans *spans, int64_t tokens) {
     const espi_config *c = &model->config;
-    const size_t all = espi_arena_mark(arena);
+    const espi_mark all = espi_arena_mark(arena);
     espi_pass pass = {.model = model,
                       .ctx = model->ctx,
                       .arena = arena,
                       .tokens = tokens,
                       .ids = ids,
+                      .positions = positions,
                       .spans = *spans,
                       .cache = cache,
                       .adapter = model->adapter_on};
     void *h[2], *rstd;
     ESPI_TRY(positions_table(&pass));
-    ESPI_TRY(espi_take_real(&pass, tokens * c->hidden, &h[0]));
-    ESPI_TRY(espi_take_real(&pass, tokens * c->hidden, &h[1]));
+    ESPI_TRY(espi_take_act(&pass, tokens * c->hidden, &h[0]));
+    ESPI_TRY(espi_take_act(&pass, tokens * c->hidden, &h[1]));
     ESPI_TRY(espi_take_real(&pass, tokens, &rstd));
     ESPI_TRY(espi_embed_forward(&pass, h[0]));
     for (int64_t l = 0; l < c->layers; l++) {
         espi_block_saved saved;
-        const size_t mark = espi_arena_mark(arena);
+        const espi_mark mark = espi_arena_mark(arena);
         ESPI_TRY(espi_block_take_route(&pass, l, &saved));
         ESPI_TRY(espi_block_forward(&pass, l, h[(l + 1) % 2], h[l % 2], &saved, false));
         espi_arena_release(arena, mark);
@@ -187,12 +193,12 @@ esp_status espi_decoder_extend(esp_model *model, espi_arena *arena, void *hidden
 }
 
 esp_status espi_decoder_forward_only(void **hidden, esp_model *model, espi_arena *arena, const esp_batch *batch) {
-    espi_decoder_saved copy = {0};
+    espi_decoder_saved copy = {.n_seqs = batch->n_seqs};
     espi_pass pass = {.model = model, .ctx = model->ctx, .arena = arena, .tokens = batch->n_tokens};
-    ESPI_TRY(espi_take_real(&pass, batch->n_tokens * model->config.hidden, hidden));
-    const size_t mark = espi_arena_mark(arena);
+    ESPI_TRY(espi_take_act(&pass, batch->n_tokens * model->config.hidden, hidden));
+    const espi_mark mark = espi_arena_mark(arena);
     ESPI_TRY(take_batch(&pass, batch, &copy));
-    ESPI_TRY(espi_decoder_extend(model, arena, *hidden, NULL, pass.ids, &pass.spans, batch->n_tokens));
+    ESPI_TRY(espi_decoder_extend(model, arena, *hidden, NULL, pass.ids, pass.positions, &pass.spans, batch->n_tokens));
     espi_arena_release(arena, mark);
     return ESP_OK;
 }

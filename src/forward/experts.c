@@ -4,9 +4,9 @@
 esp_status espi_experts_take_saved(espi_pass *pass, const espi_experts *experts, int64_t slots, espi_experts_saved *saved) {
     const espi_lora gate_up = espi_pass_lora(pass, experts->lora_gate_up), down = espi_pass_lora(pass, experts->lora_down);
     *saved = (espi_experts_saved){0};
-    ESPI_TRY(espi_take_real(pass, slots * experts->gate_up.rows, &saved->gu));
-    if (gate_up.r) ESPI_TRY(espi_take_real(pass, slots * gate_up.r, &saved->u_gu));
-    if (down.r) ESPI_TRY(espi_take_real(pass, slots * down.r, &saved->u_dn));
+    ESPI_TRY(espi_take_act(pass, slots * experts->gate_up.rows, &saved->gu));
+    if (gate_up.r) ESPI_TRY(espi_take_act(pass, slots * gate_up.r, &saved->u_gu));
+    if (down.r) ESPI_TRY(espi_take_act(pass, slots * down.r, &saved->u_dn));
     return ESP_OK;
 }
 
@@ -23,9 +23,9 @@ esp_status espi_experts_forward(espi_pass *pass, int64_t layer, void *y, const v
     ESPI_TRY(espi_op_gate_up_fwd(pass->ctx, pass->arena, &gate_up));
     espi_probe_slots(pass, "gu", layer, saved->gu, routing, 2 * width);
 
-    const size_t mark = espi_arena_mark(pass->arena);
+    const espi_mark mark = espi_arena_mark(pass->arena);
     void *act;
-    ESPI_TRY(espi_take_real(pass, slots * width, &act));
+    ESPI_TRY(espi_take_act(pass, slots * width, &act));
     const espi_swiglu_fwd swiglu = {.act = act, .gu = saved->gu, .rows = slots, .width = width, .glu = experts->glu};
     ESPI_TRY(espi_op_swiglu_fwd(pass->ctx, pass->arena, &swiglu));
     espi_probe_slots(pass, "act", layer, act, routing, width);

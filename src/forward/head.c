@@ -11,7 +11,8 @@ int64_t espi_head_count_rows(const esp_batch *batch) {
     return n;
 }
 
-static esp_status fill_rows(espi_head_rows *rows, const esp_batch *batch) {
+/* row and target: the host's side of them. */
+static esp_status fill_rows(const espi_head_rows *rows, int32_t *row, int32_t *target, const esp_batch *batch) {
     int32_t i = 0;
     for (int32_t s = 0; s < batch->n_seqs; s++) {
         const int32_t begin = batch->cu_seqlens[s];
@@ -22,9 +23,9 @@ static esp_status fill_rows(espi_head_rows *rows, const esp_batch *batch) {
                              begin, s);
         for (int32_t t = begin + 1; t < batch->cu_seqlens[s + 1]; t++) {
             if (batch->loss_mask && !batch->loss_mask[t]) continue;
-            rows->row[i] = t - 1;
+            row[i] = t - 1;
             rows->token[i] = t;
-            rows->target[i] = batch->tokens[t];
+            target[i] = batch->tokens[t];
             i++;
         }
     }
@@ -35,17 +36,28 @@ static esp_status fill_rows(espi_head_rows *rows, const esp_batch *batch) {
 esp_status espi_head_rows_make(espi_head_rows *rows, const esp_model *model, espi_arena *arena, const esp_batch *batch) {
     const int64_t n = arena->dry ? batch->n_tokens - batch->n_seqs : espi_head_count_rows(batch);
     const size_t ints = (size_t)n * sizeof(int32_t), reals = (size_t)n * model->ctx->real_size;
+    int32_t *row, *target;
     *rows = (espi_head_rows){.n = n};
-    ESPI_TRY(espi_arena_take(arena, ints, &rows->row));
-    ESPI_TRY(espi_arena_take(arena, ints, &rows->target));
-    ESPI_TRY(espi_arena_take(arena, ints, &rows->token));
-    ESPI_TRY(espi_arena_take(arena, ((size_t)batch->n_seqs + 1) * sizeof(int32_t), &rows->cu));
-    ESPI_TRY(espi_arena_take(arena, reals, &rows->lp));
-    ESPI_TRY(espi_arena_take(arena, reals, &rows->entropy));
+    ESPI_TRY(espi_arena_take_shared(arena, ints, &row, &rows->row));
+    ESPI_TRY(espi_arena_take_shared(arena, ints, &target, &rows->target));
+    ESPI_TRY(espi_arena_take_host(arena, ints, &rows->token));
+    ESPI_TRY(espi_arena_take_host(arena, ((size_t)batch->n_seqs + 1) * sizeof(int32_t), &rows->cu));
+    ESPI_TRY(espi_arena_take_shared(arena, reals, &rows->host.lp, &rows->lp));
+    ESPI_TRY(espi_arena_take_shared(arena, reals, &rows->host.entropy, &rows->entropy));
     ESPI_TRY(espi_arena_take(arena, reals, &rows->lse));
-    ESPI_TRY(espi_arena_take(arena, reals, &rows->g));
-    ESPI_TRY(espi_arena_take(arena, reals, &rows->e));
-    return arena->dry ? ESP_OK : fill_rows(rows, batch);
+    ESPI_TRY(espi_arena_take_shared(arena, reals, &rows->host.g, &rows->g));
+    ESPI_TRY(espi_arena_take_shared(arena, reals, &rows->host.e, &rows->e));
+    if (arena->dry) return ESP_OK;
+    ESPI_TRY(fill_rows(rows, row, target, batch));
+    ESPI_TRY(espi_ctx_put(model->ctx, rows->row, row, ints));
+    return espi_ctx_put(model->ctx, rows->target, target, ints);
+}
+
+esp_status espi_head_read(esp_model *model, espi_arena *arena, const espi_head_rows *rows) {
+    const size_t reals = (size_t)rows->n * model->ctx->real_size;
+    if (arena->dry) return ESP_OK;
+    ESPI_TRY(espi_ctx_get(model->ctx, rows->host.lp, rows->lp, reals));
+    return espi_ctx_get(model->ctx, rows->host.entropy, rows->entropy, reals);
 }
 
 espi_head espi_head_describe(const esp_model *model, const espi_head_rows *rows, const void *hidden, double temperature) {
@@ -64,21 +76,25 @@ esp_status espi_head_logprob(esp_model *model, espi_arena *arena, const espi_hea
     return espi_op_head_stats(model->ctx, arena, &args);
 }
 
+enum { LOGIT_ROWS = 32 }; /* of one call: what stands in working memory at a time */
+
 esp_status espi_head_full_logits(esp_model *model, espi_arena *arena, float *logits, const void *hidden, int64_t tokens) {
-    const int64_t v = model->config.vocab;
-    const bool wide = model->ctx->real == ESP_F64; /* the op writes real values: a row at a time through memory of ours */
-    const int64_t step = wide ? 1 : tokens;
-    int32_t *rows;
-    double *row = NULL;
-    ESPI_TRY(espi_arena_take(arena, (size_t)step * sizeof *rows, &rows));
-    if (wide) ESPI_TRY(espi_arena_take(arena, (size_t)v * sizeof *row, &row));
+    const int64_t v = model->config.vocab, step = tokens < LOGIT_ROWS ? tokens : LOGIT_ROWS;
+    const size_t real = model->ctx->real_size;
+    int32_t *rows, *d_rows;
+    void *values, *d_values;
+    ESPI_TRY(espi_arena_take_shared(arena, (size_t)step * sizeof *rows, &rows, &d_rows));
+    ESPI_TRY(espi_arena_take_shared(arena, (size_t)(step * v) * real, &values, &d_values));
     for (int64_t t = 0; t < tokens; t += step) {
-        espi_head_rows described = {.n = step, .row = rows};
-        for (int64_t i = 0; i < step && !arena->dry; i++) rows[i] = (int32_t)(t + i);
-        const espi_head_logits args = {.head = espi_head_describe(model, &described, hidden, 1.0), .logits = wide ? (void *)row : logits};
+        const int64_t n = tokens - t < step ? tokens - t : step;
+        const espi_head_rows described = {.n = n, .row = d_rows};
+        for (int64_t i = 0; i < n && !arena->dry; i++) rows[i] = (int32_t)(t + i);
+        if (!arena->dry) ESPI_TRY(espi_ctx_put(model->ctx, d_rows, rows, (size_t)n * sizeof *rows));
+        const espi_head_logits args = {.head = espi_head_describe(model, &described, hidden, 1.0), .logits = d_values};
         ESPI_TRY(espi_op_head_logits(model->ctx, arena, &args));
         if (arena->dry) break;
-        for (int64_t j = 0; wide && j < v; j++) logits[t * v + j] = (float)row[j];
+        ESPI_TRY(espi_ctx_get(model->ctx, values, d_values, (size_t)(n * v) * real));
+        for (int64_t j = 0; j < n * v; j++) logits[t * v + j] = (float)espi_real_get(values, j, model->ctx->real);
     }
     return ESP_OK;
 }

@@ -4,7 +4,7 @@
 esp_status espi_linear_take_saved(espi_pass *pass, const espi_linear *linear, void **u) {
     const espi_lora lora = espi_pass_lora(pass, linear->lora);
     *u = NULL;
-    return lora.r ? espi_take_real(pass, pass->tokens * lora.r, u) : ESP_OK;
+    return lora.r ? espi_take_act(pass, pass->tokens * lora.r, u) : ESP_OK;
 }
 
 esp_status espi_linear_forward(espi_pass *pass, void *y, void *u, const void *x, const espi_linear *linear) {

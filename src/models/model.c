@@ -130,7 +130,7 @@ void esp_model_destroy(esp_model *model) {
     if (!model) return;
     free_block(model->ctx, &model->weights);
     free_block(model->ctx, &model->adapter);
-    free_block(model->ctx, &model->activations);
+    espi_room_free(&model->room, model->ctx);
     espi_decoder_saved_free(model->saved);
     espi_adapter_names_free(model);
     espi_model_skeleton_free(model);
@@ -212,7 +212,7 @@ static esp_status check_batch(const esp_model *model, const esp_batch *b) {
 }
 
 static void note_use(esp_model *model) {
-    if (model->arena.high > model->ctx->activations_used) model->ctx->activations_used = model->arena.high;
+    if (model->arena.main.high > model->ctx->activations_used) model->ctx->activations_used = model->arena.main.high;
 }
 
 esp_status esp_model_reserve(esp_model *model, int64_t n_tokens, int32_t n_seqs, bool training) {
@@ -220,22 +220,23 @@ esp_status esp_model_reserve(esp_model *model, int64_t n_tokens, int32_t n_seqs,
     if (n_tokens < n_seqs || n_seqs < 0)
         return ESPI_FAIL(ESP_ERR_ARG, "esp_model_reserve: got %lld tokens in %d sequences, expected at least one token each",
                          (long long)n_tokens, n_seqs);
-    size_t bytes;
-    ESPI_TRY(espi_activation_bytes(&bytes, model, n_tokens, n_seqs, training));
-    if (bytes <= model->activations.bytes) return ESP_OK;
+    espi_extent need;
+    ESPI_TRY(espi_activation_bytes(&need, model, n_tokens, n_seqs, training));
+    const espi_extent have = model->room.extent;
+    if (need.main <= have.main && need.host <= have.host) return ESP_OK;
     /* The old block goes first, so that growing never holds two; what it held is lost. */
-    free_block(model->ctx, &model->activations);
+    espi_room_free(&model->room, model->ctx);
     model->arena = espi_arena_over(NULL, 0);
     model->saved_valid = false;
-    void *p;
-    ESPI_TRY(espi_ctx_alloc(model->ctx, ESPI_MEM_ACTIVATIONS, bytes, &p));
-    model->activations = (espi_block){.purpose = ESPI_MEM_ACTIVATIONS, .p = p, .bytes = bytes};
-    model->arena = espi_arena_over(p, bytes);
+    if (need.main < have.main) need.main = have.main;
+    if (need.host < have.host) need.host = have.host;
+    ESPI_TRY(espi_room_take(&model->room, model->ctx, ESPI_MEM_ACTIVATIONS, need));
+    model->arena = espi_room_arena(&model->room, model->ctx);
     return ESP_OK;
 }
 
-static esp_tensor real_view(const esp_model *model, void *data, int64_t tokens) {
-    return esp_tensor_view(data, model->ctx->real, 2, (int64_t[]){tokens, model->config.hidden});
+static esp_tensor act_view(const esp_model *model, void *data, int64_t tokens) {
+    return esp_tensor_view(data, model->ctx->act, 2, (int64_t[]){tokens, model->config.hidden});
 }
 
 esp_status esp_model_forward(esp_model *model, const esp_batch *batch, esp_tensor *hidden) {
@@ -243,12 +244,12 @@ esp_status esp_model_forward(esp_model *model, const esp_batch *batch, esp_tenso
     if (!hidden) return ESPI_FAIL(ESP_ERR_ARG, "esp_model_forward: hidden is NULL");
     ESPI_TRY(esp_model_reserve(model, batch->n_tokens, batch->n_seqs, true));
     model->saved_valid = false;
-    espi_arena_release(&model->arena, 0);
+    espi_arena_release(&model->arena, (espi_mark){0});
     ESPI_TRY(espi_decoder_forward(model, &model->arena, batch, model->saved));
     model->loss_mark = model->saved->mark;
     model->saved_valid = true;
     note_use(model);
-    *hidden = real_view(model, model->saved->hidden, batch->n_tokens);
+    *hidden = act_view(model, model->saved->hidden, batch->n_tokens);
     return ESP_OK;
 }
 
@@ -257,12 +258,12 @@ esp_status esp_model_forward_only(esp_model *model, const esp_batch *batch, esp_
     if (!hidden) return ESPI_FAIL(ESP_ERR_ARG, "esp_model_forward_only: hidden is NULL");
     ESPI_TRY(esp_model_reserve(model, batch->n_tokens, batch->n_seqs, false));
     model->saved_valid = false;
-    espi_arena_release(&model->arena, 0);
+    espi_arena_release(&model->arena, (espi_mark){0});
     void *out;
     ESPI_TRY(espi_decoder_forward_only(&out, model, &model->arena, batch));
     model->loss_mark = espi_arena_mark(&model->arena);
     note_use(model);
-    *hidden = real_view(model, out, batch->n_tokens);
+    *hidden = act_view(model, out, batch->n_tokens);
     return ESP_OK;
 }
 
@@ -284,9 +285,9 @@ static esp_status check_saved(const esp_model *model, const esp_batch *batch) {
 
 esp_status espi_check_hidden(const esp_model *model, const esp_batch *batch, const esp_tensor *hidden, const char *name) {
     if (!hidden) return ESPI_FAIL(ESP_ERR_ARG, "%s is NULL", name);
-    if (hidden->dtype != model->ctx->real)
+    if (hidden->dtype != model->ctx->act)
         return ESPI_FAIL(ESP_ERR_DTYPE, "%s: got %s, expected %s as esp_model_forward gives it", name, esp_dtype_name(hidden->dtype),
-                         esp_dtype_name(model->ctx->real));
+                         esp_dtype_name(model->ctx->act));
     if (hidden->rank != 2 || hidden->dims[0] != batch->n_tokens || hidden->dims[1] != model->config.hidden)
         return ESPI_FAIL(ESP_ERR_SHAPE, "%s: got rank %d, first dims [%lld, %lld], expected [%lld, %lld]", name, hidden->rank,
                          (long long)hidden->dims[0], (long long)hidden->dims[1], (long long)batch->n_tokens,
@@ -315,13 +316,13 @@ esp_status espi_loss_begin(esp_model *model, const esp_batch *batch, const esp_t
     ESPI_TRY(espi_check_hidden(model, batch, hidden, "hidden"));
     espi_arena_release(&model->arena, model->loss_mark);
     return d_hidden
-               ? espi_arena_take(&model->arena, (size_t)batch->n_tokens * (size_t)model->config.hidden * model->ctx->real_size, d_hidden)
+               ? espi_arena_take(&model->arena, (size_t)batch->n_tokens * (size_t)model->config.hidden * model->ctx->act_size, d_hidden)
                : ESP_OK;
 }
 
 void espi_loss_end(esp_model *model, const esp_batch *batch, void *data, esp_tensor *d_hidden) {
     note_use(model);
-    if (d_hidden) *d_hidden = real_view(model, data, batch->n_tokens);
+    if (d_hidden) *d_hidden = act_view(model, data, batch->n_tokens);
 }
 
 esp_status esp_model_logprob(esp_model *model, const esp_batch *batch, const esp_tensor *hidden, float temperature, float *logprob,
@@ -330,17 +331,18 @@ esp_status esp_model_logprob(esp_model *model, const esp_batch *batch, const esp
     if (!(temperature > 0) || !isfinite(temperature))
         return ESPI_FAIL(ESP_ERR_ARG, "temperature: got %g, expected a positive number", (double)temperature);
     ESPI_TRY(espi_loss_begin(model, batch, hidden, NULL));
-    const size_t mark = espi_arena_mark(&model->arena);
+    const espi_mark mark = espi_arena_mark(&model->arena);
     espi_head_rows rows;
     ESPI_TRY(espi_head_rows_make(&rows, model, &model->arena, batch));
     ESPI_TRY(espi_head_logprob(model, &model->arena, &rows, hidden->data, temperature));
+    ESPI_TRY(espi_head_read(model, &model->arena, &rows));
     for (int64_t t = 0; t < batch->n_tokens; t++) {
         logprob[t] = 0;
         if (entropy) entropy[t] = 0;
     }
     for (int64_t i = 0; i < rows.n; i++) {
-        logprob[rows.token[i]] = (float)espi_real_get(rows.lp, i, model->ctx->real);
-        if (entropy) entropy[rows.token[i]] = (float)espi_real_get(rows.entropy, i, model->ctx->real);
+        logprob[rows.token[i]] = (float)espi_real_get(rows.host.lp, i, model->ctx->real);
+        if (entropy) entropy[rows.token[i]] = (float)espi_real_get(rows.host.entropy, i, model->ctx->real);
     }
     espi_arena_release(&model->arena, mark);
     espi_loss_end(model, batch, NULL, NULL);
@@ -356,9 +358,9 @@ typedef struct cross_entropy {
 static esp_status cross_entropy_coef(void *user, const espi_head_rows *rows, int64_t first, int64_t count) {
     cross_entropy *ce = user;
     for (int64_t i = first; i < first + count; i++) {
-        ce->loss += ce->g * espi_real_get(rows->lp, i, ce->real);
-        espi_real_set(rows->g, i, ce->g, ce->real);
-        espi_real_set(rows->e, i, 0.0, ce->real);
+        ce->loss += ce->g * espi_real_get(rows->host.lp, i, ce->real);
+        espi_real_set(rows->host.g, i, ce->g, ce->real);
+        espi_real_set(rows->host.e, i, 0.0, ce->real);
     }
     return ESP_OK;
 }
@@ -367,7 +369,7 @@ esp_status esp_model_cross_entropy(esp_model *model, const esp_batch *batch, con
     if (!model || !batch || !loss) return ESPI_FAIL(ESP_ERR_ARG, "esp_model_cross_entropy: model, batch or loss is NULL");
     void *d = NULL;
     ESPI_TRY(espi_loss_begin(model, batch, hidden, d_hidden ? &d : NULL));
-    const size_t mark = espi_arena_mark(&model->arena);
+    const espi_mark mark = espi_arena_mark(&model->arena);
     espi_head_rows rows;
     ESPI_TRY(espi_head_rows_make(&rows, model, &model->arena, batch));
     const double tokens = batch->step_tokens > 0 ? batch->step_tokens : (double)rows.n;
@@ -376,6 +378,7 @@ esp_status esp_model_cross_entropy(esp_model *model, const esp_batch *batch, con
         ESPI_TRY(espi_head_loss(model, &model->arena, &rows, hidden->data, d, batch->n_tokens, 1.0, true, cross_entropy_coef, &ce));
     } else {
         ESPI_TRY(espi_head_logprob(model, &model->arena, &rows, hidden->data, 1.0));
+        ESPI_TRY(espi_head_read(model, &model->arena, &rows));
         ESPI_TRY(cross_entropy_coef(&ce, &rows, 0, rows.n));
     }
     espi_arena_release(&model->arena, mark);
@@ -391,13 +394,13 @@ esp_status esp_model_logits(esp_model *model, const esp_tensor *hidden, float *l
     const size_t v = (size_t)model->config.vocab, t = (size_t)hidden->dims[0];
     if (logits_count < t * v) return ESPI_FAIL(ESP_ERR_SHAPE, "logits: got room for %zu values, expected T*V = %zu", logits_count, t * v);
     if (t == 0) return ESP_OK;
-    espi_arena dry = espi_arena_dry();
+    espi_arena dry = espi_ctx_dry(model->ctx);
     ESPI_TRY(espi_head_full_logits(model, &dry, NULL, NULL, hidden->dims[0]));
-    void *p;
-    ESPI_TRY(espi_ctx_alloc(model->ctx, ESPI_MEM_STAGING, dry.high, &p));
-    espi_arena arena = espi_arena_over(p, dry.high);
+    espi_room room;
+    ESPI_TRY(espi_room_take(&room, model->ctx, ESPI_MEM_STAGING, espi_arena_high(&dry)));
+    espi_arena arena = espi_room_arena(&room, model->ctx);
     const esp_status status = espi_head_full_logits(model, &arena, logits, hidden->data, hidden->dims[0]);
-    espi_ctx_free(model->ctx, ESPI_MEM_STAGING, p, dry.high);
+    espi_room_free(&room, model->ctx);
     return status;
 }
 
@@ -408,9 +411,16 @@ esp_status esp_model_router_losses(esp_model *model, double *aux_loss, double *z
     const double n = (double)model->config.moe_layers * (double)s->tokens;
     *aux_loss = *z_loss = 0;
     if (n == 0) return ESP_OK;
-    for (int64_t e = 0; e < model->config.experts; e++) *aux_loss += (double)s->router_counts[e] / n * (s->router_p_sum[e] / n);
+    for (int64_t e = 0; e < model->config.experts; e++) {
+        int64_t count;
+        double p_sum;
+        ESPI_TRY(espi_ctx_get(model->ctx, &count, s->router_counts + e, sizeof count));
+        ESPI_TRY(espi_ctx_get(model->ctx, &p_sum, s->router_p_sum + e, sizeof p_sum));
+        *aux_loss += (double)count / n * (p_sum / n);
+    }
     *aux_loss *= (double)model->config.experts;
-    *z_loss = *s->router_z_sum / n;
+    ESPI_TRY(espi_ctx_get(model->ctx, z_loss, s->router_z_sum, sizeof *z_loss));
+    *z_loss /= n;
     return ESP_OK;
 }
 
@@ -427,16 +437,17 @@ esp_status esp_model_param_get(esp_model *model, int64_t index, esp_param *out) 
 
 esp_status esp_model_zero_grad(esp_model *model) {
     if (!model) return ESPI_FAIL(ESP_ERR_ARG, "esp_model_zero_grad: model is NULL");
+    const size_t real = model->ctx->real_size;
     espi_arena none = espi_arena_over(NULL, 0);
     for (int64_t i = 0; i < model->n_params; i++) {
         const esp_param *p = &model->params[i];
         const esp_tensor view = esp_tensor_view(p->grad, p->dtype, p->rank, p->dims);
-        const espi_zero args = {.out = p->grad, .n = esp_tensor_count(&view)};
+        const espi_zero args = {.out = p->grad, .bytes = (size_t)esp_tensor_count(&view) * model->ctx->real_size};
         ESPI_TRY(espi_op_zero(model->ctx, &none, &args));
     }
     for (int64_t l = 0; l < model->config.layers; l++) {
-        const espi_zero router = {.out = model->layers[l].d_router, .n = model->config.experts * model->config.hidden};
-        const espi_zero sinks = {.out = model->layers[l].d_sinks, .n = model->config.heads};
+        const espi_zero router = {.out = model->layers[l].d_router, .bytes = (size_t)(model->config.experts * model->config.hidden) * real};
+        const espi_zero sinks = {.out = model->layers[l].d_sinks, .bytes = (size_t)model->config.heads * real};
         if (router.out) ESPI_TRY(espi_op_zero(model->ctx, &none, &router));
         if (sinks.out) ESPI_TRY(espi_op_zero(model->ctx, &none, &sinks));
     }

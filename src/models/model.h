@@ -65,11 +65,11 @@ struct esp_model {
     esp_param *params;           /* the public view of the adapter, in canonical order: layer, then q k v o gate_up down, A before B */
     int64_t n_params;
 
-    espi_block activations; /* grows between calls only */
+    espi_room room; /* of activations; grows between calls only */
     espi_arena arena;
     espi_decoder_saved *saved; /* bookkeeping of the last training forward */
     bool saved_valid;          /* ... which a backward may still read */
-    size_t loss_mark;          /* the arena behind what the last forward left: losses and backwards start here */
+    espi_mark loss_mark;       /* the arena behind what the last forward left: losses and backwards start here */
     bool adapter_on;
     esp_probe_fn probe;
     void *probe_user;

@@ -232,7 +232,7 @@ esp_status esp_moe_sizes(esp_moe *moe, int64_t n_tokens, esp_moe_memory *out) {
     if (n_tokens > INT32_MAX / moe->options.top_k)
         return ESPI_FAIL(ESP_ERR_ARG, "esp_moe_sizes: got %lld tokens, %lld experts a token, expected at most %d routed rows",
                          (long long)n_tokens, (long long)moe->options.top_k, INT32_MAX);
-    espi_arena kept = espi_arena_dry(), forward = espi_arena_dry(), backward = espi_arena_dry();
+    espi_arena kept = espi_arena_dry(false), forward = espi_arena_dry(false), backward = espi_arena_dry(false);
     espi_moe_saved saved;
     espi_pass pass = make_pass(moe, &kept, n_tokens);
     ESPI_TRY(take_saved(&pass, moe, &saved));
@@ -240,7 +240,8 @@ esp_status esp_moe_sizes(esp_moe *moe, int64_t n_tokens, esp_moe_memory *out) {
     ESPI_TRY(espi_moe_forward(&pass, 0, NULL, NULL, NULL, &moe->router, &moe->experts, &saved, false));
     pass.arena = &backward;
     ESPI_TRY(espi_moe_backward(&pass, 0, NULL, NULL, NULL, &moe->router, &moe->experts, &saved));
-    const esp_moe_memory m = {.saved = kept.high, .scratch = forward.high > backward.high ? forward.high : backward.high};
+    const esp_moe_memory m = {.saved = kept.main.high,
+                              .scratch = forward.main.high > backward.main.high ? forward.main.high : backward.main.high};
     return espi_struct_write(out, &m, sizeof m, "esp_moe_memory");
 }
 

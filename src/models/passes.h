@@ -15,8 +15,8 @@ esp_status espi_model_options(esp_model_config *options, espi_lora_spec lora[ESP
                               const espi_config *c);
 esp_status espi_rope_frequencies(double **inv_freq, const espi_config *config);
 
-/* models/plan.c: bytes of the activation block for such batches, by walking forward, both kinds of loss, and backward dry. */
-esp_status espi_activation_bytes(size_t *bytes, esp_model *model, int64_t n_tokens, int32_t n_seqs, bool training);
+/* models/plan.c: room of the activation block for such batches, by walking forward, both kinds of loss, and backward dry. */
+esp_status espi_activation_bytes(espi_extent *room, esp_model *model, int64_t n_tokens, int32_t n_seqs, bool training);
 
 esp_status espi_check_hidden(const esp_model *model, const esp_batch *batch, const esp_tensor *hidden, const char *name);
 

@@ -14,9 +14,9 @@ static esp_status training_walk(esp_model *model, espi_arena *dry, const esp_bat
     esp_status status = espi_decoder_forward(model, dry, batch, saved);
     void *d_hidden;
     if (status == ESP_OK)
-        status = espi_arena_take(dry, (size_t)batch->n_tokens * (size_t)model->config.hidden * model->ctx->real_size, &d_hidden);
+        status = espi_arena_take(dry, (size_t)batch->n_tokens * (size_t)model->config.hidden * model->ctx->act_size, &d_hidden);
     for (int row_local = 0; row_local < 2 && status == ESP_OK; row_local++) {
-        const size_t mark = espi_arena_mark(dry);
+        const espi_mark mark = espi_arena_mark(dry);
         espi_head_rows rows;
         status = espi_head_rows_make(&rows, model, dry, batch);
         if (status == ESP_OK) status = espi_head_loss(model, dry, &rows, NULL, NULL, batch->n_tokens, 1.0, row_local != 0, no_coef, NULL);
@@ -35,20 +35,20 @@ static esp_status inference_walk(esp_model *model, espi_arena *dry, const esp_ba
     return espi_head_logprob(model, dry, &rows, NULL, 1.0);
 }
 
-esp_status espi_activation_bytes(size_t *bytes, esp_model *model, int64_t n_tokens, int32_t n_seqs, bool training) {
+esp_status espi_activation_bytes(espi_extent *room, esp_model *model, int64_t n_tokens, int32_t n_seqs, bool training) {
     const esp_batch shape = ESP_BATCH(.n_tokens = n_tokens, .n_seqs = n_seqs);
-    espi_arena dry = espi_arena_dry();
+    espi_arena dry = espi_ctx_dry(model->ctx);
     ESPI_TRY(training ? training_walk(model, &dry, &shape) : inference_walk(model, &dry, &shape));
-    *bytes = dry.high;
+    *room = espi_arena_high(&dry);
     return ESP_OK;
 }
 
 static esp_status head_bytes(size_t *bytes, esp_model *model, const esp_batch *shape) {
-    espi_arena dry = espi_arena_dry();
+    espi_arena dry = espi_ctx_dry(model->ctx);
     espi_head_rows rows;
     ESPI_TRY(espi_head_rows_make(&rows, model, &dry, shape));
     ESPI_TRY(espi_head_loss(model, &dry, &rows, NULL, NULL, shape->n_tokens, 1.0, true, no_coef, NULL));
-    *bytes = dry.high;
+    *bytes = dry.main.high;
     return ESP_OK;
 }
 
@@ -61,7 +61,9 @@ static esp_status fill_plan(esp_plan *plan, esp_model *model, const esp_adamw_co
     plan->adapter = w.adapter;
     plan->gradients = w.gradients;
     ESPI_TRY(espi_adamw_plan(&plan->optimizer, model, adamw));
-    ESPI_TRY(espi_activation_bytes(&plan->activations, model, n_tokens, n_seqs, true));
+    espi_extent room;
+    ESPI_TRY(espi_activation_bytes(&room, model, n_tokens, n_seqs, true));
+    plan->activations = room.main;
     ESPI_TRY(head_bytes(&plan->head, model, &shape));
     ESPI_TRY(espi_decoder_first_kept(&plan->layers_recomputed, model, n_tokens));
     plan->staging = w.staging;

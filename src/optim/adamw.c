@@ -129,7 +129,7 @@ static esp_param param(const esp_optim *o, int64_t i) {
 }
 
 static esp_status square_sum(esp_optim *o) {
-    if (!o->arena.dry) *o->square_sum = 0;
+    if (!o->arena.dry) ESPI_TRY(espi_ctx_zero(o->model->ctx, o->square_sum, sizeof *o->square_sum));
     for (int64_t i = 0; i < o->n; i++) {
         espi_sumsq args = {.out = o->square_sum, .x = param(o, i).grad, .n = o->tensors[i].count};
         ESPI_TRY(espi_op_sumsq(o->model->ctx, &o->arena, &args));
@@ -188,11 +188,11 @@ static esp_status take_all(esp_optim *o) {
 static esp_status plan_bytes(size_t *bytes, esp_optim *o) {
     *bytes = 0;
     if (o->n == 0) return ESP_OK;
-    o->arena = espi_arena_dry();
+    o->arena = espi_ctx_dry(o->model->ctx);
     ESPI_TRY(take_all(o));
     ESPI_TRY(square_sum(o));
     ESPI_TRY(update(o, 0, 0));
-    *bytes = o->arena.high;
+    *bytes = o->arena.main.high;
     return ESP_OK;
 }
 
@@ -302,7 +302,9 @@ esp_status esp_optim_step(esp_optim *optim) {
     if (!optim) return ESPI_FAIL(ESP_ERR_ARG, "esp_optim_step: optim is NULL");
     const espi_adamw_settings *s = &optim->set;
     ESPI_TRY(square_sum(optim));
-    optim->grad_norm = sqrt(*optim->square_sum);
+    double square_sum_value;
+    ESPI_TRY(espi_ctx_get(optim->model->ctx, &square_sum_value, optim->square_sum, sizeof square_sum_value));
+    optim->grad_norm = sqrt(square_sum_value);
     optim->lr = s->lr * esp_schedule_multiplier(s->schedule, optim->step, s->warmup_steps, s->total_steps, s->num_cycles);
     if (isfinite(optim->grad_norm)) {
         double clip = s->max_grad_norm < 0 ? 1 : fmin(1, s->max_grad_norm / (optim->grad_norm + CLIP_FLOOR));

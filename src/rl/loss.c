@@ -16,14 +16,14 @@ typedef struct call {
 
 static esp_status coefficients(void *user, const espi_head_rows *rows, int64_t first, int64_t count) {
     call *c = user;
-    return espi_objective_rows(&c->run, first, count, rows->g, rows->e, c->real);
+    return espi_objective_rows(&c->run, first, count, rows->host.g, rows->host.e, c->real);
 }
 
 static esp_status sampler_difference(esp_grpo_stats *stats, const espi_objective_input *in, const espi_head_rows *rows,
                                      const float *sampler, esp_dtype real) {
     for (int32_t s = 0; s < in->n_seqs; s++)
         for (int32_t i = rows->cu[s]; i < rows->cu[s + 1]; i++) {
-            double difference = fabs((double)sampler[rows->token[i]] - espi_real_get(rows->lp, i, real));
+            double difference = fabs((double)sampler[rows->token[i]] - espi_real_get(rows->host.lp, i, real));
             if (!isfinite(difference))
                 return ESPI_FAIL(ESP_ERR_NONFINITE, "batch.sampler_logprob[%d] (sequence %d) is %g, expected a finite number",
                                  (int)rows->token[i], (int)s, (double)sampler[rows->token[i]]);
@@ -38,11 +38,11 @@ static esp_status loss_of_rows(esp_model *model, const esp_batch *batch, const e
     const esp_dtype real = model->ctx->real;
     const espi_objective_input in = {.n_seqs = batch->n_seqs,
                                      .cu = rows->cu,
-                                     .logprob = {rows->lp, real, NULL},
+                                     .logprob = {rows->host.lp, real, NULL},
                                      .old = by_row(batch->old_logprob, rows),
                                      .ref = by_row(batch->ref_logprob, rows),
                                      .is_ratio = by_row(batch->is_ratio, rows),
-                                     .entropy = {rows->entropy, real, NULL},
+                                     .entropy = {rows->host.entropy, real, NULL},
                                      .advantage = {batch->advantage, ESP_F32, NULL},
                                      .step_tokens = batch->step_tokens,
                                      .step_seqs = batch->step_seqs};
@@ -63,7 +63,7 @@ esp_status esp_grpo_loss(esp_model *model, const esp_batch *batch, const esp_ten
     ESPI_TRY(espi_objective_make(&objective, batch->objective));
     void *d = NULL;
     ESPI_TRY(espi_loss_begin(model, batch, hidden, &d));
-    const size_t mark = espi_arena_mark(&model->arena);
+    const espi_mark mark = espi_arena_mark(&model->arena);
     espi_head_rows rows;
     ESPI_TRY(espi_head_rows_make(&rows, model, &model->arena, batch));
     esp_grpo_stats measured;

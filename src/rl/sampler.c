@@ -15,11 +15,15 @@
 #define DEFAULT_NEW_TOKENS 16
 
 /* Everything of one pass lies in one block; the rooms' scratch comes behind it. */
+typedef struct inputs {
+    int32_t *ids, *positions, *cu, *k_start, *k_len; /* [pass_tokens] x 2, [sequences+1], [sequences] x 2 */
+    int32_t *row, *token;                            /* [sequences] */
+    double *uniform;                                 /* [sequences] */
+    void *lp;                                        /* real [sequences] */
+} inputs;
 typedef struct work {
-    int32_t *ids, *cu, *k_start, *k_len; /* [pass_tokens], [sequences+1], [sequences] x 2 */
-    int32_t *row, *token;                /* [sequences] */
-    double *uniform;                     /* [sequences] */
-    void *lp, *hidden;                   /* real [sequences], [pass_tokens,H] */
+    inputs host, device; /* the same arrays as this file and as the ops see them */
+    void *hidden;        /* act [pass_tokens,H] */
 } work;
 
 struct esp_sampler {
@@ -27,7 +31,7 @@ struct esp_sampler {
     int64_t sequences, length;
     int64_t pass_tokens; /* most tokens of one pass: a wave's decode step, or a packed prefill */
     espi_kv_cache cache; /* sequence in slot i owns rows i*length .. (i+1)*length-1 */
-    espi_block block;
+    espi_room room;
     espi_arena arena;
     work work;
     int32_t *slot_row;  /* [sequences] request row in the slot, bookkeeping */
@@ -50,18 +54,31 @@ static int64_t kv_width(const esp_model *model) {
 static esp_status sample_rows(esp_sampler *s, espi_arena *arena, int64_t n, double temperature) {
     const esp_model *m = s->model;
     const espi_head_sample args = {
-        .head = {.hidden = s->work.hidden, .rows = s->work.row, .w = m->head, .n = n, .temperature = temperature, .logit_scale = 1.0},
-        .token = s->work.token,
-        .lp = s->work.lp,
-        .uniform = s->work.uniform};
-    return espi_op_head_sample(m->ctx, arena, &args);
+        .head =
+            {.hidden = s->work.hidden, .rows = s->work.device.row, .w = m->head, .n = n, .temperature = temperature, .logit_scale = 1.0},
+        .token = s->work.device.token,
+        .lp = s->work.device.lp,
+        .uniform = s->work.device.uniform};
+    const inputs *host = &s->work.host, *device = &s->work.device;
+    if (!arena->dry) {
+        ESPI_TRY(espi_ctx_put(m->ctx, device->row, host->row, (size_t)n * sizeof *host->row));
+        ESPI_TRY(espi_ctx_put(m->ctx, device->uniform, host->uniform, (size_t)n * sizeof *host->uniform));
+    }
+    ESPI_TRY(espi_op_head_sample(m->ctx, arena, &args));
+    if (arena->dry) return ESP_OK;
+    ESPI_TRY(espi_ctx_get(m->ctx, host->token, device->token, (size_t)n * sizeof *host->token));
+    return espi_ctx_get(m->ctx, host->lp, device->lp, (size_t)n * m->ctx->real_size);
 }
 
 /* Copies the keys and values of `count` cache rows from row `from` to row `to`, in every layer. */
 static esp_status copy_rows(esp_sampler *s, espi_arena *arena, int64_t to, int64_t from, int64_t count) {
     const int64_t width = kv_width(s->model);
-    const size_t row_bytes = (size_t)width * s->model->ctx->real_size;
-    const int32_t cu[2] = {0, (int32_t)count}, start = (int32_t)to, length = (int32_t)count;
+    const size_t row_bytes = (size_t)width * s->model->ctx->act_size;
+    const espi_mark mark = espi_arena_mark(arena);
+    int32_t *cu, *span; /* [2]; start and length */
+    ESPI_TRY(espi_arena_take(arena, 4 * sizeof *cu, &cu));
+    span = arena->dry ? NULL : cu + 2;
+    if (!arena->dry) ESPI_TRY(espi_ctx_put(s->model->ctx, cu, (int32_t[]){0, (int32_t)count, (int32_t)to, (int32_t)count}, 4 * sizeof *cu));
     for (int64_t l = 0; l < s->model->config.layers; l++) {
         char *k = s->cache.k, *v = s->cache.v;
         if (!arena->dry) {
@@ -72,43 +89,56 @@ static esp_status copy_rows(esp_sampler *s, espi_arena *arena, int64_t to, int64
                                      .v_cache = v,
                                      .k = arena->dry ? NULL : k + row_bytes * (size_t)from,
                                      .v = arena->dry ? NULL : v + row_bytes * (size_t)from,
-                                     .spans = {.cu_q = cu, .k_start = &start, .k_len = &length, .n_seqs = 1},
+                                     .spans = {.cu_q = cu, .k_start = span, .k_len = arena->dry ? NULL : span + 1, .n_seqs = 1},
                                      .width = width};
         ESPI_TRY(espi_op_kv_append(s->model->ctx, arena, &args));
     }
+    espi_arena_release(arena, mark);
     return ESP_OK;
 }
 
 static esp_status extend(esp_sampler *s, espi_arena *arena, int64_t tokens, int32_t n_seqs) {
-    const espi_spans spans = {.cu_q = s->work.cu, .k_start = s->work.k_start, .k_len = s->work.k_len, .n_seqs = n_seqs};
-    return espi_decoder_extend(s->model, arena, s->work.hidden, &s->cache, s->work.ids, &spans, tokens);
+    const inputs *host = &s->work.host, *device = &s->work.device;
+    const espi_spans spans = {.cu_q = device->cu, .k_start = device->k_start, .k_len = device->k_len, .n_seqs = n_seqs};
+    if (!arena->dry) {
+        const size_t size = sizeof(int32_t), t = (size_t)tokens * size, n = (size_t)n_seqs * size;
+        espi_positions(host->positions, &(espi_spans){.cu_q = host->cu, .k_len = host->k_len, .n_seqs = n_seqs});
+        ESPI_TRY(espi_ctx_put(s->model->ctx, device->ids, host->ids, t));
+        ESPI_TRY(espi_ctx_put(s->model->ctx, device->positions, host->positions, t));
+        ESPI_TRY(espi_ctx_put(s->model->ctx, device->cu, host->cu, n + size));
+        ESPI_TRY(espi_ctx_put(s->model->ctx, device->k_start, host->k_start, n));
+        ESPI_TRY(espi_ctx_put(s->model->ctx, device->k_len, host->k_len, n));
+    }
+    return espi_decoder_extend(s->model, arena, s->work.hidden, &s->cache, device->ids, device->positions, &spans, tokens);
 }
 
 /* Takes cache and work arrays, then walks the dearest passes when the arena is dry. */
 static esp_status lay_out(esp_sampler *s, espi_arena *arena) {
     const esp_model *m = s->model;
-    const size_t n = (size_t)s->sequences, t = (size_t)s->pass_tokens, real = m->ctx->real_size;
+    const size_t n = (size_t)s->sequences, t = (size_t)s->pass_tokens, size = sizeof(int32_t);
     const int64_t rows = s->sequences * s->length;
-    const size_t plane = (size_t)(m->config.layers * rows * kv_width(m)) * real;
+    const size_t plane = (size_t)(m->config.layers * rows * kv_width(m)) * m->ctx->act_size;
+    inputs *host = &s->work.host, *device = &s->work.device;
     s->cache = (espi_kv_cache){.rows = arena->dry ? 0 : rows};
     ESPI_TRY(espi_arena_take(arena, plane, &s->cache.k));
     ESPI_TRY(espi_arena_take(arena, plane, &s->cache.v));
-    ESPI_TRY(espi_arena_take(arena, t * sizeof(int32_t), &s->work.ids));
-    ESPI_TRY(espi_arena_take(arena, (n + 1) * sizeof(int32_t), &s->work.cu));
-    ESPI_TRY(espi_arena_take(arena, n * sizeof(int32_t), &s->work.k_start));
-    ESPI_TRY(espi_arena_take(arena, n * sizeof(int32_t), &s->work.k_len));
-    ESPI_TRY(espi_arena_take(arena, n * sizeof(int32_t), &s->work.row));
-    ESPI_TRY(espi_arena_take(arena, n * sizeof(int32_t), &s->work.token));
-    ESPI_TRY(espi_arena_take(arena, n * sizeof(double), &s->work.uniform));
-    ESPI_TRY(espi_arena_take(arena, n * real, &s->work.lp));
-    ESPI_TRY(espi_arena_take(arena, t * (size_t)m->config.hidden * real, &s->work.hidden));
+    ESPI_TRY(espi_arena_take_shared(arena, t * size, &host->ids, &device->ids));
+    ESPI_TRY(espi_arena_take_shared(arena, t * size, &host->positions, &device->positions));
+    ESPI_TRY(espi_arena_take_shared(arena, (n + 1) * size, &host->cu, &device->cu));
+    ESPI_TRY(espi_arena_take_shared(arena, n * size, &host->k_start, &device->k_start));
+    ESPI_TRY(espi_arena_take_shared(arena, n * size, &host->k_len, &device->k_len));
+    ESPI_TRY(espi_arena_take_shared(arena, n * size, &host->row, &device->row));
+    ESPI_TRY(espi_arena_take_shared(arena, n * size, &host->token, &device->token));
+    ESPI_TRY(espi_arena_take_shared(arena, n * sizeof(double), &host->uniform, &device->uniform));
+    ESPI_TRY(espi_arena_take_shared(arena, n * m->ctx->real_size, &host->lp, &device->lp));
+    ESPI_TRY(espi_arena_take(arena, t * (size_t)m->config.hidden * m->ctx->act_size, &s->work.hidden));
     if (!arena->dry) return ESP_OK;
     ESPI_TRY(extend(s, arena, s->pass_tokens, (int32_t)s->sequences));
     ESPI_TRY(copy_rows(s, arena, 0, 0, s->length));
     return sample_rows(s, arena, s->sequences, 1.0);
 }
 
-static esp_status plan(esp_sampler *s, esp_model *model, const esp_sampler_config *config, size_t *bytes) {
+static esp_status plan(esp_sampler *s, esp_model *model, const esp_sampler_config *config, espi_extent *room) {
     esp_sampler_config c;
     ESPI_TRY(espi_struct_read(&c, sizeof c, config, "esp_sampler_config"));
     const int64_t context = model->config.max_position;
@@ -124,32 +154,33 @@ static esp_status plan(esp_sampler *s, esp_model *model, const esp_sampler_confi
     if (s->sequences > INT32_MAX / s->length)
         return ESPI_FAIL(ESP_ERR_ARG, "sampler: got %lld sequences of up to %lld tokens, expected at most %d cache rows: lower one of them",
                          (long long)s->sequences, (long long)s->length, INT32_MAX);
-    espi_arena dry = espi_arena_dry();
+    espi_arena dry = espi_ctx_dry(model->ctx);
     const bool on = model->adapter_on;
     model->adapter_on = true; /* the dearer case */
     const esp_status status = lay_out(s, &dry);
     model->adapter_on = on;
-    *bytes = dry.high;
+    *room = espi_arena_high(&dry);
     return status;
 }
 
 esp_status esp_sampler_plan(esp_model *model, const esp_sampler_config *config, size_t *bytes) {
     if (!model || !bytes) return ESPI_FAIL(ESP_ERR_ARG, "esp_sampler_plan: model or bytes is NULL, expected both");
     esp_sampler s = {0};
-    return plan(&s, model, config, bytes);
+    espi_extent room = {0};
+    const esp_status status = plan(&s, model, config, &room);
+    *bytes = room.main;
+    return status;
 }
 
 static esp_status build(esp_sampler *s, esp_model *model, const esp_sampler_config *config) {
-    size_t bytes = 0;
-    ESPI_TRY(plan(s, model, config, &bytes));
+    espi_extent extent;
+    ESPI_TRY(plan(s, model, config, &extent));
     s->slot_row = malloc((size_t)s->sequences * sizeof *s->slot_row);
     s->slot_kept = malloc((size_t)s->sequences * sizeof *s->slot_kept);
     if (!s->slot_row || !s->slot_kept)
         return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for the bookkeeping of %lld sequences", (long long)s->sequences);
-    ESPI_TRY(espi_ctx_alloc(model->ctx, ESPI_MEM_CACHE, bytes, &s->block.p));
-    s->block.purpose = ESPI_MEM_CACHE;
-    s->block.bytes = bytes;
-    s->arena = espi_arena_over(s->block.p, bytes);
+    ESPI_TRY(espi_room_take(&s->room, model->ctx, ESPI_MEM_CACHE, extent));
+    s->arena = espi_room_arena(&s->room, model->ctx);
     return lay_out(s, &s->arena);
 }
 
@@ -170,7 +201,7 @@ esp_status esp_sampler_create(esp_sampler **sampler, esp_model *model, const esp
 
 void esp_sampler_destroy(esp_sampler *sampler) {
     if (!sampler) return;
-    espi_ctx_free(sampler->model->ctx, ESPI_MEM_CACHE, sampler->block.p, sampler->block.bytes);
+    espi_room_free(&sampler->room, sampler->model->ctx);
     free(sampler->slot_row);
     free(sampler->slot_kept);
     free(sampler);
@@ -265,17 +296,17 @@ static double draw(const request *r, int32_t row) {
 
 /* Draws the next token of the rows in slots live[0..n): the hidden state of the i-th is row work.row[i].  Keeps those that go on. */
 static esp_status next_tokens(esp_sampler *s, const request *r, int32_t *live, int32_t *n) {
-    for (int32_t i = 0; i < *n; i++) s->work.uniform[i] = draw(r, s->slot_row[live[i]]);
-    const size_t mark = espi_arena_mark(&s->arena);
+    for (int32_t i = 0; i < *n; i++) s->work.host.uniform[i] = draw(r, s->slot_row[live[i]]);
+    const espi_mark mark = espi_arena_mark(&s->arena);
     ESPI_TRY(sample_rows(s, &s->arena, *n, r->c.greedy ? 0.0 : (double)r->c.temperature));
     espi_arena_release(&s->arena, mark);
     int32_t left = 0;
     for (int32_t i = 0; i < *n; i++) {
-        const int32_t slot = live[i], id = s->work.token[i];
+        const int32_t slot = live[i], id = s->work.host.token[i];
         bool goes_on = false;
-        ESPI_TRY(record(&goes_on, s, r, s->slot_row[slot], id, espi_real_get(s->work.lp, i, s->model->ctx->real)));
+        ESPI_TRY(record(&goes_on, s, r, s->slot_row[slot], id, espi_real_get(s->work.host.lp, i, s->model->ctx->real)));
         if (!goes_on) continue;
-        s->work.ids[left] = id;
+        s->work.host.ids[left] = id;
         live[left++] = slot;
     }
     *n = left;
@@ -286,18 +317,18 @@ static esp_status next_tokens(esp_sampler *s, const request *r, int32_t *live, i
  * of its group a copy.  work.row [out]: where each slot's last hidden state is, for the slots begin .. end-1; next_tokens reads it. */
 static esp_status prefill(esp_sampler *s, const request *r, int32_t begin, int32_t end) {
     int32_t n_seqs = 0, tokens = 0, before = -1, source = 0;
-    s->work.cu[0] = 0;
+    s->work.host.cu[0] = 0;
     for (int32_t slot = begin; slot < end; slot++) {
         const int32_t p = s->slot_row[slot] / r->c.samples, length = r->c.cu_prompts[p + 1] - r->c.cu_prompts[p];
         if (p != before) {
-            memcpy(s->work.ids + tokens, r->c.prompts + r->c.cu_prompts[p], (size_t)length * sizeof(int32_t));
-            s->work.k_start[n_seqs] = (int32_t)(slot * s->length);
-            s->work.k_len[n_seqs] = length;
+            memcpy(s->work.host.ids + tokens, r->c.prompts + r->c.cu_prompts[p], (size_t)length * sizeof(int32_t));
+            s->work.host.k_start[n_seqs] = (int32_t)(slot * s->length);
+            s->work.host.k_len[n_seqs] = length;
             tokens += length;
-            s->work.cu[++n_seqs] = tokens;
+            s->work.host.cu[++n_seqs] = tokens;
             before = p;
         }
-        s->work.row[slot - begin] = tokens - 1;
+        s->work.host.row[slot - begin] = tokens - 1;
         s->slot_kept[slot] = length;
     }
     ESPI_TRY(extend(s, &s->arena, tokens, n_seqs));
@@ -330,12 +361,12 @@ static esp_status decode(esp_sampler *s, const request *r, int32_t *live, int32_
     while (n > 0) {
         for (int32_t i = 0; i < n; i++) {
             const int32_t slot = live[i];
-            s->work.cu[i] = i;
-            s->work.k_start[i] = (int32_t)(slot * s->length);
-            s->work.k_len[i] = ++s->slot_kept[slot];
-            s->work.row[i] = i;
+            s->work.host.cu[i] = i;
+            s->work.host.k_start[i] = (int32_t)(slot * s->length);
+            s->work.host.k_len[i] = ++s->slot_kept[slot];
+            s->work.host.row[i] = i;
         }
-        s->work.cu[n] = n;
+        s->work.host.cu[n] = n;
         ESPI_TRY(extend(s, &s->arena, n, n));
         ESPI_TRY(next_tokens(s, r, live, &n));
     }
@@ -353,10 +384,10 @@ static esp_status wave(esp_sampler *s, const request *r, int32_t *live, int32_t 
         for (int32_t i = 0; i < part; i++) live[n_live + i] = begin + i;
         ESPI_TRY(next_tokens(s, r, live + n_live, &part));
         /* The next prefill uses work.ids itself. */
-        memcpy(ids + n_live, s->work.ids, (size_t)part * sizeof *ids);
+        memcpy(ids + n_live, s->work.host.ids, (size_t)part * sizeof *ids);
         n_live += part;
     }
-    memcpy(s->work.ids, ids, (size_t)n_live * sizeof *ids);
+    memcpy(s->work.host.ids, ids, (size_t)n_live * sizeof *ids);
     return decode(s, r, live, n_live);
 }
 
@@ -374,7 +405,7 @@ esp_status esp_sampler_generate(esp_sampler *sampler, const esp_generate_config 
     memset(lengths, 0, (size_t)rows * sizeof *lengths);
     int32_t *live = malloc(2 * (size_t)sampler->sequences * sizeof *live);
     if (!live) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for the list of %lld live sequences", (long long)sampler->sequences);
-    const size_t mark = espi_arena_mark(&sampler->arena);
+    const espi_mark mark = espi_arena_mark(&sampler->arena);
     esp_status status = ESP_OK;
     for (int64_t first = 0; first < rows && status == ESP_OK; first += sampler->sequences) {
         const int64_t n = rows - first < sampler->sequences ? rows - first : sampler->sequences;

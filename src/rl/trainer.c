@@ -189,8 +189,8 @@ static esp_status take_memory(esp_trainer *t) {
     ESPI_TRY(espi_adamw_plan(&optim, t->model, &t->c.adamw));
     ESPI_TRY(espi_update_reserve(&activations, t, false));
     if (needs_sampler(t)) ESPI_TRY(esp_sampler_plan(t->model, &sampler, &cache));
-    if (activations < t->model->activations.bytes) activations = t->model->activations.bytes;
-    const size_t whole = ctx->total - t->model->activations.bytes + activations + optim + cache;
+    if (activations < t->model->room.extent.main) activations = t->model->room.extent.main;
+    const size_t whole = ctx->total - t->model->room.extent.main + activations + optim + cache;
     t->planned = whole > ctx->peak ? whole : ctx->peak;
     ESPI_TRY(esp_adamw_create(&t->optim, t->model, &t->c.adamw));
     if (needs_sampler(t)) ESPI_TRY(esp_sampler_create(&t->sampler, t->model, &sampler));

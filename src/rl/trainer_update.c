@@ -16,9 +16,9 @@ static int64_t batch_capacity(const esp_trainer *t) {
 
 /* Bytes of a micro-batch of this shape; take: and makes room for it. */
 static esp_status candidate(size_t *most, esp_model *model, int64_t tokens, int32_t n_seqs, bool take) {
-    size_t bytes;
-    ESPI_TRY(espi_activation_bytes(&bytes, model, tokens, n_seqs, true));
-    if (bytes > *most) *most = bytes;
+    espi_extent room;
+    ESPI_TRY(espi_activation_bytes(&room, model, tokens, n_seqs, true));
+    if (room.main > *most) *most = room.main;
     return take ? esp_model_reserve(model, tokens, n_seqs, true) : ESP_OK;
 }
 

@@ -73,7 +73,7 @@ static const pair pairs[] = {
     {ESPI_OP_linear_fwd, ESPI_OP_linear_bwd, {{"y", "d_y", 1}}, {{"x", "d_x"}, {"a", "d_a"}, {"b", "d_b"}}, .overwrites = false},
     {ESPI_OP_router_fwd,
      ESPI_OP_router_bwd,
-     {{"weight", "d_weight", 1}, {"p_sum", "aux_f", AUX_COEF}, {"z_sum", NULL, Z_COEF}},
+     {{"weight", "d_weight", 1}, {"p_sum", "aux_counts", AUX_COEF}, {"z_sum", NULL, Z_COEF}},
      {{"x", "d_x"}, {"w", "d_w"}},
      .overwrites = false},
     {ESPI_OP_gate_up_fwd,

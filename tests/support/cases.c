@@ -185,7 +185,7 @@ static void build_embed_bwd(problem *p, espi_embed_bwd *a) {
 
 static void build_zero(problem *p, espi_zero *a) {
     const int64_t n = p->shape.tokens * p->shape.hidden;
-    *a = (espi_zero){out(p, "out", n), n};
+    *a = (espi_zero){.out = out(p, "out", n), .bytes = (size_t)n * esp_dtype_size(p->real)};
 }
 
 static void build_add(problem *p, espi_add *a) {
@@ -402,7 +402,10 @@ static void build_router_bwd(problem *p, espi_router_bwd *a) {
                            .rule = rule(s)};
     problem_free(&f);
     if (!s->extras) return;
-    a->aux_f = field_add(p, "aux_f", ROLE_IN, ESP_F64, s->experts);
+    int64_t *counts = field_add(p, "aux_counts", ROLE_IN, ESP_I64, s->experts);
+    for (int64_t e = 0; e < s->experts; e++) counts[e] = pick(p->seed, "aux_counts", e, 20);
+    settle(p, "aux_counts");
+    a->aux_counts = counts;
     a->aux_coef = AUX_COEF;
     a->z_coef = Z_COEF;
 }
@@ -568,6 +571,7 @@ static void build_head_fused(problem *p, espi_head_fused *a) {
     a->d_hidden = inout(p, "d_hidden", p->shape.tokens * p->shape.hidden);
     a->coef = row_coefficients;
     a->coef_user = p;
+    a->host = (espi_head_host){a->lp, a->entropy, a->g, a->e};
 }
 
 static void build_head_logits(problem *p, espi_head_logits *a) {

@@ -60,6 +60,7 @@ static esp_ctx context(lines *l, const espi_backend *a, const espi_backend *b) {
     return (esp_ctx){.backends = {a, b},
                      .n_backends = b == NULL ? 1 : 2,
                      .real = ESP_F32,
+                     .act = ESP_F32,
                      .real_size = 4,
                      .threads = 3,
                      .log = keep_line,
@@ -74,7 +75,7 @@ Test(select, takes_the_first_that_does_not_refuse) {
     espi_arena arena = espi_arena_over(memory, sizeof memory);
     cr_assert_eq(espi_op_add(&ctx, &arena, &(espi_add){.n = 4}), ESP_OK);
     cr_expect(ran_first == 1 && ran_second == 0 && threads_seen == 3);
-    cr_expect(scratch_seen == memory && arena.used == 0 && arena.high == 128);
+    cr_expect(scratch_seen == memory && arena.main.used == 0 && arena.main.high == 128);
     cr_expect(l.n == 1 && l.warnings == 0);
     cr_expect_str_eq(l.last, "add: cpu-first");
     cr_assert_eq(espi_op_add(&ctx, &arena, &(espi_add){.n = 1}), ESP_OK);
@@ -90,7 +91,7 @@ Test(select, takes_the_first_that_does_not_refuse) {
 Test(select, empty_slot_is_a_reason) {
     lines l = {0};
     esp_ctx ctx = context(&l, &first, NULL);
-    espi_arena arena = espi_arena_dry();
+    espi_arena arena = espi_arena_dry(false);
     cr_expect_eq(espi_op_swiglu_fwd(&ctx, &arena, &(espi_swiglu_fwd){0}), ESP_ERR_UNSUPPORTED);
     cr_expect(strstr(esp_last_error(), "no backend takes swiglu_fwd (F32 activations): cpu-first: not offered") == esp_last_error(), "%s",
               esp_last_error());
@@ -99,7 +100,7 @@ Test(select, empty_slot_is_a_reason) {
 Test(select, unsupported_lists_every_reason) {
     lines l = {0};
     esp_ctx ctx = context(&l, &wide, &picky);
-    espi_arena arena = espi_arena_dry();
+    espi_arena arena = espi_arena_dry(false);
     cr_expect_eq(espi_op_add(&ctx, &arena, &(espi_add){.n = 3}), ESP_ERR_UNSUPPORTED);
     cr_expect(strstr(esp_last_error(), "wide: computes in another dtype; ref: n is odd") != NULL, "%s", esp_last_error());
     cr_expect(ran_first == 0 && ran_second == 0 && l.n == 0);
@@ -108,9 +109,9 @@ Test(select, unsupported_lists_every_reason) {
 Test(select, dry_walk_counts_and_does_not_run) {
     lines l = {0};
     esp_ctx ctx = context(&l, &first, &second);
-    espi_arena arena = espi_arena_dry();
+    espi_arena arena = espi_arena_dry(false);
     cr_assert_eq(espi_op_add(&ctx, &arena, &(espi_add){.n = 10}), ESP_OK);
-    cr_expect(ran_first == 0 && arena.used == 0 && arena.high == ESPI_ALIGNED(300));
+    cr_expect(ran_first == 0 && arena.main.used == 0 && arena.main.high == ESPI_ALIGNED(300));
 }
 
 Test(select, passes_failures_on) {
@@ -119,6 +120,6 @@ Test(select, passes_failures_on) {
     _Alignas(64) unsigned char memory[128];
     espi_arena arena = espi_arena_over(memory, sizeof memory);
     cr_expect_eq(espi_op_add(&ctx, &arena, &(espi_add){.n = 2}), ESP_ERR_NONFINITE);
-    cr_expect(ran_second == 0 && arena.used == 0, "a failure is not a refusal");
+    cr_expect(ran_second == 0 && arena.main.used == 0, "a failure is not a refusal");
     cr_expect_eq(espi_op_add(&ctx, &arena, &(espi_add){.n = 100}), ESP_ERR_MEMORY);
 }
