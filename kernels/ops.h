@@ -77,6 +77,7 @@ typedef struct espi_spans {
     const int32_t *cu_q; /* [n_seqs+1] */
     const int32_t *k_start, *k_len;
     int32_t n_seqs;
+    int64_t tokens; /* cu_q[n_seqs], for those who cannot read it */
 } espi_spans;
 
 typedef struct espi_embed_fwd {

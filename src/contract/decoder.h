@@ -27,7 +27,8 @@ struct espi_decoder_saved {
 
 /* Its sequences as the ops take them. */
 static inline espi_spans espi_saved_spans(const espi_decoder_saved *saved) {
-    return (espi_spans){.cu_q = saved->d_cu, .k_start = saved->d_cu, .k_len = saved->d_k_len, .n_seqs = saved->n_seqs};
+    return (espi_spans){
+        .cu_q = saved->d_cu, .k_start = saved->d_cu, .k_len = saved->d_k_len, .n_seqs = saved->n_seqs, .tokens = saved->tokens};
 }
 
 /* Bookkeeping of a model's saved state: arrays of pointers, not tensor memory. */

@@ -85,12 +85,13 @@ static esp_status copy_rows(esp_sampler *s, espi_arena *arena, int64_t to, int64
             k += row_bytes * (size_t)(s->cache.rows * l);
             v += row_bytes * (size_t)(s->cache.rows * l);
         }
-        const espi_kv_append args = {.k_cache = k,
-                                     .v_cache = v,
-                                     .k = arena->dry ? NULL : k + row_bytes * (size_t)from,
-                                     .v = arena->dry ? NULL : v + row_bytes * (size_t)from,
-                                     .spans = {.cu_q = cu, .k_start = span, .k_len = arena->dry ? NULL : span + 1, .n_seqs = 1},
-                                     .width = width};
+        const espi_kv_append args = {
+            .k_cache = k,
+            .v_cache = v,
+            .k = arena->dry ? NULL : k + row_bytes * (size_t)from,
+            .v = arena->dry ? NULL : v + row_bytes * (size_t)from,
+            .spans = {.cu_q = cu, .k_start = span, .k_len = arena->dry ? NULL : span + 1, .n_seqs = 1, .tokens = count},
+            .width = width};
         ESPI_TRY(espi_op_kv_append(s->model->ctx, arena, &args));
     }
     espi_arena_release(arena, mark);
@@ -99,7 +100,7 @@ static esp_status copy_rows(esp_sampler *s, espi_arena *arena, int64_t to, int64
 
 static esp_status extend(esp_sampler *s, espi_arena *arena, int64_t tokens, int32_t n_seqs) {
     const inputs *host = &s->work.host, *device = &s->work.device;
-    const espi_spans spans = {.cu_q = device->cu, .k_start = device->k_start, .k_len = device->k_len, .n_seqs = n_seqs};
+    const espi_spans spans = {.cu_q = device->cu, .k_start = device->k_start, .k_len = device->k_len, .n_seqs = n_seqs, .tokens = tokens};
     if (!arena->dry) {
         const size_t size = sizeof(int32_t), t = (size_t)tokens * size, n = (size_t)n_seqs * size;
         espi_positions(host->positions, &(espi_spans){.cu_q = host->cu, .k_len = host->k_len, .n_seqs = n_seqs});

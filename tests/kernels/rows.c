@@ -261,7 +261,7 @@ static void attention_rows(const shape *s, const espi_backend *backend, bool sin
             a->q = plus(&t, a->q, first * s->heads * s->head_dim);
             a->out = plus(&t, a->out, first * s->heads * s->head_dim);
             a->lse = plus(&t, a->lse, first * s->heads);
-            a->spans = (espi_spans){cu, &start, &len, 1};
+            a->spans = (espi_spans){cu, &start, &len, 1, step};
             piece(&t, &args);
         }
     }

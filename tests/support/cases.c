@@ -162,7 +162,7 @@ static espi_spans spans(problem *p, int64_t past) {
     settle(p, "cu_q");
     settle(p, "k_start");
     settle(p, "k_len");
-    return (espi_spans){cu, start, len, (int32_t)n_seqs};
+    return (espi_spans){cu, start, len, (int32_t)n_seqs, tokens};
 }
 
 static int32_t *ids(problem *p) {
