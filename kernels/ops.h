@@ -267,15 +267,27 @@ typedef struct espi_dispatch {
     int64_t tokens, experts, top_k;
 } espi_dispatch;
 
-/* Row s of token t = row_token[s], expert e: gu_s = W_e x_t + bias_e + scale B_e (A_e x_t).  Rows of W as espi_glu says. */
+/* Where gate and up stand in the 2I values of a row, and what is made of them.
+ * plain: act = silu(g) * u.  clamped (gpt-oss): g' = min(g, limit), u' = u limited to +-limit, act = (u' + 1) g' sigmoid(alpha g'); no
+ * gradient passes at a limit itself. */
+typedef struct espi_glu {
+    bool interleaved; /* gate 2j, up 2j+1; else gate 0..I-1, then up */
+    bool clamped;
+    double limit, alpha;
+} espi_glu;
+
+/* Row s of token t = row_token[s], expert e: gu_s = W_e x_t + bias_e + scale B_e (A_e x_t), act_s = glu(gu_s).  Rows of W as espi_glu
+ * says. */
 typedef struct espi_gate_up_fwd {
     void *gu;          /* act [S,2I] overwrite */
+    void *act;         /* act [S,I] overwrite */
     void *u;           /* act [S,R] overwrite, or NULL when lora.r = 0 */
     const void *x;     /* act [T,H] */
     espi_stack w;      /* [E,2I,H] */
     const float *bias; /* [E,2I] or NULL */
     espi_lora lora;
     espi_routing routing;
+    espi_glu glu;
 } espi_gate_up_fwd;
 
 /* d_rows_s = W_e^T d_gu_s + A_e^T q_s, q_s = scale B_e^T d_gu_s; dB_e += scale sum d_gu_s u_s^T; dA_e += sum q_s x_t^T. */
@@ -286,15 +298,6 @@ typedef struct espi_gate_up_bwd {
     espi_lora lora;
     espi_routing routing;
 } espi_gate_up_bwd;
-
-/* Where gate and up stand in the 2I values of a row, and what is made of them.
- * plain: act = silu(g) * u.  clamped (gpt-oss): g' = min(g, limit), u' = u limited to +-limit, act = (u' + 1) g' sigmoid(alpha g'); no
- * gradient passes at a limit itself. */
-typedef struct espi_glu {
-    bool interleaved; /* gate 2j, up 2j+1; else gate 0..I-1, then up */
-    bool clamped;
-    double limit, alpha;
-} espi_glu;
 
 typedef struct espi_swiglu_fwd {
     void *act;      /* act [rows,I] overwrite */
@@ -321,17 +324,19 @@ typedef struct espi_down_fwd {
     espi_routing routing;
 } espi_down_fwd;
 
-/* The gate gradient in its exact form (no stored y, no division): a_s = W_e^T d_out_t + scale A_e^T (B_e^T d_out_t);
- * d_row_weight_s = act_s . a_s + bias_e . d_out_t;  d_act_s = w_s a_s;  LoRA gradients from w_s d_out_t. */
+/* From the gradient of the block's output to that of gu, and the gate gradient in its exact form (no stored y, no division):
+ * act_s = glu(gu_s);  a_s = W_e^T d_out_t + scale A_e^T (B_e^T d_out_t);  d_row_weight_s = act_s . a_s + bias_e . d_out_t;
+ * d_gu_s = glu'(gu_s) (w_s a_s);  LoRA gradients from w_s d_out_t and act_s. */
 typedef struct espi_down_bwd {
-    void *d_act;        /* act [S,I] overwrite */
+    void *d_gu;         /* act [S,2I] overwrite */
     void *d_row_weight; /* real [S] overwrite */
     const void *d_out;  /* act [T,H] gradient of the block's output */
-    const void *act, *u;
+    const void *gu, *u; /* act [S,2I], act [S,R] as the forward wrote them */
     espi_stack w;
     const float *bias; /* [E,H] or NULL */
     espi_lora lora;
     espi_routing routing;
+    espi_glu glu;
 } espi_down_bwd;
 
 /* out_t = add_t + sum over k of weight_tk * y[slot_row(t,k)], in slot order. */

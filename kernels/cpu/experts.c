@@ -20,6 +20,106 @@ esp_status ESPI_CPU(espi_dispatch)(const espi_exec *exec, const espi_dispatch *a
     return ESP_OK;
 }
 
+static inline vec sigmoid(vec x) {
+    return splat(1.0f) / (splat(1.0f) + vexp(-x));
+}
+static inline vec vmin(vec a, vec b) {
+    return pick(a > b, b, a); /* NaN in a stays */
+}
+
+/* Up to LANES gates and ups of a row, from the i-th on. */
+static inline void load_pair(vec *g, vec *u, const float *row, int64_t i, int64_t n, int64_t width, bool interleaved) {
+    if (!interleaved && n == LANES) {
+        *g = load(row + i);
+        *u = load(row + width + i);
+    } else if (!interleaved) {
+        *g = load_part(row + i, n, 0);
+        *u = load_part(row + width + i, n, 0);
+    } else {
+        float gate[LANES] = {0}, up[LANES] = {0};
+        for (int64_t j = 0; j < n; j++) {
+            gate[j] = row[2 * (i + j)];
+            up[j] = row[2 * (i + j) + 1];
+        }
+        *g = load(gate);
+        *u = load(up);
+    }
+}
+
+static inline void store_pair(float *row, vec g, vec u, int64_t i, int64_t n, int64_t width, bool interleaved) {
+    if (!interleaved && n == LANES) {
+        store(row + i, g);
+        store(row + width + i, u);
+    } else if (!interleaved) {
+        store_part(row + i, g, n);
+        store_part(row + width + i, u, n);
+    } else {
+        for (int64_t j = 0; j < n; j++) {
+            row[2 * (i + j)] = g[j];
+            row[2 * (i + j) + 1] = u[j];
+        }
+    }
+}
+
+static inline vec glu_act(const espi_glu *glu, vec g, vec u) {
+    if (!glu->clamped) return g * sigmoid(g) * u;
+    const vec limit = splat((float)glu->limit), gate = vmin(g, limit), up = vmax(-limit, vmin(u, limit));
+    return (up + splat(1.0f)) * gate * sigmoid(splat((float)glu->alpha) * gate);
+}
+
+esp_status ESPI_CPU(espi_swiglu_fwd)(const espi_exec *exec, const espi_swiglu_fwd *a) {
+    const int64_t width = a->width;
+    const int threads = cpu_threads(exec, (double)a->rows * (double)width * 16);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t row = 0; row < a->rows; row++) {
+        float *act = (float *)a->act + row * width;
+        for (int64_t i = 0; i < width; i += LANES) {
+            const int64_t n = cpu_min(width - i, LANES);
+            vec g, u;
+            load_pair(&g, &u, (const float *)a->gu + row * 2 * width, i, n, width, a->glu.interleaved);
+            const vec y = glu_act(&a->glu, g, u);
+            if (n == LANES)
+                store(act + i, y);
+            else
+                store_part(act + i, y, n);
+        }
+    }
+    return ESP_OK;
+}
+
+/* g and u become their gradients. */
+static inline void glu_grad(const espi_glu *glu, vec *g, vec *u, vec d) {
+    const vec one = splat(1.0f);
+    if (!glu->clamped) {
+        const vec gate = *g, s = sigmoid(gate);
+        *g = d * *u * s * (one + gate * (one - s));
+        *u = d * gate * s;
+        return;
+    }
+    const vec limit = splat((float)glu->limit), alpha = splat((float)glu->alpha);
+    const vec gate = vmin(*g, limit), up = vmax(-limit, vmin(*u, limit)), s = sigmoid(alpha * gate);
+    const ivec up_passes = (*u < limit) & (*u > -limit);
+    *g = pick(*g < limit, d * (up + one) * s * (one + alpha * gate * (one - s)), (vec){0});
+    *u = pick(up_passes, d * gate * s, (vec){0});
+}
+
+esp_status ESPI_CPU(espi_swiglu_bwd)(const espi_exec *exec, const espi_swiglu_bwd *a) {
+    const int64_t width = a->width;
+    const int threads = cpu_threads(exec, (double)a->rows * (double)width * 24);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t row = 0; row < a->rows; row++) {
+        const float *d_act = (const float *)a->d_act + row * width;
+        for (int64_t i = 0; i < width; i += LANES) {
+            const int64_t n = cpu_min(width - i, LANES);
+            vec g, u;
+            load_pair(&g, &u, (const float *)a->gu + row * 2 * width, i, n, width, a->glu.interleaved);
+            glu_grad(&a->glu, &g, &u, n == LANES ? load(d_act + i) : load_part(d_act + i, n, 0));
+            store_pair((float *)a->d_gu + row * 2 * width, g, u, i, n, width, a->glu.interleaved);
+        }
+    }
+    return ESP_OK;
+}
+
 /* One matrix of every expert with its bias and branch, in one of three modes.  The input of routed row s is x_s, or x of its token when
  * `gather`. */
 typedef struct expert_pass {
@@ -134,7 +234,7 @@ static int64_t slots_of(const espi_routing *routing) {
 esp_status ESPI_CPU(espi_gate_up_fwd)(const espi_exec *exec, const espi_gate_up_fwd *a) {
     if (a->routing.tokens == 0) return ESP_OK;
     forward(exec, &(expert_pass){&a->w, a->bias, &a->lora, &a->routing, true}, a->gu, a->u, a->x);
-    return ESP_OK;
+    return ESPI_CPU(espi_swiglu_fwd)(exec, &(espi_swiglu_fwd){a->act, a->gu, slots_of(&a->routing), a->w.rows / 2, a->glu});
 }
 
 esp_status ESPI_CPU(espi_down_fwd)(const espi_exec *exec, const espi_down_fwd *a) {
@@ -157,141 +257,42 @@ esp_status ESPI_CPU(espi_gate_up_bwd)(const espi_exec *exec, const espi_gate_up_
     return ESP_OK;
 }
 
-/* q, and u times the row's weight. */
+/* q, u times the row's weight, the activation and its gradient. */
 size_t ESPI_CPU(espi_down_bwd_scratch)(const espi_exec *exec, const espi_down_bwd *a) {
     (void)exec;
-    return (size_t)(slots_of(&a->routing) * a->lora.r * 2) * sizeof(float);
+    return (size_t)(slots_of(&a->routing) * 2 * (a->lora.r + a->w.cols)) * sizeof(float);
 }
 
-/* From a_s, which d_act holds, to d_row_weight_s = act_s . a_s + bias_e . d_out_t and d_act_s = w_s a_s. */
-static void weigh_row(const espi_down_bwd *a, int64_t e, int64_t s) {
+/* From a_s, which d_act holds, to d_row_weight_s = act_s . a_s + bias_e . d_out_t and w_s a_s. */
+static void weigh_row(const espi_down_bwd *a, float *d_act, const float *act, int64_t e, int64_t s) {
     const int64_t width = a->w.cols, hidden = a->w.rows;
     const float weight = ((const float *)a->routing.row_weight)[s];
-    float *d_act = (float *)a->d_act + s * width, *d_weight = (float *)a->d_row_weight + s;
-    *d_weight = cpu_dot((const float *)a->act + s * width, d_act, width);
+    float *d = d_act + s * width, *d_weight = (float *)a->d_row_weight + s;
+    *d_weight = cpu_dot(act + s * width, d, width);
     if (a->bias) *d_weight += cpu_dot(a->bias + e * hidden, (const float *)a->d_out + a->routing.row_token[s] * hidden, hidden);
-    for (int64_t i = 0; i < width; i++) d_act[i] *= weight;
+    for (int64_t i = 0; i < width; i++) d[i] *= weight;
 }
 
 esp_status ESPI_CPU(espi_down_bwd)(const espi_exec *exec, const espi_down_bwd *a) {
     if (a->routing.tokens == 0) return ESP_OK;
-    const int64_t slots = slots_of(&a->routing), r = a->lora.r;
-    float *q = exec->scratch, *u = q + slots * r;
+    const int64_t slots = slots_of(&a->routing), r = a->lora.r, width = a->w.cols;
+    float *q = exec->scratch, *u = q + slots * r, *act = u + slots * r, *d_act = act + slots * width;
     const float *weight = a->routing.row_weight;
     const expert_pass p = {&a->w, NULL, &a->lora, &a->routing, true};
     const int threads = pass_threads(exec, &p);
-    backward(exec, &p, a->d_act, q, a->d_out);
+    ESPI_TRY(ESPI_CPU(espi_swiglu_fwd)(exec, &(espi_swiglu_fwd){act, a->gu, slots, width, a->glu}));
+    backward(exec, &p, d_act, q, a->d_out);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
     for (int64_t e = 0; e < a->w.experts; e++)
-        for (int64_t s = a->routing.offsets[e]; s < a->routing.offsets[e + 1]; s++) weigh_row(a, e, s);
+        for (int64_t s = a->routing.offsets[e]; s < a->routing.offsets[e + 1]; s++) weigh_row(a, d_act, act, e, s);
     for (int64_t s = 0; s < slots; s++) {
         for (int64_t k = 0; k < r; k++) {
             q[s * r + k] *= weight[s];
             u[s * r + k] = weight[s] * ((const float *)a->u)[s * r + k];
         }
     }
-    branch_grads(exec, &p, a->act, a->d_out, false, u, q);
-    return ESP_OK;
-}
-
-static inline vec sigmoid(vec x) {
-    return splat(1.0f) / (splat(1.0f) + vexp(-x));
-}
-static inline vec vmin(vec a, vec b) {
-    return pick(a > b, b, a); /* NaN in a stays */
-}
-
-/* Up to LANES gates and ups of a row, from the i-th on. */
-static inline void load_pair(vec *g, vec *u, const float *row, int64_t i, int64_t n, int64_t width, bool interleaved) {
-    if (!interleaved && n == LANES) {
-        *g = load(row + i);
-        *u = load(row + width + i);
-    } else if (!interleaved) {
-        *g = load_part(row + i, n, 0);
-        *u = load_part(row + width + i, n, 0);
-    } else {
-        float gate[LANES] = {0}, up[LANES] = {0};
-        for (int64_t j = 0; j < n; j++) {
-            gate[j] = row[2 * (i + j)];
-            up[j] = row[2 * (i + j) + 1];
-        }
-        *g = load(gate);
-        *u = load(up);
-    }
-}
-
-static inline void store_pair(float *row, vec g, vec u, int64_t i, int64_t n, int64_t width, bool interleaved) {
-    if (!interleaved && n == LANES) {
-        store(row + i, g);
-        store(row + width + i, u);
-    } else if (!interleaved) {
-        store_part(row + i, g, n);
-        store_part(row + width + i, u, n);
-    } else {
-        for (int64_t j = 0; j < n; j++) {
-            row[2 * (i + j)] = g[j];
-            row[2 * (i + j) + 1] = u[j];
-        }
-    }
-}
-
-static inline vec glu_act(const espi_glu *glu, vec g, vec u) {
-    if (!glu->clamped) return g * sigmoid(g) * u;
-    const vec limit = splat((float)glu->limit), gate = vmin(g, limit), up = vmax(-limit, vmin(u, limit));
-    return (up + splat(1.0f)) * gate * sigmoid(splat((float)glu->alpha) * gate);
-}
-
-esp_status ESPI_CPU(espi_swiglu_fwd)(const espi_exec *exec, const espi_swiglu_fwd *a) {
-    const int64_t width = a->width;
-    const int threads = cpu_threads(exec, (double)a->rows * (double)width * 16);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t row = 0; row < a->rows; row++) {
-        float *act = (float *)a->act + row * width;
-        for (int64_t i = 0; i < width; i += LANES) {
-            const int64_t n = cpu_min(width - i, LANES);
-            vec g, u;
-            load_pair(&g, &u, (const float *)a->gu + row * 2 * width, i, n, width, a->glu.interleaved);
-            const vec y = glu_act(&a->glu, g, u);
-            if (n == LANES)
-                store(act + i, y);
-            else
-                store_part(act + i, y, n);
-        }
-    }
-    return ESP_OK;
-}
-
-/* g and u become their gradients. */
-static inline void glu_grad(const espi_glu *glu, vec *g, vec *u, vec d) {
-    const vec one = splat(1.0f);
-    if (!glu->clamped) {
-        const vec gate = *g, s = sigmoid(gate);
-        *g = d * *u * s * (one + gate * (one - s));
-        *u = d * gate * s;
-        return;
-    }
-    const vec limit = splat((float)glu->limit), alpha = splat((float)glu->alpha);
-    const vec gate = vmin(*g, limit), up = vmax(-limit, vmin(*u, limit)), s = sigmoid(alpha * gate);
-    const ivec up_passes = (*u < limit) & (*u > -limit);
-    *g = pick(*g < limit, d * (up + one) * s * (one + alpha * gate * (one - s)), (vec){0});
-    *u = pick(up_passes, d * gate * s, (vec){0});
-}
-
-esp_status ESPI_CPU(espi_swiglu_bwd)(const espi_exec *exec, const espi_swiglu_bwd *a) {
-    const int64_t width = a->width;
-    const int threads = cpu_threads(exec, (double)a->rows * (double)width * 24);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t row = 0; row < a->rows; row++) {
-        const float *d_act = (const float *)a->d_act + row * width;
-        for (int64_t i = 0; i < width; i += LANES) {
-            const int64_t n = cpu_min(width - i, LANES);
-            vec g, u;
-            load_pair(&g, &u, (const float *)a->gu + row * 2 * width, i, n, width, a->glu.interleaved);
-            glu_grad(&a->glu, &g, &u, n == LANES ? load(d_act + i) : load_part(d_act + i, n, 0));
-            store_pair((float *)a->d_gu + row * 2 * width, g, u, i, n, width, a->glu.interleaved);
-        }
-    }
-    return ESP_OK;
+    branch_grads(exec, &p, act, a->d_out, false, u, q);
+    return ESPI_CPU(espi_swiglu_bwd)(exec, &(espi_swiglu_bwd){a->d_gu, d_act, a->gu, slots, width, a->glu});
 }
 
 esp_status ESPI_CPU(espi_combine_fwd)(const espi_exec *exec, const espi_combine_fwd *a) {

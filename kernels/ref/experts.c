@@ -18,6 +18,71 @@ esp_status ESPI_REF_NAME(espi_dispatch)(const espi_exec *exec, const espi_dispat
     return ESP_OK;
 }
 
+/* Gate j of a row stands at j * step, its up value `up` behind it. */
+typedef struct glu_places {
+    int64_t step, up;
+} glu_places;
+
+static glu_places places_of(const espi_glu *glu, int64_t width) {
+    return glu->interleaved ? (glu_places){2, 1} : (glu_places){1, width};
+}
+
+/* What a gate and its up value are after the limits, and whether a gradient passes them. */
+typedef struct glu_pair {
+    double g, u, sigma, slope;
+    bool gate_passes, up_passes;
+} glu_pair;
+
+static glu_pair pair_of(const espi_glu *glu, const real *gate, glu_places at) {
+    const real limit = (real)glu->limit;
+    glu_pair p = {.g = gate[0], .u = gate[at.up], .slope = 1, .gate_passes = true, .up_passes = true};
+    if (glu->clamped) {
+        p.gate_passes = !(p.g >= limit);
+        p.up_passes = !(p.u >= limit || p.u <= -limit);
+        p.g = p.g > limit ? limit : p.g;
+        p.u = 1 + (p.u > limit ? limit : p.u < -limit ? -limit : p.u);
+        p.slope = glu->alpha;
+    }
+    p.sigma = 1 / (1 + exp(-p.slope * p.g));
+    return p;
+}
+
+/* act = glu(gu), one row. */
+static void glu_row(real *act, const real *gu, int64_t width, const espi_glu *glu) {
+    const glu_places at = places_of(glu, width);
+    for (int64_t i = 0; i < width; i++) {
+        const glu_pair p = pair_of(glu, gu + i * at.step, at);
+        act[i] = (real)(p.g * p.sigma * p.u);
+    }
+}
+
+/* d_gu = glu'(gu) d, for value i of a row. */
+static void glu_bwd(real *d_gu, const real *gu, double d, int64_t i, int64_t width, const espi_glu *glu) {
+    const glu_places at = places_of(glu, width);
+    const int64_t place = i * at.step;
+    const glu_pair p = pair_of(glu, gu + place, at);
+    d_gu[place] = (real)(p.gate_passes ? d * p.u * p.sigma * (1 + p.slope * p.g * (1 - p.sigma)) : 0);
+    d_gu[place + at.up] = (real)(p.up_passes ? d * p.g * p.sigma : 0);
+}
+
+esp_status ESPI_REF_NAME(espi_swiglu_fwd)(const espi_exec *exec, const espi_swiglu_fwd *a) {
+    (void)exec;
+    for (int64_t row = 0; row < a->rows; row++)
+        glu_row((real *)a->act + row * a->width, (const real *)a->gu + row * 2 * a->width, a->width, &a->glu);
+    return ESP_OK;
+}
+
+esp_status ESPI_REF_NAME(espi_swiglu_bwd)(const espi_exec *exec, const espi_swiglu_bwd *a) {
+    (void)exec;
+    for (int64_t row = 0; row < a->rows; row++) {
+        const int64_t first = row * 2 * a->width;
+        for (int64_t i = 0; i < a->width; i++)
+            glu_bwd((real *)a->d_gu + first, (const real *)a->gu + first, ((const real *)a->d_act)[row * a->width + i], i, a->width,
+                    &a->glu);
+    }
+    return ESP_OK;
+}
+
 /* y = W_e x + bias_e + scale B_e u, u = A_e x, for one row. */
 static void expert_row(real *y, real *u, const real *x, const espi_stack *w, const float *bias, const branch *l, int64_t e) {
     branch_down(l, u, x);
@@ -49,7 +114,9 @@ esp_status ESPI_REF_NAME(espi_gate_up_fwd)(const espi_exec *exec, const espi_gat
         const branch l = branch_of(&a->lora, e, w->cols, w->rows);
         for (int64_t s = a->routing.offsets[e]; s < a->routing.offsets[e + 1]; s++) {
             real *u = l.r ? (real *)a->u + s * l.r : NULL;
-            expert_row((real *)a->gu + s * w->rows, u, (const real *)a->x + a->routing.row_token[s] * w->cols, w, a->bias, &l, e);
+            real *gu = (real *)a->gu + s * w->rows;
+            expert_row(gu, u, (const real *)a->x + a->routing.row_token[s] * w->cols, w, a->bias, &l, e);
+            glu_row((real *)a->act + s * w->rows / 2, gu, w->rows / 2, &a->glu);
         }
     }
     return ESP_OK;
@@ -76,59 +143,6 @@ esp_status ESPI_REF_NAME(espi_gate_up_bwd)(const espi_exec *exec, const espi_gat
     return ESP_OK;
 }
 
-/* Gate j of a row stands at j * step, its up value `up` behind it. */
-typedef struct glu_places {
-    int64_t step, up;
-} glu_places;
-
-static glu_places places_of(const espi_glu *glu, int64_t width) {
-    return glu->interleaved ? (glu_places){2, 1} : (glu_places){1, width};
-}
-
-esp_status ESPI_REF_NAME(espi_swiglu_fwd)(const espi_exec *exec, const espi_swiglu_fwd *a) {
-    (void)exec;
-    const glu_places at = places_of(&a->glu, a->width);
-    const real limit = (real)a->glu.limit;
-    for (int64_t row = 0; row < a->rows; row++) {
-        for (int64_t i = 0; i < a->width; i++) {
-            const real *gate = (const real *)a->gu + row * 2 * a->width + i * at.step;
-            double g = *gate, u = gate[at.up], slope = 1;
-            if (a->glu.clamped) {
-                g = g > limit ? limit : g;
-                u = 1 + (u > limit ? limit : u < -limit ? -limit : u);
-                slope = a->glu.alpha;
-            }
-            ((real *)a->act)[row * a->width + i] = (real)(g / (1 + exp(-slope * g)) * u);
-        }
-    }
-    return ESP_OK;
-}
-
-esp_status ESPI_REF_NAME(espi_swiglu_bwd)(const espi_exec *exec, const espi_swiglu_bwd *a) {
-    (void)exec;
-    const glu_places at = places_of(&a->glu, a->width);
-    const real limit = (real)a->glu.limit;
-    for (int64_t row = 0; row < a->rows; row++) {
-        for (int64_t i = 0; i < a->width; i++) {
-            const int64_t place = row * 2 * a->width + i * at.step;
-            const double d = ((const real *)a->d_act)[row * a->width + i];
-            double g = ((const real *)a->gu)[place], u = ((const real *)a->gu)[place + at.up], slope = 1;
-            bool gate_passes = true, up_passes = true;
-            if (a->glu.clamped) {
-                gate_passes = !(g >= limit);
-                up_passes = !(u >= limit || u <= -limit);
-                g = g > limit ? limit : g;
-                u = 1 + (u > limit ? limit : u < -limit ? -limit : u);
-                slope = a->glu.alpha;
-            }
-            const double sigma = 1 / (1 + exp(-slope * g));
-            ((real *)a->d_gu)[place] = (real)(gate_passes ? d * u * sigma * (1 + slope * g * (1 - sigma)) : 0);
-            ((real *)a->d_gu)[place + at.up] = (real)(up_passes ? d * g * sigma : 0);
-        }
-    }
-    return ESP_OK;
-}
-
 esp_status ESPI_REF_NAME(espi_down_fwd)(const espi_exec *exec, const espi_down_fwd *a) {
     (void)exec;
     const espi_stack *w = &a->w;
@@ -141,27 +155,30 @@ esp_status ESPI_REF_NAME(espi_down_fwd)(const espi_exec *exec, const espi_down_f
     return ESP_OK;
 }
 
+/* Beside that, the activation of every row. */
 size_t ESPI_REF_NAME(espi_down_bwd_scratch)(const espi_exec *exec, const espi_down_bwd *a) {
     (void)exec;
-    return expert_scratch(&a->w, &a->lora, &a->routing);
+    return expert_scratch(&a->w, &a->lora, &a->routing) + (size_t)(a->routing.tokens * a->routing.top_k * a->w.cols) * sizeof(real);
 }
 
 esp_status ESPI_REF_NAME(espi_down_bwd)(const espi_exec *exec, const espi_down_bwd *a) {
     const espi_stack *w = &a->w;
-    const real *act = a->act, *weight = a->routing.row_weight;
+    const real *weight = a->routing.row_weight;
     const int32_t *token = a->routing.row_token;
     double *through = exec->scratch, *q = through + w->cols;
+    real *act = (real *)(q + a->routing.tokens * a->routing.top_k * a->lora.r);
     for (int64_t e = 0; e < w->experts; e++) {
         const branch l = branch_of(&a->lora, e, w->cols, w->rows);
         const int64_t begin = a->routing.offsets[e], end = a->routing.offsets[e + 1];
         for (int64_t s = begin; s < end; s++) {
-            const real *d_out = (const real *)a->d_out + token[s] * w->rows;
+            const real *d_out = (const real *)a->d_out + token[s] * w->rows, *gu = (const real *)a->gu + s * 2 * w->cols;
+            glu_row(act + s * w->cols, gu, w->cols, &a->glu);
             expert_row_bwd(through, q + s * l.r, d_out, w, &l, e);
             double d_weight = 0;
             for (int64_t o = 0; a->bias && o < w->rows; o++) d_weight += (double)a->bias[e * w->rows + o] * d_out[o];
             for (int64_t i = 0; i < w->cols; i++) {
                 d_weight += act[s * w->cols + i] * through[i];
-                ((real *)a->d_act)[s * w->cols + i] = (real)(weight[s] * through[i]);
+                glu_bwd((real *)a->d_gu + s * 2 * w->cols, gu, weight[s] * through[i], i, w->cols, &a->glu);
             }
             ((real *)a->d_row_weight)[s] = (real)d_weight;
         }

@@ -5,24 +5,19 @@ esp_status espi_experts_backward(espi_pass *pass, void *d_rows, void *d_row_weig
                                  const espi_experts *experts, const espi_routing *routing, const espi_experts_saved *saved) {
     const int64_t slots = routing->tokens * routing->top_k, width = experts->down.cols;
     const espi_mark mark = espi_arena_mark(pass->arena);
-    void *act, *d_act, *d_gu;
+    void *d_gu;
     ESPI_TRY(espi_take_act(pass, slots * 2 * width, &d_gu));
-    ESPI_TRY(espi_take_act(pass, slots * width, &act));
-    ESPI_TRY(espi_take_act(pass, slots * width, &d_act));
-    const espi_swiglu_fwd again = {.act = act, .gu = saved->gu, .rows = slots, .width = width, .glu = experts->glu};
-    ESPI_TRY(espi_op_swiglu_fwd(pass->ctx, pass->arena, &again));
-    const espi_down_bwd down = {.d_act = d_act,
+    const espi_down_bwd down = {.d_gu = d_gu,
                                 .d_row_weight = d_row_weight,
                                 .d_out = d_out,
-                                .act = act,
+                                .gu = saved->gu,
                                 .u = saved->u_dn,
                                 .w = experts->down,
                                 .bias = experts->down_bias,
                                 .lora = espi_pass_lora(pass, experts->lora_down),
-                                .routing = *routing};
+                                .routing = *routing,
+                                .glu = experts->glu};
     ESPI_TRY(espi_op_down_bwd(pass->ctx, pass->arena, &down));
-    const espi_swiglu_bwd swiglu = {.d_gu = d_gu, .d_act = d_act, .gu = saved->gu, .rows = slots, .width = width, .glu = experts->glu};
-    ESPI_TRY(espi_op_swiglu_bwd(pass->ctx, pass->arena, &swiglu));
     const espi_gate_up_bwd gate_up = {.d_rows = d_rows,
                                       .d_gu = d_gu,
                                       .x = x,

@@ -13,21 +13,20 @@ esp_status espi_experts_take_saved(espi_pass *pass, const espi_experts *experts,
 esp_status espi_experts_forward(espi_pass *pass, int64_t layer, void *y, const void *x, const espi_experts *experts,
                                 const espi_routing *routing, const espi_experts_saved *saved) {
     const int64_t slots = routing->tokens * routing->top_k, width = experts->down.cols;
+    const espi_mark mark = espi_arena_mark(pass->arena);
+    void *act;
+    ESPI_TRY(espi_take_act(pass, slots * width, &act));
     const espi_gate_up_fwd gate_up = {.gu = saved->gu,
+                                      .act = act,
                                       .u = saved->u_gu,
                                       .x = x,
                                       .w = experts->gate_up,
                                       .bias = experts->gate_up_bias,
                                       .lora = espi_pass_lora(pass, experts->lora_gate_up),
-                                      .routing = *routing};
+                                      .routing = *routing,
+                                      .glu = experts->glu};
     ESPI_TRY(espi_op_gate_up_fwd(pass->ctx, pass->arena, &gate_up));
     espi_probe_slots(pass, "gu", layer, saved->gu, routing, 2 * width);
-
-    const espi_mark mark = espi_arena_mark(pass->arena);
-    void *act;
-    ESPI_TRY(espi_take_act(pass, slots * width, &act));
-    const espi_swiglu_fwd swiglu = {.act = act, .gu = saved->gu, .rows = slots, .width = width, .glu = experts->glu};
-    ESPI_TRY(espi_op_swiglu_fwd(pass->ctx, pass->arena, &swiglu));
     espi_probe_slots(pass, "act", layer, act, routing, width);
     const espi_down_fwd down = {.y = y,
                                 .u = saved->u_dn,

@@ -29,6 +29,7 @@ typedef struct pair {
         const char *input, *gradient;
     } checks[CHECKS];
     bool overwrites;                    /* the gradient lies in an array that is read or kept in part, not added to */
+    void (*before_forward)(problem *f); /* makes what stands between the input and the op */
     void (*after_forward)(problem *f);  /* makes the array that the loss reads */
     void (*after_backward)(problem *b); /* makes a gradient from what the backward wrote */
 } pair;
@@ -85,7 +86,8 @@ static const pair pairs[] = {
     {ESPI_OP_down_fwd,
      ESPI_OP_down_bwd,
      {{"combined", "d_out", 1}},
-     {{"act", "d_act"}, {"row_weight", "d_row_weight"}, {"a", "d_a"}, {"b", "d_b"}},
+     {{"gu", "d_gu"}, {"row_weight", "d_row_weight"}, {"a", "d_a"}, {"b", "d_b"}},
+     .before_forward = form_activation,
      .after_forward = combine_down},
     {ESPI_OP_head_stats, ESPI_OP_head_grad, {{"lp", "g", 1}, {"entropy", "e", 1}}, {{"hidden", "d_hidden"}}, .overwrites = true},
 };
@@ -132,6 +134,7 @@ static double loss(const pair *test, problem *f, problem *b) {
     const char *refusal = NULL;
     for (int i = 0; i < f->n_fields; i++)
         memcpy(f->fields[i].data, f->fields[i].before, (size_t)f->fields[i].count * esp_dtype_size(f->fields[i].dtype));
+    if (test->before_forward) test->before_forward(f);
     cr_assert_eq(op_cases[f->op].run(&espi_backend_ref64, f, 1, &refusal), ESP_OK);
     if (test->after_forward) test->after_forward(f);
     double sum = 0;

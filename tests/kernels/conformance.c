@@ -65,6 +65,14 @@ static double floor_of(const shape *s) {
     return fmax(FLOOR, 0x1p-24 * sqrt((double)(s->tokens * s->top_k)));
 }
 
+/* Two arrays come behind a product and the activation: what the product's sums were rounded by reaches them times the activation's slope,
+ * which the limits of gpt-oss hold below 4 in these shapes, while the array's own largest value is limited too. */
+static double slope_of(espi_op_id op, const field *f) {
+    const bool behind =
+        (op == ESPI_OP_gate_up_fwd && strcmp(f->name, "act") == 0) || (op == ESPI_OP_down_bwd && strcmp(f->name, "d_gu") == 0);
+    return behind ? 4 : 1;
+}
+
 static double error_of(const field *got, const field *want) {
     double worst = 0, largest = 0;
     for (int64_t i = 0; i < want->count; i++) {
@@ -81,7 +89,8 @@ static void compare(const espi_backend *backend, problem *got, problem *plain, p
         const field *g = &got->fields[i], *w = &want->fields[i];
         if (w->role == ROLE_IN) continue;
         double limit = 0;
-        if (w->dtype == ESP_F32 || w->dtype == ESP_F64) limit = 2 * error_of(&plain->fields[i], w) + floor_of(&want->shape);
+        if (w->dtype == ESP_F32 || w->dtype == ESP_F64)
+            limit = 2 * error_of(&plain->fields[i], w) + slope_of(want->op, w) * floor_of(&want->shape);
         double error = error_of(g, w);
         if (w->dtype == ESP_U8) {
             limit = 1;

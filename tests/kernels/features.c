@@ -142,7 +142,7 @@ static void bias_of_the_expert(const espi_backend *backend) {
     problem_free(&p);
 
     problem_build(&p, ESPI_OP_down_bwd, &gpt_oss, backend->real, &espi_backend_ref);
-    fill(&p, "act", 0);
+    fill(&p, "gu", 0); /* of which the activation is 0 */
     problem_call(&p, backend);
     const espi_routing *routing = &p.args.down_bwd.routing;
     for (int64_t e = 0; e < gpt_oss.experts; e++) {

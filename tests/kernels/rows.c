@@ -203,7 +203,7 @@ static void scatter(const twice *t, const part *p, void *whole, const void *rows
 }
 
 enum { PART_VALUES = 210 * 128 };
-static double part_in[PART_VALUES], part_out[PART_VALUES], part_u[210 * 16];
+static double part_in[PART_VALUES], part_out[PART_VALUES], part_act[PART_VALUES], part_u[210 * 16];
 
 static void gate_up_rows(const shape *s, const espi_backend *backend, bool singly) {
     twice t;
@@ -216,10 +216,12 @@ static void gate_up_rows(const shape *s, const espi_backend *backend, bool singl
         route_part(&p, &t, &t.pieces.args.gate_up_fwd.routing, i, next);
         a->x = plus(&t, a->x, i * s->hidden);
         a->gu = part_out;
+        a->act = part_act;
         a->u = part_u;
         a->routing = p.routing;
         piece(&t, &args);
         scatter(&t, &p, t.pieces.args.gate_up_fwd.gu, part_out, 2 * s->width);
+        scatter(&t, &p, t.pieces.args.gate_up_fwd.act, part_act, s->width);
         scatter(&t, &p, t.pieces.args.gate_up_fwd.u, part_u, s->rank);
     }
     end(&t, ran);

@@ -414,6 +414,8 @@ static void build_gate_up_fwd(problem *p, espi_gate_up_fwd *a) {
     const shape *s = &p->shape;
     const int64_t rows = s->tokens * s->top_k;
     *a = (espi_gate_up_fwd){.gu = out(p, "gu", rows * 2 * s->width),
+                            .act = out(p, "act", rows * s->width),
+                            .glu = glu(s),
                             .x = in(p, "x", s->tokens * s->hidden),
                             .w = gate_up_stack(p),
                             .lora = lora(p, s->experts, s->hidden, 2 * s->width, false),
@@ -453,11 +455,28 @@ static void build_swiglu_bwd(problem *p, espi_swiglu_bwd *a) {
     }
 }
 
+void form_activation(problem *p) {
+    const shape *s = &p->shape;
+    const espi_swiglu_fwd a = {field_find(p, "act")->data, field_find(p, "gu")->data, s->tokens * s->top_k, s->width, glu(s)};
+    const espi_backend *reference = p->real == ESP_F64 ? &espi_backend_ref64 : &espi_backend_ref;
+    cr_assert_eq(reference->swiglu_fwd.run(&(espi_exec){.threads = 1}, &a), ESP_OK);
+}
+
+/* What the gate_up before it makes: glu of "gu", so that both directions speak of the same numbers. */
+static void *activation(problem *p) {
+    const int64_t rows = p->shape.tokens * p->shape.top_k;
+    in(p, "gu", rows * 2 * p->shape.width);
+    void *act = in(p, "act", rows * p->shape.width);
+    form_activation(p);
+    settle(p, "act");
+    return act;
+}
+
 static void build_down_fwd(problem *p, espi_down_fwd *a) {
     const shape *s = &p->shape;
     const int64_t rows = s->tokens * s->top_k;
     *a = (espi_down_fwd){.y = out(p, "y", rows * s->hidden),
-                         .act = in(p, "act", rows * s->width),
+                         .act = activation(p),
                          .w = stack(p, s->hidden, s->width, 1),
                          .lora = lora(p, s->experts, s->width, s->hidden, false),
                          .routing = routing(p)};
@@ -470,10 +489,11 @@ static void build_down_bwd(problem *p, espi_down_bwd *a) {
     const int64_t rows = s->tokens * s->top_k;
     problem f;
     saved(&f, p, ESPI_OP_down_fwd);
-    *a = (espi_down_bwd){.d_act = out(p, "d_act", rows * s->width),
+    *a = (espi_down_bwd){.d_gu = out(p, "d_gu", rows * 2 * s->width),
+                         .glu = glu(s),
                          .d_row_weight = out(p, "d_row_weight", rows),
                          .d_out = in(p, "d_out", s->tokens * s->hidden),
-                         .act = in(p, "act", rows * s->width),
+                         .gu = in(p, "gu", rows * 2 * s->width),
                          .w = stack(p, s->hidden, s->width, 1),
                          .lora = lora(p, s->experts, s->width, s->hidden, true),
                          .routing = routing(p)};

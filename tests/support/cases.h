@@ -29,6 +29,9 @@ void problem_run(problem *p, espi_op_id op, const shape *shape, const espi_backe
 enum { BACKENDS = 8 };
 int backends(const espi_backend *all[BACKENDS]);
 
+/* Of a down_fwd problem: "act" again from "gu". */
+void form_activation(problem *p);
+
 /* Runs what has been built; every failure ends the test. */
 void problem_call(problem *p, const espi_backend *backend);
 
