@@ -1,4 +1,4 @@
-# Options, and what is found for the optional parts.  Sets ESPALIER_HAVE_DNNL, ESPALIER_HAVE_CBLAS and, for each,
+# Options, and what is found for the optional parts.  Sets ESPALIER_HAVE_DNNL, ESPALIER_HAVE_CBLAS, ESPALIER_HAVE_CUDA and, for the first two,
 # espalier_{dnnl,cblas}_{include,libraries,summary}.
 option(ESPALIER_WERROR "Warnings are errors" OFF)
 set(ESPALIER_SANITIZE "" CACHE STRING "Sanitizers of every target: \"address;undefined\", or thread")
@@ -62,7 +62,20 @@ if(NOT ESPALIER_CBLAS STREQUAL OFF)
   endif()
 endif()
 
-if(ESPALIER_CUDA STREQUAL ON)
-  message(FATAL_ERROR "ESPALIER_CUDA=ON, but this version has no CUDA code: configure with ESPALIER_CUDA=OFF or AUTO")
+# AUTO takes CUDA only where it costs little and is of use: one architecture, where a GPU is now.  ON builds for all that are offered.
+set(ESPALIER_HAVE_CUDA OFF)
+set(espalier_cuda_summary off)
+if(NOT ESPALIER_CUDA STREQUAL OFF)
+  find_program(ESPALIER_NVCC nvcc PATHS ENV CUDA_PATH /usr/local/cuda PATH_SUFFIXES bin DOC "CUDA's compiler")
+  mark_as_advanced(ESPALIER_NVCC)
+  file(GLOB gpus /dev/nvidia[0-9]*)
+  if(ESPALIER_NVCC AND (gpus OR ESPALIER_CUDA STREQUAL ON))
+    set(ESPALIER_HAVE_CUDA ON)
+  elseif(ESPALIER_CUDA STREQUAL ON)
+    message(FATAL_ERROR "ESPALIER_CUDA=ON, but no nvcc was found in PATH or /usr/local/cuda/bin: install CUDA 12.8 or newer")
+  elseif(ESPALIER_NVCC)
+    set(espalier_cuda_summary "off: no GPU here (ESPALIER_CUDA=ON builds for others)")
+  else()
+    set(espalier_cuda_summary "off: no nvcc")
+  endif()
 endif()
-set(espalier_cuda_summary "none in this version")

@@ -67,5 +67,7 @@ extern const espi_backend espi_backend_ref, espi_backend_ref64;
 
 /* Those of kernels/cpu that were built, best first; NULL-terminated. */
 extern const espi_backend *const espi_backends_cpu[];
+/* Those for GPUs that were built, likewise. */
+extern const espi_backend *const espi_backends_gpu[];
 
 #endif

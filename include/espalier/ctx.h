@@ -33,8 +33,10 @@ typedef void (*esp_free_fn)(void *user, void *p, size_t bytes);
 
 typedef struct esp_ctx_config {
     size_t struct_size;
-    esp_comm *comm;      ///< NULL: alone
-    const char *backend; ///< "auto" (default), "cpu", "ref" (f32 storage, f64 sums) or "ref64" (all f64)
+    esp_comm *comm; ///< NULL: alone
+    /// "auto" (default) or "cpu"; "ref" (f32 storage, f64 sums) or "ref64" (all f64); "cuda": a GPU, on which tensors that the library hands
+    /// out (hidden states, parameters) lie in the GPU's memory; "any": "cuda" where there is a usable GPU, else "cpu"
+    const char *backend;
     int threads;         ///< OpenMP threads; 0 = OMP_NUM_THREADS or the number of cores
     size_t memory_limit; ///< bytes; 0 = none.  Passing it is ESP_ERR_MEMORY, never an abort
     esp_log_fn log;      ///< NULL: standard error, when the environment asks (ESP_LOG=error|warn|info|select|debug)
@@ -47,13 +49,13 @@ typedef struct esp_ctx_config {
 
 /// Not collective.  One context per thread of the caller; a context is not to be used from two threads at once.
 /// config [in]  NULL = all defaults
-/// ESP_ERR_ARG on an unknown backend name (the sentence lists the known ones)
+/// ESP_ERR_ARG on an unknown backend name (the sentence lists the known ones); ESP_ERR_UNSUPPORTED: "cuda" where there is no usable GPU
 ESP_API esp_status esp_ctx_create(esp_ctx **ctx, const esp_ctx_config *config);
 
 /// NULL is allowed.  Objects made with the context must be destroyed first.
 ESP_API void esp_ctx_destroy(esp_ctx *ctx);
 
-/// Name of the backend in use: "cpu", "ref" or "ref64".
+/// Name of the backend in use: "cpu", "cuda", "ref" or "ref64".
 ESP_API const char *esp_ctx_backend(const esp_ctx *ctx);
 
 /// Bytes taken through the context's allocator, by purpose.  `peak` is the high-water mark of the sum of the live ones.

@@ -1,13 +1,22 @@
-/* What the device plumbing (device.cu) hands to the ops in espi_exec.device: one GPU, its one stream and what the ops share on it. */
+/* What the device plumbing (device.c) hands to the ops in espi_exec.device: one GPU, its one stream and what the ops share on it.
+ * Kernels and copies are queued on that stream alone; nothing of an op may wait, allocate or copy from host memory that is not pinned, for
+ * it may be running into a recording.  cuBLASLt is called by its own names: cublaslt.c finds the library at run time. */
 #ifndef ESPI_KERNELS_CUDA_DEVICE_H
 #define ESPI_KERNELS_CUDA_DEVICE_H
 
-#include "core/status.h"
-
 #include <cublasLt.h>
 #include <cuda_runtime.h>
+#include <math.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#include "core/status.h"
+#include "kernels/backend.h"
 
 /* Bits of espi_cuda.fault.  The next wait clears them and fails with the status that stands beside each. */
 enum {
@@ -28,5 +37,25 @@ typedef struct espi_cuda {
 } espi_cuda;
 
 void espi_cuda_calls_free(espi_cuda *cuda);
+
+/* The failure of a call of the runtime as a status; cudaSuccess: ESP_OK.  what: "copying to the GPU". */
+esp_status espi_cuda_check(cudaError_t error, const char *what);
+/* Whether the kernel just launched was taken. */
+#define ESPI_CUDA_LAUNCHED(name) espi_cuda_check(cudaGetLastError(), name)
+/* Of a call that returns cudaError_t. */
+#define ESPI_CUDA_TRY(call) ESPI_TRY(espi_cuda_check((call), #call))
+
+/* cublaslt.c: NULL, or why the library cannot be used. */
+const char *espi_cublaslt_open(void);
+
+#define ESPI_OP(name, args) esp_status espi_##name##_cuda(const espi_exec *exec, const args *a);
+#include "kernels/ops.def"
+#undef ESPI_OP
+
+extern const espi_device espi_device_cuda;
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif

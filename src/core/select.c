@@ -103,10 +103,37 @@ static esp_status find_cpu(const espi_backend **found, const char *isa, const ch
                      there.length ? there.text : "none");
 }
 
+static const espi_backend *usable_gpu(void) {
+    for (int i = 0; espi_backends_gpu[i] != NULL; i++)
+        if (usable(espi_backends_gpu[i])) return espi_backends_gpu[i];
+    return NULL;
+}
+
+static esp_status find_gpu(const espi_backend **found, const char *name) {
+    for (int i = 0; espi_backends_gpu[i] != NULL; i++) {
+        if (strcmp(espi_backends_gpu[i]->name, name) != 0) continue;
+        *found = espi_backends_gpu[i];
+        if (usable(*found)) return ESP_OK;
+        return ESPI_FAIL(ESP_ERR_UNSUPPORTED,
+                         "esp_ctx_config.backend is \"%s\", but this machine has no GPU that it can use, expected a driver and a GPU of "
+                         "compute capability 8.0 or more: look at nvidia-smi, or take \"any\" or \"cpu\"",
+                         name);
+    }
+    return ESPI_FAIL(
+        ESP_ERR_UNSUPPORTED,
+        "esp_ctx_config.backend is \"%s\", which this build does not have: configure with ESPALIER_CUDA=ON, or take \"any\" or "
+        "\"cpu\"",
+        name);
+}
+
 esp_status espi_select_backends(esp_ctx *ctx, const char *name) {
-    const espi_backend *first = NULL;
-    bool any_cpu = strcmp(name, "auto") == 0 || strcmp(name, "cpu") == 0;
-    if (any_cpu) {
+    const espi_backend *first = strcmp(name, "any") == 0 ? usable_gpu() : NULL;
+    const bool any_cpu = strcmp(name, "auto") == 0 || strcmp(name, "cpu") == 0 || strcmp(name, "any") == 0;
+    if (first != NULL) {
+        espi_log(ctx, ESP_LOG_INFO, "backend any: taking %s", first->name);
+    } else if (strcmp(name, "cuda") == 0) {
+        ESPI_TRY(find_gpu(&first, name));
+    } else if (any_cpu) {
         const char *forced = getenv("ESP_CPU_ISA");
         if (forced != NULL && forced[0] == '\0') forced = NULL;
         ESPI_TRY(find_cpu(&first, forced, forced ? "ESP_CPU_ISA" : "esp_ctx_config.backend"));
@@ -117,8 +144,9 @@ esp_status espi_select_backends(esp_ctx *ctx, const char *name) {
     } else if (strcmp(name, "ref64") == 0) {
         first = &espi_backend_ref64;
     } else {
-        return ESPI_FAIL(ESP_ERR_ARG,
-                         "esp_ctx_config.backend is \"%s\", expected auto, cpu, ref or ref64 (or cpu-generic, cpu-avx2, cpu-avx512)", name);
+        return ESPI_FAIL(
+            ESP_ERR_ARG,
+            "esp_ctx_config.backend is \"%s\", expected auto, any, cpu, cuda, ref or ref64 (or cpu-generic, cpu-avx2, cpu-avx512)", name);
     }
     ctx->n_backends = 0;
     ctx->real = first->real;

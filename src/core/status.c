@@ -61,6 +61,8 @@ const char *esp_status_name(esp_status status) {
         return "ESP_ERR_COMM";
     case ESP_ERR_INTERNAL:
         return "ESP_ERR_INTERNAL";
+    case ESP_ERR_DEVICE:
+        return "ESP_ERR_DEVICE";
     }
     return "ESP_STATUS_UNKNOWN";
 }

@@ -49,7 +49,7 @@ Test(status, names) {
     static const char *const names[] = {"ESP_OK",         "ESP_ERR_ARG",         "ESP_ERR_SHAPE",    "ESP_ERR_DTYPE",
                                         "ESP_ERR_STATE",  "ESP_ERR_UNSUPPORTED", "ESP_ERR_MEMORY",   "ESP_ERR_IO",
                                         "ESP_ERR_FORMAT", "ESP_ERR_NONFINITE",   "ESP_ERR_CALLBACK", "ESP_ERR_MISMATCH",
-                                        "ESP_ERR_COMM",   "ESP_ERR_INTERNAL"};
+                                        "ESP_ERR_COMM",   "ESP_ERR_INTERNAL",    "ESP_ERR_DEVICE"};
     for (int i = 0; i < ESPI_COUNT(names); i++) cr_expect_str_eq(esp_status_name((esp_status)i), names[i]);
     cr_expect_str_eq(esp_status_name((esp_status)ESPI_COUNT(names)), "ESP_STATUS_UNKNOWN");
     cr_expect_str_eq(esp_status_name((esp_status)-1), "ESP_STATUS_UNKNOWN");

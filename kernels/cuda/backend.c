@@ -1,0 +1,29 @@
+/* The table of the cuda backend. */
+#include "kernels/cuda/device.h"
+#include "kernels/refuse.h"
+
+/* Asked before anything else of CUDA is called: without driver or device the count fails, which is the answer. */
+static bool available(void) {
+    int n = 0, major = 0;
+    if (cudaGetDeviceCount(&n) != cudaSuccess || n == 0 ||
+        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0) != cudaSuccess) {
+        (void)cudaGetLastError();
+        return false;
+    }
+    return major >= 8;
+}
+
+static const char *describe(void) {
+    static _Thread_local struct cudaDeviceProp properties;
+    return cudaGetDeviceProperties(&properties, 0) == cudaSuccess ? properties.name : NULL;
+}
+
+const espi_backend espi_backend_cuda = {
+    .name = "cuda",
+    .real = ESP_F32,
+    .act = ESP_BF16,
+    .device = &espi_device_cuda,
+    .available = available,
+    .describe = describe,
+    ESPI_REFUSALS,
+};

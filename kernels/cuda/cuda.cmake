@@ -1,0 +1,36 @@
+# Sets espalier_cuda_objects and espalier_cuda_libraries; both empty without CUDA.
+set(espalier_cuda_objects)
+set(espalier_cuda_libraries)
+if(NOT ESPALIER_HAVE_CUDA)
+  return()
+endif()
+
+set(CMAKE_CUDA_COMPILER ${ESPALIER_NVCC})
+if(NOT CMAKE_CUDA_ARCHITECTURES)
+  if(ESPALIER_CUDA STREQUAL ON)
+    set(CMAKE_CUDA_ARCHITECTURES 80-real 90a-real 120-real)
+  else()
+    set(CMAKE_CUDA_ARCHITECTURES native)
+  endif()
+endif()
+enable_language(CUDA)
+find_package(CUDAToolkit REQUIRED)
+set(CMAKE_CUDA_STANDARD 17)
+
+set(cuda_sources
+    kernels/cuda/backend.c
+    kernels/cuda/cublaslt.c
+    kernels/cuda/device.c)
+add_library(espalier_cuda OBJECT ${cuda_sources})
+target_include_directories(espalier_cuda PRIVATE include src .)
+target_include_directories(espalier_cuda SYSTEM PRIVATE ${CUDAToolkit_INCLUDE_DIRS})
+# No C++ run-time library is linked: no exceptions, no guards of function-local objects.
+target_compile_options(
+  espalier_cuda
+  PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra,-Wno-missing-field-initializers,-fvisibility=hidden,-fno-exceptions,-fno-rtti,-fno-threadsafe-statics>"
+          "$<$<COMPILE_LANGUAGE:CUDA>:-Xptxas=-warn-spills,-warn-lmem-usage>"
+          "$<$<AND:$<COMPILE_LANGUAGE:CUDA>,$<BOOL:${ESPALIER_WERROR}>>:-Werror=all-warnings>")
+set(espalier_cuda_objects $<TARGET_OBJECTS:espalier_cuda>)
+set(espalier_cuda_libraries CUDA::cudart_static ${CMAKE_DL_LIBS})
+list(JOIN CMAKE_CUDA_ARCHITECTURES "+" architectures)
+set(espalier_cuda_summary "${CUDAToolkit_VERSION} ${architectures}")

@@ -1,0 +1,229 @@
+/* The GPU: memory, copies through a ring of pinned memory, waiting, and recording what is queued so that it runs again at one launch. */
+#include "kernels/cuda/device.h"
+
+#include <stdlib.h>
+
+#define WORKSPACE ((size_t)32 << 20) /* what cuBLASLt asks for on this architecture */
+#define SLOT ((size_t)4 << 20)
+enum { SLOTS = 4 };
+
+/* A piece of pinned memory that the stream still reads, until `read`. */
+typedef struct slot {
+    unsigned char *host;
+    size_t used;
+    cudaEvent_t read;
+} slot;
+
+typedef struct gpu {
+    espi_cuda shared; /* first: the ops are given its address */
+    slot slots[SLOTS];
+    int now;
+    uint32_t *fault_host; /* pinned */
+    bool recording;
+} gpu;
+
+esp_status espi_cuda_check(cudaError_t error, const char *what) {
+    if (error == cudaSuccess) return ESP_OK;
+    (void)cudaGetLastError(); /* or the next call would report it again */
+    const esp_status code = error == cudaErrorMemoryAllocation ? ESP_ERR_MEMORY : ESP_ERR_DEVICE;
+    return ESPI_FAIL(code, "%s: the GPU reports %s (%s), expected success: %s", what, cudaGetErrorName(error), cudaGetErrorString(error),
+                     code == ESP_ERR_MEMORY ? "make batch, rank or context smaller, or free memory of the GPU"
+                                            : "end the process and look at the driver's log (dmesg)");
+}
+
+static void gpu_stop(void *device) {
+    gpu *g = device;
+    if (g->shared.stream) (void)cudaStreamSynchronize(g->shared.stream);
+    if (g->shared.blas) (void)cublasLtDestroy(g->shared.blas);
+    for (int i = 0; i < SLOTS; i++) {
+        if (g->slots[i].read) (void)cudaEventDestroy(g->slots[i].read);
+        (void)cudaFreeHost(g->slots[i].host);
+    }
+    (void)cudaFreeHost(g->fault_host);
+    (void)cudaFree(g->shared.workspace);
+    (void)cudaFree(g->shared.fault);
+    if (g->shared.stream) (void)cudaStreamDestroy(g->shared.stream);
+    (void)cudaGetLastError();
+    free(g);
+}
+
+static esp_status set_up(gpu *g) {
+    espi_cuda *c = &g->shared;
+    const char *reason = espi_cublaslt_open();
+    if (reason != NULL) return ESPI_FAIL(ESP_ERR_UNSUPPORTED, "no GPU backend: %s", reason);
+    int ordinal;
+    ESPI_CUDA_TRY(cudaGetDevice(&ordinal));
+    ESPI_CUDA_TRY(cudaDeviceGetAttribute(&c->sms, cudaDevAttrMultiProcessorCount, ordinal));
+    ESPI_CUDA_TRY(cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking));
+    if (cublasLtCreate(&c->blas) != CUBLAS_STATUS_SUCCESS)
+        return ESPI_FAIL(ESP_ERR_DEVICE, "cublasLtCreate failed, expected a handle: is the GPU's memory full?");
+    c->workspace_bytes = WORKSPACE;
+    ESPI_CUDA_TRY(cudaMalloc(&c->workspace, WORKSPACE));
+    ESPI_CUDA_TRY(cudaMalloc((void **)&c->fault, sizeof *c->fault));
+    ESPI_CUDA_TRY(cudaMemsetAsync(c->fault, 0, sizeof *c->fault, c->stream));
+    ESPI_CUDA_TRY(cudaHostAlloc((void **)&g->fault_host, sizeof *g->fault_host, cudaHostAllocDefault));
+    for (int i = 0; i < SLOTS; i++) {
+        ESPI_CUDA_TRY(cudaHostAlloc((void **)&g->slots[i].host, SLOT, cudaHostAllocDefault));
+        ESPI_CUDA_TRY(cudaEventCreateWithFlags(&g->slots[i].read, cudaEventDisableTiming));
+    }
+    return ESP_OK;
+}
+
+static esp_status gpu_start(void **device) {
+    gpu *g = calloc(1, sizeof *g);
+    if (g == NULL) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for the bookkeeping of a GPU (%zu bytes)", sizeof *g);
+    const esp_status status = set_up(g);
+    if (status != ESP_OK) {
+        gpu_stop(g);
+        return status;
+    }
+    *device = g;
+    return ESP_OK;
+}
+
+static esp_status not_recording(const gpu *g, const char *what) {
+    if (!g->recording) return ESP_OK;
+    return ESPI_FAIL(ESP_ERR_STATE, "%s while work is being recorded, expected it before or after: it would not run again with the rest",
+                     what);
+}
+
+static esp_status gpu_alloc(void *device, size_t bytes, void **out) {
+    ESPI_TRY(not_recording(device, "memory wanted"));
+    const cudaError_t error = cudaMalloc(out, bytes);
+    if (error != cudaErrorMemoryAllocation) return espi_cuda_check(error, "taking memory of the GPU");
+    (void)cudaGetLastError();
+    size_t left = 0, all = 0;
+    (void)cudaMemGetInfo(&left, &all);
+    return ESPI_FAIL(ESP_ERR_MEMORY, "%zu bytes of GPU memory wanted, %zu of %zu are free: make batch, rank or context smaller", bytes,
+                     left, all);
+}
+
+static void gpu_free(void *device, void *p) {
+    (void)device;
+    (void)cudaFree(p);
+}
+
+static esp_status gpu_alloc_host(void *device, size_t bytes, void **out) {
+    ESPI_TRY(not_recording(device, "pinned memory wanted"));
+    return espi_cuda_check(cudaHostAlloc(out, bytes, cudaHostAllocDefault), "taking pinned memory");
+}
+
+static void gpu_free_host(void *device, void *p) {
+    (void)device;
+    (void)cudaFreeHost(p);
+}
+
+static esp_status gpu_zero(void *device, void *p, size_t bytes) {
+    const gpu *g = device;
+    return espi_cuda_check(cudaMemsetAsync(p, 0, bytes, g->shared.stream), "zeroing memory of the GPU");
+}
+
+/* A slot with room, its former contents read. */
+static esp_status next_slot(gpu *g) {
+    ESPI_CUDA_TRY(cudaEventRecord(g->slots[g->now].read, g->shared.stream));
+    g->now = (g->now + 1) % SLOTS;
+    g->slots[g->now].used = 0;
+    ESPI_CUDA_TRY(cudaEventSynchronize(g->slots[g->now].read));
+    return ESP_OK;
+}
+
+static esp_status gpu_put(void *device, void *to, const void *from_host, size_t bytes) {
+    gpu *g = device;
+    ESPI_TRY(not_recording(g, "a copy to the GPU"));
+    for (size_t done = 0; done < bytes;) {
+        if (g->slots[g->now].used == SLOT) ESPI_TRY(next_slot(g));
+        slot *s = &g->slots[g->now];
+        const size_t room = SLOT - s->used, n = bytes - done < room ? bytes - done : room;
+        memcpy(s->host + s->used, (const unsigned char *)from_host + done, n);
+        ESPI_CUDA_TRY(cudaMemcpyAsync((unsigned char *)to + done, s->host + s->used, n, cudaMemcpyHostToDevice, g->shared.stream));
+        const size_t next = s->used + (n + 255) / 256 * 256;
+        s->used = next < SLOT ? next : SLOT;
+        done += n;
+    }
+    return ESP_OK;
+}
+
+/* Waits, and reports what kernels and callbacks found on the way: once. */
+static esp_status settle(gpu *g) {
+    espi_cuda *c = &g->shared;
+    ESPI_CUDA_TRY(cudaMemcpyAsync(g->fault_host, c->fault, sizeof *c->fault, cudaMemcpyDeviceToHost, c->stream));
+    ESPI_CUDA_TRY(cudaStreamSynchronize(c->stream));
+    const esp_status called = c->callback_status;
+    const uint32_t fault = *g->fault_host;
+    if (called == ESP_OK && fault == 0) return ESP_OK;
+    c->callback_status = ESP_OK;
+    ESPI_CUDA_TRY(cudaMemsetAsync(c->fault, 0, sizeof *c->fault, c->stream));
+    if (called != ESP_OK)
+        return ESPI_FAIL(called, "a loss's coefficients of a chunk of rows: the function that makes them failed with %d, expected ESP_OK",
+                         (int)called);
+    if (fault & ESPI_CUDA_FAULT_ROUTER)
+        return ESPI_FAIL(ESP_ERR_NONFINITE, "router: a logit is not finite, expected finite logits: look at the hidden states");
+    return ESPI_FAIL(ESP_ERR_INTERNAL, "a kernel reported the fault bits %#x, which nobody knows", (unsigned)fault);
+}
+
+static esp_status gpu_get(void *device, void *to_host, const void *from, size_t bytes) {
+    gpu *g = device;
+    ESPI_TRY(not_recording(g, "a copy from the GPU"));
+    ESPI_CUDA_TRY(cudaMemcpyAsync(to_host, from, bytes, cudaMemcpyDeviceToHost, g->shared.stream));
+    return settle(g);
+}
+
+static esp_status gpu_wait(void *device) {
+    gpu *g = device;
+    ESPI_TRY(not_recording(g, "a wait"));
+    return settle(g);
+}
+
+static esp_status gpu_record_begin(void *device) {
+    gpu *g = device;
+    ESPI_TRY(not_recording(g, "a recording"));
+    ESPI_CUDA_TRY(cudaStreamBeginCapture(g->shared.stream, cudaStreamCaptureModeThreadLocal));
+    g->recording = true;
+    return ESP_OK;
+}
+
+static esp_status gpu_record_end(void *device, void **graph) {
+    gpu *g = device;
+    if (!g->recording) return ESPI_FAIL(ESP_ERR_STATE, "a recording ends, but none was begun");
+    g->recording = false;
+    cudaGraph_t recorded = NULL;
+    cudaGraphExec_t exec = NULL;
+    ESPI_CUDA_TRY(cudaStreamEndCapture(g->shared.stream, &recorded));
+    esp_status status = espi_cuda_check(cudaGraphInstantiate(&exec, recorded, 0), "making a graph of what was recorded");
+    (void)cudaGraphDestroy(recorded);
+    if (status == ESP_OK) {
+        status = espi_cuda_check(cudaGraphUpload(exec, g->shared.stream), "uploading a graph");
+        if (status != ESP_OK) (void)cudaGraphExecDestroy(exec);
+    }
+    *graph = status == ESP_OK ? exec : NULL;
+    return status;
+}
+
+static esp_status gpu_launch(void *device, void *graph) {
+    gpu *g = device;
+    ESPI_TRY(not_recording(g, "a recording launched"));
+    return espi_cuda_check(cudaGraphLaunch(graph, g->shared.stream), "launching a graph");
+}
+
+static void gpu_graph_free(void *device, void *graph) {
+    const gpu *g = device;
+    (void)cudaStreamSynchronize(g->shared.stream);
+    (void)cudaGraphExecDestroy(graph);
+}
+
+const espi_device espi_device_cuda = {
+    .start = gpu_start,
+    .stop = gpu_stop,
+    .alloc = gpu_alloc,
+    .free = gpu_free,
+    .alloc_host = gpu_alloc_host,
+    .free_host = gpu_free_host,
+    .zero = gpu_zero,
+    .put = gpu_put,
+    .get = gpu_get,
+    .wait = gpu_wait,
+    .record_begin = gpu_record_begin,
+    .record_end = gpu_record_end,
+    .launch = gpu_launch,
+    .graph_free = gpu_graph_free,
+};
