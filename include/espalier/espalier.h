@@ -23,6 +23,7 @@
 #include "espalier/optim.h"
 #include "espalier/plan.h"
 #include "espalier/quant.h"
+#include "espalier/reward.h"
 #include "espalier/sampler.h"
 #include "espalier/status.h"
 #include "espalier/tensor.h"

@@ -5,40 +5,13 @@
 
 #include "espalier/grpo.h"
 #include "espalier/optim.h"
+#include "espalier/reward.h"
 #include "espalier/sampler.h"
 #include "espalier/tokenizer.h"
 
 #ifdef __cplusplus
 extern "C" {
 #endif
-
-/// One batch of completions to be scored.  Row p*group_size + g is sample g of prompt p.
-typedef struct esp_reward_batch {
-    size_t struct_size;
-    int64_t n, group_size;
-    const char *const *prompt, *const *completion; ///< text, NUL-terminated; the completion without its end token.  Any other special
-                                                   ///< token shows as its text, an id without one as U+FFFD
-    const char *const *answer;                     ///< the task line's "answer"
-    const int32_t *const *completion_ids;
-    const int32_t *completion_length;
-    const uint8_t *stopped; ///< 1 = the completion ended with the end token
-    int64_t step;
-} esp_reward_batch;
-
-/// reward [out] [n]; NaN = not scorable.  A non-zero return stops the run with ESP_ERR_CALLBACK (names the function and the value).
-typedef int (*esp_reward_fn)(void *user, const esp_reward_batch *batch, float *reward);
-
-/// Built in: 1 if the completion is the answer followed by the end token, else 0.
-ESP_API int esp_reward_exact(void *user, const esp_reward_batch *batch, float *reward);
-/// Built in: share of the answer's characters that stand at their place.
-ESP_API int esp_reward_match(void *user, const esp_reward_batch *batch, float *reward);
-
-typedef struct esp_reward {
-    const char *name;
-    esp_reward_fn fn;
-    void *user;
-    double weight;
-} esp_reward;
 
 typedef enum esp_trainer_kind { ESP_TRAIN_SFT = 1, ESP_TRAIN_GRPO = 2 } esp_trainer_kind;
 
