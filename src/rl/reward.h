@@ -35,8 +35,9 @@ void espi_reward_count(const esp_reward_batch *batch, const char *name, double e
 
 /* A description that was taken apart.  Strings point into `text`. */
 typedef struct espi_reward_description {
-    char *text;                               /* owned */
-    const char *kind, *parameters, *argument; /* argument NULL: none; parameters: as written, without name=, "" = none */
+    char *text;                  /* owned */
+    const char *kind, *argument; /* argument NULL: none */
+    char *parameters;            /* as written, without name=; "" = none */
     char name[ESPI_REWARD_NAME];
     double weight;
 } espi_reward_description;

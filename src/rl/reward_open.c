@@ -137,11 +137,11 @@ esp_status espi_reward_numbers(const espi_reward_description *d, const espi_rewa
 }
 
 /* Takes name=VALUE out of the parameters. */
-static esp_status take_name(espi_reward_description *d, char *parameters) {
+static esp_status take_name(espi_reward_description *d) {
     static const char key[] = "name=";
     const char *name = d->kind;
     size_t length = strlen(name);
-    char *p = parameters;
+    char *p = d->parameters;
     while (*p && strncmp(p, key, sizeof key - 1) != 0) {
         p += strcspn(p, ",");
         p += *p == ',';
@@ -159,15 +159,14 @@ static esp_status take_name(espi_reward_description *d, char *parameters) {
     if (given) {
         const char *rest = name + length + (name[length] == ',');
         memmove(p, rest, strlen(rest) + 1);
-        if (!*p && p > parameters) p[-1] = '\0'; /* the comma before it */
+        if (!*p && p > d->parameters) p[-1] = '\0'; /* the comma before it */
     }
-    d->parameters = parameters;
     return ESP_OK;
 }
 
 static esp_status take_apart(espi_reward_description *d) {
-    static char none[] = "";
-    char *text = d->text, *end, *parameters = none;
+    char *text = d->text, *end;
+    d->parameters = text + strlen(text); /* none */
     const double weight = strtod(text, &end);
     d->weight = 1;
     if (end != text && *end == '*') {
@@ -179,7 +178,7 @@ static esp_status take_apart(espi_reward_description *d) {
     text += strcspn(text, "(:");
     if (*text == '(') {
         *text++ = '\0';
-        parameters = text;
+        d->parameters = text;
         text += strcspn(text, ")");
         if (!*text) return ESPI_FAIL(ESP_ERR_ARG, "reward %s: its parameters have no end, expected a )", d->kind);
         *text++ = '\0';
@@ -190,7 +189,7 @@ static esp_status take_apart(espi_reward_description *d) {
         *text++ = '\0';
         d->argument = text;
     }
-    return take_name(d, parameters);
+    return ESP_OK;
 }
 
 static esp_status open_described(esp_reward *reward, espi_reward_description *d) {
@@ -202,6 +201,7 @@ static esp_status open_described(esp_reward *reward, espi_reward_description *d)
         return ESPI_FAIL(ESP_ERR_ARG, "reward %s: nothing behind it, expected a : and %s", d->kind, kinds[i].argument);
     if (!kinds[i].argument && d->argument)
         return ESPI_FAIL(ESP_ERR_ARG, "reward %s: got \"%.40s\" behind the :, expected neither", d->kind, d->argument);
+    ESPI_TRY(take_name(d));
     return kinds[i].open(reward, d);
 }
 

@@ -1,0 +1,52 @@
+/* Batches of texts for tests of rewards. */
+#ifndef TESTS_SUPPORT_REWARDS_H
+#define TESTS_SUPPORT_REWARDS_H
+
+#include "rl/reward.h"
+
+#include <criterion/criterion.h>
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+#define OK(call) cr_assert_eq((call), ESP_OK, "%s: %s", #call, esp_last_error())
+#define FAILS(code, words, call)                                                                                                           \
+    do {                                                                                                                                   \
+        const esp_status got_ = (call);                                                                                                    \
+        cr_assert_eq(got_, (code), "%s: got %s: %s", #call, esp_status_name(got_), esp_last_error());                                      \
+        cr_assert_not_null(strstr(esp_last_error(), (words)), "no \"%s\" in: %s", (words), esp_last_error());                              \
+    } while (0)
+
+enum { MOST = 64 };
+
+/* A batch of texts.  Ids are the characters of the completion. */
+typedef struct texts {
+    esp_reward_batch batch;
+    const char *prompt[MOST], *completion[MOST], *answer[MOST];
+    int32_t ids[MOST][256];
+    const int32_t *id_rows[MOST];
+    int32_t length[MOST];
+    uint8_t stopped[MOST];
+} texts;
+
+static inline void add(texts *t, const char *completion, const char *answer) {
+    const int64_t i = t->batch.n++;
+    t->prompt[i] = "say:";
+    t->completion[i] = completion;
+    t->answer[i] = answer;
+    t->length[i] = (int32_t)strlen(completion);
+    for (int32_t k = 0; k < t->length[i] && k < 256; k++) t->ids[i][k] = (unsigned char)completion[k];
+    t->id_rows[i] = t->ids[i];
+    t->stopped[i] = 1;
+    t->batch.struct_size = sizeof t->batch;
+    t->batch.group_size = 1;
+    t->batch.step = 7;
+    t->batch.prompt = t->prompt;
+    t->batch.completion = t->completion;
+    t->batch.answer = t->answer;
+    t->batch.completion_ids = t->id_rows;
+    t->batch.completion_length = t->length;
+    t->batch.stopped = t->stopped;
+}
+
+#endif
