@@ -1,5 +1,5 @@
-# Options, and what is found for the optional parts.  Sets ESPALIER_HAVE_DNNL, ESPALIER_HAVE_CBLAS, ESPALIER_HAVE_CUDA and, for the first two,
-# espalier_{dnnl,cblas}_{include,libraries,summary}.
+# Options, and what is found for the optional parts.  Sets ESPALIER_HAVE_DNNL, _CBLAS, _CUDA and _CURL; of the first two
+# espalier_{dnnl,cblas}_{include,libraries,summary}, of libcurl the target PkgConfig::CURL and espalier_curl_summary.
 option(ESPALIER_WERROR "Warnings are errors" OFF)
 set(ESPALIER_SANITIZE "" CACHE STRING "Sanitizers of every target: \"address;undefined\", or thread")
 pkg_check_modules(CRITERION QUIET IMPORTED_TARGET criterion)
@@ -27,6 +27,7 @@ endfunction()
 esp_three_way(DNNL "Dense products on the CPU by oneDNN")
 esp_three_way(CBLAS "Dense products on the CPU by a CBLAS, where oneDNN is not used")
 esp_three_way(CUDA "GPU kernels")
+esp_three_way(CURL "Rollouts from a server, over libcurl")
 
 set(ESPALIER_HAVE_DNNL OFF)
 set(espalier_dnnl_summary off)
@@ -77,5 +78,17 @@ if(NOT ESPALIER_CUDA STREQUAL OFF)
     set(espalier_cuda_summary "off: no GPU here (ESPALIER_CUDA=ON builds for others)")
   else()
     set(espalier_cuda_summary "off: no nvcc")
+  endif()
+endif()
+
+set(ESPALIER_HAVE_CURL OFF)
+set(espalier_curl_summary off)
+if(NOT ESPALIER_CURL STREQUAL OFF)
+  pkg_check_modules(CURL QUIET IMPORTED_TARGET libcurl>=7.66)
+  if(CURL_FOUND)
+    set(ESPALIER_HAVE_CURL ON)
+    set(espalier_curl_summary ${CURL_VERSION})
+  elseif(ESPALIER_CURL STREQUAL ON)
+    message(FATAL_ERROR "ESPALIER_CURL=ON, but pkg-config knows no libcurl of version 7.66 or newer (Debian: libcurl4-openssl-dev)")
   endif()
 endif()

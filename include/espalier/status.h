@@ -26,7 +26,7 @@ typedef enum esp_status {
     ESP_ERR_NONFINITE = 9,   ///< NaN or infinity where a finite number is required
     ESP_ERR_CALLBACK = 10,   ///< a callback of the caller reported failure
     ESP_ERR_MISMATCH = 11,   ///< two things that must agree do not (e.g. a checkpoint and a config)
-    ESP_ERR_COMM = 12,       ///< communication between ranks failed
+    ESP_ERR_COMM = 12,       ///< communication between ranks, or with a server, failed or took too long
     ESP_ERR_INTERNAL = 13,   ///< a broken promise inside the library: please report it
     ESP_ERR_DEVICE = 14      ///< the GPU or its driver reports failure; the context is of no more use
 } esp_status;
