@@ -45,6 +45,16 @@ typedef struct esp_trainer_config {
     int64_t checkpoint_every; ///< default 20; after the last step in any case
     bool no_skip;             ///< also run forward and backward of groups whose advantages are all zero
     bool no_thinking;         ///< "messages": the assistant's turn begins with an empty thinking block (Qwen3's enable_thinking = false)
+    const char *server;       ///< address of an OpenAI-compatible server (vLLM) that writes the completions; NULL = the trainer's own
+                              ///< sampler.  Its API key: the environment's ESP_SERVER_KEY
+    const char *server_model; ///< the base model's id there; NULL = the only one that it lists
+    const char *server_adapter_dir;  ///< folder of this run's own where each version of the adapter is written for the server; required
+    const char *server_adapter_path; ///< the same folder as the server sees it; NULL = at the same path
+    int32_t server_retries;          ///< tries of a request beyond the first; default 4
+    int32_t server_concurrency;      ///< requests in flight; default 32
+    float server_timeout;            ///< seconds of one try; default 120
+    bool server_drop_lost;           ///< groups that no try brought are left out; else the step fails
+    int32_t max_staleness;           ///< versions of the adapter that a completion may be behind; default 0
 } esp_trainer_config;
 #define ESP_TRAINER_CONFIG(...) ((esp_trainer_config){.struct_size = sizeof(esp_trainer_config), __VA_ARGS__})
 
