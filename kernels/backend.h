@@ -51,6 +51,20 @@ typedef struct espi_device {
     void (*graph_free)(void *device, void *graph);
 } espi_device;
 
+/* Blocks of x, which is finite, to codes and scales as src/quant makes them, bit for bit. */
+typedef struct espi_quantise {
+    uint8_t *codes;  /* [ceil(n/2)] overwrite */
+    float *absmax;   /* [ceil(n/64)] overwrite: NF4, FP4 */
+    uint8_t *scales; /* [n/32] overwrite: MXFP4 */
+    const void *x;   /* [n] of dtype F32, BF16 or F16 */
+    esp_dtype dtype;
+    int64_t n;
+    esp_qformat format;
+    float thresholds[15];     /* between neighbouring values, in ascending order; of MXFP4 the 7 of the magnitudes */
+    uint8_t code_of_rank[16]; /* NF4, FP4: the code above so many thresholds */
+    bool round_up;            /* MXFP4: the scale is the smallest power of two that is largest / 6 or more */
+} espi_quantise;
+
 typedef struct espi_backend {
     const char *name; /* "ref", "ref64", "cpu-generic", "cpu-avx2", "cpu-avx512", "cuda" */
     esp_dtype real;
@@ -58,6 +72,10 @@ typedef struct espi_backend {
     const espi_device *device;     /* NULL: arrays are in host memory */
     bool (*available)(void);       /* can this machine run it? */
     const char *(*describe)(void); /* one line for ESP_LOG=select (e.g. which dense GEMM), or NULL */
+    /* What becomes of experts on their way into a device's memory; NULL without a device. */
+    esp_status (*quantise)(const espi_exec *exec, const espi_quantise *a);
+    size_t (*packed_bytes)(const espi_stack *w); /* of one expert in the form that the expert ops want; 0: as it is.  NULL: always 0 */
+    esp_status (*pack)(const espi_exec *exec, void *packed, const espi_stack *one); /* one: one expert, as it is */
 #define ESPI_OP(name, args) espi_slot_##name name;
 #include "kernels/ops.def"
 #undef ESPI_OP

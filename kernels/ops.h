@@ -56,6 +56,8 @@ typedef struct espi_stack {
     int64_t part_nested;    /* ceil(part_blocks / 256) */
     const float *lut;       /* [16] value of each code */
     const float *map;       /* [256] dynamic map of double quantisation */
+    const void *packed;     /* NULL, or the experts one after the other in the backend's own form (espi_backend.pack), and data, absmax,
+                               absmax8, nested, offset and scales are NULL */
 } espi_stack;
 #define ESPI_QBLOCK 64
 #define ESPI_NESTED_BLOCK 256

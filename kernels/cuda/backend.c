@@ -25,5 +25,6 @@ const espi_backend espi_backend_cuda = {
     .device = &espi_device_cuda,
     .available = available,
     .describe = describe,
+    .quantise = espi_quantise_cuda,
     ESPI_REFUSALS,
 };

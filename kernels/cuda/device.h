@@ -52,6 +52,9 @@ const char *espi_cublaslt_open(void);
 #include "kernels/ops.def"
 #undef ESPI_OP
 
+/* quant.cu: espi_backend.quantise. */
+esp_status espi_quantise_cuda(const espi_exec *exec, const espi_quantise *a);
+
 extern const espi_device espi_device_cuda;
 
 #ifdef __cplusplus
