@@ -74,12 +74,16 @@ typedef struct espi_routing {
 } espi_routing;
 
 /* Packed sequences: queries of sequence s are rows cu_q[s] .. cu_q[s+1]-1 of q; its keys are rows k_start[s] .. k_start[s]+k_len[s]-1 of k
- * and v.  The last query sees the last key: query i of n sees keys 0 .. k_len - n + i.  In training k_start = cu_q, k_len = n. */
+ * and v.  The last query sees the last key: query i of n sees keys 0 .. k_len - n + i.  In training k_start = cu_q, k_len = n.
+ * A sequence may have a prefix that it shares with others: rows prefix_start[s] .. prefix_start[s]+prefix_len[s]-1 of k and v stand before
+ * its own keys, and every query sees them.  Key j of the prefix is at place j, own key j at place prefix_len + j; windows count in places.
+ * In training a prefix is the whole of an earlier sequence that has none: prefix_start = cu_q[p], prefix_len = cu_q[p+1] - cu_q[p]. */
 typedef struct espi_spans {
     const int32_t *cu_q; /* [n_seqs+1] */
     const int32_t *k_start, *k_len;
     int32_t n_seqs;
-    int64_t tokens; /* cu_q[n_seqs], for those who cannot read it */
+    int64_t tokens;                           /* cu_q[n_seqs], for those who cannot read it */
+    const int32_t *prefix_start, *prefix_len; /* both [n_seqs], prefix_len 0 = none; or both NULL: no sequence has one */
 } espi_spans;
 
 typedef struct espi_embed_fwd {
@@ -106,6 +110,14 @@ typedef struct espi_add {
     const void *a, *b;
     int64_t n;
 } espi_add;
+
+/* out[to[i]] += x[i], in order: rows named one after the other are summed in real and rounded once. */
+typedef struct espi_rows_add {
+    void *out;         /* act [.,H]: the rows named ADD, others left */
+    const void *x;     /* act [n,H] */
+    const int32_t *to; /* [n] a row may be named more than once */
+    int64_t n, hidden;
+} espi_rows_add;
 
 /* y = w * (x * rstd), rstd = 1/sqrt(mean(x^2) + eps), over rows of n values. */
 typedef struct espi_rmsnorm_fwd {
@@ -182,7 +194,8 @@ typedef struct espi_attention_fwd {
 } espi_attention_fwd;
 
 /* P = exp(S - lse); delta_i = d_out_i.out_i; dS = P (d_out.v - delta); d_sink -= sum_i e^(sink - lse_i) delta_i.
- * Training spans only (k_start = cu_q). */
+ * Training spans only (k_start = cu_q).  d_k and d_v of a row that others have as their prefix: sums over its own sequence's queries, then
+ * over those of its users, in the order of the sequences. */
 typedef struct espi_attention_bwd {
     void *d_q, *d_k, *d_v; /* act, overwrite */
     void *d_sinks;         /* real [Hq] add, or NULL: frozen */
@@ -363,7 +376,8 @@ typedef struct espi_combine_bwd {
  * softcap(v) = cap tanh(v/cap), or v when cap = 0.  Work memory is a fixed number of bytes, whatever n: never [n,V]. */
 typedef struct espi_head {
     const void *hidden;    /* act [T,H] */
-    const int32_t *rows;   /* [n] which row of hidden */
+    const int32_t *rows;   /* [n] which row of hidden; a row may be named more than once */
+    const int32_t *d_rows; /* [n] which row of d_hidden, all different; NULL = rows */
     const int32_t *target; /* [n] */
     espi_mat w;            /* [V,H] */
     const float *bias;     /* [V] or NULL */
@@ -380,7 +394,7 @@ typedef struct espi_head_stats {
 /* Pass B of LH2.  dz_j = g (1[j=y] - p_j) - e p_j (log p_j + entropy);  d_hidden = (dz through temperature, softcap and scale) W. */
 typedef struct espi_head_grad {
     espi_head head;
-    void *d_hidden;    /* act [T,H]: the rows named are overwritten, others left; rows must be distinct */
+    void *d_hidden;    /* act [.,H]: the rows named by d_rows are overwritten, others left */
     const void *g, *e; /* real [n]: d loss / d lp, d loss / d entropy; e may be NULL */
     const void *lse, *entropy;
 } espi_head_grad;

@@ -55,7 +55,7 @@ typedef struct esp_batch {
     const int32_t *cu_seqlens; ///< [n_seqs + 1], 0 first, T last, strictly ascending
     int64_t n_tokens;          ///< T; 0 is allowed and does nothing
     int32_t n_seqs;
-    const uint8_t *loss_mask;       ///< [T] 1 = the loss counts this token; NULL = all but each sequence's first
+    const uint8_t *loss_mask;       ///< [T] 1 = the loss counts this token; NULL = all but the first of each sequence without a prefix
     const float *advantage;         ///< [n_seqs] GRPO
     const float *old_logprob;       ///< [T] proximal policy; NULL = the current one (ratio exactly 1)
     const float *ref_logprob;       ///< [T] reference policy; needed when beta > 0
@@ -64,6 +64,11 @@ typedef struct esp_batch {
     double step_tokens;             ///< loss tokens of the whole optimiser step; 0 = those of this batch
     double step_seqs;               ///< sequences of the whole optimiser step; 0 = those of this batch
     const esp_objective *objective; ///< GRPO: which loss; NULL = defaults
+    /// [n_seqs] the sequence whose tokens stand before this one's, -1 = none; NULL = none has one.  So the prompt of a group of completions
+    /// is computed once: the prompt is a sequence of its own, the completions name it.  Prefixes come before their users and have none
+    /// themselves.  The first token of a sequence with a prefix is predicted by the prefix's last.  A prefix that counts no token is no
+    /// sequence of the loss: its advantage is not read, and it does not count among step_seqs.
+    const int32_t *prefix_of;
 } esp_batch;
 #define ESP_BATCH(...) ((esp_batch){.struct_size = sizeof(esp_batch), __VA_ARGS__})
 
@@ -88,7 +93,8 @@ ESP_API esp_status esp_model_info_get(const esp_model *model, esp_model_info *ou
 
 /// Forward to the final-norm hidden states.  Twin: esp_model_backward().
 /// hidden [out]  [T,H] view into the activation block (f32; f64 under "ref64"), valid until the next forward or backward of this model
-/// ESP_ERR_ARG: an id outside the vocabulary or that stands for a picture, a malformed cu_seqlens, a sequence longer than the context
+/// ESP_ERR_ARG: an id outside the vocabulary or that stands for a picture, a malformed cu_seqlens or prefix_of, a sequence longer than the
+/// context (with its prefix)
 ESP_API esp_status esp_model_forward(esp_model *model, const esp_batch *batch, esp_tensor *hidden);
 
 /// The same without saving anything for a backward.

@@ -122,7 +122,7 @@ static void block_grad(const espi_head *head, int64_t first, int64_t m, float *d
                        const float *entropy) {
     _Alignas(64) float tile[HEAD_ROWS][HEAD_COLS];
     const int64_t hidden = head->w.cols;
-    const cpu_rows to = {d_hidden, hidden, head->rows + first};
+    const cpu_rows to = {d_hidden, hidden, (head->d_rows ? head->d_rows : head->rows) + first};
     for (int64_t col = 0; col < head->w.rows; col += HEAD_COLS) {
         const int64_t n = cpu_min(head->w.rows - col, HEAD_COLS);
         logits_tile(tile, head, first, m, col, n);

@@ -33,6 +33,16 @@ esp_status ESPI_CPU(espi_add)(const espi_exec *exec, const espi_add *a) {
     return ESP_OK;
 }
 
+esp_status ESPI_CPU(espi_rows_add)(const espi_exec *exec, const espi_rows_add *a) {
+    (void)exec;
+    for (int64_t i = 0; i < a->n; i++) {
+        float *out = (float *)a->out + a->to[i] * a->hidden;
+        const float *x = (const float *)a->x + i * a->hidden;
+        for (int64_t h = 0; h < a->hidden; h++) out[h] += x[h];
+    }
+    return ESP_OK;
+}
+
 esp_status ESPI_CPU(espi_clamp_fwd)(const espi_exec *exec, const espi_clamp_fwd *a) {
     const float *x = a->x, limit = (float)a->limit;
     float *y = a->y;

@@ -23,19 +23,31 @@ esp_status ESPI_REF_NAME(espi_kv_append)(const espi_exec *exec, const espi_kv_ap
     return ESP_OK;
 }
 
+/* What stands before the queries of a sequence: its prefix, then its own keys, in places counted through. */
+static int64_t prefix_of(const espi_spans *spans, int32_t seq) {
+    return spans->prefix_len ? spans->prefix_len[seq] : 0;
+}
+static int64_t key_row(const espi_spans *spans, int32_t seq, int64_t place) {
+    const int64_t prefix = prefix_of(spans, seq);
+    return place < prefix ? spans->prefix_start[seq] + place : spans->k_start[seq] + place - prefix;
+}
+
 size_t ESPI_REF_NAME(espi_attention_fwd_scratch)(const espi_exec *exec, const espi_attention_fwd *a) {
     (void)exec;
     return (size_t)a->head_dim * sizeof(double);
 }
 
-/* One query of one head over `keys` keys, the rows of k and v lying `stride` apart; returns the log-sum-exp.  The sink, if any, comes
- * before the keys, with no value of its own. */
-static double attend(real *out, double *sum_v, const float *sink, const real *q, const real *k, const real *v, int64_t keys, int64_t stride,
-                     int64_t dim, double scale) {
-    double max = sink ? *sink : -INFINITY, sum = sink ? 1 : 0;
+/* One query of one head, which sees the keys at places first .. last; returns the log-sum-exp.  The sink, if any, comes before the keys,
+ * with no value of its own. */
+static double attend(const espi_attention_fwd *a, double *sum_v, int32_t seq, int64_t q_row, int64_t head, int64_t first, int64_t last) {
+    const int64_t dim = a->head_dim, kv_head = head / (a->heads / a->kv_heads);
+    const real *q = (const real *)a->q + q_row * dim;
+    real *out = (real *)a->out + q_row * dim;
+    double max = a->sinks ? a->sinks[head] : -INFINITY, sum = a->sinks ? 1 : 0;
     for (int64_t d = 0; d < dim; d++) sum_v[d] = 0;
-    for (int64_t j = 0; j < keys; j++) {
-        const double score = scale * dot(q, k + j * stride, dim);
+    for (int64_t j = first; j <= last; j++) {
+        const int64_t at = (key_row(&a->spans, seq, j) * a->kv_heads + kv_head) * dim;
+        const double score = a->scale * dot(q, (const real *)a->k + at, dim);
         if (score > max) { /* what was summed so far was relative to the old maximum */
             const double shrink = exp(max - score);
             sum *= shrink;
@@ -44,24 +56,21 @@ static double attend(real *out, double *sum_v, const float *sink, const real *q,
         }
         const double p = exp(score - max);
         sum += p;
-        for (int64_t d = 0; d < dim; d++) sum_v[d] += p * v[j * stride + d];
+        for (int64_t d = 0; d < dim; d++) sum_v[d] += p * ((const real *)a->v)[at + d];
     }
     for (int64_t d = 0; d < dim; d++) out[d] = (real)(sum_v[d] / sum);
     return max + log(sum);
 }
 
 esp_status ESPI_REF_NAME(espi_attention_fwd)(const espi_exec *exec, const espi_attention_fwd *a) {
-    const int64_t dim = a->head_dim, group = a->heads / a->kv_heads, stride = a->kv_heads * dim;
-    for (int32_t s = 0; s < a->spans.n_seqs; s++) {
-        const int64_t n = a->spans.cu_q[s + 1] - a->spans.cu_q[s];
-        for (int64_t i = 0; i < n; i++) {
-            const int64_t before = a->spans.k_len[s] - n + i + 1, keys = a->window > 0 && a->window < before ? a->window : before;
+    const espi_spans *spans = &a->spans;
+    for (int32_t s = 0; s < spans->n_seqs; s++) {
+        for (int64_t i = spans->cu_q[s]; i < spans->cu_q[s + 1]; i++) {
+            const int64_t last = prefix_of(spans, s) + spans->k_len[s] - (spans->cu_q[s + 1] - i);
+            const int64_t first = a->window > 0 && last >= a->window ? last - a->window + 1 : 0;
             for (int64_t head = 0; head < a->heads; head++) {
-                const int64_t row = (a->spans.cu_q[s] + i) * a->heads + head;
-                const int64_t first_key = (a->spans.k_start[s] + before - keys) * stride + head / group * dim;
-                ((real *)a->lse)[row] = (real)attend((real *)a->out + row * dim, exec->scratch, a->sinks ? a->sinks + head : NULL,
-                                                     (const real *)a->q + row * dim, (const real *)a->k + first_key,
-                                                     (const real *)a->v + first_key, keys, stride, dim, a->scale);
+                const int64_t row = i * a->heads + head;
+                ((real *)a->lse)[row] = (real)attend(a, exec->scratch, s, row, head, first, last);
             }
         }
     }
@@ -87,11 +96,13 @@ static void score_grad(double *p, double *d_s, const espi_attention_bwd *a, int6
     *d_s = *p * (dot(d_out, (const real *)a->v + k_row * dim, dim) - delta_of(a, q_row));
 }
 
-static void query_grad(const espi_attention_bwd *a, double *d_q, int64_t first, int64_t i, int64_t head) {
+/* Query i of sequence seq. */
+static void query_grad(const espi_attention_bwd *a, double *d_q, int32_t seq, int64_t i, int64_t head) {
     const int64_t dim = a->head_dim, q_row = i * a->heads + head, kv_head = head / (a->heads / a->kv_heads);
+    const int64_t place = prefix_of(&a->spans, seq) + i - a->spans.cu_q[seq];
     for (int64_t d = 0; d < dim; d++) d_q[d] = 0;
-    for (int64_t j = a->window > 0 && i - first >= a->window ? i - a->window + 1 : first; j <= i; j++) {
-        const int64_t k_row = j * a->kv_heads + kv_head;
+    for (int64_t j = a->window > 0 && place >= a->window ? place - a->window + 1 : 0; j <= place; j++) {
+        const int64_t k_row = key_row(&a->spans, seq, j) * a->kv_heads + kv_head;
         double p, d_s;
         score_grad(&p, &d_s, a, q_row, k_row);
         for (int64_t d = 0; d < dim; d++) d_q[d] += d_s * ((const real *)a->k)[k_row * dim + d];
@@ -99,11 +110,13 @@ static void query_grad(const espi_attention_bwd *a, double *d_q, int64_t first, 
     for (int64_t d = 0; d < dim; d++) ((real *)a->d_q)[q_row * dim + d] = (real)(a->scale * d_q[d]);
 }
 
-static void key_grad(const espi_attention_bwd *a, double *d_k, double *d_v, int64_t j, int64_t end, int64_t kv_head) {
-    const int64_t dim = a->head_dim, k_row = j * a->kv_heads + kv_head, group = a->heads / a->kv_heads;
-    for (int64_t d = 0; d < dim; d++) d_k[d] = d_v[d] = 0;
+/* What the queries of sequence seq give to the key-head row k_row, which stands at `place` before them. */
+static void add_key_grad(const espi_attention_bwd *a, double *d_k, double *d_v, int32_t seq, int64_t place, int64_t k_row) {
+    const int64_t dim = a->head_dim, group = a->heads / a->kv_heads, kv_head = k_row % a->kv_heads;
+    const int64_t first = a->spans.cu_q[seq], own = prefix_of(&a->spans, seq);
     for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++) {
-        for (int64_t i = j; i < end && (a->window == 0 || i - j < a->window); i++) {
+        for (int64_t i = first + (place > own ? place - own : 0); i < a->spans.cu_q[seq + 1]; i++) {
+            if (a->window > 0 && own + i - first - place >= a->window) break;
             const int64_t q_row = i * a->heads + head;
             double p, d_s;
             score_grad(&p, &d_s, a, q_row, k_row);
@@ -113,6 +126,16 @@ static void key_grad(const espi_attention_bwd *a, double *d_k, double *d_v, int6
             }
         }
     }
+}
+
+/* Key j of sequence seq: the queries of its own sequence, then those of the sequences that have it as their prefix. */
+static void key_grad(const espi_attention_bwd *a, double *d_k, double *d_v, int32_t seq, int64_t j, int64_t kv_head) {
+    const espi_spans *spans = &a->spans;
+    const int64_t dim = a->head_dim, k_row = j * a->kv_heads + kv_head, within = j - spans->cu_q[seq];
+    for (int64_t d = 0; d < dim; d++) d_k[d] = d_v[d] = 0;
+    add_key_grad(a, d_k, d_v, seq, prefix_of(spans, seq) + within, k_row);
+    for (int32_t user = seq + 1; user < spans->n_seqs; user++)
+        if (prefix_of(spans, user) > 0 && spans->prefix_start[user] == spans->cu_q[seq]) add_key_grad(a, d_k, d_v, user, within, k_row);
     for (int64_t d = 0; d < dim; d++) {
         ((real *)a->d_k)[k_row * dim + d] = (real)(a->scale * d_k[d]);
         ((real *)a->d_v)[k_row * dim + d] = (real)d_v[d];
@@ -132,10 +155,9 @@ static void sink_grad(const espi_attention_bwd *a, int64_t head) {
 esp_status ESPI_REF_NAME(espi_attention_bwd)(const espi_exec *exec, const espi_attention_bwd *a) {
     double *sum = exec->scratch;
     for (int32_t s = 0; s < a->spans.n_seqs; s++) {
-        const int64_t first = a->spans.cu_q[s], end = a->spans.cu_q[s + 1];
-        for (int64_t i = first; i < end; i++) {
-            for (int64_t head = 0; head < a->heads; head++) query_grad(a, sum, first, i, head);
-            for (int64_t head = 0; head < a->kv_heads; head++) key_grad(a, sum, sum + a->head_dim, i, end, head);
+        for (int64_t i = a->spans.cu_q[s]; i < a->spans.cu_q[s + 1]; i++) {
+            for (int64_t head = 0; head < a->heads; head++) query_grad(a, sum, s, i, head);
+            for (int64_t head = 0; head < a->kv_heads; head++) key_grad(a, sum, sum + a->head_dim, s, i, head);
         }
     }
     for (int64_t head = 0; a->d_sinks && head < a->heads; head++) sink_grad(a, head);

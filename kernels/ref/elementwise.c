@@ -1,4 +1,4 @@
-/* Zeroing, the sum of two arrays, clamping, and the sum of squares that gradient clipping needs. */
+/* Zeroing, sums of two arrays and of rows, clamping, and the sum of squares that gradient clipping needs. */
 #include "kernels/ref/ref.h"
 
 #include <string.h>
@@ -16,6 +16,19 @@ esp_status ESPI_REF_NAME(espi_add)(const espi_exec *exec, const espi_add *a) {
     real *out = a->out;
     const real *left = a->a, *right = a->b;
     for (int64_t i = 0; i < a->n; i++) out[i] = left[i] + right[i];
+    return ESP_OK;
+}
+
+esp_status ESPI_REF_NAME(espi_rows_add)(const espi_exec *exec, const espi_rows_add *a) {
+    (void)exec;
+    for (int64_t h = 0; h < a->hidden; h++) {
+        for (int64_t i = 0, next; i < a->n; i = next) { /* rows i .. next - 1 go to the same one */
+            real *out = (real *)a->out + a->to[i] * a->hidden + h;
+            double sum = *out;
+            for (next = i; next < a->n && a->to[next] == a->to[i]; next++) sum += ((const real *)a->x)[next * a->hidden + h];
+            *out = (real)sum;
+        }
+    }
     return ESP_OK;
 }
 

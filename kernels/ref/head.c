@@ -67,7 +67,8 @@ static void row_grad(real *d_hidden, double *sum, const espi_head *head, int64_t
         }
         for (int64_t h = 0; h < hidden; h++) sum[h] += d * espi_mat_value(&head->w, v, h);
     }
-    for (int64_t h = 0; h < hidden; h++) d_hidden[head->rows[i] * hidden + h] = (real)sum[h];
+    const int64_t to = head->d_rows ? head->d_rows[i] : head->rows[i];
+    for (int64_t h = 0; h < hidden; h++) d_hidden[to * hidden + h] = (real)sum[h];
 }
 
 size_t ESPI_REF_NAME(espi_head_grad_scratch)(const espi_exec *exec, const espi_head_grad *a) {

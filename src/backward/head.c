@@ -16,6 +16,17 @@ static esp_status call_coef(void *user, int64_t first, int64_t count) {
     return c->coef(c->user, c->rows, first, count);
 }
 
+/* The gradients of the hidden states that several rows name. */
+static esp_status add_shared(esp_model *model, espi_arena *arena, const espi_head_rows *rows, void *d_hidden, int64_t tokens) {
+    const int64_t hidden = model->config.hidden;
+    const espi_rows_add args = {.out = d_hidden,
+                                .x = (const char *)d_hidden + (size_t)(tokens * hidden) * model->ctx->act_size,
+                                .to = rows->shared_row,
+                                .n = rows->shared,
+                                .hidden = hidden};
+    return rows->shared ? espi_op_rows_add(model->ctx, arena, &args) : ESP_OK;
+}
+
 esp_status espi_head_loss(esp_model *model, espi_arena *arena, const espi_head_rows *rows, const void *hidden, void *d_hidden,
                           int64_t tokens, double temperature, bool row_local, espi_head_coef coef, void *user) {
     const espi_head head = espi_head_describe(model, rows, hidden, temperature);
@@ -34,6 +45,7 @@ esp_status espi_head_loss(esp_model *model, espi_arena *arena, const espi_head_r
                                        .coef_user = &call,
                                        .host = rows->host};
         ESPI_TRY(espi_op_head_fused(model->ctx, arena, &fused));
+        ESPI_TRY(add_shared(model, arena, rows, d_hidden, tokens));
         /* The caller's function runs from the device's queue: it and what it reads must outlive this call. */
         return arena->dry ? ESP_OK : espi_ctx_wait(model->ctx);
     }
@@ -47,5 +59,6 @@ esp_status espi_head_loss(esp_model *model, espi_arena *arena, const espi_head_r
     }
     const espi_head_grad grad = {
         .head = head, .d_hidden = d_hidden, .g = rows->g, .e = rows->e, .lse = rows->lse, .entropy = rows->entropy};
-    return espi_op_head_grad(model->ctx, arena, &grad);
+    ESPI_TRY(espi_op_head_grad(model->ctx, arena, &grad));
+    return add_shared(model, arena, rows, d_hidden, tokens);
 }

@@ -12,6 +12,9 @@ struct espi_decoder_saved {
     int32_t n_seqs;
     int32_t *ids, *cu, *k_len;                     /* copies in host memory: [T], [n_seqs+1], [n_seqs] */
     int32_t *d_ids, *d_cu, *d_k_len, *d_positions; /* the same for the ops, and [T] */
+    int32_t *prefix_of;                            /* [n_seqs] a copy of the batch's in host memory, -1 = none */
+    int32_t *d_prefix_start, *d_prefix_len;        /* [n_seqs] for the ops */
+    bool prefixed;                                 /* has any sequence one? */
     void *cos, *sin;
     void **h;                 /* [L+1] real [T,H]: the residual stream at the layer borders */
     void *rstd;               /* real [T] of the final norm */
@@ -27,8 +30,12 @@ struct espi_decoder_saved {
 
 /* Its sequences as the ops take them. */
 static inline espi_spans espi_saved_spans(const espi_decoder_saved *saved) {
-    return (espi_spans){
+    espi_spans spans = {
         .cu_q = saved->d_cu, .k_start = saved->d_cu, .k_len = saved->d_k_len, .n_seqs = saved->n_seqs, .tokens = saved->tokens};
+    if (!saved->prefixed) return spans;
+    spans.prefix_start = saved->d_prefix_start;
+    spans.prefix_len = saved->d_prefix_len;
+    return spans;
 }
 
 /* Bookkeeping of a model's saved state: arrays of pointers, not tensor memory. */
@@ -44,11 +51,11 @@ esp_status espi_decoder_forward(esp_model *model, espi_arena *arena, const esp_b
 /* d_hidden real [T,H].  loss_share: this batch's share of the optimiser step, for the router losses.  LoRA gradients: add. */
 esp_status espi_decoder_backward(esp_model *model, espi_arena *arena, const void *d_hidden, double loss_share, espi_decoder_saved *saved);
 
-/* positions [T] overwrite: token i of the n new ones of sequence s stands at k_len[s] - n + i.  All in host memory. */
+/* positions [T] overwrite: token i of the n new ones of sequence s stands at prefix_len[s] + k_len[s] - n + i.  All in host memory. */
 void espi_positions(int32_t *positions, const espi_spans *spans);
 
 /* Forward without anything kept but hidden real [T,H] (the caller's).  cache: NULL, or where keys and values go and are read: the token i
- * of the n new ones of sequence s stands at cache row k_start[s] + k_len[s] - n + i and at position k_len[s] - n + i. */
+ * of the n new ones of sequence s stands at cache row k_start[s] + k_len[s] - n + i and at the position that espi_positions gives it. */
 esp_status espi_decoder_extend(esp_model *model, espi_arena *arena, void *hidden, espi_kv_cache *cache, const int32_t *ids,
                                const int32_t *positions, const espi_spans *spans, int64_t tokens);
 

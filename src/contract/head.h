@@ -13,20 +13,31 @@
 #include "espalier/model.h"
 #include "kernels/ops.h"
 
-/* The counted tokens of a batch: row = the position whose hidden state predicts the token, target = that token. */
+/* The counted tokens of a batch: row = the position whose hidden state predicts the token, target = that token.  The last hidden state of
+ * a prefix predicts the first token of each of its users: such a row is named by several, and each puts its gradient in a row of its own
+ * behind the T of d_hidden, from where they are added up. */
 typedef struct espi_head_rows {
     int64_t n;
     int32_t *row, *target;            /* [n] */
-    int32_t *token;                   /* [n] index of the target in the batch: row + 1; host memory */
-    int32_t *cu;                      /* [n_seqs+1] rows of each sequence; host memory */
+    int32_t *d_row;                   /* [n] row of d_hidden, or NULL: row */
+    int64_t shared;                   /* rows of d_hidden behind the T */
+    int32_t *shared_row;              /* [shared] the row that each belongs to */
+    int32_t *token;                   /* [n] index of the target in the batch; host memory */
+    int32_t n_seqs;                   /* sequences of the loss: all but prefixes that count no token */
+    int32_t *cu, *seq;                /* [n_seqs+1] rows of each, [n_seqs] which sequence of the batch it is; host memory */
     void *lp, *entropy, *lse, *g, *e; /* real [n] */
     espi_head_host host;              /* what a loss reads and writes of them */
 } espi_head_rows;
 
-/* Collects the rows of `batch` (loss_mask, or all but each sequence's first token) and takes the arrays from the arena.
- * On a dry arena n is the largest possible, T - n_seqs, and nothing is written.
- * ESP_ERR_ARG when the mask counts a sequence's first token: nothing stands before it to predict it. */
+/* Collects the rows of `batch` (by loss_mask, see esp_batch) and takes the arrays from the arena.
+ * On a dry arena n is the largest possible, one less than the tokens, and nothing is written.
+ * ESP_ERR_ARG when the mask counts the first token of a sequence without a prefix: nothing stands before it to predict it. */
 esp_status espi_head_rows_make(espi_head_rows *rows, const esp_model *model, espi_arena *arena, const esp_batch *batch);
+
+/* Rows of d_hidden that a loss on a batch of this shape may need: T, and one for each sequence that may have a prefix. */
+static inline int64_t espi_head_d_rows(const esp_batch *batch) {
+    return batch->n_tokens + batch->n_seqs;
+}
 
 /* The op's arguments for these rows. */
 espi_head espi_head_describe(const esp_model *model, const espi_head_rows *rows, const void *hidden, double temperature);
@@ -46,7 +57,7 @@ esp_status espi_head_read(esp_model *model, espi_arena *arena, const espi_head_r
 /* Reads rows->host.lp and .entropy from `first` on, `count` of them, and writes .g and .e there. */
 typedef esp_status (*espi_head_coef)(void *user, const espi_head_rows *rows, int64_t first, int64_t count);
 
-/* LH1 or LH2.  d_hidden real [T,H] overwritten, 0 where no row is. */
+/* LH1 or LH2.  d_hidden act [T + rows->shared, H]: the first T overwritten, 0 where no row is; the others are work memory. */
 esp_status espi_head_loss(esp_model *model, espi_arena *arena, const espi_head_rows *rows, const void *hidden, void *d_hidden,
                           int64_t tokens, double temperature, bool row_local, espi_head_coef coef, void *user);
 

@@ -27,7 +27,7 @@ void espi_decoder_saved_free(espi_decoder_saved *saved) {
 
 void espi_positions(int32_t *positions, const espi_spans *s) {
     for (int32_t i = 0; i < s->n_seqs; i++) {
-        const int32_t first = s->k_len[i] - (s->cu_q[i + 1] - s->cu_q[i]);
+        const int32_t prefix = s->prefix_len ? s->prefix_len[i] : 0, first = prefix + s->k_len[i] - (s->cu_q[i + 1] - s->cu_q[i]);
         for (int32_t t = s->cu_q[i]; t < s->cu_q[i + 1]; t++) positions[t] = first + t - s->cu_q[i];
     }
 }
@@ -91,23 +91,44 @@ static esp_status final_norm(espi_pass *pass, void *hidden, void *rstd, const vo
     return ESP_OK;
 }
 
-/* The batch's ids, borders and positions, in host memory and where the ops read them. */
+/* Where the prefix of each sequence lies. */
+static void fill_prefixes(int32_t *start, int32_t *len, espi_decoder_saved *saved, const int32_t *prefix_of) {
+    for (int32_t s = 0; s < saved->n_seqs; s++) {
+        const int32_t p = prefix_of ? prefix_of[s] : -1;
+        saved->prefix_of[s] = p;
+        start[s] = p >= 0 ? saved->cu[p] : 0;
+        len[s] = p >= 0 ? saved->cu[p + 1] - saved->cu[p] : 0;
+        saved->prefixed = saved->prefixed || p >= 0;
+    }
+}
+
+/* The batch's ids, borders, prefixes and positions, in host memory and where the ops read them. */
 static esp_status take_batch(espi_pass *pass, const esp_batch *batch, espi_decoder_saved *saved) {
     const size_t t = (size_t)batch->n_tokens, n = (size_t)batch->n_seqs, size = sizeof(int32_t);
-    int32_t *positions;
+    int32_t *positions, *prefix_start, *prefix_len;
+    saved->tokens = batch->n_tokens;
+    saved->n_seqs = batch->n_seqs;
+    saved->prefixed = false;
     ESPI_TRY(espi_arena_take_shared(pass->arena, t * size, &saved->ids, &saved->d_ids));
     ESPI_TRY(espi_arena_take_shared(pass->arena, (n + 1) * size, &saved->cu, &saved->d_cu));
     ESPI_TRY(espi_arena_take_shared(pass->arena, n * size, &saved->k_len, &saved->d_k_len));
+    ESPI_TRY(espi_arena_take_host(pass->arena, n * size, &saved->prefix_of));
+    ESPI_TRY(espi_arena_take_shared(pass->arena, n * size, &prefix_start, &saved->d_prefix_start));
+    ESPI_TRY(espi_arena_take_shared(pass->arena, n * size, &prefix_len, &saved->d_prefix_len));
     ESPI_TRY(espi_arena_take_shared(pass->arena, t * size, &positions, &saved->d_positions));
     if (!pass->arena->dry) {
         saved->cu[0] = 0;
         if (t) memcpy(saved->ids, batch->tokens, t * size);
         if (n) memcpy(saved->cu, batch->cu_seqlens, (n + 1) * size);
         for (size_t i = 0; i < n; i++) saved->k_len[i] = saved->cu[i + 1] - saved->cu[i];
-        espi_positions(positions, &(espi_spans){.cu_q = saved->cu, .k_len = saved->k_len, .n_seqs = batch->n_seqs});
+        fill_prefixes(prefix_start, prefix_len, saved, batch->prefix_of);
+        espi_positions(positions,
+                       &(espi_spans){.cu_q = saved->cu, .k_len = saved->k_len, .n_seqs = batch->n_seqs, .prefix_len = prefix_len});
         ESPI_TRY(espi_ctx_put(pass->ctx, saved->d_ids, saved->ids, t * size));
         ESPI_TRY(espi_ctx_put(pass->ctx, saved->d_cu, saved->cu, (n + 1) * size));
         ESPI_TRY(espi_ctx_put(pass->ctx, saved->d_k_len, saved->k_len, n * size));
+        ESPI_TRY(espi_ctx_put(pass->ctx, saved->d_prefix_start, prefix_start, n * size));
+        ESPI_TRY(espi_ctx_put(pass->ctx, saved->d_prefix_len, prefix_len, n * size));
         ESPI_TRY(espi_ctx_put(pass->ctx, saved->d_positions, positions, t * size));
     }
     pass->ids = saved->d_ids;
@@ -136,8 +157,6 @@ esp_status espi_decoder_forward(esp_model *model, espi_arena *arena, const esp_b
     const espi_config *c = &model->config;
     const int64_t t = batch->n_tokens;
     espi_pass pass = {.model = model, .ctx = model->ctx, .arena = arena, .tokens = t, .adapter = model->adapter_on};
-    saved->tokens = t;
-    saved->n_seqs = batch->n_seqs;
     saved->adapter = model->adapter_on;
     ESPI_TRY(take_batch(&pass, batch, saved));
     ESPI_TRY(take_statistics(&pass, saved));
@@ -193,7 +212,7 @@ esp_status espi_decoder_extend(esp_model *model, espi_arena *arena, void *hidden
 }
 
 esp_status espi_decoder_forward_only(void **hidden, esp_model *model, espi_arena *arena, const esp_batch *batch) {
-    espi_decoder_saved copy = {.n_seqs = batch->n_seqs};
+    espi_decoder_saved copy = {0};
     espi_pass pass = {.model = model, .ctx = model->ctx, .arena = arena, .tokens = batch->n_tokens};
     ESPI_TRY(espi_take_act(&pass, batch->n_tokens * model->config.hidden, hidden));
     const espi_mark mark = espi_arena_mark(arena);

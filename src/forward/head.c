@@ -4,53 +4,95 @@
 #include "core/select.h"
 #include "models/model.h"
 
+static bool has_prefix(const esp_batch *batch, int32_t seq) {
+    return batch->prefix_of && batch->prefix_of[seq] >= 0;
+}
+
+/* Token t of sequence seq. */
+static bool counted(const esp_batch *batch, int32_t seq, int64_t t) {
+    return batch->loss_mask ? batch->loss_mask[t] != 0 : t > batch->cu_seqlens[seq] || has_prefix(batch, seq);
+}
+
 int64_t espi_head_count_rows(const esp_batch *batch) {
-    if (!batch->loss_mask) return batch->n_tokens - batch->n_seqs;
     int64_t n = 0;
-    for (int64_t t = 0; t < batch->n_tokens; t++) n += batch->loss_mask[t] != 0;
+    for (int32_t s = 0; s < batch->n_seqs; s++)
+        for (int64_t t = batch->cu_seqlens[s]; t < batch->cu_seqlens[s + 1]; t++) n += counted(batch, s, t);
     return n;
 }
 
-/* row and target: the host's side of them. */
-static esp_status fill_rows(const espi_head_rows *rows, int32_t *row, int32_t *target, const esp_batch *batch) {
-    int32_t i = 0;
-    for (int32_t s = 0; s < batch->n_seqs; s++) {
-        const int32_t begin = batch->cu_seqlens[s];
-        rows->cu[s] = i;
-        if (batch->loss_mask && batch->loss_mask[begin])
+/* The host's side of the arrays that ops read. */
+typedef struct host_rows {
+    int32_t *row, *d_row, *target, *shared_row;
+} host_rows;
+
+/* Takes up the counted tokens of one sequence. */
+static esp_status fill_sequence(espi_head_rows *rows, const host_rows *host, const esp_batch *batch, int32_t s) {
+    const int32_t begin = batch->cu_seqlens[s];
+    for (int32_t t = begin; t < batch->cu_seqlens[s + 1]; t++) {
+        if (!counted(batch, s, t)) continue;
+        const int64_t i = rows->n++;
+        host->row[i] = host->d_row[i] = t - 1;
+        host->target[i] = batch->tokens[t];
+        rows->token[i] = t;
+        if (t > begin) continue;
+        if (!has_prefix(batch, s))
             return ESPI_FAIL(ESP_ERR_ARG,
                              "loss_mask[%d]: got 1 at the first token of sequence %d, expected 0: nothing stands before it to predict it",
                              begin, s);
-        for (int32_t t = begin + 1; t < batch->cu_seqlens[s + 1]; t++) {
-            if (batch->loss_mask && !batch->loss_mask[t]) continue;
-            row[i] = t - 1;
-            rows->token[i] = t;
-            target[i] = batch->tokens[t];
-            i++;
-        }
+        host->row[i] = batch->cu_seqlens[batch->prefix_of[s] + 1] - 1;
+        host->d_row[i] = (int32_t)(batch->n_tokens + rows->shared);
+        host->shared_row[rows->shared++] = host->row[i];
     }
-    rows->cu[batch->n_seqs] = i;
+    return ESP_OK;
+}
+
+static bool is_prefix(const esp_batch *batch, int32_t seq) {
+    for (int32_t s = seq + 1; batch->prefix_of && s < batch->n_seqs; s++)
+        if (batch->prefix_of[s] == seq) return true;
+    return false;
+}
+
+static esp_status fill_rows(espi_head_rows *rows, const host_rows *host, const esp_batch *batch) {
+    rows->n = 0;
+    rows->cu[0] = 0;
+    for (int32_t s = 0; s < batch->n_seqs; s++) {
+        const int64_t first = rows->n;
+        ESPI_TRY(fill_sequence(rows, host, batch, s));
+        if (rows->n == first && is_prefix(batch, s)) continue;
+        rows->seq[rows->n_seqs++] = s;
+        rows->cu[rows->n_seqs] = (int32_t)rows->n;
+    }
     return ESP_OK;
 }
 
 esp_status espi_head_rows_make(espi_head_rows *rows, const esp_model *model, espi_arena *arena, const esp_batch *batch) {
-    const int64_t n = arena->dry ? batch->n_tokens - batch->n_seqs : espi_head_count_rows(batch);
+    const int64_t most = batch->n_tokens > 0 ? batch->n_tokens - 1 : 0, n = arena->dry ? most : espi_head_count_rows(batch);
     const size_t ints = (size_t)n * sizeof(int32_t), reals = (size_t)n * model->ctx->real_size;
-    int32_t *row, *target;
+    const size_t seqs = (size_t)batch->n_seqs * sizeof(int32_t);
+    host_rows host;
     *rows = (espi_head_rows){.n = n};
-    ESPI_TRY(espi_arena_take_shared(arena, ints, &row, &rows->row));
-    ESPI_TRY(espi_arena_take_shared(arena, ints, &target, &rows->target));
+    ESPI_TRY(espi_arena_take_shared(arena, ints, &host.row, &rows->row));
+    ESPI_TRY(espi_arena_take_shared(arena, ints, &host.d_row, &rows->d_row));
+    ESPI_TRY(espi_arena_take_shared(arena, ints, &host.target, &rows->target));
+    ESPI_TRY(espi_arena_take_shared(arena, seqs, &host.shared_row, &rows->shared_row));
     ESPI_TRY(espi_arena_take_host(arena, ints, &rows->token));
-    ESPI_TRY(espi_arena_take_host(arena, ((size_t)batch->n_seqs + 1) * sizeof(int32_t), &rows->cu));
+    ESPI_TRY(espi_arena_take_host(arena, seqs + sizeof(int32_t), &rows->cu));
+    ESPI_TRY(espi_arena_take_host(arena, seqs, &rows->seq));
     ESPI_TRY(espi_arena_take_shared(arena, reals, &rows->host.lp, &rows->lp));
     ESPI_TRY(espi_arena_take_shared(arena, reals, &rows->host.entropy, &rows->entropy));
     ESPI_TRY(espi_arena_take(arena, reals, &rows->lse));
     ESPI_TRY(espi_arena_take_shared(arena, reals, &rows->host.g, &rows->g));
     ESPI_TRY(espi_arena_take_shared(arena, reals, &rows->host.e, &rows->e));
     if (arena->dry) return ESP_OK;
-    ESPI_TRY(fill_rows(rows, row, target, batch));
-    ESPI_TRY(espi_ctx_put(model->ctx, rows->row, row, ints));
-    return espi_ctx_put(model->ctx, rows->target, target, ints);
+    ESPI_TRY(fill_rows(rows, &host, batch));
+    ESPI_TRY(espi_ctx_put(model->ctx, rows->row, host.row, ints));
+    ESPI_TRY(espi_ctx_put(model->ctx, rows->target, host.target, ints));
+    if (rows->shared == 0) { /* each row is its own */
+        rows->d_row = NULL;
+        return ESP_OK;
+    }
+    ESPI_TRY(espi_ctx_put(model->ctx, rows->shared_row, host.shared_row, (size_t)rows->shared * sizeof(int32_t)));
+    return espi_ctx_put(model->ctx, rows->d_row, host.d_row, ints);
 }
 
 esp_status espi_head_read(esp_model *model, espi_arena *arena, const espi_head_rows *rows) {
@@ -63,6 +105,7 @@ esp_status espi_head_read(esp_model *model, espi_arena *arena, const espi_head_r
 espi_head espi_head_describe(const esp_model *model, const espi_head_rows *rows, const void *hidden, double temperature) {
     return (espi_head){.hidden = hidden,
                        .rows = rows->row,
+                       .d_rows = rows->d_row,
                        .target = rows->target,
                        .w = model->head,
                        .n = rows->n,

@@ -180,6 +180,23 @@ esp_status esp_model_adapter_enable(esp_model *model, bool on) {
     return ESP_OK;
 }
 
+/* *before: the tokens of the prefix of sequence s. */
+static esp_status check_prefix(int64_t *before, const esp_batch *b, int32_t s) {
+    const int32_t p = b->prefix_of ? b->prefix_of[s] : -1;
+    *before = 0;
+    if (p == -1) return ESP_OK;
+    if (p < 0 || p >= s)
+        return ESPI_FAIL(ESP_ERR_ARG, "batch.prefix_of[%d]: got %d, expected -1 or a sequence before this one: put prompts first", s, p);
+    if (b->prefix_of[p] != -1)
+        return ESPI_FAIL(
+            ESP_ERR_ARG,
+            "batch.prefix_of[%d]: got sequence %d, which has a prefix itself (%d), expected one without: a prefix is one whole "
+            "sequence; make one of the two",
+            s, p, b->prefix_of[p]);
+    *before = b->cu_seqlens[p + 1] - b->cu_seqlens[p];
+    return ESP_OK;
+}
+
 static esp_status check_batch(const esp_model *model, const esp_batch *b) {
     if (!model || !b) return ESPI_FAIL(ESP_ERR_ARG, "model or batch is NULL");
     /* Routed rows, T*K, are counted in int32. */
@@ -195,9 +212,11 @@ static esp_status check_batch(const esp_model *model, const esp_batch *b) {
     for (int32_t s = 0; s < b->n_seqs; s++) {
         const int64_t n = (int64_t)b->cu_seqlens[s + 1] - b->cu_seqlens[s];
         if (n <= 0) return ESPI_FAIL(ESP_ERR_ARG, "batch: sequence %d has %lld tokens, expected at least 1", s, (long long)n);
-        if (n > model->config.max_position)
+        int64_t before;
+        ESPI_TRY(check_prefix(&before, b, s));
+        if (before + n > model->config.max_position)
             return ESPI_FAIL(ESP_ERR_ARG, "batch: sequence %d has %lld tokens, expected at most the model's context of %lld: shorten it", s,
-                             (long long)n, (long long)model->config.max_position);
+                             (long long)(before + n), (long long)model->config.max_position);
     }
     for (int64_t t = 0; t < b->n_tokens; t++) {
         if (b->tokens[t] < 0 || b->tokens[t] >= model->config.vocab)
@@ -276,6 +295,10 @@ static esp_status check_saved(const esp_model *model, const esp_batch *batch) {
         return ESPI_FAIL(ESP_ERR_STATE,
                          "esp_model_backward: got a batch of %lld tokens in %d sequences, expected that of the forward: %lld in %d",
                          (long long)batch->n_tokens, batch->n_seqs, (long long)s->tokens, s->n_seqs);
+    for (int32_t q = 0; q < s->n_seqs; q++)
+        if ((batch->prefix_of ? batch->prefix_of[q] : -1) != s->prefix_of[q])
+            return ESPI_FAIL(ESP_ERR_STATE, "esp_model_backward: prefix_of[%d] is another than the forward had (%d), expected the same", q,
+                             s->prefix_of[q]);
     if (batch->n_tokens && (memcmp(batch->tokens, s->ids, (size_t)s->tokens * sizeof *s->ids) != 0 ||
                             memcmp(batch->cu_seqlens, s->cu, ((size_t)s->n_seqs + 1) * sizeof *s->cu) != 0))
         return ESPI_FAIL(ESP_ERR_STATE,
@@ -316,7 +339,7 @@ esp_status espi_loss_begin(esp_model *model, const esp_batch *batch, const esp_t
     ESPI_TRY(espi_check_hidden(model, batch, hidden, "hidden"));
     espi_arena_release(&model->arena, model->loss_mark);
     return d_hidden
-               ? espi_arena_take(&model->arena, (size_t)batch->n_tokens * (size_t)model->config.hidden * model->ctx->act_size, d_hidden)
+               ? espi_arena_take(&model->arena, (size_t)(espi_head_d_rows(batch) * model->config.hidden) * model->ctx->act_size, d_hidden)
                : ESP_OK;
 }
 

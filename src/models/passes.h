@@ -20,7 +20,7 @@ esp_status espi_activation_bytes(espi_extent *room, esp_model *model, int64_t n_
 
 esp_status espi_check_hidden(const esp_model *model, const esp_batch *batch, const esp_tensor *hidden, const char *name);
 
-/* Checks batch and hidden, goes back to loss_mark, and takes d_hidden real [T,H] unless d_hidden is NULL (else: address of a pointer). */
+/* Checks batch and hidden, goes back to loss_mark, and takes d_hidden act [espi_head_d_rows,H] unless d_hidden is NULL (else: address of a pointer). */
 esp_status espi_loss_begin(esp_model *model, const esp_batch *batch, const esp_tensor *hidden, void *d_hidden);
 /* Accounts for the peak; *d_hidden becomes the view of what begin took. */
 void espi_loss_end(esp_model *model, const esp_batch *batch, void *data, esp_tensor *d_hidden);

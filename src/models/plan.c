@@ -14,7 +14,7 @@ static esp_status training_walk(esp_model *model, espi_arena *dry, const esp_bat
     esp_status status = espi_decoder_forward(model, dry, batch, saved);
     void *d_hidden;
     if (status == ESP_OK)
-        status = espi_arena_take(dry, (size_t)batch->n_tokens * (size_t)model->config.hidden * model->ctx->act_size, &d_hidden);
+        status = espi_arena_take(dry, (size_t)(espi_head_d_rows(batch) * model->config.hidden) * model->ctx->act_size, &d_hidden);
     for (int row_local = 0; row_local < 2 && status == ESP_OK; row_local++) {
         const espi_mark mark = espi_arena_mark(dry);
         espi_head_rows rows;

@@ -36,14 +36,14 @@ static esp_status sampler_difference(esp_grpo_stats *stats, const espi_objective
 static esp_status loss_of_rows(esp_model *model, const esp_batch *batch, const espi_objective *objective, const espi_head_rows *rows,
                                const void *hidden, void *d_hidden, esp_grpo_stats *stats) {
     const esp_dtype real = model->ctx->real;
-    const espi_objective_input in = {.n_seqs = batch->n_seqs,
+    const espi_objective_input in = {.n_seqs = rows->n_seqs,
                                      .cu = rows->cu,
                                      .logprob = {rows->host.lp, real, NULL},
                                      .old = by_row(batch->old_logprob, rows),
                                      .ref = by_row(batch->ref_logprob, rows),
                                      .is_ratio = by_row(batch->is_ratio, rows),
                                      .entropy = {rows->host.entropy, real, NULL},
-                                     .advantage = {batch->advantage, ESP_F32, NULL},
+                                     .advantage = {batch->advantage, ESP_F32, rows->seq},
                                      .step_tokens = batch->step_tokens,
                                      .step_seqs = batch->step_seqs};
     call c = {.real = real};

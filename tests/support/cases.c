@@ -198,6 +198,16 @@ static void build_add(problem *p, espi_add *a) {
     a->a = p->shape.in_place ? a->out : in(p, "left", n);
 }
 
+/* Runs of one, two or three rows that go to the same one, which comes again later. */
+static void build_rows_add(problem *p, espi_rows_add *a) {
+    const shape *s = &p->shape;
+    const int64_t rows = 1 + s->tokens / 4;
+    int32_t *to = in_i32(p, "to", s->tokens);
+    for (int64_t i = 0; i < s->tokens; i++) to[i] = (int32_t)(i * 4 / 7 % rows);
+    settle(p, "to");
+    *a = (espi_rows_add){inout(p, "out", rows * s->hidden), in(p, "x", s->tokens * s->hidden), to, s->tokens, s->hidden};
+}
+
 static void build_rmsnorm_fwd(problem *p, espi_rmsnorm_fwd *a) {
     const shape *s = &p->shape;
     *a = (espi_rmsnorm_fwd){out(p, "y", s->tokens * s->hidden),
