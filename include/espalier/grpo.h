@@ -47,12 +47,12 @@ struct esp_objective {
     bool kl_bias_correction;                                            ///< multiply the KL term by the ratio (DeepSeek-V3.2)
     float sapo_temperature_pos, sapo_temperature_neg;                   ///< default 1.0, 1.05
     float vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg; ///< default 2, 3, 3, 2
-    float off_policy_mask_threshold;                                    ///< drop sequences with A < 0 and mean(old - lp) above it; 0 = off
-    float top_entropy_quantile;    ///< keep this share of the tokens, those of highest entropy; 0 or 1 = all.  It is a share of
-                                   ///< the batch of one call, as in TRL: when that is cut, each part keeps its own
-    float entropy_coef;            ///< entropy bonus; 0 = none
-    float temperature;             ///< default 1: logits / temperature before the log-softmax, as in the sampler
-    int32_t max_completion_length; ///< dr_grpo's constant; 0 = the longest completion of the batch
+    float off_policy_mask_threshold; ///< drop sequences with A < 0 and mean(sampler - lp) above it (old - lp without a sampler's); 0 = off
+    float top_entropy_quantile;      ///< keep this share of the tokens, those of highest entropy; 0 or 1 = all.  It is a share of
+                                     ///< the batch of one call, as in TRL: when that is cut, each part keeps its own
+    float entropy_coef;              ///< entropy bonus; 0 = none
+    float temperature;               ///< default 1: logits / temperature before the log-softmax, as in the sampler
+    int32_t max_completion_length;   ///< dr_grpo's constant; 0 = the longest completion of the batch
 };
 #define ESP_OBJECTIVE(...) ((esp_objective){.struct_size = sizeof(esp_objective), __VA_ARGS__})
 
@@ -66,6 +66,7 @@ typedef struct esp_grpo_stats {
     double mean_abs_g;                    ///< mean |d loss / d lp|: why a loss of 0 still trains
     double logp_diff_mean, logp_diff_max; ///< |sampler_logprob - logprob|, where given
     int64_t tokens, tokens_skipped;       ///< counted; of those without any gradient (exactly zero coefficients)
+    int64_t sampler_tokens;               ///< of the counted ones, those that have a sampler_logprob: what logp_diff_mean is a mean of
 } esp_grpo_stats;
 #define ESP_GRPO_STATS_INIT                                                                                                                \
     { .struct_size = sizeof(esp_grpo_stats) }

@@ -59,7 +59,7 @@ typedef struct esp_batch {
     const float *advantage;         ///< [n_seqs] GRPO
     const float *old_logprob;       ///< [T] proximal policy; NULL = the current one (ratio exactly 1)
     const float *ref_logprob;       ///< [T] reference policy; needed when beta > 0
-    const float *sampler_logprob;   ///< [T] the sampler's; NULL = none
+    const float *sampler_logprob;   ///< [T] the sampler's, NaN = absent; NULL = none
     const float *is_ratio;          ///< [T] rollout correction factors, constants of the loss; NULL = 1
     double step_tokens;             ///< loss tokens of the whole optimiser step; 0 = those of this batch
     double step_seqs;               ///< sequences of the whole optimiser step; 0 = those of this batch

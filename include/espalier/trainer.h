@@ -13,6 +13,32 @@
 extern "C" {
 #endif
 
+/// Reference policy of the KL term and of the `kl` metric.
+typedef enum esp_reference {
+    ESP_REFERENCE_BASE = 0,    ///< the adapter off
+    ESP_REFERENCE_SNAPSHOT = 1 ///< a copy of the adapter as it was at the start (GRPO after SFT), or at the last sync
+} esp_reference;
+
+/// Rollout correction: weights of the tokens by rho = exp(old - sampler), constants of the loss.
+typedef enum esp_correction {
+    ESP_CORRECTION_NONE = 0,
+    ESP_CORRECTION_TIS = 1,   ///< min(rho, high); default high 2
+    ESP_CORRECTION_MIS = 2,   ///< rho where rho <= high, else 0; default high 3
+    ESP_CORRECTION_ICEPOP = 3 ///< rho where low <= rho <= high, else 0; default 0.5, 5
+} esp_correction;
+
+/// Routing replay: which experts the training forward takes.
+typedef enum esp_replay {
+    ESP_REPLAY_DEFAULT = 0, ///< r3 where the rollouts record their routes, else none
+    ESP_REPLAY_NONE = 1,    ///< its own
+    ESP_REPLAY_R2 = 2,      ///< those of the pass that made the old log-probabilities
+    ESP_REPLAY_R3 = 3       ///< those of the sampler
+} esp_replay;
+
+/// Asked between the parts of a step (each generation call, each update).  Non-zero: the step ends where it is, with stats.interrupted, and
+/// esp_trainer_save() or the next esp_trainer_step() goes on from there.
+typedef int (*esp_stop_fn)(void *user);
+
 typedef enum esp_trainer_kind { ESP_TRAIN_SFT = 1, ESP_TRAIN_GRPO = 2 } esp_trainer_kind;
 
 /// Every field is also an option of espalier-sft / espalier-grpo and a key of their --config file, under the same name (the four paths:
@@ -24,8 +50,8 @@ typedef struct esp_trainer_config {
                                 ///< "prompt_ids" and "answer_ids" or "answer"; for SFT also "text", or "ids" and "mask"
     const char *eval_file;      ///< JSONL of the same form; NULL = no evaluation
     const char *out_dir;        ///< metrics.jsonl, completions.jsonl, checkpoint.h5, adapter/; NULL = nothing is written
-    const char *resume_dir;     ///< an out_dir to go on from; NULL = start afresh
-    int64_t steps;              ///< default 60
+    const char *resume_dir;     ///< an out_dir to go on from, or a checkpoint file in one; NULL = start afresh
+    int64_t steps;              ///< optimiser steps; default 60
     uint64_t seed;              ///< default 0
     int32_t prompts_per_step;   ///< default 16 (GRPO), 32 lines (SFT)
     int32_t group_size;         ///< GRPO samples a prompt; default 8
@@ -35,7 +61,7 @@ typedef struct esp_trainer_config {
     float temperature;          ///< default 1
     esp_advantage_scale scale;  ///< default none
     esp_objective objective;    ///< all 0 = DAPO, no KL, no entropy bonus
-    int32_t updates_per_batch;  ///< mu: optimiser steps on one generation batch; default 1
+    int32_t updates_per_batch;  ///< mu: how often each generation is trained on; default 1
     esp_adamw_config adamw;     ///< all 0 = lr 1e-3, clip 1
     const esp_reward *rewards;  ///< NULL = exact + 0.2 match
     int32_t n_rewards;
@@ -55,8 +81,42 @@ typedef struct esp_trainer_config {
     float server_timeout;            ///< seconds of one try; default 120
     bool server_drop_lost;           ///< groups that no try brought are left out; else the step fails
     int32_t max_staleness;           ///< versions of the adapter that a completion may be behind; default 0
+    int32_t steps_per_generation; ///< optimiser steps (of prompts_per_step groups each) that share one generation; default 1.  Above 1 the
+                                  ///< groups are shuffled among them, anew in each of the updates_per_batch rounds
+    int32_t resample_tries;       ///< DAPO: so often, groups whose rewards are all equal give way to new prompts; default 0
+    float overlong_share;         ///< DAPO: a penalty rises linearly to overlong_penalty over this last share of max_new_tokens; 0 = none
+    float overlong_penalty;       ///< default 1
+    bool mask_truncated;          ///< completions cut at max_new_tokens have no loss (their reward still counts in their group's mean)
+    esp_reference reference;      ///< default base
+    int64_t ref_sync_every;       ///< steps after which the snapshot becomes the adapter as it is; 0 = never
+    esp_correction correction;
+    esp_is_level correction_level; ///< rho of a token, or exp(sum) of the whole completion
+    float correction_low, correction_high;
+    float reject_low, reject_high; ///< sequences whose geometric mean of rho is outside have no loss; 0, 0 = none
+    float entropy_target;          ///< entropy bonus with a controller: entropy_coef moves by entropy_step towards this entropy, and acts
+                                   ///< while the entropy is at or below it; 0 = entropy_coef as it is
+    float entropy_step;            ///< default 0.005
+    float entropy_max;             ///< largest coefficient of the controller; default 0.1
+    esp_advantage_order order;     ///< of several rewards: sum_then_normalize (default) or normalize_then_sum
+    esp_replay replay;
+    int32_t top_k;      ///< sampling in training: 0 = all
+    float top_p, min_p; ///< default 1, 0.  Filters are allowed where the kept ids are recorded, so that training sees the same distribution
+    int32_t early_stop; ///< evaluations without a better sampled accuracy after which the run ends; 0 = never
+    bool keep_best;     ///< the adapter of the best evaluation is kept in out_dir/adapter-best
+    int32_t keep_checkpoints; ///< the last so many are kept as out_dir/checkpoint-STEP.h5; default 0: checkpoint.h5 only.  At most 64
+    float rollout_timeout;    ///< seconds for one generation call; 0 = none
+    float reward_timeout;     ///< seconds for all rewards of one batch; what is late is NaN and counted; 0 = none
+    bool no_shared_prompts;   ///< every sequence runs its prompt itself
+    esp_stop_fn stop;
+    void *stop_user;
 } esp_trainer_config;
 #define ESP_TRAINER_CONFIG(...) ((esp_trainer_config){.struct_size = sizeof(esp_trainer_config), __VA_ARGS__})
+
+/// Fills in one of the known recipes: "trl-default" (TRL's: dapo loss, clip 0.2, advantages by the group's deviation, KL gradient k3),
+/// "dapo" (clip 0.2/0.28, by the group's deviation, 3 tries for groups without spread, penalty over the last fifth), "dr-grpo" (constant
+/// divisor, no deviation), "gspo-moe" (sequence ratios, clip 3e-4/4e-4, mean of means), "cispo" (cap 5).  What is set afterwards wins.
+/// ESP_ERR_ARG on another name; the sentence lists the known ones.
+ESP_API esp_status esp_trainer_preset(esp_trainer_config *config, const char *name);
 
 typedef struct esp_trainer esp_trainer;
 
@@ -73,17 +133,24 @@ typedef struct esp_step_stats {
     double seconds, seconds_sample, seconds_train; ///< wall
     int64_t tokens;
     double eval_sampled, eval_greedy; ///< of the evaluation after this step; NaN when none was due
+    double clip_ratio;                ///< share of tokens that the clip range holds back
+    double tokens_per_second;         ///< prompts and completions of the step, over its seconds
+    bool interrupted;                 ///< `stop` asked for it: the step is not done, nothing else in here is filled in
+    bool early_stop;                  ///< early_stop evaluations brought nothing better: the run is over
 } esp_step_stats;
 #define ESP_STEP_STATS_INIT                                                                                                                \
     { .struct_size = sizeof(esp_step_stats) }
 
-/// One step: (GRPO: sample, score,) forward, loss, backward, update, log, checkpoint when due.
-/// ESP_ERR_STATE when `steps` are done.
+/// One optimiser step: (GRPO: sample and score where the last generation is used up,) forward, loss, backward, update, log, checkpoint when
+/// due.  ESP_ERR_STATE when `steps` are done.
 ESP_API esp_status esp_trainer_step(esp_trainer *trainer, esp_step_stats *stats);
 ESP_API int64_t esp_trainer_steps_done(const esp_trainer *trainer);
 
 /// Share of exact answers on eval_file: among eval_samples samples a line at temperature 1, and greedy.
 ESP_API esp_status esp_trainer_evaluate(esp_trainer *trainer, double *sampled, double *greedy);
+
+/// The run has ended: all steps are done, or early_stop ended it.
+ESP_API bool esp_trainer_finished(const esp_trainer *trainer);
 
 /// Writes checkpoint.h5 and adapter/ now, each under a temporary name, flushed, renamed: an older one survives any failure.
 ESP_API esp_status esp_trainer_save(esp_trainer *trainer);

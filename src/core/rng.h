@@ -12,6 +12,7 @@ typedef enum espi_stream {
     ESPI_STREAM_SHUFFLE = 3,   /* counter (epoch, index, 0, 0) */
     ESPI_STREAM_EVAL = 4,      /* counter (step, prompt, sample, position) */
     ESPI_STREAM_CONTROL = 5,   /* --shuffle-rewards: counter (step, index, 0, 0) */
+    ESPI_STREAM_SLICES = 6,    /* groups of a generation among its steps: counter (generation, round, index, 0) */
     ESPI_STREAM_BACKOFF = 32,  /* delays between tries of a request: counter (step, request, try, 0) */
     ESPI_STREAM_SERVER = 33    /* seeds sent to a server: counter (step, prompt, 0, 0) */
 } espi_stream;

@@ -41,6 +41,11 @@ esp_status espi_file_copy(const char *dst, const char *src);
 /* The folder and those above it; one that exists is no failure. */
 esp_status espi_dir_make(const char *path);
 
+/* Keeps other runs out of a folder that exists, until it is freed or the process ends.  ESP_ERR_STATE: another has it. */
+typedef struct espi_lock espi_lock;
+esp_status espi_lock_take(espi_lock **lock, const char *dir);
+void espi_lock_free(espi_lock *lock); /* NULL is allowed */
+
 /* A file of lines that grows; each line is one write, so a killed process leaves whole lines. */
 typedef struct espi_log_file espi_log_file;
 /* keep_bytes: what to keep of a file that exists: -1 all, 0 nothing, n the first n bytes (a resume forgets lines behind its checkpoint).

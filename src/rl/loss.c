@@ -19,17 +19,24 @@ static esp_status coefficients(void *user, const espi_head_rows *rows, int64_t f
     return espi_objective_rows(&c->run, first, count, rows->host.g, rows->host.e, c->real);
 }
 
+/* NaN says that the sampler gave none. */
 static esp_status sampler_difference(esp_grpo_stats *stats, const espi_objective_input *in, const espi_head_rows *rows,
                                      const float *sampler, esp_dtype real) {
+    double sum = 0;
     for (int32_t s = 0; s < in->n_seqs; s++)
         for (int32_t i = rows->cu[s]; i < rows->cu[s + 1]; i++) {
-            double difference = fabs((double)sampler[rows->token[i]] - espi_real_get(rows->host.lp, i, real));
+            const float given = sampler[rows->token[i]];
+            const double difference = fabs((double)given - espi_real_get(rows->host.lp, i, real));
+            if (isnan(given)) continue;
             if (!isfinite(difference))
-                return ESPI_FAIL(ESP_ERR_NONFINITE, "batch.sampler_logprob[%d] (sequence %d) is %g, expected a finite number",
-                                 (int)rows->token[i], (int)s, (double)sampler[rows->token[i]]);
-            stats->logp_diff_mean += difference / (double)rows->n;
+                return ESPI_FAIL(ESP_ERR_NONFINITE,
+                                 "batch.sampler_logprob[%d] (sequence %d) is %g, expected a finite number, or NaN: absent",
+                                 (int)rows->token[i], (int)s, (double)given);
+            sum += difference;
+            stats->sampler_tokens++;
             stats->logp_diff_max = fmax(stats->logp_diff_max, difference);
         }
+    if (stats->sampler_tokens > 0) stats->logp_diff_mean = sum / (double)stats->sampler_tokens;
     return ESP_OK;
 }
 
@@ -41,6 +48,7 @@ static esp_status loss_of_rows(esp_model *model, const esp_batch *batch, const e
                                      .logprob = {rows->host.lp, real, NULL},
                                      .old = by_row(batch->old_logprob, rows),
                                      .ref = by_row(batch->ref_logprob, rows),
+                                     .sampler = by_row(batch->sampler_logprob, rows),
                                      .is_ratio = by_row(batch->is_ratio, rows),
                                      .entropy = {rows->host.entropy, real, NULL},
                                      .advantage = {batch->advantage, ESP_F32, rows->seq},

@@ -317,17 +317,28 @@ typedef struct sequence {
     bool dropped; /* by the off-policy mask: no policy term */
 } sequence;
 
+/* Mean of lp - other over a sequence; tokens for which the other has none (NaN) are left out. */
+static double mean_log_ratio(const espi_objective_input *in, const espi_scalars *other, int64_t first, int64_t last) {
+    double sum = 0, n = 0;
+    for (int64_t i = first; i < last; i++) {
+        const double there = get(other, i);
+        if (isnan(there)) continue;
+        sum += get(&in->logprob, i) - there;
+        n++;
+    }
+    return n > 0 ? sum / n : 0;
+}
+
 static sequence sequence_start(const espi_objective_run *run, int32_t s) {
     const espi_objective *o = run->objective;
     const espi_objective_input *in = run->in;
     int64_t first = in->cu[s], last = in->cu[s + 1];
     sequence seq = {.advantage = get(&in->advantage, s), .weight = token_weight(run, last - first)};
-    if ((o->sequence_level || o->off_policy_mask_threshold > 0) && in->old.data) {
-        double sum = 0;
-        for (int64_t i = first; i < last; i++) sum += get(&in->logprob, i) - get(&in->old, i);
-        seq.log_ratio = sum / (double)(last - first);
+    if (o->sequence_level && in->old.data) seq.log_ratio = mean_log_ratio(in, &in->old, first, last);
+    if (o->off_policy_mask_threshold > 0 && seq.advantage < 0) {
+        const espi_scalars *behaviour = in->sampler.data ? &in->sampler : &in->old;
+        seq.dropped = behaviour->data && -mean_log_ratio(in, behaviour, first, last) > o->off_policy_mask_threshold;
     }
-    seq.dropped = o->off_policy_mask_threshold > 0 && seq.advantage < 0 && -seq.log_ratio > o->off_policy_mask_threshold;
     if (o->row->own_sequence_weight) seq.own_weight = vespo_weight(run, first, last, seq.advantage);
     return seq;
 }

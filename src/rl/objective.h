@@ -40,9 +40,9 @@ typedef struct espi_scalars {
 typedef struct espi_objective_input {
     int32_t n_seqs;
     const int32_t *cu;
-    espi_scalars logprob, old, ref, is_ratio, entropy; /* by row */
-    espi_scalars advantage;                            /* by sequence */
-    double step_tokens, step_seqs;                     /* 0 = those of these rows */
+    espi_scalars logprob, old, ref, sampler, is_ratio, entropy; /* by row; sampler: NaN = absent */
+    espi_scalars advantage;                                     /* by sequence */
+    double step_tokens, step_seqs;                              /* 0 = those of these rows */
 } espi_objective_input;
 
 /* One evaluation: what is fixed before the first row, and the sums that become the statistics. */

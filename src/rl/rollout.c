@@ -120,7 +120,7 @@ static void copy_rows(espi_rollouts *r, place *to, const espi_rollouts *from, in
         const column *c = &columns[i];
         char *dst = get(r, c);
         const char *src = get(from, c);
-        if (!dst) continue;
+        if (!dst || wide(&r->shape, c) != wide(&from->shape, c)) continue; /* absent, or made new */
         const size_t one = esp_dtype_size(c->dtype) * (size_t)wide(&r->shape, c);
         const int64_t n = b.at[c->unit] - a.at[c->unit];
         if (c->border == UNITS) {
@@ -166,6 +166,15 @@ esp_status espi_rollouts_append(espi_rollouts *r, const espi_rollouts *from) {
     copy_flags(&joined, from);
     espi_rollouts_free(r);
     *r = joined;
+    return ESP_OK;
+}
+
+esp_status espi_rollouts_widen(espi_rollouts *r, espi_rollouts *from, const espi_rollouts_shape *shape) {
+    ESPI_TRY(espi_rollouts_create(r, shape));
+    place to = {{0}};
+    copy_rows(r, &to, from, 0, from->shape.rows);
+    copy_flags(r, from);
+    espi_rollouts_free(from);
     return ESP_OK;
 }
 

@@ -60,6 +60,8 @@ void espi_rollouts_free(espi_rollouts *r); /* an empty one is allowed */
 
 /* Adds the rows of `from`; an empty `r` becomes a copy.  ESP_ERR_MISMATCH when only one has routes, kept ids, or other rewards. */
 esp_status espi_rollouts_append(espi_rollouts *r, const espi_rollouts *from);
+/* `from` with columns for other rewards (shape: its own but for `rewards`), which are 0; `from` is freed. */
+esp_status espi_rollouts_widen(espi_rollouts *r, espi_rollouts *from, const espi_rollouts_shape *shape);
 /* Becomes the given groups of itself (numbers of groups, not ids), in that order. */
 esp_status espi_rollouts_select(espi_rollouts *r, const int64_t *groups, int64_t n_groups);
 

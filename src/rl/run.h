@@ -1,7 +1,10 @@
 /* What the files of the trainer share: its state, and the parts of a step.
- *   trainer.c          create, step, evaluate
- *   trainer_rollout.c  prompts -> completions -> rewards -> advantages
+ *   trainer.c          create, step
+ *   trainer_config.c   defaults, presets, pairs that make no sense
+ *   trainer_rollout.c  prompts -> completions -> rewards -> advantages, try after try
+ *   trainer_correct.c  log-probabilities of other policies, and what the loss makes of their distance
  *   trainer_update.c   sequences -> micro-batches -> gradients -> one optimiser step
+ *   trainer_eval.c     evaluation, early stop, the best adapter
  *   trainer_state.c    what a checkpoint holds
  *   trainer_log.c      metrics.jsonl, completions.jsonl */
 #ifndef ESPI_RL_RUN_H
@@ -10,81 +13,111 @@
 #include "espalier/trainer.h"
 #include "io/file.h"
 #include "rl/objective.h"
+#include "rl/reward.h"
+#include "rl/rollout.h"
 #include "rl/tasks.h"
 
-/* One sequence of an optimiser step. */
+/* One sequence of an optimiser step; arrays begin at its prompt's first token.  NULL = absent. */
 typedef struct espi_sequence {
-    const int32_t *prompt, *completion;
+    const int32_t *tokens;
     int32_t n_prompt, n_completion;
-    const uint8_t *mask;          /* [n_completion] 0 = no part of the loss; NULL = all are */
-    int32_t n_counted;            /* how many are */
-    const float *sampler_logprob; /* [n_completion], or NULL: SFT */
-    float *ref_logprob;           /* [n_completion] */
+    const uint8_t *mask;                      /* [n_completion] 0 = no part of the loss; NULL = all are */
+    int32_t n_counted;                        /* how many are */
+    const float *sampler, *old, *ref, *ratio; /* [n_prompt + n_completion] */
     double advantage;
-    bool skip; /* its gradient is exactly zero */
+    int64_t row; /* of the rollouts; -1: SFT */
+    bool skip;   /* its gradient is exactly zero */
 } espi_sequence;
 
-/* Completions of one step, and what became of them.  It outlives the step: mu updates, and a checkpoint in between. */
-typedef struct espi_rollout {
-    int64_t n;        /* rows = prompts_per_step * group_size */
-    int64_t *line;    /* [prompts_per_step] of the task file */
-    int32_t *tokens;  /* [n, max_new_tokens] */
-    float *logprobs;  /* [n, max_new_tokens] */
-    float *ref;       /* the same, of the adapter-off model */
-    int32_t *lengths; /* [n] */
-    uint8_t *stopped; /* [n] */
-    char **text;      /* [n] */
-    double *parts;    /* [n, n_rewards] what each function gave */
-    double *reward;   /* [n] weighted sum */
-    double *advantage;
-    double *exact; /* [n] 0 or 1 */
-    bool has_ref;
-} espi_rollout;
+typedef enum espi_phase {
+    ESPI_PHASE_EMPTY = 0,     /* the last generation is used up */
+    ESPI_PHASE_GATHERING = 1, /* some generation calls are done; more may follow */
+    ESPI_PHASE_READY = 2      /* scored; its minibatches are being trained on */
+} espi_phase;
 
-/* Sums over the updates of a step, until its line is written. */
+/* Sums over the micro-batches of a step, until its line is written. */
 typedef struct espi_step_sums {
     double loss, policy_loss, kl, entropy, ratio, clip_low, clip_high, abs_g, diff_mean, diff_max; /* per-token ones: times tokens */
-    double tokens, tokens_skipped, grad_norm, lr;
-    double seconds_sample, seconds_reward, seconds_train;
+    double clip_low_least, clip_high_most;                                                         /* over the micro-batches */
+    double tokens, tokens_skipped, diff_tokens, grad_norm, lr;
+    double seconds_sample, seconds_reward, seconds_logprob, seconds_forward, seconds_backward, seconds_optim, seconds_sync;
 } espi_step_sums;
-#define ESPI_STEP_SUMS ((int64_t)(sizeof(espi_step_sums) / sizeof(double)))
+
+/* Of one generation's rollout correction and sampler distance; NaN where not measured. */
+typedef struct espi_correction_stats {
+    double ratio_low, ratio_mean, ratio_high; /* rho before it is cut */
+    double effective_share;                   /* (sum w)^2 / (n sum w^2) of the weights used */
+    double k3, ppl_ratio, chi2_token, chi2_sequence;
+    double cut_share, rejected_share, absent_share; /* of tokens; of sequences; tokens without the sampler's log-probability */
+} espi_correction_stats;
 
 /* Arrays of one micro-batch, token-aligned. */
 typedef struct espi_packed {
     int64_t capacity;
     int32_t *tokens, *cu;
     uint8_t *mask;
-    float *advantage, *ref, *sampler;
+    float *advantage, *sampler, *old, *ref, *ratio;
+    float *out; /* what a log-probability pass gives */
 } espi_packed;
+
+/* Copies of the adapter's tensors, in the host's memory; NULL: none. */
+typedef struct espi_snapshot {
+    char *data, *spare; /* all tensors one after the other; room for the largest */
+    size_t bytes;
+} espi_snapshot;
+
+#define ESPI_KEPT_CHECKPOINTS_MAX 64
 
 struct esp_trainer {
     esp_model *model;
     const esp_tokenizer *tokenizer;
     esp_trainer_config c; /* defaults filled in; its strings are not kept */
     char *out_dir;        /* NULL: nothing is written */
-    esp_reward *rewards;  /* [c.n_rewards], names owned */
+    espi_lock *lock;      /* on out_dir */
+    esp_reward *rewards;  /* [c.n_rewards], names owned; the overlong penalty is the last where there is one */
     double *weights;
+    espi_rewards *scorer; /* of them */
     espi_tasks train, eval;
     esp_model_info info;
     uint64_t weights_hash; /* XXH3 of the frozen weights as they lie in memory: a checkpoint belongs to one base */
     esp_optim *optim;
     esp_sampler *sampler; /* NULL: SFT without evaluation */
+    espi_rollout_source source;
 
-    int64_t rows, longest; /* sequences of a step; tokens of the longest */
+    int64_t rows, longest; /* most sequences of a step; tokens of the longest */
+    int64_t slices;        /* steps that one generation serves: steps_per_generation * updates_per_batch */
     int64_t step;          /* completed */
     int64_t cursor;        /* lines taken from the training file */
     int64_t num_tokens;    /* seen so far */
-    int64_t updates_done;  /* of the pending rollout */
-    bool pending;          /* sampled, not yet updated on all updates_per_batch times */
     int64_t *order;        /* permutation of the training lines of epoch order_epoch */
     int64_t order_epoch;
-    espi_rollout rollout;
+
+    espi_phase phase;
+    espi_rollouts rollouts; /* gathered so far, or ready */
+    char **text;            /* [n_text] of the completions, without the end token */
+    int64_t n_text;
+    int64_t tries;      /* generation calls done for this batch */
+    int64_t slice;      /* steps done on it */
+    int64_t generation; /* batches made ready so far */
+    int64_t lost;       /* groups that the source did not bring, in this batch */
+    int64_t resampled;  /* groups that gave way to others */
+    int64_t published;  /* version that the source has; -1 none */
+
     espi_sequence *sequences; /* [rows] */
+    int64_t n_sequences;      /* of this step */
+    int64_t *groups;          /* order of the generation's groups in its slices */
     espi_packed packed;
     espi_step_sums sums;
+    espi_correction_stats correction;
+    espi_snapshot snapshot;
+    double entropy_coef; /* the controller's, or the objective's */
+    bool entropy_acts;   /* the controller's: the last entropy was at or below its target */
 
     int64_t eval_step; /* of the cached result, -1 = none */
     double eval_sampled, eval_greedy;
+    double best;                                     /* sampled accuracy; negative: none yet */
+    int64_t best_step, worse;                        /* evaluations since */
+    int64_t kept[ESPI_KEPT_CHECKPOINTS_MAX], n_kept; /* steps of the kept checkpoints, oldest first */
     espi_log_file *metrics, *completions;
     size_t planned;
 };
@@ -97,34 +130,68 @@ esp_status espi_next_line(esp_trainer *t, int64_t *line, uint32_t *key);
 /* `count` zeroed values; *out: address of a pointer; free() it. */
 esp_status espi_take_array(void *out, int64_t count, size_t size);
 
+/* trainer_config.c */
+esp_status espi_trainer_settle(esp_trainer *t, const esp_trainer_config *config);
+
+/* rl/source_sampler.c: our own sampler as a source. */
+void espi_sampler_source(espi_rollout_source *source, esp_sampler *sampler, const esp_model *model);
+
 /* trainer_rollout.c */
-esp_status espi_rollout_create(esp_trainer *t);
-void espi_rollout_free(esp_trainer *t);
+/* Goes on with the generation until it is ready, or `stop` asks (phase is then still GATHERING or EMPTY). */
 esp_status espi_rollout_make(esp_trainer *t);
-/* sequences[] from a rollout that is there (made, or restored). */
+/* What a generation is made of after its rows are there, made or restored: texts, order of its groups. */
+esp_status espi_rollout_ready(esp_trainer *t);
+/* A row as a sequence; skip is false. */
+espi_sequence espi_sequence_of(const espi_rollouts *r, int64_t row);
+/* sequences[] of the slice that comes next. */
 void espi_rollout_sequences(esp_trainer *t);
 /* Text of a completion without its end token; free() it. */
 esp_status espi_completion_text(char **text, const esp_tokenizer *tokenizer, const int32_t *ids, int32_t n, bool stopped);
-esp_status espi_rollout_texts(esp_trainer *t);
-/* Lines to score: exact answers among `samples` of every evaluation line. */
-esp_status espi_evaluate(esp_trainer *t, double *share, int32_t samples, bool greedy);
+/* The task line a row came from; NULL where the source brought its own prompts. */
+const espi_task *espi_row_task(const esp_trainer *t, int64_t row);
+void espi_rollout_free(esp_trainer *t);
+bool espi_stop_asked(const esp_trainer *t);
+
+/* Packed prompts of a request. */
+typedef struct espi_prompts {
+    int32_t *ids, *cu;
+    uint32_t *keys;
+    int64_t *lines;
+} espi_prompts;
+esp_status espi_prompts_take(espi_prompts *p, int64_t n, int64_t longest);
+void espi_prompts_add(espi_prompts *p, int64_t i, const espi_task *task, int64_t line, uint32_t key);
+void espi_prompts_free(espi_prompts *p);
+
+/* trainer_correct.c */
+esp_status espi_snapshot_take(esp_trainer *t);
+void espi_snapshot_free(esp_trainer *t);
+/* Old and reference log-probabilities and correction factors of a generation, those that are needed. */
+esp_status espi_correct(esp_trainer *t);
+/* mean rho cut by the rule; for tests. */
+double espi_correction_weight(const esp_trainer_config *c, double log_rho);
 
 /* trainer_update.c */
 /* Bytes of the model's activation block that no micro-batch of this trainer passes; take: makes it that large. */
 esp_status espi_update_reserve(size_t *bytes, esp_trainer *t, bool take);
 esp_status espi_update_create(esp_trainer *t);
 void espi_update_free(esp_trainer *t);
-/* Log-probabilities of the adapter-off model into each sequence's ref_logprob. */
-esp_status espi_reference_logprobs(esp_trainer *t);
-/* One optimiser step on sequences[0..rows). */
+/* Packs sequences from *next on, as many as fit, those to be skipped left out unless `all`.  batch.n_seqs = 0: none is left. */
+esp_batch espi_pack(esp_trainer *t, const espi_sequence *sequences, int64_t n, int64_t *next, bool all);
+/* One optimiser step on sequences[0..n_sequences). */
 esp_status espi_update(esp_trainer *t);
 
 /* The two halves of a GRPO step: a checkpoint may be taken between them. */
 esp_status espi_trainer_sample(esp_trainer *t);
 esp_status espi_trainer_update(esp_trainer *t, esp_step_stats *stats);
 
+/* trainer_eval.c */
+/* Exact answers among `samples` of every evaluation line. */
+esp_status espi_evaluate(esp_trainer *t, double *share, int32_t samples, bool greedy);
+/* After an evaluation: is it the best so far? */
+esp_status espi_judge(esp_trainer *t);
+
 /* trainer_log.c */
-esp_status espi_logs_open(esp_trainer *t, int64_t metrics_bytes, int64_t completions_bytes);
+esp_status espi_logs_open(esp_trainer *t, const char *resume_folder, int64_t metrics_bytes, int64_t completions_bytes);
 void espi_logs_close(esp_trainer *t);
 void espi_stats_fill(esp_trainer *t, esp_step_stats *stats);
 esp_status espi_log_step(esp_trainer *t, const esp_step_stats *stats);
@@ -132,6 +199,8 @@ esp_status espi_log_start(esp_trainer *t);
 
 /* trainer_state.c */
 esp_status espi_state_save(esp_trainer *t);
-esp_status espi_state_restore(esp_trainer *t, const char *dir, int64_t *metrics_bytes, int64_t *completions_bytes);
+/* from: a folder or a checkpoint file.  folder [out]: where the logs beside it are. */
+esp_status espi_state_restore(esp_trainer *t, char folder[ESPI_PATH_MAX], const char *from, int64_t *metrics_bytes,
+                              int64_t *completions_bytes);
 
 #endif

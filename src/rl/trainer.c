@@ -8,18 +8,7 @@
 #include <time.h>
 #include <xxhash.h>
 
-#define DEFAULT_STEPS 60
-#define DEFAULT_PROMPTS 16
-#define DEFAULT_LINES 32
-#define DEFAULT_GROUP 8
-#define DEFAULT_NEW_TOKENS 10
-#define DEFAULT_EVAL_EVERY 10
-#define DEFAULT_EVAL_SAMPLES 4
-#define DEFAULT_CHECKPOINT_EVERY 20
 #define SFT_EVAL_SEQUENCES 128
-
-static const esp_reward default_rewards[] = {{.name = "exact", .fn = esp_reward_exact, .weight = 1.0},
-                                             {.name = "match", .fn = esp_reward_match, .weight = 0.2}};
 
 double espi_seconds(void) {
     struct timespec now;
@@ -32,114 +21,6 @@ esp_status espi_take_array(void *out, int64_t count, size_t size) {
     if (!p) return ESPI_FAIL(ESP_ERR_MEMORY, "trainer: no memory for %lld values of %zu bytes", (long long)count, size);
     memcpy(out, &p, sizeof p);
     return ESP_OK;
-}
-
-static esp_status copy_string(char **out, const char *text) {
-    const size_t bytes = strlen(text) + 1;
-    ESPI_TRY(espi_take_array(out, (int64_t)bytes, 1));
-    memcpy(*out, text, bytes);
-    return ESP_OK;
-}
-
-static void default_i32(int32_t *value, int32_t standard) {
-    if (*value == 0) *value = standard;
-}
-
-static void default_i64(int64_t *value, int64_t standard) {
-    if (*value == 0) *value = standard;
-}
-
-static void fill_defaults(esp_trainer_config *c) {
-    const bool grpo = c->kind == ESP_TRAIN_GRPO;
-    default_i64(&c->steps, DEFAULT_STEPS);
-    default_i32(&c->prompts_per_step, grpo ? DEFAULT_PROMPTS : DEFAULT_LINES);
-    if (grpo) default_i32(&c->group_size, DEFAULT_GROUP);
-    default_i32(&c->max_new_tokens, DEFAULT_NEW_TOKENS);
-    default_i32(&c->updates_per_batch, 1);
-    default_i64(&c->eval_every, DEFAULT_EVAL_EVERY);
-    default_i32(&c->eval_samples, DEFAULT_EVAL_SAMPLES);
-    default_i64(&c->checkpoint_every, DEFAULT_CHECKPOINT_EVERY);
-    if (!c->rewards) {
-        c->rewards = default_rewards;
-        c->n_rewards = ESPI_COUNT(default_rewards);
-    }
-}
-
-static esp_status positive(const char *name, int64_t value) {
-    if (value > 0) return ESP_OK;
-    return ESPI_FAIL(ESP_ERR_ARG, "%s: got %lld, expected a positive number (0 = the default)", name, (long long)value);
-}
-
-static esp_status check_numbers(const esp_trainer_config *c) {
-    ESPI_TRY(positive("steps", c->steps));
-    ESPI_TRY(positive("prompts_per_step", c->prompts_per_step));
-    ESPI_TRY(positive("max_new_tokens", c->max_new_tokens));
-    ESPI_TRY(positive("updates_per_batch", c->updates_per_batch));
-    ESPI_TRY(positive("eval_every", c->eval_every));
-    ESPI_TRY(positive("eval_samples", c->eval_samples));
-    ESPI_TRY(positive("checkpoint_every", c->checkpoint_every));
-    if (c->micro_batch_tokens < 0)
-        return ESPI_FAIL(ESP_ERR_ARG, "micro_batch_tokens: got %d, expected a positive number (0 = the whole step at once)",
-                         c->micro_batch_tokens);
-    if (c->kind == ESP_TRAIN_SFT)
-        return c->updates_per_batch == 1
-                   ? ESP_OK
-                   : ESPI_FAIL(ESP_ERR_ARG, "updates_per_batch: got %d with SFT, expected 1: raise steps", c->updates_per_batch);
-    if (c->group_size < 2)
-        return ESPI_FAIL(ESP_ERR_ARG, "group_size: got %d, expected 2 or more: a group of one has advantage 0 whatever it did",
-                         c->group_size);
-    return ESP_OK;
-}
-
-static esp_status check_rewards(const esp_trainer_config *c) {
-    ESPI_TRY(positive("n_rewards", c->n_rewards));
-    for (int32_t f = 0; f < c->n_rewards; f++) {
-        const esp_reward *r = &c->rewards[f];
-        if (!r->name || !r->fn) return ESPI_FAIL(ESP_ERR_ARG, "rewards[%d]: name or fn is NULL, expected both", f);
-        if (!isfinite(r->weight))
-            return ESPI_FAIL(ESP_ERR_ARG, "reward \"%s\": got weight %g, expected a finite number", r->name, r->weight);
-    }
-    return ESP_OK;
-}
-
-/* The objective's temperature is the sampler's: one number, wherever it was set. */
-static esp_status settle_objective(esp_trainer_config *c) {
-    esp_objective given;
-    espi_objective checked;
-    if (c->objective.struct_size == 0) c->objective.struct_size = sizeof c->objective; /* all 0 = defaults, the size too */
-    ESPI_TRY(espi_struct_read(&given, sizeof given, &c->objective, "esp_objective"));
-    if (given.temperature != 0 && c->temperature != 0 && given.temperature != c->temperature)
-        return ESPI_FAIL(ESP_ERR_ARG, "temperature: got %g, and %g in the objective, expected one of them", (double)c->temperature,
-                         (double)given.temperature);
-    if (c->temperature == 0) c->temperature = given.temperature != 0 ? given.temperature : 1;
-    given.temperature = c->temperature;
-    /* dr_grpo's constant is the same for every step. */
-    if (given.max_completion_length == 0) given.max_completion_length = c->max_new_tokens;
-    c->objective = given;
-    return espi_objective_make(&checked, &given);
-}
-
-static esp_status settle_config(esp_trainer *t, const esp_trainer_config *config) {
-    esp_trainer_config *c = &t->c;
-    ESPI_TRY(espi_struct_read(c, sizeof *c, config, "esp_trainer_config"));
-    if (c->kind != ESP_TRAIN_SFT && c->kind != ESP_TRAIN_GRPO)
-        return ESPI_FAIL(ESP_ERR_ARG, "kind: got %d, expected ESP_TRAIN_SFT or ESP_TRAIN_GRPO", (int)c->kind);
-    if (!c->train_file) return ESPI_FAIL(ESP_ERR_ARG, "train_file is NULL, expected the path of a JSONL file");
-    fill_defaults(c);
-    ESPI_TRY(check_numbers(c));
-    ESPI_TRY(check_rewards(c));
-    ESPI_TRY(settle_objective(c));
-    if (c->adamw.struct_size == 0) c->adamw.struct_size = sizeof c->adamw;
-    ESPI_TRY(espi_take_array(&t->rewards, c->n_rewards, sizeof *t->rewards));
-    ESPI_TRY(espi_take_array(&t->weights, c->n_rewards, sizeof *t->weights));
-    for (int32_t f = 0; f < c->n_rewards; f++) {
-        char *name = NULL;
-        ESPI_TRY(copy_string(&name, c->rewards[f].name));
-        t->rewards[f] = c->rewards[f];
-        t->rewards[f].name = name;
-        t->weights[f] = c->rewards[f].weight;
-    }
-    return c->out_dir ? copy_string(&t->out_dir, c->out_dir) : ESP_OK;
 }
 
 static esp_status read_tasks(esp_trainer *t) {
@@ -174,6 +55,7 @@ static bool needs_sampler(const esp_trainer *t) {
     return t->c.kind == ESP_TRAIN_GRPO || t->eval.n > 0;
 }
 
+/* Rows of one generation decode together when it serves one step; larger ones come in waves. */
 static esp_sampler_config sampler_config(const esp_trainer *t) {
     const bool grpo = t->c.kind == ESP_TRAIN_GRPO;
     const int32_t train = grpo ? t->train.longest_prompt : 0, eval = t->eval.longest_prompt;
@@ -198,24 +80,29 @@ static esp_status take_memory(esp_trainer *t) {
 }
 
 static esp_status restore(esp_trainer *t) {
+    char folder[ESPI_PATH_MAX] = "";
     if (t->c.resume_dir || t->out_dir) t->weights_hash = XXH3_64bits(t->model->weights.p, t->model->weights.bytes);
     int64_t metrics_bytes = 0, completions_bytes = 0;
-    if (t->c.resume_dir) ESPI_TRY(espi_state_restore(t, t->c.resume_dir, &metrics_bytes, &completions_bytes));
-    return t->out_dir ? espi_logs_open(t, metrics_bytes, completions_bytes) : ESP_OK;
+    if (t->c.resume_dir) ESPI_TRY(espi_state_restore(t, folder, t->c.resume_dir, &metrics_bytes, &completions_bytes));
+    return t->out_dir ? espi_logs_open(t, folder, metrics_bytes, completions_bytes) : ESP_OK;
 }
 
 static esp_status build(esp_trainer *t, const esp_trainer_config *config) {
-    ESPI_TRY(settle_config(t, config));
+    ESPI_TRY(espi_trainer_settle(t, config));
+    if (t->out_dir) {
+        ESPI_TRY(espi_dir_make(t->out_dir));
+        ESPI_TRY(espi_lock_take(&t->lock, t->out_dir));
+    }
     ESPI_TRY(read_tasks(t));
     ESPI_TRY(espi_take_array(&t->order, t->train.n, sizeof *t->order));
     ESPI_TRY(espi_update_create(t));
-    if (t->c.kind == ESP_TRAIN_GRPO) ESPI_TRY(espi_rollout_create(t));
     ESPI_TRY(take_memory(t));
+    if (t->c.kind == ESP_TRAIN_GRPO) espi_sampler_source(&t->source, t->sampler, t->model);
     ESPI_TRY(esp_model_zero_grad(t->model));
+    if (t->c.reference == ESP_REFERENCE_SNAPSHOT) ESPI_TRY(espi_snapshot_take(t));
     ESPI_TRY(restore(t));
     /* The caller's strings and list need not outlive the call. */
     t->c.train_file = t->c.eval_file = t->c.out_dir = t->c.resume_dir = NULL;
-    t->c.rewards = t->rewards;
     return ESP_OK;
 }
 
@@ -227,8 +114,8 @@ esp_status esp_trainer_create(esp_trainer **trainer, esp_model *model, const esp
     if (!t) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for a trainer's bookkeeping");
     t->model = model;
     t->tokenizer = tokenizer;
-    t->order_epoch = -1;
-    t->eval_step = -1;
+    t->order_epoch = t->eval_step = t->published = -1;
+    t->best = -1;
     const esp_status status = build(t, config);
     if (status != ESP_OK) {
         esp_trainer_destroy(t);
@@ -241,22 +128,34 @@ esp_status esp_trainer_create(esp_trainer **trainer, esp_model *model, const esp
 void esp_trainer_destroy(esp_trainer *trainer) {
     if (!trainer) return;
     espi_logs_close(trainer);
+    if (trainer->source.close) trainer->source.close(trainer->source.self);
     esp_sampler_destroy(trainer->sampler);
     esp_optim_destroy(trainer->optim);
     espi_rollout_free(trainer);
     espi_update_free(trainer);
+    espi_snapshot_free(trainer);
     espi_tasks_free(&trainer->train);
     espi_tasks_free(&trainer->eval);
+    espi_rewards_destroy(trainer->scorer);
     for (int32_t f = 0; trainer->rewards && f < trainer->c.n_rewards; f++) free((void *)trainer->rewards[f].name);
     free(trainer->rewards);
     free(trainer->weights);
     free(trainer->order);
     free(trainer->out_dir);
+    espi_lock_free(trainer->lock);
     free(trainer);
 }
 
 int64_t esp_trainer_steps_done(const esp_trainer *trainer) {
     return trainer ? trainer->step : 0;
+}
+
+static bool stopped_early(const esp_trainer *t) {
+    return t->c.early_stop > 0 && t->worse >= t->c.early_stop;
+}
+
+bool esp_trainer_finished(const esp_trainer *trainer) {
+    return !trainer || trainer->step >= trainer->c.steps || stopped_early(trainer);
 }
 
 esp_status esp_trainer_evaluate(esp_trainer *trainer, double *sampled, double *greedy) {
@@ -285,73 +184,73 @@ esp_status esp_trainer_memory(const esp_trainer *trainer, size_t *planned_bytes,
     return ESP_OK;
 }
 
-/* KL to the base is worth a forward on evaluation steps, even when the loss has no use for it. */
-static bool evaluation_due(const esp_trainer *t, int64_t step) {
-    return step % t->c.eval_every == 0 || step == t->c.steps;
+static bool evaluation_due(const esp_trainer *t) {
+    return t->eval.n > 0 && (t->step % t->c.eval_every == 0 || t->step == t->c.steps);
 }
 
 esp_status espi_trainer_sample(esp_trainer *t) {
     t->sums = (espi_step_sums){0};
-    ESPI_TRY(espi_rollout_make(t));
-    espi_rollout_sequences(t);
-    t->rollout.has_ref = t->c.objective.beta > 0 || evaluation_due(t, t->step + 1);
-    const double start = espi_seconds();
-    if (t->rollout.has_ref) ESPI_TRY(espi_reference_logprobs(t));
-    t->sums.seconds_train = espi_seconds() - start;
-    t->updates_done = 0;
-    t->pending = true;
+    espi_rewards_reset(t->scorer);
+    if (t->phase != ESPI_PHASE_READY) ESPI_TRY(espi_rollout_make(t));
+    if (t->phase == ESPI_PHASE_READY) espi_rollout_sequences(t);
     return ESP_OK;
 }
 
 static void next_lines(esp_trainer *t) {
     t->sums = (espi_step_sums){0};
+    t->n_sequences = t->rows;
     for (int64_t i = 0; i < t->rows; i++) {
         int64_t line;
         uint32_t key;
         espi_next_line(t, &line, &key);
         const espi_task *task = &t->train.items[line];
-        t->sequences[i] = (espi_sequence){.prompt = task->prompt_ids,
+        t->sequences[i] = (espi_sequence){.tokens = task->prompt_ids,
                                           .n_prompt = task->n_prompt,
-                                          .completion = task->answer_ids,
                                           .n_completion = task->n_answer,
                                           .mask = task->answer_mask,
-                                          .n_counted = task->n_counted};
+                                          .n_counted = task->n_counted,
+                                          .row = -1};
     }
+}
+
+static esp_status evaluate_and_judge(esp_trainer *t, esp_step_stats *stats) {
+    ESPI_TRY(esp_trainer_evaluate(t, &stats->eval_sampled, &stats->eval_greedy));
+    return espi_judge(t);
 }
 
 /* Counts the step, evaluates and saves when due, writes its line. */
 static esp_status finish_step(esp_trainer *t, esp_step_stats *stats) {
-    for (int64_t i = 0; i < t->rows; i++) t->num_tokens += t->sequences[i].n_prompt + t->sequences[i].n_completion;
+    for (int64_t i = 0; i < t->n_sequences; i++) t->num_tokens += t->sequences[i].n_prompt + t->sequences[i].n_completion;
     t->step++;
     espi_stats_fill(t, stats);
-    if (t->eval.n > 0 && evaluation_due(t, t->step)) ESPI_TRY(esp_trainer_evaluate(t, &stats->eval_sampled, &stats->eval_greedy));
-    t->pending = false;
+    if (evaluation_due(t)) ESPI_TRY(evaluate_and_judge(t, stats));
+    stats->early_stop = stopped_early(t);
     if (t->out_dir) ESPI_TRY(espi_log_step(t, stats));
-    const bool save = t->out_dir && (t->step % t->c.checkpoint_every == 0 || t->step == t->c.steps);
+    if (t->c.ref_sync_every > 0 && t->step % t->c.ref_sync_every == 0) ESPI_TRY(espi_snapshot_take(t));
+    if (t->c.kind == ESP_TRAIN_GRPO && ++t->slice == t->slices) t->phase = ESPI_PHASE_EMPTY;
+    const bool save = t->out_dir && (t->step % t->c.checkpoint_every == 0 || esp_trainer_finished(t));
     return save ? espi_state_save(t) : ESP_OK;
 }
 
 esp_status espi_trainer_update(esp_trainer *t, esp_step_stats *stats) {
-    while (t->updates_done < t->c.updates_per_batch) {
-        const double start = espi_seconds();
-        ESPI_TRY(espi_update(t));
-        t->sums.seconds_train += espi_seconds() - start;
-        t->updates_done++;
-    }
+    ESPI_TRY(espi_update(t));
     return finish_step(t, stats);
 }
 
 static esp_status step(esp_trainer *t, esp_step_stats *stats) {
-    if (t->step == 0 && !t->pending && t->eval.n > 0) {
-        ESPI_TRY(esp_trainer_evaluate(t, &stats->eval_sampled, &stats->eval_greedy));
+    if (t->step == 0 && t->phase == ESPI_PHASE_EMPTY && t->eval.n > 0 && t->eval_step != 0) {
+        ESPI_TRY(evaluate_and_judge(t, stats));
         if (t->out_dir) ESPI_TRY(espi_log_start(t));
     }
     if (t->c.kind == ESP_TRAIN_SFT) {
         next_lines(t);
-        t->updates_done = 0;
-        return espi_trainer_update(t, stats);
+    } else {
+        ESPI_TRY(espi_trainer_sample(t));
+        if (t->phase != ESPI_PHASE_READY || espi_stop_asked(t)) {
+            stats->interrupted = true;
+            return ESP_OK;
+        }
     }
-    if (!t->pending) ESPI_TRY(espi_trainer_sample(t));
     return espi_trainer_update(t, stats);
 }
 
@@ -360,6 +259,9 @@ esp_status esp_trainer_step(esp_trainer *trainer, esp_step_stats *stats) {
     if (trainer->step >= trainer->c.steps)
         return ESPI_FAIL(ESP_ERR_STATE, "esp_trainer_step: all %lld steps are done, expected fewer: raise steps",
                          (long long)trainer->c.steps);
+    if (stopped_early(trainer))
+        return ESPI_FAIL(ESP_ERR_STATE, "esp_trainer_step: early_stop ended the run at step %lld: raise early_stop",
+                         (long long)trainer->step);
     esp_step_stats measured = ESP_STEP_STATS_INIT;
     ESPI_TRY(step(trainer, &measured));
     return stats ? espi_struct_write(stats, &measured, sizeof measured, "esp_step_stats") : ESP_OK;

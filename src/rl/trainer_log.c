@@ -8,11 +8,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-esp_status espi_logs_open(esp_trainer *t, int64_t metrics_bytes, int64_t completions_bytes) {
+esp_status espi_logs_open(esp_trainer *t, const char *resume_folder, int64_t metrics_bytes, int64_t completions_bytes) {
     static const char *const names[2] = {"metrics.jsonl", "completions.jsonl"};
     const int64_t keep[2] = {metrics_bytes, completions_bytes};
     espi_log_file **logs[2] = {&t->metrics, &t->completions};
-    ESPI_TRY(espi_dir_make(t->out_dir));
     if (!t->c.resume_dir) { /* a new run takes the folder over: a checkpoint of the old one would fit none of the new logs */
         char old[ESPI_PATH_MAX];
         ESPI_TRY(espi_path_join(old, t->out_dir, "checkpoint.h5"));
@@ -21,8 +20,8 @@ esp_status espi_logs_open(esp_trainer *t, int64_t metrics_bytes, int64_t complet
     for (int i = 0; i < (t->c.kind == ESP_TRAIN_GRPO ? 2 : 1); i++) {
         char path[ESPI_PATH_MAX], from[ESPI_PATH_MAX];
         ESPI_TRY(espi_path_join(path, t->out_dir, names[i]));
-        if (t->c.resume_dir && strcmp(t->c.resume_dir, t->out_dir) != 0) {
-            ESPI_TRY(espi_path_join(from, t->c.resume_dir, names[i]));
+        if (t->c.resume_dir && strcmp(resume_folder, t->out_dir) != 0) {
+            ESPI_TRY(espi_path_join(from, resume_folder, names[i]));
             ESPI_TRY(espi_file_copy(path, from));
         }
         ESPI_TRY(espi_log_file_open(logs[i], path, keep[i]));
@@ -75,57 +74,76 @@ static spread measure(const double *x, int64_t n, int64_t stride) {
     return s;
 }
 
-/* k3 of the sampled tokens against the base, while the policy is the one that sampled them. */
+/* k3 of the sampled tokens against the reference, while the policy is the one that sampled them. */
 static double measured_kl(const esp_trainer *t) {
-    if (!t->rollout.has_ref) return NAN;
     double sum = 0, n = 0;
-    for (int64_t i = 0; i < t->rows; i++) {
+    for (int64_t i = 0; i < t->n_sequences; i++) {
         const espi_sequence *s = &t->sequences[i];
-        for (int32_t k = 0; k < s->n_completion; k++, n++) {
-            const double d = (double)s->ref_logprob[k] - s->sampler_logprob[k];
+        for (int32_t k = s->n_prompt; s->ref && k < s->n_prompt + s->n_completion; k++) {
+            const double d = (double)s->ref[k] - (s->old ? s->old : s->sampler)[k];
+            if (isnan(d) || !s->mask[k - s->n_prompt]) continue;
             sum += exp(d) - 1 - d;
+            n++;
         }
     }
     return sum / n;
 }
 
+/* Of the rows of this step. */
 typedef struct lengths {
-    double mean, low, high, clipped;
+    double mean, low, high, clipped;                   /* all; clipped: share that did not end */
+    double ended_mean, ended_low, ended_high, n_ended; /* those that ended; NaN without any */
 } lengths;
 
 static lengths completion_lengths(const esp_trainer *t) {
-    lengths l = {.low = INFINITY, .high = -INFINITY};
-    for (int64_t i = 0; i < t->rows; i++) {
-        const double n = t->rollout.lengths[i];
-        l.mean += n / (double)t->rows;
+    lengths l = {.low = INFINITY, .high = -INFINITY, .ended_low = INFINITY, .ended_high = -INFINITY};
+    const double rows = (double)t->n_sequences;
+    for (int64_t i = 0; i < t->n_sequences; i++) {
+        const double n = t->sequences[i].n_completion;
+        l.mean += n / rows;
         l.low = fmin(l.low, n);
         l.high = fmax(l.high, n);
-        l.clipped += t->rollout.stopped[i] ? 0 : 1.0 / (double)t->rows;
+        if (t->rollouts.finish[t->sequences[i].row] != ESPI_FINISH_STOP) {
+            l.clipped += 1 / rows;
+            continue;
+        }
+        l.ended_mean += n;
+        l.ended_low = fmin(l.ended_low, n);
+        l.ended_high = fmax(l.ended_high, n);
+        l.n_ended++;
     }
+    l.ended_mean /= l.n_ended;
     return l;
 }
 
+/* Sequences of a step are whole groups, one after the other. */
 static void reward_stats(const esp_trainer *t, esp_step_stats *stats) {
-    const espi_rollout *r = &t->rollout;
-    const int64_t g = t->c.group_size;
-    double deviation = 0, zero = 0;
-    for (int64_t p = 0; p < t->c.prompts_per_step; p++) {
-        const spread group = measure(r->reward + p * g, g, 1);
+    const espi_rollouts *r = &t->rollouts;
+    const int64_t g = t->c.group_size, groups = t->n_sequences / g;
+    double deviation = 0, zero = 0, reward = 0, n = 0, exact = 0, n_exact = 0;
+    for (int64_t p = 0; p < groups; p++) {
+        const int64_t row = t->sequences[p * g].row;
+        const spread group = measure(r->reward + row, g, 1);
         deviation += group.n ? group.deviation : 0;
         zero += !group.n || group.low == group.high;
+        for (int64_t i = row; i < row + g; i++) {
+            if (!isnan(r->reward[i])) reward += r->reward[i], n++;
+            if (!isnan(r->exact[i])) exact += r->exact[i], n_exact++;
+        }
     }
-    stats->reward = measure(r->reward, r->n, 1).mean;
-    stats->reward_std = deviation / t->c.prompts_per_step;
-    stats->frac_reward_zero_std = zero / t->c.prompts_per_step;
-    stats->exact = measure(r->exact, r->n, 1).mean;
+    stats->reward = reward / n;
+    stats->reward_std = deviation / (double)groups;
+    stats->frac_reward_zero_std = zero / (double)groups;
+    stats->exact = exact / n_exact;
 }
 
 void espi_stats_fill(esp_trainer *t, esp_step_stats *stats) {
     const espi_step_sums *s = &t->sums;
-    const double updates = t->c.updates_per_batch, all = s->tokens + s->tokens_skipped;
+    const double all = s->tokens + s->tokens_skipped;
+    const double train = s->seconds_logprob + s->seconds_forward + s->seconds_backward + s->seconds_optim;
     *stats = (esp_step_stats){.struct_size = sizeof *stats,
                               .step = t->step,
-                              .loss = s->loss / updates,
+                              .loss = s->loss,
                               .grad_norm = s->grad_norm,
                               .lr = s->lr,
                               .reward = NAN,
@@ -137,12 +155,18 @@ void espi_stats_fill(esp_trainer *t, esp_step_stats *stats) {
                               .clipped_ratio = NAN,
                               .frac_reward_zero_std = NAN,
                               .mean_abs_g = NAN,
-                              .seconds = s->seconds_sample + s->seconds_reward + s->seconds_train,
+                              .clip_ratio = NAN,
+                              .seconds = s->seconds_sample + s->seconds_reward + s->seconds_sync + train,
                               .seconds_sample = s->seconds_sample,
-                              .seconds_train = s->seconds_train,
+                              .seconds_train = train,
                               .eval_sampled = NAN,
                               .eval_greedy = NAN};
-    for (int64_t i = 0; i < t->rows; i++) stats->tokens += t->sequences[i].n_counted;
+    double whole = 0;
+    for (int64_t i = 0; i < t->n_sequences; i++) {
+        stats->tokens += t->sequences[i].n_counted;
+        whole += t->sequences[i].n_prompt + t->sequences[i].n_completion;
+    }
+    stats->tokens_per_second = stats->seconds > 0 ? whole / stats->seconds : NAN;
     if (t->c.kind != ESP_TRAIN_GRPO) return;
     const lengths l = completion_lengths(t);
     reward_stats(t, stats);
@@ -151,17 +175,33 @@ void espi_stats_fill(esp_trainer *t, esp_step_stats *stats) {
     stats->kl = t->c.objective.beta > 0 ? s->kl / s->tokens : measured_kl(t);
     stats->entropy = s->entropy / all;
     stats->mean_abs_g = s->abs_g / all;
+    stats->clip_ratio = (s->clip_low + s->clip_high) / all;
 }
 
 static void add_rewards(json_t *line, const esp_trainer *t) {
     for (int32_t f = 0; f < t->c.n_rewards; f++) {
-        const spread s = measure(t->rollout.parts + f, t->rollout.n, t->c.n_rewards);
+        const spread s = measure(t->rollouts.rewards + f, t->rollouts.shape.rows, t->c.n_rewards);
         char key[256];
         snprintf(key, sizeof key, "rewards/%s/mean", t->rewards[f].name);
         json_object_set_new(line, key, number(s.mean));
         snprintf(key, sizeof key, "rewards/%s/std", t->rewards[f].name);
         json_object_set_new(line, key, number(s.deviation));
     }
+    for (int64_t i = 0; i < espi_rewards_extra_count(t->scorer); i++) {
+        char key[256];
+        double value;
+        snprintf(key, sizeof key, "rewards/%s", espi_rewards_extra_get(&value, t->scorer, i));
+        json_object_set_new(line, key, number(value));
+    }
+}
+
+typedef struct entry {
+    const char *key;
+    double value;
+} entry;
+
+static void add_numbers(json_t *line, const entry *numbers, int n) {
+    for (int i = 0; i < n; i++) json_object_set_new(line, numbers[i].key, number(numbers[i].value));
 }
 
 /* Numbers of a GRPO step.  Shares of tokens are over all of them: a skipped one is not clipped. */
@@ -169,30 +209,56 @@ static void add_grpo(json_t *line, const esp_trainer *t, const esp_step_stats *s
     const espi_step_sums *s = &t->sums;
     const lengths l = completion_lengths(t);
     const double all = s->tokens + s->tokens_skipped;
-    const struct {
-        const char *key;
-        double value;
-    } numbers[] = {{"reward", stats->reward},
-                   {"reward_std", stats->reward_std},
-                   {"frac_reward_zero_std", stats->frac_reward_zero_std},
-                   {"exact", stats->exact},
-                   {"kl", stats->kl},
-                   {"entropy", stats->entropy},
-                   {"policy_loss", s->policy_loss / t->c.updates_per_batch},
-                   {"mean_abs_g", stats->mean_abs_g},
-                   {"clip_ratio/low_mean", s->clip_low / all},
-                   {"clip_ratio/high_mean", s->clip_high / all},
-                   {"clip_ratio/region_mean", (s->clip_low + s->clip_high) / all},
-                   {"completions/mean_length", l.mean},
-                   {"completions/min_length", l.low},
-                   {"completions/max_length", l.high},
-                   {"completions/clipped_ratio", l.clipped},
-                   {"sampling/sampling_logp_difference/mean", s->diff_mean / s->tokens},
-                   {"sampling/sampling_logp_difference/max", s->tokens > 0 ? s->diff_max : NAN},
-                   {"sampling/importance_sampling_ratio/mean", s->ratio / s->tokens},
-                   {"skip/zero_adv_frac", s->tokens_skipped / all}};
-    for (int i = 0; i < ESPI_COUNT(numbers); i++) json_object_set_new(line, numbers[i].key, number(numbers[i].value));
+    const bool cispo = t->c.objective.loss == ESP_LOSS_CISPO;
+    const entry numbers[] = {
+        {"reward", stats->reward},
+        {"reward_std", stats->reward_std},
+        {"frac_reward_zero_std", stats->frac_reward_zero_std},
+        {"exact", stats->exact},
+        {"kl", stats->kl},
+        {"entropy", stats->entropy},
+        {"entropy_coef", t->entropy_coef},
+        {"policy_loss", s->policy_loss},
+        {"mean_abs_g", stats->mean_abs_g},
+        {"clip_ratio/low_mean", s->clip_low / all},
+        {"clip_ratio/low_min", s->clip_low_least},
+        {"clip_ratio/high_mean", s->clip_high / all},
+        {"clip_ratio/high_max", s->clip_high_most},
+        {"clip_ratio/region_mean", stats->clip_ratio},
+        {"completions/mean_length", l.mean},
+        {"completions/min_length", l.low},
+        {"completions/max_length", l.high},
+        {"completions/mean_terminated_length", l.ended_mean},
+        {"completions/min_terminated_length", l.ended_low},
+        {"completions/max_terminated_length", l.ended_high},
+        {"completions/clipped_ratio", l.clipped},
+        {"sampling/sampling_logp_difference/mean", s->diff_mean / s->diff_tokens},
+        {"sampling/sampling_logp_difference/max", s->diff_tokens > 0 ? s->diff_max : NAN},
+        {"skip/zero_adv_frac", s->tokens_skipped / all},
+        {"rollout/generation", (double)t->generation},
+        {"rollout/calls", (double)t->tries},
+        {"rollout/groups_resampled", (double)t->resampled},
+        {"rollout/groups_lost", (double)t->lost},
+    };
+    add_numbers(line, numbers, ESPI_COUNT(numbers));
+    if (cispo) json_object_set_new(line, "cispo_clip_ratio", number(s->clip_high / all));
     add_rewards(line, t);
+}
+
+/* The sampler's distance from the policy before the first update; what the correction made of it. */
+static void add_correction(json_t *line, const espi_correction_stats *s) {
+    const entry numbers[] = {{"sampling/importance_sampling_ratio/min", s->ratio_low},
+                             {"sampling/importance_sampling_ratio/mean", s->ratio_mean},
+                             {"sampling/importance_sampling_ratio/max", s->ratio_high},
+                             {"rollout_is_eff_sample_size", s->effective_share},
+                             {"k3_kl", s->k3},
+                             {"ppl_ratio", s->ppl_ratio},
+                             {"chi2_token", s->chi2_token},
+                             {"chi2_seq", s->chi2_sequence},
+                             {"correction/cut_frac", s->cut_share},
+                             {"correction/rejected_frac", s->rejected_share},
+                             {"sampling/absent_frac", s->absent_share}};
+    add_numbers(line, numbers, ESPI_COUNT(numbers));
 }
 
 static void add_evaluation(json_t *line, double sampled, double greedy) {
@@ -208,18 +274,40 @@ esp_status espi_log_start(esp_trainer *t) {
     return write_line(t->metrics, line);
 }
 
+static const char *finish_name(uint8_t finish) {
+    static const char *const names[] = {"stop", "length", "abort"};
+    return names[finish];
+}
+
 static esp_status log_completion(esp_trainer *t, int64_t i) {
-    const espi_rollout *r = &t->rollout;
-    const espi_task *task = &t->train.items[r->line[i / t->c.group_size]];
+    const espi_rollouts *r = &t->rollouts;
+    const espi_task *task = espi_row_task(t, i);
     json_t *parts = json_object();
-    for (int32_t f = 0; f < t->c.n_rewards; f++) json_object_set_new(parts, t->rewards[f].name, number(r->parts[i * t->c.n_rewards + f]));
-    json_t *line = json_pack("{s:I, s:I, s:s, s:s, s:s, s:o, s:o, s:o, s:s, s:i}", "step", (json_int_t)t->step, "group",
-                             (json_int_t)(i / t->c.group_size), "prompt", task->prompt, "completion", r->text[i], "answer", task->answer,
-                             "rewards", parts, "reward", number(r->reward[i]), "advantage", number(r->advantage[i]), "finish",
-                             r->stopped[i] ? "stop" : "length", "tokens", r->lengths[i]);
+    for (int32_t f = 0; f < t->c.n_rewards; f++) json_object_set_new(parts, t->rewards[f].name, number(r->rewards[i * t->c.n_rewards + f]));
+    json_t *line =
+        json_pack("{s:I, s:I, s:s?, s:s, s:s?, s:o, s:o, s:o, s:s, s:i}", "step", (json_int_t)t->step, "group",
+                  (json_int_t)(i / t->c.group_size), "prompt", task ? task->prompt : NULL, "completion", t->text[i], "answer",
+                  task ? task->answer : NULL, "rewards", parts, "reward", number(r->reward[i]), "advantage", number(r->advantage[i]),
+                  "finish", finish_name(r->finish[i]), "tokens", (int)(r->offsets[i + 1] - r->offsets[i]) - r->n_prompt[i]);
     if (!line)
         return ESPI_FAIL(ESP_ERR_INTERNAL, "completion %lld of step %lld cannot be written as JSON", (long long)i, (long long)t->step);
     return write_line(t->completions, line);
+}
+
+/* A generation's completions are told once, with its first step. */
+static esp_status log_completions(esp_trainer *t) {
+    for (int64_t i = 0; t->completions && t->slice == 0 && i < t->rollouts.shape.rows; i++) ESPI_TRY(log_completion(t, i));
+    return ESP_OK;
+}
+
+static void add_times(json_t *line, const esp_trainer *t, const esp_step_stats *stats) {
+    const espi_step_sums *s = &t->sums;
+    const entry numbers[] = {{"step_time", stats->seconds},      {"tokens_per_second", stats->tokens_per_second},
+                             {"time/sample", s->seconds_sample}, {"time/reward", s->seconds_reward},
+                             {"time/logp", s->seconds_logprob},  {"time/fwd", s->seconds_forward},
+                             {"time/bwd", s->seconds_backward},  {"time/optim", s->seconds_optim},
+                             {"time/sync", s->seconds_sync}};
+    add_numbers(line, numbers, ESPI_COUNT(numbers));
 }
 
 esp_status espi_log_step(esp_trainer *t, const esp_step_stats *stats) {
@@ -230,14 +318,13 @@ esp_status espi_log_step(esp_trainer *t, const esp_step_stats *stats) {
     json_object_set_new(line, "grad_norm", number(stats->grad_norm));
     json_object_set_new(line, "learning_rate", number(stats->lr));
     json_object_set_new(line, "num_tokens", json_integer(t->num_tokens));
-    if (t->c.kind == ESP_TRAIN_GRPO) add_grpo(line, t, stats);
+    if (t->c.kind == ESP_TRAIN_GRPO) {
+        add_grpo(line, t, stats);
+        if (t->rollouts.has_old) add_correction(line, &t->correction);
+    }
     if (!isnan(stats->eval_sampled)) add_evaluation(line, stats->eval_sampled, stats->eval_greedy);
     json_object_set_new(line, "mem/peak_bytes", json_integer((json_int_t)t->model->ctx->peak));
-    json_object_set_new(line, "step_time", number(stats->seconds));
-    json_object_set_new(line, "time/sample", number(t->sums.seconds_sample));
-    json_object_set_new(line, "time/reward", number(t->sums.seconds_reward));
-    json_object_set_new(line, "time/train", number(t->sums.seconds_train));
+    add_times(line, t, stats);
     ESPI_TRY(write_line(t->metrics, line));
-    for (int64_t i = 0; t->completions && i < t->rows; i++) ESPI_TRY(log_completion(t, i));
-    return ESP_OK;
+    return log_completions(t);
 }

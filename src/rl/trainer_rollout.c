@@ -1,4 +1,5 @@
-/* The first half of a GRPO step: prompts, completions, rewards, advantages.  And evaluation, which is the same without the advantages. */
+/* The first half of a GRPO step: prompts, completions, rewards, advantages.  A generation may take several calls of its source: groups
+ * whose rewards are all equal teach nothing and may give way to others.  Between two calls a run can be stopped and resumed. */
 #include "core/rng.h"
 #include "models/model.h"
 #include "rl/run.h"
@@ -7,46 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-esp_status espi_rollout_create(esp_trainer *t) {
-    espi_rollout *r = &t->rollout;
-    const int64_t n = t->rows, cells = n * t->c.max_new_tokens;
-    r->n = n;
-    ESPI_TRY(espi_take_array(&r->line, t->c.prompts_per_step, sizeof *r->line));
-    ESPI_TRY(espi_take_array(&r->tokens, cells, sizeof *r->tokens));
-    ESPI_TRY(espi_take_array(&r->logprobs, cells, sizeof *r->logprobs));
-    ESPI_TRY(espi_take_array(&r->ref, cells, sizeof *r->ref));
-    ESPI_TRY(espi_take_array(&r->lengths, n, sizeof *r->lengths));
-    ESPI_TRY(espi_take_array(&r->stopped, n, sizeof *r->stopped));
-    ESPI_TRY(espi_take_array(&r->text, n, sizeof *r->text));
-    ESPI_TRY(espi_take_array(&r->parts, n * t->c.n_rewards, sizeof *r->parts));
-    ESPI_TRY(espi_take_array(&r->reward, n, sizeof *r->reward));
-    ESPI_TRY(espi_take_array(&r->advantage, n, sizeof *r->advantage));
-    return espi_take_array(&r->exact, n, sizeof *r->exact);
-}
-
-static void free_texts(char **text, int64_t n) {
-    for (int64_t i = 0; text && i < n; i++) {
-        free(text[i]);
-        text[i] = NULL;
-    }
-}
-
-void espi_rollout_free(esp_trainer *t) {
-    espi_rollout *r = &t->rollout;
-    free_texts(r->text, r->n);
-    free(r->line);
-    free(r->tokens);
-    free(r->logprobs);
-    free(r->ref);
-    free(r->lengths);
-    free(r->stopped);
-    free(r->text);
-    free(r->parts);
-    free(r->reward);
-    free(r->advantage);
-    free(r->exact);
-    *r = (espi_rollout){0};
-}
+/* ---- text ---- */
 
 #define REPLACEMENT "\xEF\xBF\xBD"
 
@@ -95,13 +57,29 @@ esp_status espi_completion_text(char **out, const esp_tokenizer *tokenizer, cons
     return ESP_OK;
 }
 
-esp_status espi_rollout_texts(esp_trainer *t) {
-    espi_rollout *r = &t->rollout;
-    free_texts(r->text, r->n);
-    for (int64_t i = 0; i < r->n; i++)
-        ESPI_TRY(espi_completion_text(&r->text[i], t->tokenizer, r->tokens + i * t->c.max_new_tokens, r->lengths[i], r->stopped[i] != 0));
+static void free_texts(char ***text, int64_t n) {
+    for (int64_t i = 0; *text && i < n; i++) free((*text)[i]);
+    free(*text);
+    *text = NULL;
+}
+
+static int32_t completion_length(const espi_rollouts *r, int64_t row) {
+    return (int32_t)(r->offsets[row + 1] - r->offsets[row]) - r->n_prompt[row];
+}
+
+static const int32_t *completion(const espi_rollouts *r, int64_t row) {
+    return r->tokens + r->offsets[row] + r->n_prompt[row];
+}
+
+static esp_status make_texts(char ***out, const esp_trainer *t, const espi_rollouts *r) {
+    ESPI_TRY(espi_take_array(out, r->shape.rows, sizeof **out));
+    for (int64_t i = 0; i < r->shape.rows; i++)
+        ESPI_TRY(
+            espi_completion_text(&(*out)[i], t->tokenizer, completion(r, i), completion_length(r, i), r->finish[i] == ESPI_FINISH_STOP));
     return ESP_OK;
 }
+
+/* ---- prompts ---- */
 
 esp_status espi_next_line(esp_trainer *t, int64_t *line, uint32_t *key) {
     const int64_t n = t->train.n, epoch = t->cursor / n;
@@ -121,222 +99,366 @@ esp_status espi_next_line(esp_trainer *t, int64_t *line, uint32_t *key) {
     return ESP_OK;
 }
 
-/* Prompts of the given lines, packed. */
-typedef struct prompts {
-    int32_t *ids, *cu;
-    uint32_t *keys;
-} prompts;
-
-static void free_prompts(prompts *p) {
-    free(p->ids);
-    free(p->cu);
-    free(p->keys);
-}
-
-static esp_status take_prompts(prompts *p, int64_t n, int64_t longest) {
+esp_status espi_prompts_take(espi_prompts *p, int64_t n, int64_t longest) {
     ESPI_TRY(espi_take_array(&p->ids, n * longest, sizeof *p->ids));
     ESPI_TRY(espi_take_array(&p->cu, n + 1, sizeof *p->cu));
+    ESPI_TRY(espi_take_array(&p->lines, n, sizeof *p->lines));
     return espi_take_array(&p->keys, n, sizeof *p->keys);
 }
 
-static void add_prompt(prompts *p, int64_t i, const espi_task *task, uint32_t key) {
+void espi_prompts_add(espi_prompts *p, int64_t i, const espi_task *task, int64_t line, uint32_t key) {
     memcpy(p->ids + p->cu[i], task->prompt_ids, (size_t)task->n_prompt * sizeof *p->ids);
     p->cu[i + 1] = p->cu[i] + task->n_prompt;
     p->keys[i] = key;
+    p->lines[i] = line;
 }
 
-static esp_status sample_step(esp_trainer *t, prompts *p) {
-    espi_rollout *r = &t->rollout;
-    ESPI_TRY(take_prompts(p, t->c.prompts_per_step, t->train.longest_prompt));
-    for (int32_t i = 0; i < t->c.prompts_per_step; i++) {
-        uint32_t key;
-        ESPI_TRY(espi_next_line(t, &r->line[i], &key));
-        add_prompt(p, i, &t->train.items[r->line[i]], key);
-    }
-    const esp_generate_config c =
-        ESP_GENERATE_CONFIG(.prompts = p->ids, .cu_prompts = p->cu, .n_prompts = t->c.prompts_per_step, .samples = t->c.group_size,
-                            .max_new_tokens = t->c.max_new_tokens, .temperature = t->c.temperature, .seed = t->c.seed,
-                            .step = (uint32_t)(t->step + 1), .keys = p->keys);
-    return esp_sampler_generate(t->sampler, &c, r->tokens, r->logprobs, r->lengths, r->stopped);
+void espi_prompts_free(espi_prompts *p) {
+    free(p->ids);
+    free(p->cu);
+    free(p->keys);
+    free(p->lines);
 }
+
+const espi_task *espi_row_task(const esp_trainer *t, int64_t row) {
+    return t->source.own_prompts ? NULL : &t->train.items[t->rollouts.group[row]];
+}
+
+bool espi_stop_asked(const esp_trainer *t) {
+    return t->c.stop && t->c.stop(t->c.stop_user) != 0;
+}
+
+/* ---- one call of the source ---- */
+
+static esp_status check_answer(const esp_trainer *t, const espi_rollouts *r, int64_t prompts) {
+    const espi_rollouts_shape *s = &r->shape;
+    if (s->rows == 0) return ESP_OK;
+    if (s->rows > prompts * t->c.group_size || s->group_size != t->c.group_size)
+        return ESPI_FAIL(ESP_ERR_FORMAT, "rollouts of the %s: got %lld rows in groups of %lld, expected at most %lld groups of %d",
+                         t->source.name, (long long)s->rows, (long long)s->group_size, (long long)prompts, t->c.group_size);
+    ESPI_TRY(espi_rollouts_check(r, t->info.vocab, t->info.experts));
+    for (int64_t i = 0; i < s->rows; i++) {
+        const int64_t n = r->offsets[i + 1] - r->offsets[i];
+        if (n > t->longest)
+            return ESPI_FAIL(ESP_ERR_FORMAT, "rollouts of the %s: row %lld has %lld tokens, expected at most %lld", t->source.name,
+                             (long long)i, (long long)n, (long long)t->longest);
+        if (!t->source.own_prompts && (r->group[i] < 0 || r->group[i] >= t->train.n))
+            return ESPI_FAIL(ESP_ERR_FORMAT, "rollouts of the %s: row %lld belongs to line %lld, expected one of the %lld that were asked",
+                             t->source.name, (long long)i, (long long)r->group[i], (long long)t->train.n);
+    }
+    return ESP_OK;
+}
+
+static esp_status ask(esp_trainer *t, espi_rollouts *r, espi_prompts *p, int64_t n) {
+    ESPI_TRY(espi_prompts_take(p, n, t->train.longest_prompt));
+    for (int64_t i = 0; i < n && !t->source.own_prompts; i++) {
+        int64_t line;
+        uint32_t key;
+        ESPI_TRY(espi_next_line(t, &line, &key));
+        espi_prompts_add(p, i, &t->train.items[line], line, key);
+    }
+    const espi_rollout_request request = {.prompts = p->ids,
+                                          .cu_prompts = p->cu,
+                                          .group_ids = p->lines,
+                                          .keys = p->keys,
+                                          .n_prompts = (int32_t)n,
+                                          .samples = t->c.group_size,
+                                          .max_new_tokens = t->c.max_new_tokens,
+                                          .temperature = t->c.temperature,
+                                          .top_k = t->c.top_k,
+                                          .top_p = t->c.top_p,
+                                          .min_p = t->c.min_p,
+                                          .seed = t->c.seed,
+                                          .step = (uint32_t)(t->step + 1),
+                                          .version = t->step,
+                                          .routes = t->c.replay == ESP_REPLAY_R3,
+                                          .deadline = t->c.rollout_timeout > 0 ? espi_seconds() + (double)t->c.rollout_timeout : 0};
+    ESPI_TRY(t->source.generate(t->source.self, r, &request));
+    return check_answer(t, r, n);
+}
+
+/* The source has the adapter as it is now. */
+static esp_status publish(esp_trainer *t) {
+    if (!t->source.publish || t->published == t->step) return ESP_OK;
+    const double start = espi_seconds();
+    ESPI_TRY(t->source.publish(t->source.self, t->step));
+    t->published = t->step;
+    t->sums.seconds_sync += espi_seconds() - start;
+    return ESP_OK;
+}
+
+/* ---- scoring ---- */
 
 /* One batch for the reward functions: pointers into what the caller has. */
 typedef struct scoring {
     esp_reward_batch batch;
-    const char **prompt, **completion, **answer;
-    const int32_t **ids;
-    float *reward;
+    const char **prompt, **answer;
+    const int32_t **ids, **prompt_ids;
+    int32_t *lengths;
+    uint8_t *stopped;
+    char **text;
+    float *exact;
 } scoring;
 
 static void free_scoring(scoring *s) {
+    free_texts(&s->text, s->batch.n);
     free(s->prompt);
-    free(s->completion);
     free(s->answer);
     free(s->ids);
-    free(s->reward);
+    free(s->prompt_ids);
+    free(s->lengths);
+    free(s->stopped);
+    free(s->exact);
 }
 
-static esp_status take_scoring(scoring *s, int64_t n, int64_t group_size, int64_t step) {
-    ESPI_TRY(espi_take_array(&s->prompt, n, sizeof *s->prompt));
-    ESPI_TRY(espi_take_array(&s->completion, n, sizeof *s->completion));
-    ESPI_TRY(espi_take_array(&s->answer, n, sizeof *s->answer));
-    ESPI_TRY(espi_take_array(&s->ids, n, sizeof *s->ids));
-    ESPI_TRY(espi_take_array(&s->reward, n, sizeof *s->reward));
+static esp_status take_scoring(scoring *s, const esp_trainer *t, const espi_rollouts *r) {
+    const int64_t n = r->shape.rows;
     s->batch = (esp_reward_batch){.struct_size = sizeof s->batch,
                                   .n = n,
-                                  .group_size = group_size,
-                                  .prompt = s->prompt,
-                                  .completion = s->completion,
-                                  .answer = s->answer,
-                                  .completion_ids = s->ids,
-                                  .step = step};
-    return ESP_OK;
-}
-
-static esp_status run_rewards(esp_trainer *t, scoring *s) {
-    espi_rollout *r = &t->rollout;
-    for (int32_t f = 0; f < t->c.n_rewards; f++) {
-        const int code = t->rewards[f].fn(t->rewards[f].user, &s->batch, s->reward);
-        if (code != 0)
-            return ESPI_FAIL(ESP_ERR_CALLBACK, "reward function \"%s\" returned %d at step %lld, expected 0: see its own message",
-                             t->rewards[f].name, code, (long long)s->batch.step);
-        for (int64_t i = 0; i < r->n; i++) {
-            if (isinf(s->reward[i]))
-                return ESPI_FAIL(ESP_ERR_NONFINITE,
-                                 "reward function \"%s\" gave %g for completion %lld of step %lld, expected a finite number, or NaN to "
-                                 "abstain",
-                                 t->rewards[f].name, (double)s->reward[i], (long long)i, (long long)s->batch.step);
-            r->parts[i * t->c.n_rewards + f] = s->reward[i];
-        }
-    }
-    esp_reward_exact(NULL, &s->batch, s->reward);
-    for (int64_t i = 0; i < r->n; i++) r->exact[i] = s->reward[i];
-    return ESP_OK;
-}
-
-static esp_status score(esp_trainer *t, scoring *s) {
-    espi_rollout *r = &t->rollout;
-    ESPI_TRY(espi_rollout_texts(t));
-    ESPI_TRY(take_scoring(s, r->n, t->c.group_size, t->step + 1));
-    for (int64_t i = 0; i < r->n; i++) {
-        const espi_task *task = &t->train.items[r->line[i / t->c.group_size]];
+                                  .group_size = t->c.group_size,
+                                  .step = t->step + 1,
+                                  .prompt_length = r->n_prompt,
+                                  .max_completion = t->c.max_new_tokens};
+    ESPI_TRY(espi_take_array(&s->prompt, n, sizeof *s->prompt));
+    ESPI_TRY(espi_take_array(&s->answer, n, sizeof *s->answer));
+    ESPI_TRY(espi_take_array(&s->ids, n, sizeof *s->ids));
+    ESPI_TRY(espi_take_array(&s->lengths, n, sizeof *s->lengths));
+    ESPI_TRY(espi_take_array(&s->stopped, n, sizeof *s->stopped));
+    ESPI_TRY(espi_take_array(&s->prompt_ids, n, sizeof *s->prompt_ids));
+    ESPI_TRY(espi_take_array(&s->exact, n, sizeof *s->exact));
+    ESPI_TRY(make_texts(&s->text, t, r));
+    s->batch.prompt = s->prompt;
+    s->batch.completion = (const char *const *)s->text;
+    s->batch.answer = s->answer;
+    s->batch.completion_ids = s->ids;
+    s->batch.prompt_ids = s->prompt_ids;
+    s->batch.completion_length = s->lengths;
+    s->batch.stopped = s->stopped;
+    for (int64_t i = 0; i < n; i++) {
+        const espi_task *task = &t->train.items[r->group[i]];
         s->prompt[i] = task->prompt;
         s->answer[i] = task->answer;
-        s->completion[i] = r->text[i];
-        s->ids[i] = r->tokens + i * t->c.max_new_tokens;
+        s->ids[i] = completion(r, i);
+        s->prompt_ids[i] = r->tokens + r->offsets[i];
+        s->lengths[i] = completion_length(r, i);
+        s->stopped[i] = r->finish[i] == ESPI_FINISH_STOP;
     }
-    s->batch.completion_length = r->lengths;
-    s->batch.stopped = r->stopped;
-    return run_rewards(t, s);
+    return ESP_OK;
 }
 
-/* The control run: rewards change owners within the step, so that they say nothing about what was written. */
+static esp_status run_rewards(esp_trainer *t, espi_rollouts *r, scoring *s) {
+    ESPI_TRY(espi_rewards_score(r->rewards, t->scorer, &s->batch));
+    esp_reward_exact(NULL, &s->batch, s->exact);
+    for (int64_t i = 0; i < s->batch.n; i++) r->exact[i] = (double)s->exact[i];
+    return ESP_OK;
+}
+
+/* Weighted sums, by the rule that also makes the advantages. */
+static esp_status advantages(esp_trainer *t, espi_rollouts *r) {
+    return esp_advantages(r->advantage, r->reward, NULL, r->rewards, t->weights, r->shape.rows / t->c.group_size, t->c.group_size,
+                          r->shape.rewards, t->c.scale, t->c.order);
+}
+
+/* `from` becomes a batch with columns for our rewards, filled in. */
+static esp_status score(esp_trainer *t, espi_rollouts *from) {
+    scoring s = {0};
+    espi_rollouts wide;
+    espi_rollouts_shape shape = from->shape;
+    shape.rewards = t->c.n_rewards;
+    ESPI_TRY(espi_rollouts_widen(&wide, from, &shape));
+    *from = wide;
+    esp_status status = take_scoring(&s, t, from);
+    if (status == ESP_OK) status = run_rewards(t, from, &s);
+    free_scoring(&s);
+    ESPI_TRY(status);
+    return advantages(t, from);
+}
+
+/* The control run: rewards change owners within the generation, so that they say nothing about what was written. */
 static void shuffle_rewards(esp_trainer *t) {
-    espi_rollout *r = &t->rollout;
-    for (int64_t i = r->n - 1; i > 0; i--) {
+    espi_rollouts *r = &t->rollouts;
+    const int64_t n_rewards = r->shape.rewards;
+    for (int64_t i = r->shape.rows - 1; i > 0; i--) {
         const double u = espi_uniform(t->c.seed, ESPI_STREAM_CONTROL, (uint32_t)(t->step + 1), (uint32_t)i, 0, 0);
         const int64_t j = (int64_t)(u * (double)(i + 1));
-        for (int32_t f = 0; f < t->c.n_rewards; f++) {
-            double *a = &r->parts[i * t->c.n_rewards + f], *b = &r->parts[j * t->c.n_rewards + f], keep = *a;
+        for (int64_t f = 0; f < n_rewards; f++) {
+            double *a = &r->rewards[i * n_rewards + f], *b = &r->rewards[j * n_rewards + f], keep = *a;
             *a = *b;
             *b = keep;
         }
     }
 }
 
+/* ---- a generation ---- */
+
+static int64_t groups_wanted(const esp_trainer *t) {
+    return (int64_t)t->c.prompts_per_step * t->c.steps_per_generation;
+}
+
+/* Its rewards differ, so it teaches something. */
+static bool has_spread(const espi_rollouts *r, int64_t group) {
+    const int64_t g = r->shape.group_size;
+    double low = INFINITY, high = -INFINITY;
+    for (int64_t i = group * g; i < (group + 1) * g; i++) {
+        if (isnan(r->reward[i])) continue;
+        low = fmin(low, r->reward[i]);
+        high = fmax(high, r->reward[i]);
+    }
+    return low < high;
+}
+
+static int64_t count_spread(const espi_rollouts *r) {
+    int64_t n = 0;
+    for (int64_t g = 0; r->shape.rows > 0 && g < r->shape.rows / r->shape.group_size; g++) n += has_spread(r, g);
+    return n;
+}
+
+/* Groups still missing; 0: no more calls. */
+static int64_t missing(const esp_trainer *t) {
+    const int64_t wanted = groups_wanted(t);
+    if (t->tries == 0) return wanted;
+    if (t->tries > t->c.resample_tries) return 0;
+    return wanted - count_spread(&t->rollouts);
+}
+
+static esp_status join(esp_trainer *t, espi_rollouts *fresh) {
+    if (!fresh->has_rewards && !fresh->has_advantages) ESPI_TRY(score(t, fresh));
+    return espi_rollouts_append(&t->rollouts, fresh);
+}
+
+/* One call, scored, joined to what is there. */
+static esp_status gather(esp_trainer *t, int64_t n) {
+    espi_rollouts fresh = {0};
+    espi_prompts p = {0};
+    const double start = espi_seconds();
+    esp_status status = ask(t, &fresh, &p, n);
+    const double sampled = espi_seconds();
+    espi_prompts_free(&p);
+    if (status == ESP_OK) t->lost += n - (fresh.shape.rows > 0 ? fresh.shape.rows / fresh.shape.group_size : 0);
+    if (status == ESP_OK && fresh.shape.rows > 0) status = join(t, &fresh);
+    espi_rollouts_free(&fresh);
+    ESPI_TRY(status);
+    t->sums.seconds_sample += sampled - start;
+    t->sums.seconds_reward += espi_seconds() - sampled;
+    t->tries++;
+    t->phase = ESPI_PHASE_GATHERING;
+    return ESP_OK;
+}
+
+/* As many groups as were wanted: those with a spread first, in the order they came. */
+static esp_status pick(esp_trainer *t) {
+    espi_rollouts *r = &t->rollouts;
+    const int64_t wanted = groups_wanted(t), all = r->shape.rows / t->c.group_size;
+    if (all <= wanted) return ESP_OK;
+    int64_t *picked = NULL, n = 0;
+    ESPI_TRY(espi_take_array(&picked, all, sizeof *picked));
+    for (int spread = 1; spread >= 0; spread--)
+        for (int64_t g = 0; g < all; g++)
+            if (has_spread(r, g) == spread && n < wanted) picked[n++] = g;
+    t->resampled = all - wanted;
+    const esp_status status = espi_rollouts_select(r, picked, n);
+    free(picked);
+    return status;
+}
+
+/* A completion that was cut has no loss; its reward stays in the mean of its group. */
+static void mask_truncated(espi_rollouts *r) {
+    for (int64_t i = 0; i < r->shape.rows; i++)
+        if (r->finish[i] != ESPI_FINISH_STOP) memset(r->loss_mask + r->offsets[i], 0, (size_t)(r->offsets[i + 1] - r->offsets[i]));
+}
+
+static esp_status complete(esp_trainer *t) {
+    espi_rollouts *r = &t->rollouts;
+    if (r->shape.rows < (int64_t)t->c.steps_per_generation * t->c.group_size)
+        return ESPI_FAIL(ESP_ERR_COMM, "the %s brought %lld groups of the %lld of a generation, expected at least %d: one a step",
+                         t->source.name, (long long)(r->shape.rows / t->c.group_size), (long long)groups_wanted(t),
+                         t->c.steps_per_generation);
+    ESPI_TRY(pick(t));
+    if (t->c.shuffle_rewards) shuffle_rewards(t);
+    if (!r->has_advantages) ESPI_TRY(advantages(t, r));
+    if (t->c.mask_truncated) mask_truncated(r);
+    ESPI_TRY(espi_correct(t));
+    t->slice = 0;
+    t->generation++;
+    t->phase = ESPI_PHASE_READY;
+    return espi_rollout_ready(t);
+}
+
+esp_status espi_rollout_ready(esp_trainer *t) {
+    free_texts(&t->text, t->n_text);
+    t->n_text = t->rollouts.shape.rows;
+    return make_texts(&t->text, t, &t->rollouts);
+}
+
+esp_status espi_rollout_make(esp_trainer *t) {
+    if (t->phase == ESPI_PHASE_EMPTY) {
+        espi_rollouts_free(&t->rollouts);
+        t->tries = t->lost = t->resampled = 0;
+    }
+    for (int64_t n; (n = missing(t)) > 0;) {
+        if (espi_stop_asked(t)) return ESP_OK;
+        ESPI_TRY(publish(t));
+        ESPI_TRY(gather(t, n));
+    }
+    return espi_stop_asked(t) ? ESP_OK : complete(t);
+}
+
+void espi_rollout_free(esp_trainer *t) {
+    free_texts(&t->text, t->n_text);
+    espi_rollouts_free(&t->rollouts);
+}
+
+/* ---- slices ---- */
+
 /* May a sequence without an advantage be left out?  Only when nothing else of the loss pulls on it, and no normaliser sees it. */
 static bool may_skip(const esp_trainer *t) {
     const esp_objective *o = &t->c.objective;
     const esp_model_config *m = &t->model->options;
-    return !t->c.no_skip && o->beta == 0 && o->entropy_coef == 0 && m->router_aux_coef == 0 && m->router_z_coef == 0 &&
-           o->loss != ESP_LOSS_BNPO && (o->top_entropy_quantile == 0 || o->top_entropy_quantile == 1);
+    return !t->c.no_skip && o->beta == 0 && o->entropy_coef == 0 && t->c.entropy_target == 0 && m->router_aux_coef == 0 &&
+           m->router_z_coef == 0 && o->loss != ESP_LOSS_BNPO && (o->top_entropy_quantile == 0 || o->top_entropy_quantile == 1);
+}
+
+/* The order in which the groups of this generation come in this round. */
+static void order_groups(esp_trainer *t, int64_t n, uint32_t round) {
+    for (int64_t i = 0; i < n; i++) t->groups[i] = i;
+    for (int64_t i = n - 1; i > 0 && t->c.steps_per_generation > 1; i--) {
+        const double u = espi_uniform(t->c.seed, ESPI_STREAM_SLICES, (uint32_t)t->generation, round, (uint32_t)i, 0);
+        const int64_t j = (int64_t)(u * (double)(i + 1)), other = t->groups[j];
+        t->groups[j] = t->groups[i];
+        t->groups[i] = other;
+    }
+}
+
+espi_sequence espi_sequence_of(const espi_rollouts *r, int64_t row) {
+    const int64_t first = r->offsets[row], answer = first + r->n_prompt[row];
+    espi_sequence s = {.tokens = r->tokens + first,
+                       .n_prompt = r->n_prompt[row],
+                       .n_completion = completion_length(r, row),
+                       .mask = r->loss_mask + answer,
+                       .sampler = r->sampler_logprob + first,
+                       .old = r->has_old ? r->old_logprob + first : NULL,
+                       .ref = r->has_ref ? r->ref_logprob + first : NULL,
+                       .ratio = r->has_ratio ? r->is_ratio + first : NULL,
+                       .advantage = r->advantage[row],
+                       .row = row};
+    for (int32_t k = 0; k < s.n_completion; k++) s.n_counted += s.mask[k];
+    return s;
 }
 
 void espi_rollout_sequences(esp_trainer *t) {
-    const espi_rollout *r = &t->rollout;
+    const espi_rollouts *r = &t->rollouts;
+    const int64_t g = t->c.group_size, groups = r->shape.rows / g, steps = t->c.steps_per_generation, part = t->slice % steps;
     const bool skip = may_skip(t);
-    for (int64_t p = 0; p < t->c.prompts_per_step; p++) {
-        const espi_task *task = &t->train.items[r->line[p]];
+    order_groups(t, groups, (uint32_t)(t->slice / steps));
+    t->n_sequences = 0;
+    for (int64_t i = part * groups / steps; i < (part + 1) * groups / steps; i++) {
+        const int64_t first = t->groups[i] * g;
         bool zero = true;
-        for (int64_t i = p * t->c.group_size; i < (p + 1) * t->c.group_size; i++) zero = zero && r->advantage[i] == 0;
-        for (int64_t i = p * t->c.group_size; i < (p + 1) * t->c.group_size; i++)
-            t->sequences[i] = (espi_sequence){.prompt = task->prompt_ids,
-                                              .n_prompt = task->n_prompt,
-                                              .completion = r->tokens + i * t->c.max_new_tokens,
-                                              .n_completion = r->lengths[i],
-                                              .n_counted = r->lengths[i],
-                                              .sampler_logprob = r->logprobs + i * t->c.max_new_tokens,
-                                              .ref_logprob = r->ref + i * t->c.max_new_tokens,
-                                              .advantage = r->advantage[i],
-                                              .skip = skip && zero};
+        for (int64_t k = 0; k < g; k++) zero = zero && r->advantage[first + k] == 0;
+        for (int64_t k = 0; k < g; k++) {
+            espi_sequence *s = &t->sequences[t->n_sequences++];
+            *s = espi_sequence_of(r, first + k);
+            s->skip = skip && (zero || s->n_counted == 0);
+        }
     }
-}
-
-esp_status espi_rollout_make(esp_trainer *t) {
-    espi_rollout *r = &t->rollout;
-    prompts p = {0};
-    scoring s = {0};
-    const double start = espi_seconds();
-    esp_status status = sample_step(t, &p);
-    const double sampled = espi_seconds();
-    if (status == ESP_OK) status = score(t, &s);
-    free_prompts(&p);
-    free_scoring(&s);
-    ESPI_TRY(status);
-    if (t->c.shuffle_rewards) shuffle_rewards(t);
-    ESPI_TRY(esp_advantages(r->advantage, r->reward, NULL, r->parts, t->weights, t->c.prompts_per_step, t->c.group_size, t->c.n_rewards,
-                            t->c.scale, ESP_SUM_THEN_NORMALIZE));
-    t->sums.seconds_sample = sampled - start;
-    t->sums.seconds_reward = espi_seconds() - sampled;
-    return ESP_OK;
-}
-
-/* What an evaluation holds beside the sampler. */
-typedef struct evaluation {
-    prompts p;
-    scoring s;
-    int32_t *tokens, *lengths;
-    uint8_t *stopped;
-    char **text;
-} evaluation;
-
-static esp_status evaluate(esp_trainer *t, evaluation *e, double *share, int32_t samples, bool greedy) {
-    const int64_t lines = t->eval.n, n = lines * samples;
-    if (n > INT32_MAX)
-        return ESPI_FAIL(ESP_ERR_ARG, "evaluation of %lld lines, %d samples each: expected fewer rows", (long long)lines, samples);
-    ESPI_TRY(take_prompts(&e->p, lines, t->eval.longest_prompt));
-    ESPI_TRY(espi_take_array(&e->tokens, n * t->c.max_new_tokens, sizeof *e->tokens));
-    ESPI_TRY(espi_take_array(&e->lengths, n, sizeof *e->lengths));
-    ESPI_TRY(espi_take_array(&e->stopped, n, sizeof *e->stopped));
-    ESPI_TRY(espi_take_array(&e->text, n, sizeof *e->text));
-    ESPI_TRY(take_scoring(&e->s, n, samples, t->step));
-    for (int64_t i = 0; i < lines; i++) add_prompt(&e->p, i, &t->eval.items[i], (uint32_t)i);
-    const esp_generate_config c = ESP_GENERATE_CONFIG(.prompts = e->p.ids, .cu_prompts = e->p.cu, .n_prompts = (int32_t)lines,
-                                                      .samples = samples, .max_new_tokens = t->c.max_new_tokens, .greedy = greedy,
-                                                      .seed = t->c.seed, .step = (uint32_t)t->step, .evaluation = true, .keys = e->p.keys);
-    ESPI_TRY(esp_sampler_generate(t->sampler, &c, e->tokens, NULL, e->lengths, e->stopped));
-    for (int64_t i = 0; i < n; i++) {
-        ESPI_TRY(espi_completion_text(&e->text[i], t->tokenizer, e->tokens + i * t->c.max_new_tokens, e->lengths[i], e->stopped[i] != 0));
-        e->s.answer[i] = t->eval.items[i / samples].answer;
-        e->s.completion[i] = e->text[i];
-    }
-    e->s.batch.stopped = e->stopped;
-    esp_reward_exact(NULL, &e->s.batch, e->s.reward);
-    double right = 0;
-    for (int64_t i = 0; i < n; i++) right += e->s.reward[i];
-    *share = right / (double)n;
-    return ESP_OK;
-}
-
-esp_status espi_evaluate(esp_trainer *t, double *share, int32_t samples, bool greedy) {
-    evaluation e = {0};
-    const esp_status status = evaluate(t, &e, share, samples, greedy);
-    free_texts(e.text, t->eval.n * samples);
-    free_prompts(&e.p);
-    free_scoring(&e.s);
-    free(e.tokens);
-    free(e.lengths);
-    free(e.stopped);
-    free(e.text);
-    return status;
 }

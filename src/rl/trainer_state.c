@@ -10,7 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define STATE_VERSION 1
+#define STATE_VERSION 2
 enum {
     S_VERSION,
     S_STEP,
@@ -18,13 +18,24 @@ enum {
     S_OPTIM_SKIPPED,
     S_NUM_TOKENS,
     S_CURSOR,
-    S_PENDING,
-    S_UPDATES_DONE,
-    S_HAS_REF,
+    S_PHASE,
+    S_TRIES,
+    S_SLICE,
+    S_GENERATION,
+    S_LOST,
+    S_RESAMPLED,
+    S_HAS_ROLLOUTS,
+    S_ENTROPY_ACTS,
+    S_BEST_STEP,
+    S_WORSE,
     S_METRICS_BYTES,
     S_COMPLETIONS_BYTES,
-    S_COUNT
+    S_N_KEPT,
+    S_KEPT,
+    S_COUNT = S_KEPT + ESPI_KEPT_CHECKPOINTS_MAX
 };
+/* Numbers that are no counters. */
+enum { R_ENTROPY_COEF, R_BEST, R_COUNT };
 
 /* A list of arrays with names of its own: the same list says what to write and where to read to. */
 typedef struct list {
@@ -69,26 +80,24 @@ static esp_status add_adapter(list *l, esp_trainer *t) {
     return ESP_OK;
 }
 
-static esp_status add_rollout(list *l, esp_trainer *t) {
-    const espi_rollout *r = &t->rollout;
-    const int64_t n = r->n, cells = n * t->c.max_new_tokens;
-    ESPI_TRY(add(l, "rollout", "line", ESP_I64, t->c.prompts_per_step, r->line));
-    ESPI_TRY(add(l, "rollout", "tokens", ESP_I32, cells, r->tokens));
-    ESPI_TRY(add(l, "rollout", "sampler_logprob", ESP_F32, cells, r->logprobs));
-    ESPI_TRY(add(l, "rollout", "ref_logprob", ESP_F32, cells, r->ref));
-    ESPI_TRY(add(l, "rollout", "length", ESP_I32, n, r->lengths));
-    ESPI_TRY(add(l, "rollout", "stopped", ESP_U8, n, r->stopped));
-    ESPI_TRY(add(l, "rollout", "reward_parts", ESP_F64, n * t->c.n_rewards, r->parts));
-    ESPI_TRY(add(l, "rollout", "reward", ESP_F64, n, r->reward));
-    ESPI_TRY(add(l, "rollout", "advantage", ESP_F64, n, r->advantage));
-    ESPI_TRY(add(l, "rollout", "exact", ESP_F64, n, r->exact));
-    return add(l, "rollout", "sums", ESP_F64, ESPI_STEP_SUMS, &t->sums);
+static esp_status add_rollouts(list *l, espi_rollouts *r) {
+    espi_saved_array arrays[ESPI_ROLLOUT_ARRAYS];
+    size_t n;
+    espi_rollouts_arrays(arrays, &n, r);
+    for (size_t i = 0; i < n; i++) {
+        const char *name = strchr(arrays[i].name, '/') + 1;
+        ESPI_TRY(add(l, "rollout", name, arrays[i].dtype, arrays[i].count, arrays[i].data));
+    }
+    return ESP_OK;
 }
 
-/* Everything but the config and the counters. */
-static esp_status make_list(list *l, esp_trainer *t, bool pending) {
-    ESPI_TRY(add_adapter(l, t));
-    return pending ? add_rollout(l, t) : ESP_OK;
+#define CORRECTION_STATS ((int64_t)(sizeof(espi_correction_stats) / sizeof(double)))
+
+/* What is read to where it is written from: everything but the config, the counters and the rollouts, whose sizes are not known before. */
+static esp_status make_list(list *l, esp_trainer *t) {
+    ESPI_TRY(add(l, "trainer", "correction", ESP_F64, CORRECTION_STATS, &t->correction));
+    if (t->snapshot.data) ESPI_TRY(add(l, "trainer", "reference", ESP_U8, (int64_t)t->snapshot.bytes, t->snapshot.data));
+    return add_adapter(l, t);
 }
 
 static int set_text(json_t *root, const char *key, const char *format, unsigned long long value) {
@@ -141,6 +150,16 @@ static int set_run(json_t *root, const esp_trainer *t, const espi_adamw_settings
         {"shuffle_rewards", c->shuffle_rewards},
         {"no_skip", c->no_skip},
         {"no_thinking", c->no_thinking},
+        {"steps_per_generation", c->steps_per_generation},
+        {"resample_tries", c->resample_tries},
+        {"mask_truncated", c->mask_truncated},
+        {"reference", c->reference},
+        {"ref_sync_every", c->ref_sync_every},
+        {"correction", c->correction},
+        {"correction_level", c->correction_level},
+        {"order", c->order},
+        {"replay", c->replay},
+        {"top_k", c->top_k},
         {"train_lines", t->train.n},
         {"layers", t->info.layers},
         {"hidden", t->info.hidden},
@@ -170,6 +189,17 @@ static int set_reals(json_t *root, const esp_trainer *t, const espi_adamw_settin
         const char *key;
         double value;
     } numbers[] = {{"temperature", t->c.temperature},
+                   {"overlong_share", t->c.overlong_share},
+                   {"overlong_penalty", t->c.overlong_penalty},
+                   {"correction_low", t->c.correction_low},
+                   {"correction_high", t->c.correction_high},
+                   {"reject_low", t->c.reject_low},
+                   {"reject_high", t->c.reject_high},
+                   {"entropy_target", t->c.entropy_target},
+                   {"entropy_step", t->c.entropy_step},
+                   {"entropy_max", t->c.entropy_max},
+                   {"top_p", t->c.top_p},
+                   {"min_p", t->c.min_p},
                    {"lora_scale_q", t->model->lora[ESPI_T_Q].scale},
                    {"lora_scale_k", t->model->lora[ESPI_T_K].scale},
                    {"lora_scale_v", t->model->lora[ESPI_T_V].scale},
@@ -210,25 +240,56 @@ static esp_status describe(json_t **config, const esp_trainer *t) {
 static esp_status write_list(esp_trainer *t, list *l, const char *path, char *config_text) {
     esp_optim_stats optim = ESP_OPTIM_STATS_INIT;
     ESPI_TRY(esp_optim_stats_get(t->optim, &optim));
+    const bool has_rollouts = t->phase != ESPI_PHASE_EMPTY && t->rollouts.shape.rows > 0;
     int64_t state[S_COUNT] = {[S_VERSION] = STATE_VERSION,
                               [S_STEP] = t->step,
                               [S_OPTIM_STEP] = optim.step,
                               [S_OPTIM_SKIPPED] = optim.skipped,
                               [S_NUM_TOKENS] = t->num_tokens,
                               [S_CURSOR] = t->cursor,
-                              [S_PENDING] = t->pending,
-                              [S_UPDATES_DONE] = t->updates_done,
-                              [S_HAS_REF] = t->rollout.has_ref,
+                              [S_PHASE] = t->phase,
+                              [S_TRIES] = t->tries,
+                              [S_SLICE] = t->slice,
+                              [S_GENERATION] = t->generation,
+                              [S_LOST] = t->lost,
+                              [S_RESAMPLED] = t->resampled,
+                              [S_HAS_ROLLOUTS] = has_rollouts,
+                              [S_ENTROPY_ACTS] = t->entropy_acts,
+                              [S_BEST_STEP] = t->best_step,
+                              [S_WORSE] = t->worse,
                               [S_METRICS_BYTES] = espi_log_file_bytes(t->metrics),
-                              [S_COMPLETIONS_BYTES] = t->completions ? espi_log_file_bytes(t->completions) : 0};
+                              [S_COMPLETIONS_BYTES] = t->completions ? espi_log_file_bytes(t->completions) : 0,
+                              [S_N_KEPT] = t->n_kept};
+    double reals[R_COUNT] = {[R_ENTROPY_COEF] = t->entropy_coef, [R_BEST] = t->best};
+    memcpy(state + S_KEPT, t->kept, sizeof t->kept);
     ESPI_TRY(add(l, "trainer", "state", ESP_I64, S_COUNT, state));
+    ESPI_TRY(add(l, "trainer", "reals", ESP_F64, R_COUNT, reals));
     ESPI_TRY(add(l, "trainer", "config", ESP_U8, (int64_t)strlen(config_text), config_text));
-    ESPI_TRY(make_list(l, t, t->pending));
+    ESPI_TRY(make_list(l, t));
+    if (has_rollouts) ESPI_TRY(add_rollouts(l, &t->rollouts));
     return espi_checkpoint_write(path, l->items, l->n);
 }
 
+static esp_status checkpoint_name(char path[ESPI_PATH_MAX], const esp_trainer *t, int64_t step) {
+    char name[64];
+    snprintf(name, sizeof name, "checkpoint-%lld.h5", (long long)step);
+    return espi_path_join(path, t->out_dir, name);
+}
+
+/* Of the steps that are kept, the oldest gives way. */
+static esp_status note_kept(esp_trainer *t, char removed[ESPI_PATH_MAX]) {
+    *removed = '\0';
+    if (t->n_kept > 0 && t->kept[t->n_kept - 1] == t->step) return ESP_OK;
+    if (t->n_kept >= t->c.keep_checkpoints) {
+        ESPI_TRY(checkpoint_name(removed, t, t->kept[0]));
+        memmove(t->kept, t->kept + 1, (size_t)(--t->n_kept) * sizeof *t->kept);
+    }
+    t->kept[t->n_kept++] = t->step;
+    return ESP_OK;
+}
+
 esp_status espi_state_save(esp_trainer *t) {
-    char path[ESPI_PATH_MAX], adapter[ESPI_PATH_MAX];
+    char path[ESPI_PATH_MAX], adapter[ESPI_PATH_MAX], copy[ESPI_PATH_MAX], removed[ESPI_PATH_MAX] = "";
     json_t *config;
     ESPI_TRY(espi_path_join(path, t->out_dir, "checkpoint.h5"));
     ESPI_TRY(espi_path_join(adapter, t->out_dir, "adapter"));
@@ -237,10 +298,16 @@ esp_status espi_state_save(esp_trainer *t) {
     json_decref(config);
     if (!text) return ESPI_FAIL(ESP_ERR_MEMORY, "checkpoint: no memory for the config's text");
     list l = {0};
-    const esp_status status = write_list(t, &l, path, text);
+    esp_status status = t->c.keep_checkpoints > 0 ? note_kept(t, removed) : ESP_OK;
+    if (status == ESP_OK) status = write_list(t, &l, path, text);
     list_free(&l);
     free(text);
     ESPI_TRY(status);
+    if (t->c.keep_checkpoints > 0) {
+        ESPI_TRY(checkpoint_name(copy, t, t->step));
+        ESPI_TRY(espi_file_copy(copy, path));
+        if (*removed) espi_file_remove(removed);
+    }
     return esp_model_save_adapter(t->model, adapter);
 }
 
@@ -294,31 +361,27 @@ static esp_status check_state(const esp_trainer *t, const int64_t *s, const char
     if (s[S_STEP] > t->c.steps)
         return ESPI_FAIL(ESP_ERR_MISMATCH, "%s: got %lld steps done, expected at most the %lld of this run: raise steps", path,
                          (long long)s[S_STEP], (long long)t->c.steps);
-    if (s[S_PENDING] > 1 || s[S_UPDATES_DONE] > t->c.updates_per_batch || (s[S_PENDING] && t->c.kind != ESP_TRAIN_GRPO))
-        return ESPI_FAIL(ESP_ERR_FORMAT, "%s: trainer/state: got pending %lld after %lld updates", path, (long long)s[S_PENDING],
-                         (long long)s[S_UPDATES_DONE]);
+    if (s[S_PHASE] > ESPI_PHASE_READY || (s[S_PHASE] && t->c.kind != ESP_TRAIN_GRPO) || (s[S_HAS_ROLLOUTS] && !s[S_PHASE]) ||
+        (s[S_PHASE] == ESPI_PHASE_READY && (!s[S_HAS_ROLLOUTS] || s[S_SLICE] >= t->slices)) || s[S_N_KEPT] > ESPI_KEPT_CHECKPOINTS_MAX)
+        return ESPI_FAIL(ESP_ERR_FORMAT, "%s: trainer/state: got phase %lld at slice %lld of %lld, %lld kept checkpoints", path,
+                         (long long)s[S_PHASE], (long long)s[S_SLICE], (long long)t->slices, (long long)s[S_N_KEPT]);
     return ESP_OK;
 }
 
 /* A restored rollout must not send the trainer outside of its arrays. */
-static esp_status check_rollout(const esp_trainer *t, const list *staged, const char *path) {
-    const int32_t *length = NULL, *token = NULL;
-    const int64_t *line = NULL;
-    for (size_t i = 0; i < staged->n; i++) {
-        if (!strcmp(staged->items[i].name, "rollout/length")) length = staged->items[i].data;
-        if (!strcmp(staged->items[i].name, "rollout/tokens")) token = staged->items[i].data;
-        if (!strcmp(staged->items[i].name, "rollout/line")) line = staged->items[i].data;
+static esp_status check_rollouts(const esp_trainer *t, const espi_rollouts *r, const char *path) {
+    const int64_t g = t->c.group_size, most = (int64_t)t->c.prompts_per_step * t->c.steps_per_generation * (1 + t->c.resample_tries);
+    ESPI_TRY(espi_rollouts_check(r, t->info.vocab, t->info.experts));
+    bool good = r->shape.group_size == g && r->shape.rows <= most * g && r->shape.rewards == t->c.n_rewards;
+    for (int64_t i = 0; i < r->shape.rows; i++) {
+        good = good && r->offsets[i + 1] - r->offsets[i] <= t->longest;
+        good = good && (t->source.own_prompts || (r->group[i] >= 0 && r->group[i] < t->train.n));
     }
-    if (!length || !token || !line) return ESP_OK; /* nothing pending */
-    bool good = true;
-    for (int64_t i = 0; i < t->rows; i++) good = good && length[i] >= 1 && length[i] <= t->c.max_new_tokens;
-    for (int64_t i = 0; i < t->c.prompts_per_step; i++) good = good && line[i] >= 0 && line[i] < t->train.n;
-    for (int64_t i = 0; i < t->rows * t->c.max_new_tokens; i++) good = good && token[i] >= 0 && token[i] < t->info.vocab;
-    return good ? ESP_OK : ESPI_FAIL(ESP_ERR_FORMAT, "%s: the pending rollout has a length, a line or an id out of range", path);
+    return good ? ESP_OK : ESPI_FAIL(ESP_ERR_FORMAT, "%s: the pending rollouts have a group, a length or a line out of range", path);
 }
 
 /* Reads every array beside its place first, then moves all: a checkpoint is taken whole or not at all. */
-static esp_status read_list(esp_trainer *t, const espi_checkpoint *c, const list *places, list *staged, const char *path) {
+static esp_status read_list(const espi_checkpoint *c, const list *places, list *staged) {
     for (size_t i = 0; i < places->n; i++) {
         const espi_saved_array *to = &places->items[i];
         void *data;
@@ -329,49 +392,79 @@ static esp_status read_list(esp_trainer *t, const espi_checkpoint *c, const list
         from->data = data;
         ESPI_TRY(espi_checkpoint_read(c, from));
     }
-    ESPI_TRY(check_rollout(t, staged, path));
-    for (size_t i = 0; i < places->n; i++)
-        memcpy(places->items[i].data, staged->items[i].data, (size_t)places->items[i].count * esp_dtype_size(places->items[i].dtype));
     return ESP_OK;
 }
 
-static esp_status apply(esp_trainer *t, const espi_checkpoint *c, const char *path, int64_t *s) {
-    ESPI_TRY(espi_checkpoint_read(c, &(espi_saved_array){"trainer/state", ESP_I64, S_COUNT, s}));
-    ESPI_TRY(check_state(t, s, path));
-    ESPI_TRY(check_config(t, c, path));
-    list places = {0}, staged = {0};
-    esp_status status = make_list(&places, t, s[S_PENDING] != 0);
-    if (status == ESP_OK) status = read_list(t, c, &places, &staged, path);
-    for (size_t i = 0; i < staged.n; i++) free(staged.items[i].data);
-    list_free(&staged);
-    list_free(&places);
-    return status;
-}
-
-static esp_status adopt(esp_trainer *t, const int64_t *s) {
-    ESPI_TRY(esp_optim_restore(t->optim, s[S_OPTIM_STEP], s[S_OPTIM_SKIPPED]));
+static void adopt(esp_trainer *t, const int64_t *s, const double *reals) {
     t->step = s[S_STEP];
     t->num_tokens = s[S_NUM_TOKENS];
     t->cursor = s[S_CURSOR];
-    t->pending = s[S_PENDING] != 0;
-    t->updates_done = s[S_UPDATES_DONE];
-    t->rollout.has_ref = s[S_HAS_REF] != 0;
-    if (!t->pending) return ESP_OK;
-    ESPI_TRY(espi_rollout_texts(t));
-    espi_rollout_sequences(t);
+    t->phase = (espi_phase)s[S_PHASE];
+    t->tries = s[S_TRIES];
+    t->slice = s[S_SLICE];
+    t->generation = s[S_GENERATION];
+    t->lost = s[S_LOST];
+    t->resampled = s[S_RESAMPLED];
+    t->entropy_acts = s[S_ENTROPY_ACTS] != 0;
+    t->best_step = s[S_BEST_STEP];
+    t->worse = s[S_WORSE];
+    t->n_kept = s[S_N_KEPT];
+    memcpy(t->kept, s + S_KEPT, sizeof t->kept);
+    t->entropy_coef = reals[R_ENTROPY_COEF];
+    t->best = reals[R_BEST];
+}
+
+static esp_status apply(esp_trainer *t, const espi_checkpoint *c, const char *path, list *places, list *staged, int64_t *s) {
+    double reals[R_COUNT];
+    ESPI_TRY(espi_checkpoint_read(c, &(espi_saved_array){"trainer/state", ESP_I64, S_COUNT, s}));
+    ESPI_TRY(espi_checkpoint_read(c, &(espi_saved_array){"trainer/reals", ESP_F64, R_COUNT, reals}));
+    ESPI_TRY(check_state(t, s, path));
+    ESPI_TRY(check_config(t, c, path));
+    ESPI_TRY(make_list(places, t));
+    ESPI_TRY(read_list(c, places, staged));
+    if (s[S_HAS_ROLLOUTS]) {
+        ESPI_TRY(espi_rollouts_read(&t->rollouts, c));
+        ESPI_TRY(check_rollouts(t, &t->rollouts, path));
+    }
+    for (size_t i = 0; i < places->n; i++) {
+        const espi_saved_array *to = &places->items[i];
+        memcpy(to->data, staged->items[i].data, (size_t)to->count * esp_dtype_size(to->dtype));
+    }
+    ESPI_TRY(esp_optim_restore(t->optim, s[S_OPTIM_STEP], s[S_OPTIM_SKIPPED]));
+    adopt(t, s, reals);
+    return t->phase == ESPI_PHASE_READY ? espi_rollout_ready(t) : ESP_OK;
+}
+
+/* A folder, or a checkpoint file in one. */
+static esp_status locate(char folder[ESPI_PATH_MAX], char path[ESPI_PATH_MAX], const char *from) {
+    if (!espi_file_exists(from)) {
+        ESPI_TRY(espi_path_join(path, from, "checkpoint.h5"));
+        snprintf(folder, ESPI_PATH_MAX, "%s", from);
+        return ESP_OK;
+    }
+    const char *slash = strrchr(from, '/');
+    if (strlen(from) >= ESPI_PATH_MAX)
+        return ESPI_FAIL(ESP_ERR_ARG, "resume: got a path of %zu bytes, expected fewer than %d", strlen(from), ESPI_PATH_MAX);
+    snprintf(path, ESPI_PATH_MAX, "%s", from);
+    snprintf(folder, ESPI_PATH_MAX, "%.*s", slash ? (int)(slash - from) : 1, slash ? from : ".");
     return ESP_OK;
 }
 
-esp_status espi_state_restore(esp_trainer *t, const char *dir, int64_t *metrics_bytes, int64_t *completions_bytes) {
+esp_status espi_state_restore(esp_trainer *t, char folder[ESPI_PATH_MAX], const char *from, int64_t *metrics_bytes,
+                              int64_t *completions_bytes) {
     char path[ESPI_PATH_MAX];
     espi_checkpoint *c;
     int64_t s[S_COUNT];
-    ESPI_TRY(espi_path_join(path, dir, "checkpoint.h5"));
+    ESPI_TRY(locate(folder, path, from));
     ESPI_TRY(espi_checkpoint_open(&c, path));
-    const esp_status status = apply(t, c, path, s);
+    list places = {0}, staged = {0};
+    const esp_status status = apply(t, c, path, &places, &staged, s);
+    for (size_t i = 0; i < staged.n; i++) free(staged.items[i].data);
+    list_free(&staged);
+    list_free(&places);
     espi_checkpoint_close(c);
     ESPI_TRY(status);
     *metrics_bytes = s[S_METRICS_BYTES];
     *completions_bytes = s[S_COMPLETIONS_BYTES];
-    return adopt(t, s);
+    return ESP_OK;
 }

@@ -1,5 +1,6 @@
 /* The second half of a step: sequences become micro-batches, those gradients, and these one optimiser step.  Every micro-batch is divided
  * by the counts of the whole step, so that how it is cut does not matter. */
+#include "core/decimal.h"
 #include "models/passes.h"
 #include "rl/run.h"
 
@@ -78,69 +79,58 @@ esp_status espi_update_create(esp_trainer *t) {
     ESPI_TRY(check_cut(t, n));
     p->capacity = n;
     ESPI_TRY(espi_take_array(&t->sequences, t->rows, sizeof *t->sequences));
+    ESPI_TRY(espi_take_array(&t->groups, t->rows * t->c.steps_per_generation, sizeof *t->groups));
     ESPI_TRY(espi_take_array(&p->tokens, n, sizeof *p->tokens));
     ESPI_TRY(espi_take_array(&p->cu, t->rows + 1, sizeof *p->cu));
     ESPI_TRY(espi_take_array(&p->mask, n, sizeof *p->mask));
     ESPI_TRY(espi_take_array(&p->advantage, t->rows, sizeof *p->advantage));
-    ESPI_TRY(espi_take_array(&p->ref, n, sizeof *p->ref));
-    return espi_take_array(&p->sampler, n, sizeof *p->sampler);
+    float **const scalars[] = {&p->sampler, &p->old, &p->ref, &p->ratio, &p->out};
+    for (int i = 0; i < ESPI_COUNT(scalars); i++) ESPI_TRY(espi_take_array(scalars[i], n, sizeof(float)));
+    return ESP_OK;
 }
 
 void espi_update_free(esp_trainer *t) {
     espi_packed *p = &t->packed;
     free(t->sequences);
+    free(t->groups);
     free(p->tokens);
     free(p->cu);
     free(p->mask);
     free(p->advantage);
-    free(p->ref);
     free(p->sampler);
+    free(p->old);
+    free(p->ref);
+    free(p->ratio);
+    free(p->out);
 }
 
 static void put(espi_packed *p, int32_t seq, const espi_sequence *s) {
-    const int32_t begin = p->cu[seq], middle = begin + s->n_prompt, bytes = s->n_completion * (int32_t)sizeof(float);
-    memcpy(p->tokens + begin, s->prompt, (size_t)s->n_prompt * sizeof *p->tokens);
-    memcpy(p->tokens + middle, s->completion, (size_t)s->n_completion * sizeof *p->tokens);
+    const int32_t begin = p->cu[seq], middle = begin + s->n_prompt, n = s->n_prompt + s->n_completion;
+    const struct {
+        float *to;
+        const float *from;
+    } scalars[] = {{p->sampler, s->sampler}, {p->old, s->old}, {p->ref, s->ref}, {p->ratio, s->ratio}};
+    memcpy(p->tokens + begin, s->tokens, (size_t)n * sizeof *p->tokens);
     memset(p->mask + begin, 0, (size_t)s->n_prompt);
     memset(p->mask + middle, 1, (size_t)s->n_completion);
     if (s->mask) memcpy(p->mask + middle, s->mask, (size_t)s->n_completion);
-    if (s->sampler_logprob) memcpy(p->sampler + middle, s->sampler_logprob, (size_t)bytes);
-    if (s->ref_logprob) memcpy(p->ref + middle, s->ref_logprob, (size_t)bytes);
+    for (int i = 0; i < ESPI_COUNT(scalars); i++)
+        if (scalars[i].from) memcpy(scalars[i].to + begin, scalars[i].from, (size_t)n * sizeof(float));
     p->advantage[seq] = (float)s->advantage;
-    p->cu[seq + 1] = middle + s->n_completion;
+    p->cu[seq + 1] = begin + n;
 }
 
-/* Packs sequences from *next on, as many as fit, those to be skipped left out unless `all`.  batch->n_seqs = 0: none is left.
- * *from: the first that was looked at. */
-static esp_batch pack(esp_trainer *t, int64_t *next, bool all) {
+esp_batch espi_pack(esp_trainer *t, const espi_sequence *sequences, int64_t n, int64_t *next, bool all) {
     espi_packed *p = &t->packed;
     int32_t n_seqs = 0;
     p->cu[0] = 0;
-    for (; *next < t->rows; ++*next) {
-        const espi_sequence *s = &t->sequences[*next];
+    for (; *next < n && n_seqs < t->rows; ++*next) {
+        const espi_sequence *s = &sequences[*next];
         if (s->skip && !all) continue;
         if (p->cu[n_seqs] + s->n_prompt + s->n_completion > p->capacity) break;
         put(p, n_seqs++, s);
     }
     return ESP_BATCH(.tokens = p->tokens, .cu_seqlens = p->cu, .n_tokens = p->cu[n_seqs], .n_seqs = n_seqs, .loss_mask = p->mask);
-}
-
-esp_status espi_reference_logprobs(esp_trainer *t) {
-    for (int64_t next = 0, first = 0; next < t->rows; first = next) {
-        const esp_batch batch = pack(t, &next, true);
-        esp_tensor hidden;
-        ESPI_TRY(esp_model_adapter_enable(t->model, false));
-        esp_status status = esp_model_forward_only(t->model, &batch, &hidden);
-        if (status == ESP_OK) status = esp_model_logprob(t->model, &batch, &hidden, t->c.temperature, t->packed.ref, NULL);
-        ESPI_TRY(esp_model_adapter_enable(t->model, true));
-        ESPI_TRY(status);
-        for (int64_t i = first; i < next; i++) {
-            espi_sequence *s = &t->sequences[i];
-            const int32_t middle = t->packed.cu[i - first] + s->n_prompt;
-            memcpy(s->ref_logprob, t->packed.ref + middle, (size_t)s->n_completion * sizeof(float));
-        }
-    }
-    return ESP_OK;
 }
 
 static void add_stats(espi_step_sums *sums, const esp_grpo_stats *s) {
@@ -152,55 +142,95 @@ static void add_stats(espi_step_sums *sums, const esp_grpo_stats *s) {
     sums->ratio += n * s->ratio_mean;
     sums->clip_low += n * s->clip_low;
     sums->clip_high += n * s->clip_high;
+    sums->clip_low_least = sums->tokens > 0 ? fmin(sums->clip_low_least, s->clip_low) : s->clip_low;
+    sums->clip_high_most = fmax(sums->clip_high_most, s->clip_high);
     sums->abs_g += n * s->mean_abs_g;
-    sums->diff_mean += n * s->logp_diff_mean;
+    sums->diff_mean += (double)s->sampler_tokens * s->logp_diff_mean;
     sums->diff_max = fmax(sums->diff_max, s->logp_diff_max);
+    sums->diff_tokens += (double)s->sampler_tokens;
     sums->tokens += n;
+}
+
+static esp_status loss(esp_trainer *t, esp_batch *batch, const esp_tensor *hidden, esp_tensor *d_hidden) {
+    if (t->c.kind == ESP_TRAIN_SFT) {
+        double loss;
+        ESPI_TRY(esp_model_cross_entropy(t->model, batch, hidden, &loss, d_hidden));
+        t->sums.loss += loss;
+        return ESP_OK;
+    }
+    const espi_rollouts *r = &t->rollouts;
+    esp_grpo_stats stats = ESP_GRPO_STATS_INIT;
+    esp_objective objective = t->c.objective;
+    if (t->c.entropy_target != 0) objective.entropy_coef = (float)t->entropy_coef * (float)t->entropy_acts;
+    batch->objective = &objective;
+    batch->advantage = t->packed.advantage;
+    batch->sampler_logprob = t->packed.sampler;
+    batch->old_logprob = t->slices > 1 ? t->packed.old : NULL; /* else the current policy is the old one, exactly */
+    batch->ref_logprob = r->has_ref && objective.beta > 0 ? t->packed.ref : NULL;
+    batch->is_ratio = r->has_ratio ? t->packed.ratio : NULL;
+    const esp_status status = esp_grpo_loss(t->model, batch, hidden, d_hidden, &stats);
+    batch->objective = NULL;
+    ESPI_TRY(status);
+    add_stats(&t->sums, &stats);
+    return ESP_OK;
 }
 
 /* The gradient of one micro-batch. */
 static esp_status accumulate(esp_trainer *t, esp_batch *batch) {
     esp_tensor hidden, d_hidden;
+    const double start = espi_seconds();
     ESPI_TRY(esp_model_forward(t->model, batch, &hidden));
-    if (t->c.kind == ESP_TRAIN_SFT) {
-        double loss;
-        ESPI_TRY(esp_model_cross_entropy(t->model, batch, &hidden, &loss, &d_hidden));
-        t->sums.loss += loss;
-    } else {
-        esp_grpo_stats stats = ESP_GRPO_STATS_INIT;
-        batch->objective = &t->c.objective;
-        batch->advantage = t->packed.advantage;
-        batch->sampler_logprob = t->packed.sampler;
-        /* The first update's policy is the one that sampled: its log-probabilities are the old ones, to the bit. */
-        batch->old_logprob = t->c.updates_per_batch > 1 ? t->packed.sampler : NULL;
-        batch->ref_logprob = t->c.objective.beta > 0 ? t->packed.ref : NULL;
-        ESPI_TRY(esp_grpo_loss(t->model, batch, &hidden, &d_hidden, &stats));
-        add_stats(&t->sums, &stats);
+    const double forwarded = espi_seconds();
+    ESPI_TRY(loss(t, batch, &hidden, &d_hidden));
+    ESPI_TRY(esp_model_backward(t->model, batch, &d_hidden));
+    t->sums.seconds_forward += forwarded - start;
+    t->sums.seconds_backward += espi_seconds() - forwarded;
+    return ESP_OK;
+}
+
+/* Skipped sequences count, and have an entropy all the same. */
+static void count_skipped(esp_trainer *t) {
+    for (int64_t i = 0; i < t->n_sequences; i++) {
+        const espi_sequence *s = &t->sequences[i];
+        if (!s->skip) continue;
+        t->sums.tokens_skipped += s->n_counted;
+        /* Its entropies are not known without the forward: what was sampled stands in for them, -log p. */
+        for (int32_t k = 0; k < s->n_completion; k++) {
+            const float lp = s->sampler[s->n_prompt + k];
+            if (s->mask[k] && !isnan(lp)) t->sums.entropy -= (double)lp;
+        }
     }
-    return esp_model_backward(t->model, batch, &d_hidden);
+}
+
+/* Skywork-OR1's controller (2505.22312): the coefficient takes a step up while the entropy is below its target, down while above, and acts
+ * only at or below it. */
+static void control_entropy(esp_trainer *t) {
+    const double all = t->sums.tokens + t->sums.tokens_skipped, target = espi_decimal(t->c.entropy_target);
+    if (target == 0 || all == 0) return;
+    const double entropy = t->sums.entropy / all, step = espi_decimal(t->c.entropy_step);
+    t->entropy_coef += entropy < target ? step : -step;
+    t->entropy_coef = fmin(fmax(t->entropy_coef, 0), espi_decimal(t->c.entropy_max));
+    t->entropy_acts = entropy <= target;
 }
 
 esp_status espi_update(esp_trainer *t) {
     double step_tokens = 0;
-    for (int64_t i = 0; i < t->rows; i++) step_tokens += t->sequences[i].n_counted;
-    for (int64_t next = 0; next < t->rows;) {
-        esp_batch batch = pack(t, &next, false);
+    for (int64_t i = 0; i < t->n_sequences; i++) step_tokens += t->sequences[i].n_counted;
+    for (int64_t next = 0; next < t->n_sequences;) {
+        esp_batch batch = espi_pack(t, t->sequences, t->n_sequences, &next, false);
         if (batch.n_seqs == 0) break;
         batch.step_tokens = step_tokens;
-        batch.step_seqs = (double)t->rows;
+        batch.step_seqs = (double)t->n_sequences;
         ESPI_TRY(accumulate(t, &batch));
     }
-    for (int64_t i = 0; i < t->rows; i++) {
-        const espi_sequence *s = &t->sequences[i];
-        if (!s->skip) continue;
-        t->sums.tokens_skipped += s->n_completion;
-        /* Its entropies are not known without the forward: what was sampled stands in for them, -log p. */
-        for (int32_t k = 0; k < s->n_completion; k++) t->sums.entropy -= s->sampler_logprob[k];
-    }
+    count_skipped(t);
+    control_entropy(t);
+    const double start = espi_seconds();
     ESPI_TRY(esp_optim_step(t->optim));
     esp_optim_stats stats = ESP_OPTIM_STATS_INIT;
     ESPI_TRY(esp_optim_stats_get(t->optim, &stats));
     t->sums.grad_norm = stats.grad_norm;
     t->sums.lr = stats.lr;
+    t->sums.seconds_optim += espi_seconds() - start;
     return ESP_OK;
 }

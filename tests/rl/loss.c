@@ -302,7 +302,7 @@ Test(loss, bad_input_is_refused_by_name) {
     float *const fields[] = {&r.old[5], &r.ref[5], &r.sampler[5], &r.advantage[1]};
     for (int i = 0; i < 4; i++) {
         const float good = *fields[i];
-        *fields[i] = NAN;
+        *fields[i] = fields[i] == &r.sampler[5] ? -INFINITY : NAN; /* a sampler's NaN says: absent */
         cr_expect_eq(run(&m, &r, &kl, NULL), ESP_ERR_NONFINITE, "field %d", i);
         cr_expect(strstr(esp_last_error(), "sequence 1"), "field %d: %s", i, esp_last_error());
         *fields[i] = good;
@@ -318,6 +318,30 @@ Test(loss, bad_input_is_refused_by_name) {
     r.batch.advantage = NULL;
     cr_expect_eq(run(&m, &r, NULL, NULL), ESP_ERR_ARG);
     cr_expect(strstr(esp_last_error(), "advantage"), "%s", esp_last_error());
+    head_model_free(&m);
+}
+
+/* A log-probability that the sampler did not give leaves the distance and the off-policy mask to the others. */
+Test(loss, absent_sampler_logprobs_are_left_out) {
+    static head_model m;
+    static rollouts r;
+    static const int32_t lengths[] = {3, 5, 4};
+    head_model_make(&m, "ref", 8, 20);
+    rollouts_make(&r, &m, lengths, 3);
+    add_policies(&r, &m, 1);
+    r.batch.old_logprob = NULL;
+    r.batch.sampler_logprob = r.sampler; /* 0.25 above each log-probability */
+    for (int i = 0; i < 3; i++) r.advantage[i] = -1;
+    r.sampler[1] = r.sampler[6] = NAN;
+    esp_grpo_stats stats = ESP_GRPO_STATS_INIT;
+    cr_assert_eq(run(&m, &r, NULL, &stats), ESP_OK, "%s", esp_last_error());
+    cr_expect(fabs(stats.logp_diff_mean - 0.25) < 1e-6 && fabs(stats.logp_diff_max - 0.25) < 1e-6, "%g", stats.logp_diff_mean);
+    cr_expect_eq(stats.sampler_tokens, stats.tokens - 2);
+    const esp_objective low = ESP_OBJECTIVE(.off_policy_mask_threshold = 0.2f), high = ESP_OBJECTIVE(.off_policy_mask_threshold = 0.3f);
+    cr_assert_eq(run(&m, &r, &low, &stats), ESP_OK, "%s", esp_last_error());
+    cr_expect(stats.policy_loss == 0 && stats.tokens_skipped == stats.tokens, "the mask keeps %g", stats.policy_loss);
+    cr_assert_eq(run(&m, &r, &high, &stats), ESP_OK, "%s", esp_last_error());
+    cr_expect(stats.policy_loss != 0 && stats.tokens_skipped == 0);
     head_model_free(&m);
 }
 

@@ -77,43 +77,81 @@ Test(trainer, twenty_steps_are_ten_and_ten) {
     same_runs(&a, &b, one, two);
 }
 
-/* Saves in the middle of step 3: after sampling, and after `updates` of two updates. */
-static void resume_inside(int updates, const char *name) {
+/* Where a run is stopped. */
+typedef struct place {
+    const demo *d;
+    int64_t step; /* done */
+    espi_phase phase;
+} place;
+
+static int stop_there(void *user) {
+    const place *p = user;
+    return p->d->trainer->step == p->step && p->d->trainer->phase == p->phase;
+}
+
+/* All steps, and the same with a stop and a resume from what was saved then. */
+static void resume_after(esp_trainer_config c, int64_t step, espi_phase phase, const char *name) {
     char one[256], two[256];
     demo_folder(one, "straight");
     demo_folder(two, name);
-    esp_trainer_config c = small(one, NULL, 5);
-    c.updates_per_batch = 2;
-    demo a = demo_trainer(&c);
-    run(&a, 5);
+    c.out_dir = one;
+    demo a = demo_trainer(&c), first;
+    run(&a, c.steps);
+    place p = {&first, step, phase};
     c.out_dir = two;
-    demo first = demo_trainer(&c);
-    run(&first, 2);
-    OK(espi_trainer_sample(first.trainer));
-    for (int i = 0; i < updates; i++, first.trainer->updates_done++) OK(espi_update(first.trainer));
+    c.stop = stop_there;
+    c.stop_user = &p;
+    first = demo_trainer(&c);
+    esp_step_stats s = ESP_STEP_STATS_INIT;
+    while (!s.interrupted) OK(esp_trainer_step(first.trainer, &s));
     OK(esp_trainer_save(first.trainer));
     demo_free(&first);
+    c.stop = NULL;
     c.resume_dir = two;
     demo b = demo_trainer(&c);
-    cr_assert(b.trainer->pending);
-    run(&b, 5);
+    cr_assert(b.trainer->phase == phase && b.trainer->step == step);
+    run(&b, c.steps);
     same_runs(&a, &b, one, two);
 }
 
 Test(trainer, resume_between_sampling_and_update) {
-    resume_inside(0, "sampled");
+    resume_after(small(NULL, NULL, 3), 1, ESPI_PHASE_READY, "sampled");
 }
 
-Test(trainer, resume_between_two_updates_of_one_batch) {
-    resume_inside(1, "updated-once");
+Test(trainer, resume_before_a_generation_call) {
+    resume_after(small(NULL, NULL, 3), 1, ESPI_PHASE_EMPTY, "unsampled");
+}
+
+static esp_trainer_config everything(void) {
+    esp_trainer_config c = small(NULL, NULL, 6);
+    c.updates_per_batch = 2;
+    c.steps_per_generation = 2;
+    c.resample_tries = 2;
+    c.reference = ESP_REFERENCE_SNAPSHOT;
+    c.ref_sync_every = 3;
+    c.objective.beta = 0.02f;
+    c.entropy_target = 0.3f;
+    c.overlong_share = 0.3f;
+    c.correction = ESP_CORRECTION_TIS;
+    c.eval_every = 2;
+    return c;
+}
+
+Test(trainer, resume_among_the_slices_of_a_generation) {
+    resume_after(everything(), 3, ESPI_PHASE_READY, "slice");
+}
+
+/* Groups that are there are neither lost nor asked for again. */
+Test(trainer, resume_between_two_calls_of_one_generation) {
+    resume_after(everything(), 4, ESPI_PHASE_GATHERING, "gathering");
 }
 
 /* One update on the same rollout; the first moments, 0.1 times the gradient, come back in one array; free() it. */
 static float *moments(const esp_trainer_config *c, int64_t *count) {
     demo d = demo_trainer(c);
     OK(espi_trainer_sample(d.trainer));
-    espi_rollout *r = &d.trainer->rollout;
-    for (int64_t i = 0; i < r->n; i++) r->advantage[i] = i / c->group_size % 2 ? 0 : 1 - 2.0 * (double)(i % 3 == 0);
+    espi_rollouts *r = &d.trainer->rollouts;
+    for (int64_t i = 0; i < r->shape.rows; i++) r->advantage[i] = i / c->group_size % 2 ? 0 : 1 - 2.0 * (double)(i % 3 == 0);
     espi_rollout_sequences(d.trainer);
     OK(espi_update(d.trainer));
     cr_assert_eq(d.trainer->sums.tokens_skipped > 0, !c->no_skip);
@@ -159,18 +197,25 @@ Test(trainer, micro_batches_change_nothing) {
     same_gradients(&whole, &cut);
 }
 
+/* One step of one update, and the first of two. */
 Test(trainer, first_update_has_ratio_one_and_the_samplers_logprobs) {
-    esp_trainer_config c = small(NULL, NULL, 5);
-    c.updates_per_batch = 2;
-    demo d = demo_trainer(&c);
-    run(&d, 2);
-    OK(espi_trainer_sample(d.trainer));
-    OK(espi_update(d.trainer));
-    const espi_step_sums *s = &d.trainer->sums;
-    if (s->tokens > 0) cr_assert_eq(s->ratio, s->tokens);
-    cr_assert_eq(s->diff_max, 0);
-    cr_assert_eq(s->clip_low + s->clip_high, 0);
-    demo_free(&d);
+    for (int loss = ESP_LOSS_GRPO; loss <= ESP_LOSS_VESPO; loss++)
+        for (int mu = 1; mu <= 2; mu++) {
+            esp_trainer_config c = small(NULL, NULL, 5);
+            c.updates_per_batch = mu;
+            c.objective.loss = (esp_loss_type)loss;
+            c.objective.level = loss == ESP_LOSS_LUSPO ? ESP_IS_SEQUENCE : ESP_IS_TOKEN;
+            c.no_skip = true;
+            demo d = demo_trainer(&c);
+            run(&d, mu);
+            OK(espi_trainer_sample(d.trainer));
+            OK(espi_update(d.trainer));
+            const espi_step_sums *s = &d.trainer->sums;
+            cr_assert_eq(s->ratio, s->tokens, "%s", esp_loss_type_name(c.objective.loss));
+            cr_assert_eq(s->diff_max, 0);
+            cr_assert_eq(s->clip_low + s->clip_high, 0);
+            demo_free(&d);
+        }
 }
 
 Test(trainer, kl_to_the_base_starts_at_zero) {
@@ -247,7 +292,7 @@ Test(trainer, rewards_that_fail_abstain_or_are_infinite) {
     value = NAN;
     d = demo_trainer(&c);
     OK(esp_trainer_step(d.trainer, NULL));
-    for (int64_t i = 1; i < d.trainer->rows; i += 2) cr_assert_eq(d.trainer->rollout.advantage[i], 0);
+    for (int64_t i = 1; i < d.trainer->rows; i += 2) cr_assert_eq(d.trainer->rollouts.advantage[i], 0);
     demo_free(&d);
 }
 
