@@ -237,7 +237,9 @@ typedef struct espi_router_rule {
 
 /* logits = x W^T + bias (f32 weight, no rounding in between); scores p = softmax over all E, or sigmoid; the top-K by logit, or by sigmoid
  * + correction (ties to the lower index); weights scaling * p_k or, when renormalise, scaling * p_k / (sum of the selected, + 1e-20 where
- * sigmoid).  idx ascending within a token.  A logit that is not finite: ESP_ERR_NONFINITE. */
+ * sigmoid).  idx ascending within a token.  A logit that is not finite: ESP_ERR_NONFINITE.
+ * forced: a selection made before (routing replay).  A token whose first forced id is -1 selects by itself; of others the forced ids, which
+ * the caller has checked (ascending, different, below E), become idx, and all else is computed from the logits as for any selection. */
 typedef struct espi_router_fwd {
     void *logits;            /* real [T,E] overwrite */
     void *lse;               /* real [T] overwrite: log-sum-exp of the logits */
@@ -246,6 +248,8 @@ typedef struct espi_router_fwd {
     int64_t *counts;         /* [E] add: selections, or NULL */
     double *p_sum;           /* [E] add: probabilities, in token order, or NULL */
     double *z_sum;           /* [1] add: sum of lse^2, or NULL */
+    const int32_t *forced;   /* [T,K] or NULL: no token is forced; may be idx itself */
+    int64_t *flips;          /* [1] add: forced tokens that would have selected another set, or NULL */
     const void *x;           /* act [T,H] */
     espi_mat w;              /* [E,H] */
     const float *bias;       /* [E] added to the logits, or NULL */
@@ -373,7 +377,9 @@ typedef struct espi_combine_bwd {
 } espi_combine_bwd;
 
 /* The head: z = softcap(logit_scale (h W^T + bias)) / temperature;  lse = log sum e^z;  lp = z[target] - lse;  entropy = lse - sum p z.
- * softcap(v) = cap tanh(v/cap), or v when cap = 0.  Work memory is a fixed number of bytes, whatever n: never [n,V]. */
+ * softcap(v) = cap tanh(v/cap), or v when cap = 0.  Work memory is a fixed number of bytes, whatever n: never [n,V].
+ * A row whose sampler left only some ids is a distribution over those alone: its sums go over kept[kept_offsets[i] .. kept_offsets[i+1]-1],
+ * ascending and with the target among them, and neither the other entries' logits nor their rows of W are touched.  An empty range: all V. */
 typedef struct espi_head {
     const void *hidden;    /* act [T,H] */
     const int32_t *rows;   /* [n] which row of hidden; a row may be named more than once */
@@ -383,6 +389,8 @@ typedef struct espi_head {
     const float *bias;     /* [V] or NULL */
     int64_t n;
     double temperature, logit_scale, softcap; /* logit_scale 1 and softcap 0 = plain */
+    const int64_t *kept_offsets;              /* [n+1], or NULL: every row is over all V; not read by head_logits and head_sample */
+    const int32_t *kept;
 } espi_head;
 
 /* LH0, and pass A of LH2. */
@@ -422,13 +430,25 @@ typedef struct espi_head_logits {
     void *logits;   /* real [n,V] overwrite: z */
 } espi_head_logits;
 
-/* Draws from softmax(z) by inverse CDF in ascending id order with the caller's uniforms; temperature 0 takes the largest logit of
- * temperature 1 (lowest id on ties).  lp is bit-equal to what head_stats gives for that token and row. */
+/* Filters narrow what is drawn from, in this order, ties to the lower id: the top_k largest; of those the fewest largest whose share of
+ * their sum of e^z reaches top_p; of those the ones with e^z of at least min_p times the largest.  All 0: no filter. */
+typedef struct espi_head_filter {
+    int64_t top_k;       /* at most V; 0 = all */
+    double top_p, min_p; /* in (0,1); 0 = all */
+} espi_head_filter;
+
+/* Draws from softmax(z), or from the softmax over what the filter left, by inverse CDF in ascending id order with the caller's uniforms;
+ * temperature 0 takes the largest logit of temperature 1 (lowest id on ties; no filter).  lp is bit-equal to what head_stats gives for that
+ * token and row, with the kept ids as its list where there is a filter. */
 typedef struct espi_head_sample {
     espi_head head;        /* target unused */
     int32_t *token;        /* [n] overwrite */
     void *lp;              /* real [n] overwrite */
     const double *uniform; /* [n] in [0,1) */
+    espi_head_filter filter;
+    int32_t *kept;       /* [n,kept_most] overwrite the first kept_count: the ids that were left, ascending; NULL without a filter */
+    int32_t *kept_count; /* [n] overwrite; NULL without a filter.  -1: more than kept_most were left, and token and lp are undefined */
+    int64_t kept_most;   /* top_k, where there is one, is at most this */
 } espi_head_sample;
 
 typedef struct espi_sumsq {

@@ -32,5 +32,6 @@ const espi_backend ESPI_CPU(espi_backend_cpu) = {
     .down_bwd.scratch = ESPI_CPU(espi_down_bwd_scratch),
     .attention_fwd.refuse = no_prefix_fwd,
     .attention_bwd.refuse = no_prefix_bwd,
+    .head_sample.scratch = ESPI_CPU(espi_head_sample_scratch),
     ESPI_REFUSALS,
 };

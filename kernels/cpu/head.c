@@ -2,7 +2,20 @@
  * whatever the call, and stats, grad, sample and logits make their tiles by the same function: a logit has the same bits everywhere. */
 #include "kernels/cpu/cpu.h"
 
+#include <stdlib.h>
+
 enum { HEAD_ROWS = 96, HEAD_COLS = 128 };
+
+/* What is done to a row's products before they are logits. */
+static void finish_logits(float *z, const espi_head *head, int64_t n) {
+    const float scale = (float)head->logit_scale, cap = (float)head->softcap, temperature = (float)head->temperature;
+    if (scale == 1 && cap == 0 && temperature == 1) return;
+    for (int64_t j = 0; j < n; j++) {
+        float value = z[j] * scale;
+        if (cap != 0) value = cap * tanhf(value / cap);
+        z[j] = value / temperature;
+    }
+}
 
 /* z of rows first .. first + m against vocabulary entries col .. col + n. */
 static void logits_tile(float tile[HEAD_ROWS][HEAD_COLS], const espi_head *head, int64_t first, int64_t m, int64_t col, int64_t n) {
@@ -10,15 +23,40 @@ static void logits_tile(float tile[HEAD_ROWS][HEAD_COLS], const espi_head *head,
     const cpu_rows to = {tile[0], HEAD_COLS, NULL}, from = {(float *)head->hidden, head->w.cols, head->rows + first};
     for (int64_t i = 0; head->bias && i < m; i++) memcpy(tile[i], head->bias + col, (size_t)n * sizeof(float));
     cpu_product(&to, &from, &w, m, head->w.cols, col, n, head->bias != NULL);
-    const float scale = (float)head->logit_scale, cap = (float)head->softcap, temperature = (float)head->temperature;
-    if (scale == 1 && cap == 0 && temperature == 1) return;
-    for (int64_t i = 0; i < m; i++) {
-        for (int64_t j = 0; j < n; j++) {
-            float z = tile[i][j] * scale;
-            if (cap != 0) z = cap * tanhf(z / cap);
-            tile[i][j] = z / temperature;
-        }
+    for (int64_t i = 0; i < m; i++) finish_logits(tile[i], head, n);
+}
+
+/* The ids that row i is a distribution over; none: the vocabulary. */
+typedef struct id_list {
+    const int32_t *ids;
+    int64_t n;
+} id_list;
+static id_list list_of(const espi_head *head, int64_t i) {
+    if (!head->kept_offsets) return (id_list){NULL, 0};
+    return (id_list){head->kept + head->kept_offsets[i], head->kept_offsets[i + 1] - head->kept_offsets[i]};
+}
+
+/* Of the rows from i on, as many as have a list like the i-th, or none: those without go through the vocabulary together. */
+static int64_t run_end(const espi_head *head, int64_t i, int64_t end) {
+    if (!head->kept_offsets) return end;
+    const bool listed = list_of(head, i).n > 0;
+    while (i < end && (list_of(head, i).n > 0) == listed) i++;
+    return i;
+}
+
+/* z of row i for n <= PANEL_COLS ids: the chains of the product over the whole vocabulary, so the same bits. */
+static void logits_of_ids(float *z, const espi_head *head, int64_t i, const int32_t *ids, int64_t n) {
+    _Alignas(64) float entries[PANEL_COLS][PANEL_DEPTH];
+    const cpu_weight w = cpu_plain(&head->w, true), gathered = cpu_floats(entries[0], PANEL_DEPTH, 1, true);
+    const float *x = (const float *)head->hidden + head->rows[i] * head->w.cols;
+    const cpu_rows to = {z, PANEL_COLS, NULL};
+    for (int64_t j = 0; head->bias && j < n; j++) z[j] = head->bias[ids[j]];
+    for (int64_t k = 0; k < head->w.cols; k += PANEL_DEPTH) {
+        const int64_t depth = cpu_min(head->w.cols - k, PANEL_DEPTH);
+        for (int64_t j = 0; j < n; j++) cpu_decode_row(entries[j], &w, ids[j], k, depth);
+        cpu_product(&to, &(cpu_rows){(float *)(uintptr_t)(x + k), depth, NULL}, &gathered, 1, depth, 0, n, head->bias || k > 0);
     }
+    finish_logits(z, head, n);
 }
 
 /* Running softmax sums of one row: sum = sum e^(z - max), moment = sum e^(z - max) (z - max). */
@@ -74,9 +112,30 @@ static double lse_of(const row_sums *s) {
     return s->max + log(s->sum);
 }
 
+/* The same for one row over a list. */
+static row_sums list_sums(const espi_head *head, int64_t i, const id_list *list, int32_t target) {
+    row_sums sums = {.max = -INFINITY, .target = NAN};
+    for (int64_t at = 0; at < list->n; at += PANEL_COLS) {
+        float z[PANEL_COLS];
+        const int64_t n = cpu_min(list->n - at, PANEL_COLS);
+        logits_of_ids(z, head, i, list->ids + at, n);
+        add_chunk(&sums, z, n);
+        for (int64_t j = 0; j < n; j++)
+            if (list->ids[at + j] == target) sums.target = z[j];
+    }
+    return sums;
+}
+
 static void block_stats(const espi_head *head, int64_t first, int64_t m, float *lp, float *entropy, float *lse) {
     row_sums sums[HEAD_ROWS];
-    block_sums(sums, head, first, m, head->target);
+    for (int64_t i = first, end; i < first + m; i = end) {
+        end = run_end(head, i, first + m);
+        if (list_of(head, i).n == 0) block_sums(sums + (i - first), head, i, end - i, head->target);
+        for (int64_t k = i; k < end && list_of(head, i).n > 0; k++) {
+            const id_list list = list_of(head, k);
+            sums[k - first] = list_sums(head, k, &list, head->target[k]);
+        }
+    }
     for (int64_t i = 0; i < m; i++) {
         lse[first + i] = (float)lse_of(&sums[i]);
         lp[first + i] = (float)(sums[i].target - lse_of(&sums[i]));
@@ -118,26 +177,44 @@ static void dz_row(float *z, const espi_head *head, int64_t n, float g, float e,
     }
 }
 
-static void block_grad(const espi_head *head, int64_t first, int64_t m, float *d_hidden, const float *g, const float *e, const float *lse,
-                       const float *entropy) {
+/* What the loss asks of one row. */
+typedef struct row_coef {
+    float g, e, lse, entropy;
+} row_coef;
+static row_coef coef_of(const espi_head_grad *a, int64_t i) {
+    const float *e = a->e;
+    return (row_coef){((const float *)a->g)[i], e ? e[i] : 0, ((const float *)a->lse)[i], e ? ((const float *)a->entropy)[i] : 0};
+}
+
+/* z of n entries, the hit-th of which is the target (or none), becomes d loss / d (h W^T + bias). */
+static void dz_chunk(float *z, const espi_head *head, int64_t n, int64_t hit, const row_coef *c) {
+    const bool met = hit >= 0 && hit < n;
+    const float target = met ? z[hit] : 0;
+    dz_row(z, head, n, c->g, c->e, c->lse, c->entropy);
+    if (!met) return;
+    float d = (float)(c->g * head->logit_scale / head->temperature);
+    if (head->softcap != 0) {
+        const float tanh_value = target * (float)(head->temperature / head->softcap);
+        d *= 1 - tanh_value * tanh_value;
+    }
+    z[hit] += d;
+}
+
+static const int32_t *d_rows_of(const espi_head *head) {
+    return head->d_rows ? head->d_rows : head->rows;
+}
+
+static void vocabulary_grad(const espi_head_grad *a, int64_t first, int64_t m) {
     _Alignas(64) float tile[HEAD_ROWS][HEAD_COLS];
+    const espi_head *head = &a->head;
     const int64_t hidden = head->w.cols;
-    const cpu_rows to = {d_hidden, hidden, (head->d_rows ? head->d_rows : head->rows) + first};
+    const cpu_rows to = {a->d_hidden, hidden, d_rows_of(head) + first};
     for (int64_t col = 0; col < head->w.rows; col += HEAD_COLS) {
         const int64_t n = cpu_min(head->w.rows - col, HEAD_COLS);
         logits_tile(tile, head, first, m, col, n);
         for (int64_t i = 0; i < m; i++) {
-            const int64_t t = first + i;
-            const int64_t hit = head->target[t] - col;
-            const float z = hit >= 0 && hit < n ? tile[i][hit] : 0;
-            dz_row(tile[i], head, n, g[t], e ? e[t] : 0, lse[t], e ? entropy[t] : 0);
-            if (hit < 0 || hit >= n) continue;
-            float d = (float)(g[t] * head->logit_scale / head->temperature);
-            if (head->softcap != 0) {
-                const float tanh_value = z * (float)(head->temperature / head->softcap);
-                d *= 1 - tanh_value * tanh_value;
-            }
-            tile[i][hit] += d;
+            const row_coef c = coef_of(a, first + i);
+            dz_chunk(tile[i], head, n, head->target[first + i] - col, &c);
         }
         cpu_weight w = cpu_plain(&head->w, false);
         if (head->w.dtype == ESP_F32)
@@ -148,11 +225,44 @@ static void block_grad(const espi_head *head, int64_t first, int64_t m, float *d
     }
 }
 
+/* One row over a list: its entries' rows of W, times their d z, in strips of what fits beside them. */
+static void list_grad(const espi_head_grad *a, int64_t i, const id_list *list) {
+    _Alignas(64) float entries[PANEL_COLS][PANEL_DEPTH];
+    const espi_head *head = &a->head;
+    const int64_t hidden = head->w.cols;
+    const row_coef c = coef_of(a, i);
+    const cpu_weight w = cpu_plain(&head->w, true), gathered = cpu_floats(entries[0], PANEL_DEPTH, 1, false);
+    float *d = (float *)a->d_hidden + d_rows_of(head)[i] * hidden;
+    for (int64_t at = 0; at < list->n; at += PANEL_COLS) {
+        float z[PANEL_COLS];
+        const int64_t n = cpu_min(list->n - at, PANEL_COLS);
+        int64_t hit = 0;
+        logits_of_ids(z, head, i, list->ids + at, n);
+        while (hit < n && list->ids[at + hit] != head->target[i]) hit++;
+        dz_chunk(z, head, n, hit, &c);
+        for (int64_t col = 0; col < hidden; col += PANEL_DEPTH) {
+            const int64_t width = cpu_min(hidden - col, PANEL_DEPTH);
+            for (int64_t j = 0; j < n; j++) cpu_decode_row(entries[j], &w, list->ids[at + j], col, width);
+            cpu_product(&(cpu_rows){d + col, hidden, NULL}, &(cpu_rows){z, PANEL_COLS, NULL}, &gathered, 1, n, 0, width, at > 0);
+        }
+    }
+}
+
+static void block_grad(const espi_head_grad *a, int64_t first, int64_t m) {
+    for (int64_t i = first, end; i < first + m; i = end) {
+        end = run_end(&a->head, i, first + m);
+        if (list_of(&a->head, i).n == 0) vocabulary_grad(a, i, end - i);
+        for (int64_t k = i; k < end && list_of(&a->head, i).n > 0; k++) {
+            const id_list list = list_of(&a->head, k);
+            list_grad(a, k, &list);
+        }
+    }
+}
+
 esp_status ESPI_CPU(espi_head_grad)(const espi_exec *exec, const espi_head_grad *a) {
     const int threads = head_threads(exec, &a->head);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
-    for (int64_t first = 0; first < a->head.n; first += HEAD_ROWS)
-        block_grad(&a->head, first, cpu_min(a->head.n - first, HEAD_ROWS), a->d_hidden, a->g, a->e, a->lse, a->entropy);
+    for (int64_t first = 0; first < a->head.n; first += HEAD_ROWS) block_grad(a, first, cpu_min(a->head.n - first, HEAD_ROWS));
     return ESP_OK;
 }
 
@@ -161,6 +271,7 @@ enum { FUSED_BLOCKS = 16 };
 
 esp_status ESPI_CPU(espi_head_fused)(const espi_exec *exec, const espi_head_fused *a) {
     const int threads = head_threads(exec, &a->head);
+    const espi_head_grad grad = {.head = a->head, .d_hidden = a->d_hidden, .g = a->g, .e = a->e, .lse = a->lse, .entropy = a->entropy};
     for (int64_t turn = 0; turn < a->head.n; turn += FUSED_BLOCKS * HEAD_ROWS) {
         const int64_t end = cpu_min(a->head.n, turn + FUSED_BLOCKS * HEAD_ROWS);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
@@ -168,8 +279,7 @@ esp_status ESPI_CPU(espi_head_fused)(const espi_exec *exec, const espi_head_fuse
             block_stats(&a->head, first, cpu_min(end - first, HEAD_ROWS), a->lp, a->entropy, a->lse);
         ESPI_TRY(a->coef(a->coef_user, turn, end - turn));
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
-        for (int64_t first = turn; first < end; first += HEAD_ROWS)
-            block_grad(&a->head, first, cpu_min(end - first, HEAD_ROWS), a->d_hidden, a->g, a->e, a->lse, a->entropy);
+        for (int64_t first = turn; first < end; first += HEAD_ROWS) block_grad(&grad, first, cpu_min(end - first, HEAD_ROWS));
     }
     return ESP_OK;
 }
@@ -226,6 +336,133 @@ static void largest_chunk(draw *d, const float *z, int64_t col, int64_t n) {
     }
 }
 
+/* As over the vocabulary, with the list's places for ids. */
+static void draw_from_list(const espi_head_sample *a, int64_t i, const id_list *list) {
+    const row_sums sums = list_sums(&a->head, i, list, -1);
+    draw d = {.z = NAN};
+    for (int64_t at = 0; at < list->n; at += PANEL_COLS) {
+        float z[PANEL_COLS];
+        const int64_t n = cpu_min(list->n - at, PANEL_COLS);
+        logits_of_ids(z, &a->head, i, list->ids + at, n);
+        draw_chunk(&d, z, at, n, (float)lse_of(&sums), a->uniform[i]);
+    }
+    a->token[i] = list->ids[d.token];
+    ((float *)a->lp)[i] = (float)(d.z - lse_of(&sums));
+}
+
+/* An entry of the list of the largest: a heap with the weakest on top. */
+typedef struct candidate {
+    float z;
+    int32_t id;
+} candidate;
+
+static bool weaker(const candidate *a, const candidate *b) {
+    return a->z < b->z || (a->z == b->z && a->id > b->id);
+}
+
+/* Puts `c` where the top of a heap of n is missing. */
+static void sink(candidate *heap, int64_t n, candidate c) {
+    int64_t at = 0;
+    for (int64_t child = 1; child < n; child = 2 * at + 1) {
+        if (child + 1 < n && weaker(&heap[child + 1], &heap[child])) child++;
+        if (!weaker(&heap[child], &c)) break;
+        heap[at] = heap[child];
+        at = child;
+    }
+    heap[at] = c;
+}
+
+static void rise(candidate *heap, int64_t at, candidate c) {
+    for (; at > 0 && weaker(&c, &heap[(at - 1) / 2]); at = (at - 1) / 2) heap[at] = heap[(at - 1) / 2];
+    heap[at] = c;
+}
+
+/* The largest entries of a row while the chunks pass by. */
+typedef struct largest_list {
+    candidate *heap;
+    int64_t n, most;
+} largest_list;
+
+static void list_chunk(largest_list *l, const float *z, int64_t col, int64_t n) {
+    for (int64_t j = 0; j < n; j++) {
+        const candidate c = {z[j], (int32_t)(col + j)};
+        if (l->n < l->most)
+            rise(l->heap, l->n++, c);
+        else if (weaker(&l->heap[0], &c))
+            sink(l->heap, l->n, c);
+    }
+}
+
+/* Largest first. */
+static void sort_list(largest_list *l) {
+    for (int64_t n = l->n - 1; n > 0; n--) {
+        const candidate weakest = l->heap[0];
+        sink(l->heap, n, l->heap[n]);
+        l->heap[n] = weakest;
+    }
+}
+
+static int ascending(const void *a, const void *b) {
+    const int32_t x = *(const int32_t *)a, y = *(const int32_t *)b;
+    return (x > y) - (x < y);
+}
+
+/* One more than may be left, so that too many are noticed. */
+static int64_t list_length(const espi_head_sample *a) {
+    return a->filter.top_k ? a->filter.top_k : a->kept_most + 1;
+}
+
+size_t ESPI_CPU(espi_head_sample_scratch)(const espi_exec *exec, const espi_head_sample *a) {
+    (void)exec;
+    return a->kept ? (size_t)(a->head.n * list_length(a)) * sizeof(candidate) : 0;
+}
+
+/* How many of the sorted list the filter leaves; sum: of e^(z - largest) over the vocabulary. */
+static int64_t leave(const largest_list *l, const espi_head_filter *f, double sum) {
+    const float first = l->heap[0].z;
+    double reached = 0;
+    int64_t left = 0;
+    if (f->top_k) sum = 0;
+    for (int64_t j = 0; f->top_k && j < l->n; j++) sum += expf(l->heap[j].z - first);
+    for (bool enough = false; left < l->n && !enough; left++) {
+        reached += expf(l->heap[left].z - first);
+        enough = f->top_p > 0 && reached >= f->top_p * sum;
+    }
+    while (f->min_p > 0 && left > 1 && expf(l->heap[left - 1].z - first) < f->min_p) left--;
+    return left;
+}
+
+/* Rows first .. first + m of a filtered draw: one pass over the vocabulary for the sums and the largest entries, then the lists alone. */
+static void block_filtered(const espi_exec *exec, const espi_head_sample *a, int64_t first, int64_t m) {
+    _Alignas(64) float tile[HEAD_ROWS][HEAD_COLS];
+    const espi_head *head = &a->head;
+    const int64_t most = list_length(a);
+    row_sums sums[HEAD_ROWS];
+    largest_list lists[HEAD_ROWS];
+    for (int64_t i = 0; i < m; i++) {
+        sums[i] = (row_sums){.max = -INFINITY};
+        lists[i] = (largest_list){(candidate *)exec->scratch + (first + i) * most, 0, most};
+    }
+    for (int64_t col = 0; col < head->w.rows; col += HEAD_COLS) {
+        const int64_t n = cpu_min(head->w.rows - col, HEAD_COLS);
+        logits_tile(tile, head, first, m, col, n);
+        for (int64_t i = 0; i < m; i++) {
+            add_chunk(&sums[i], tile[i], n);
+            list_chunk(&lists[i], tile[i], col, n);
+        }
+    }
+    for (int64_t i = 0; i < m; i++) {
+        int32_t *kept = a->kept + (first + i) * a->kept_most;
+        sort_list(&lists[i]);
+        const int64_t left = leave(&lists[i], &a->filter, sums[i].sum);
+        a->kept_count[first + i] = left > a->kept_most ? -1 : (int32_t)left;
+        if (left > a->kept_most) continue;
+        for (int64_t j = 0; j < left; j++) kept[j] = lists[i].heap[j].id;
+        qsort(kept, (size_t)left, sizeof *kept, ascending);
+        draw_from_list(a, first + i, &(id_list){kept, left});
+    }
+}
+
 static void block_sample(const espi_head *head, bool greedy, int64_t first, int64_t m, const espi_head_sample *a) {
     _Alignas(64) float tile[HEAD_ROWS][HEAD_COLS];
     row_sums sums[HEAD_ROWS];
@@ -254,6 +491,12 @@ esp_status ESPI_CPU(espi_head_sample)(const espi_exec *exec, const espi_head_sam
     if (greedy) head.temperature = 1;
     const int threads = head_threads(exec, &head);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
-    for (int64_t first = 0; first < head.n; first += HEAD_ROWS) block_sample(&head, greedy, first, cpu_min(head.n - first, HEAD_ROWS), a);
+    for (int64_t first = 0; first < head.n; first += HEAD_ROWS) {
+        const int64_t m = cpu_min(head.n - first, HEAD_ROWS);
+        if (a->kept)
+            block_filtered(exec, a, first, m);
+        else
+            block_sample(&head, greedy, first, m, a);
+    }
     return ESP_OK;
 }

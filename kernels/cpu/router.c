@@ -45,7 +45,30 @@ static void select_top(int32_t *idx, float *best, const espi_router_fwd *a, cons
     }
 }
 
-static void route_token(const espi_router_fwd *a, int64_t t) {
+/* Would the router select another set?  Not when the last of these beats every other expert. */
+static bool flipped(const espi_router_fwd *a, const float *z, const int32_t *idx) {
+    float lowest = INFINITY;
+    int32_t last = 0;
+    for (int64_t k = 0; k < a->top_k; k++) {
+        const float rank = rank_of(a, z, idx[k]);
+        if (rank > lowest) continue;
+        lowest = rank;
+        last = idx[k];
+    }
+    int64_t k = 0; /* idx ascends, so one walk over the experts meets the selected in order */
+    for (int64_t e = 0; e < a->w.rows; e++) {
+        if (k < a->top_k && idx[k] == e) {
+            k++;
+            continue;
+        }
+        const float rank = rank_of(a, z, e);
+        if (rank > lowest || (rank == lowest && e < last)) return true;
+    }
+    return false;
+}
+
+/* Returns whether the token was forced to another selection than its own. */
+static bool route_token(const espi_router_fwd *a, int64_t t) {
     const int64_t experts = a->w.rows;
     const float *z = (const float *)a->logits + t * experts;
     float *weight = (float *)a->weight + t * a->top_k;
@@ -53,12 +76,17 @@ static void route_token(const espi_router_fwd *a, int64_t t) {
     int32_t *idx = a->idx + t * a->top_k;
     const float lse = log_sum_exp(z, experts), scaling = a->rule.scaling != 0 ? (float)a->rule.scaling : 1;
     ((float *)a->lse)[t] = lse;
-    select_top(idx, weight, a, z);
+    const bool forced = a->forced && a->forced[t * a->top_k] >= 0;
+    if (!forced)
+        select_top(idx, weight, a, z);
+    else
+        memmove(idx, a->forced + t * a->top_k, (size_t)a->top_k * sizeof *idx);
     for (int64_t k = 0; k < a->top_k; k++) {
         weight[k] = score_of(a, z[idx[k]], lse);
         selected += weight[k];
     }
     for (int64_t k = 0; k < a->top_k; k++) weight[k] = scaling * (a->rule.renormalise ? weight[k] / selected : weight[k]);
+    return forced && a->flips && flipped(a, z, idx);
 }
 
 esp_status ESPI_CPU(espi_router_fwd)(const espi_exec *exec, const espi_router_fwd *a) {
@@ -86,8 +114,10 @@ esp_status ESPI_CPU(espi_router_fwd)(const espi_exec *exec, const espi_router_fw
             "the input",
             (long long)(i / experts), (long long)(i % experts), (double)logits[i]);
     }
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t t = 0; t < a->tokens; t++) route_token(a, t);
+    int64_t flips = 0;
+#pragma omp parallel for schedule(static) num_threads(threads) reduction(+ : flips) if (threads > 1)
+    for (int64_t t = 0; t < a->tokens; t++) flips += route_token(a, t);
+    if (a->flips) *a->flips += flips;
     for (int64_t i = 0; a->counts && i < a->tokens * a->top_k; i++) a->counts[a->idx[i]]++;
     for (int64_t t = 0; t < a->tokens; t++) {
         const double lse = ((const float *)a->lse)[t];

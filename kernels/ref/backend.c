@@ -23,5 +23,6 @@ const espi_backend ESPI_REF_NAME(espi_backend) = {
     .down_bwd.scratch = ESPI_REF_NAME(espi_down_bwd_scratch),
     .head_grad.scratch = ESPI_REF_NAME(espi_head_grad_scratch),
     .head_fused.scratch = ESPI_REF_NAME(espi_head_fused_scratch),
+    .head_sample.scratch = ESPI_REF_NAME(espi_head_sample_scratch),
     ESPI_REFUSALS,
 };

@@ -34,6 +34,7 @@ size_t ESPI_REF_NAME(espi_gate_up_bwd_scratch)(const espi_exec *exec, const espi
 size_t ESPI_REF_NAME(espi_down_bwd_scratch)(const espi_exec *exec, const espi_down_bwd *a);
 size_t ESPI_REF_NAME(espi_head_grad_scratch)(const espi_exec *exec, const espi_head_grad *a);
 size_t ESPI_REF_NAME(espi_head_fused_scratch)(const espi_exec *exec, const espi_head_fused *a);
+size_t ESPI_REF_NAME(espi_head_sample_scratch)(const espi_exec *exec, const espi_head_sample *a);
 
 /* The low-rank branch of one matrix, or of expert e of a stack; r may be 0.  Shared by linear and experts; defined in linear.c. */
 typedef struct branch {

@@ -30,15 +30,16 @@ static double score_of(const espi_router_rule *rule, double z, double lse) {
     return rule->sigmoid ? sigmoid(z) : exp(z - lse);
 }
 
-/* What the experts of one token are ranked by. */
+/* What the experts of one token are ranked by, and the selection that would be made of a forced token. */
 size_t ESPI_REF_NAME(espi_router_fwd_scratch)(const espi_exec *exec, const espi_router_fwd *a) {
     (void)exec;
-    return (size_t)a->w.rows * sizeof(double);
+    return (size_t)a->w.rows * sizeof(double) + (size_t)a->top_k * sizeof(int32_t);
 }
 
 esp_status ESPI_REF_NAME(espi_router_fwd)(const espi_exec *exec, const espi_router_fwd *a) {
     const int64_t experts = a->w.rows, hidden = a->w.cols;
     double *rank = exec->scratch;
+    int32_t *native = (int32_t *)(rank + experts);
     for (int64_t t = 0; t < a->tokens; t++) {
         const real *x = (const real *)a->x + t * hidden;
         real *z = (real *)a->logits + t * experts, *weight = (real *)a->weight + t * a->top_k;
@@ -54,7 +55,10 @@ esp_status ESPI_REF_NAME(espi_router_fwd)(const espi_exec *exec, const espi_rout
                                  "infinity in the weights or the input",
                                  (long long)t, (long long)e, (double)z[e], rank[e]);
         }
-        select_top(idx, rank, experts, a->top_k);
+        const int32_t *forced = a->forced && a->forced[t * a->top_k] >= 0 ? a->forced + t * a->top_k : NULL;
+        select_top(forced ? native : idx, rank, experts, a->top_k);
+        for (int64_t k = 0; forced && k < a->top_k; k++) idx[k] = forced[k];
+        if (forced && a->flips) *a->flips += memcmp(native, idx, (size_t)a->top_k * sizeof *idx) != 0;
         const double lse = log_sum_exp(z, experts);
         double selected = a->rule.sigmoid ? 1e-20 : 0; /* all sigmoids can vanish at once */
         for (int64_t k = 0; k < a->top_k; k++) selected += score_of(&a->rule, z[idx[k]], lse);

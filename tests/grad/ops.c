@@ -115,6 +115,10 @@ static const shape shapes[] = {
      .extras = true},
     {"sigmoid, one expert each", 7, 5, 6, 1, 3, 2, 8, 2, 1, 12, ROUTE_RANDOM, ESP_NF4, ESP_F32, .sigmoid = true, .renormalise = true},
     {"scaled softmax", 6, 5, 5, 3, 3, 2, 8, 2, 1, 4, ROUTE_RANDOM, ESP_NF4, ESP_F32, .scaling = 1.7, .bias = true, .extras = true},
+    {"forced and filtered", 9, 5, 6, 2, 3, 2, 12, 2, 1, 4, ROUTE_EMPTY, ESP_NF4, ESP_F32, .extras = true, .forced = true, .filtered = true},
+    {"forced and filtered, renormalised", 9, 5, 6, 3, 3, 2, 12, 2, 1, 4, ROUTE_SKEWED, ESP_NF4, ESP_F32, .renormalise = true,
+     .extras = true, .forced = true, .filtered = true},
+    {"forced sigmoid", 7, 5, 6, 2, 3, 2, 8, 2, 1, 8, ROUTE_RANDOM, ESP_NF4, ESP_F32, SIGMOID_RULE, .forced = true},
     {"scaled softmax, renormalised", 6, 5, 5, 3, 3, 2, 8, 2, 1, 4, ROUTE_RANDOM, ESP_NF4, ESP_F32, .scaling = 0.3, .renormalise = true},
 };
 

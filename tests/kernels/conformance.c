@@ -56,6 +56,14 @@ static const shape shapes[] = {
     {"scaled softmax, renormalised", 20, 40, 6, 2, 24, 4, 100, 2, 2, 12, ROUTE_RANDOM, ESP_Q_NONE, ESP_F16, .renormalise = true,
      .scaling = 0.5, .bias = true, .interleaved = true},
     {"clamped, odd", 19, 21, 4, 2, 13, 3, 60, 2, 1, 6, ROUTE_RANDOM, ESP_NF4, ESP_F32, .nested = true, .clamped = true, .in_place = true},
+    {"replayed routes", 65, 33, 9, 3, 17, 4, 100, 4, 2, 20, ROUTE_SKEWED, ESP_NF4, ESP_BF16, .renormalise = true, .extras = true,
+     .forced = true, .filtered = true},
+    {"replayed routes, in place", 40, 24, 6, 2, 12, 4, 300, 2, 2, 8, ROUTE_RANDOM, ESP_NF4, ESP_F32, .in_place = true, .extras = true,
+     .forced = true},
+    {"replayed sigmoid routes", 31, 24, 8, 3, 12, 4, 300, 2, 2, 8, ROUTE_RANDOM, ESP_NF4, ESP_F32, SIGMOID_RULE, .renormalise = true,
+     .forced = true, .filtered = true},
+    {"top-k alone", 33, 140, 4, 1, 12, 4, 270, 2, 2, 8, ROUTE_ONE, ESP_NF4, ESP_BF16, .filtered = true, .extras = true},
+    {"min-p alone", 200, 24, 4, 2, 12, 4, 131, 2, 2, 8, ROUTE_EMPTY, ESP_NF4, ESP_F16, .filtered = true},
     {"clamped, interleaved, odd", 19, 21, 4, 2, 37, 3, 60, 2, 1, 6, ROUTE_SKEWED, ESP_FP4, ESP_F32, AS_GPT_OSS, .nested = true},
 };
 enum { SHAPES = sizeof shapes / sizeof shapes[0] };

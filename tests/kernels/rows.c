@@ -15,6 +15,7 @@ static const shape shapes[] = {
     {"rows, as gpt-oss", 45, 64, 6, 3, 32, 4, 90, 4, 2, 16, ROUTE_RANDOM, ESP_MXFP4, ESP_BF16, AS_GPT_OSS, .window = 7},
     {"rows, sigmoid", 170, 40, 9, 3, 19, 3, 90, 3, 1, 20, ROUTE_SKEWED, ESP_NF4, ESP_F32, SIGMOID_RULE, .renormalise = true, .window = 30},
     {"rows, one key", 150, 24, 4, 2, 12, 4, 61, 4, 2, 32, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .sinks = true, .window = 1, .clamped = true},
+    {"rows, forced and filtered", 70, 140, 8, 2, 12, 4, 300, 4, 2, 8, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .forced = true, .filtered = true},
 };
 enum { SHAPES = sizeof shapes / sizeof shapes[0] };
 
@@ -116,6 +117,7 @@ static void narrow_router(const twice *t, any_args *args, int64_t first, int64_t
     a->logits = plus(t, a->logits, first * a->w.rows);
     a->lse = plus(t, a->lse, first);
     a->idx += first * a->top_k;
+    if (a->forced) a->forced += first * a->top_k;
     a->weight = plus(t, a->weight, first * a->top_k);
     a->tokens = next - first;
 }
@@ -124,6 +126,7 @@ static void narrow_head(espi_head *h, int64_t first, int64_t next) {
     h->rows += first;
     h->target += first;
     h->n = next - first;
+    if (h->kept_offsets) h->kept_offsets += first;
 }
 
 static void narrow_stats(const twice *t, any_args *args, int64_t first, int64_t next) {
@@ -139,6 +142,8 @@ static void narrow_sample(const twice *t, any_args *args, int64_t first, int64_t
     narrow_head(&a->head, first, next);
     a->token += first;
     a->uniform += first;
+    if (a->kept) a->kept += first * a->kept_most;
+    if (a->kept) a->kept_count += first;
     a->lp = plus(t, a->lp, first);
 }
 
@@ -310,6 +315,20 @@ ParameterizedTest(int *index, rows, cut_batch) {
     }
 }
 
+/* The lists that a draw left, as the trainer gets them. */
+static void give_left(espi_head *head, const problem *drawn) {
+    static int64_t offsets[256];
+    static int32_t kept[256 * 16];
+    const espi_head_sample *a = &drawn->args.head_sample;
+    for (int64_t i = 0; i < a->head.n; i++) {
+        cr_assert(a->kept_count[i] > 0 && a->kept_most <= 16);
+        memcpy(kept + offsets[i], a->kept + i * a->kept_most, (size_t)a->kept_count[i] * sizeof *kept);
+        offsets[i + 1] = offsets[i] + a->kept_count[i];
+    }
+    head->kept_offsets = offsets;
+    head->kept = kept;
+}
+
 /* The sampler's log-probability of the token it drew is, bit for bit, what the trainer finds for that token. */
 Test(rows, sampled_log_prob_is_the_trainers) {
     const espi_backend *all[BACKENDS];
@@ -319,10 +338,11 @@ Test(rows, sampled_log_prob_is_the_trainers) {
             problem drawn, found;
             shape greedy = shapes[s / 2];
             greedy.in_place = s % 2 == 1;
-            if (greedy.in_place) greedy.extras = false; /* greedy means temperature 1 */
+            if (greedy.in_place) greedy.extras = greedy.filtered = false; /* greedy means temperature 1 */
             problem_run(&drawn, ESPI_OP_head_sample, &greedy, all[b], &espi_backend_ref);
             problem_build(&found, ESPI_OP_head_stats, &greedy, all[b]->real, &espi_backend_ref);
             found.args.head_stats.head.target = field_find(&drawn, "token")->data;
+            if (greedy.filtered) give_left(&found.args.head_stats.head, &drawn);
             problem_call(&found, all[b]);
             const field *lp = field_find(&drawn, "lp");
             cr_expect_arr_eq(lp->data, field_find(&found, "lp")->data, (size_t)lp->count * esp_dtype_size(lp->dtype), "%s, shape %s%s",

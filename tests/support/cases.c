@@ -372,12 +372,25 @@ static espi_router_rule rule(const shape *s) {
     return (espi_router_rule){s->renormalise, s->sigmoid, s->scaling};
 }
 
+/* With in_place they lie where the op writes. */
+static int32_t *forced_experts(problem *p, int32_t *idx) {
+    const shape *s = &p->shape;
+    int32_t *forced = s->in_place ? idx : in_i32(p, "forced", s->tokens * s->top_k);
+    for (int64_t t = 0; t < s->tokens; t++) {
+        choose(forced + t * s->top_k, p, t);
+        for (int64_t k = 0; t % 3 == 0 && k < s->top_k; k++) forced[t * s->top_k + k] = -1;
+    }
+    settle(p, s->in_place ? "idx" : "forced");
+    return forced;
+}
+
 static void build_router_fwd(problem *p, espi_router_fwd *a) {
     const shape *s = &p->shape;
     const int64_t slots = s->tokens * s->top_k;
+    const role idx = s->forced && s->in_place ? ROLE_INOUT : ROLE_OUT;
     *a = (espi_router_fwd){.logits = out(p, "logits", s->tokens * s->experts),
                            .lse = out(p, "lse", s->tokens),
-                           .idx = field_add(p, "idx", ROLE_OUT, ESP_I32, slots),
+                           .idx = field_add(p, "idx", idx, ESP_I32, slots),
                            .weight = out(p, "weight", slots),
                            .x = in(p, "x", s->tokens * s->hidden),
                            .w = mat(p, s->experts, s->hidden),
@@ -386,7 +399,9 @@ static void build_router_fwd(problem *p, espi_router_fwd *a) {
                            .rule = rule(s)};
     if (s->bias) a->bias = in_f32(p, "bias", s->experts);
     if (s->corrected) a->correction = in_f32(p, "correction", s->experts);
+    if (s->forced) a->forced = forced_experts(p, a->idx);
     if (!s->extras) return;
+    if (s->forced) a->flips = field_add(p, "flips", ROLE_INOUT, ESP_I64, 1);
     a->counts = field_add(p, "counts", ROLE_INOUT, ESP_I64, s->experts);
     a->p_sum = field_add(p, "p_sum", ROLE_INOUT, ESP_F64, s->experts);
     a->z_sum = field_add(p, "z_sum", ROLE_INOUT, ESP_F64, 1);
@@ -534,6 +549,24 @@ static void build_combine_bwd(problem *p, espi_combine_bwd *a) {
                             .hidden = s->hidden};
 }
 
+/* Of every third row all entries; of the others the target and about one in three. */
+static void kept_lists(problem *p, espi_head *h) {
+    const int64_t vocab = p->shape.vocab;
+    int64_t *offsets = field_add(p, "kept_offsets", ROLE_IN, ESP_I64, h->n + 1);
+    int32_t *kept = in_i32(p, "kept", h->n * vocab);
+    int64_t count = 0;
+    for (int64_t i = 0; i < h->n; i++) {
+        offsets[i] = count;
+        for (int64_t v = 0; i % 3 != 0 && v < vocab; v++)
+            if (v == h->target[i] || value_of(p->seed, "kept", i * vocab + v) > 0.4) kept[count++] = (int32_t)v;
+    }
+    offsets[h->n] = count;
+    settle(p, "kept_offsets");
+    settle(p, "kept");
+    h->kept_offsets = offsets;
+    h->kept = kept;
+}
+
 /* Every second row of hidden, from the last down. */
 static espi_head head(problem *p) {
     const shape *s = &p->shape;
@@ -552,6 +585,7 @@ static espi_head head(problem *p) {
                    .n = n,
                    .temperature = 1,
                    .logit_scale = 1};
+    if (s->filtered) kept_lists(p, &h);
     if (!s->extras) return h;
     h.bias = in_f32(p, "bias", s->vocab);
     h.temperature = 0.8;
@@ -609,6 +643,19 @@ static void build_head_logits(problem *p, espi_head_logits *a) {
     a->logits = out(p, "logits", a->head.n * p->shape.vocab);
 }
 
+/* All filters at once, or one of them. */
+static void filter(problem *p, espi_head_sample *a) {
+    const int64_t vocab = p->shape.vocab, few = vocab < 9 ? vocab : 9;
+    const espi_head_filter by_pattern[] = {[ROUTE_RANDOM] = {.top_k = few, .top_p = 0.9, .min_p = 0.05},
+                                           [ROUTE_EMPTY] = {.min_p = 0.2},
+                                           [ROUTE_ONE] = {.top_k = few},
+                                           [ROUTE_SKEWED] = {.top_p = 0.8}};
+    a->filter = by_pattern[p->shape.pattern];
+    a->kept_most = a->filter.top_k ? a->filter.top_k : vocab;
+    a->kept = field_add(p, "left", ROLE_INOUT, ESP_I32, a->head.n * a->kept_most);
+    a->kept_count = field_add(p, "left_count", ROLE_OUT, ESP_I32, a->head.n);
+}
+
 static void build_head_sample(problem *p, espi_head_sample *a) {
     a->head = head(p);
     if (p->shape.in_place) a->head.temperature = 0;
@@ -618,6 +665,7 @@ static void build_head_sample(problem *p, espi_head_sample *a) {
     for (int64_t i = 0; i < a->head.n; i++) uniform[i] = i == 0 ? 0 : fabs(uniform[i]) * 0.999;
     settle(p, "uniform");
     a->uniform = uniform;
+    if (p->shape.filtered) filter(p, a);
 }
 
 static void build_sumsq(problem *p, espi_sumsq *a) {

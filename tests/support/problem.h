@@ -45,6 +45,8 @@ typedef struct shape {
     bool sigmoid, corrected;
     double scaling;
     bool clamped, interleaved;
+    bool forced;   /* router: two tokens of three come with their experts */
+    bool filtered; /* head: two rows of three are over some ids only, and drawing leaves some */
 } shape;
 
 typedef union any_args {
