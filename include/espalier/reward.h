@@ -78,7 +78,7 @@ typedef struct esp_reward {
 ///   repetition         -max (1) times the share of n=3 tokens in a row that were there before
 ///   overlong           0 up to max - buffer tokens, falling to -1 at max (2503.14476); buffer=N, max=N (default: the run's limit)
 ///   cmd:COMMAND        a child process, see below; children=1, deadline=60 (seconds for a batch)
-///   so:PATH            a shared object, see esp_reward_plugin; other keys go to its open()
+///   so:PATH            a shared object, see esp_reward_plugin; other keys go to its begin()
 /// reward [out] esp_reward_close() it.  ESP_ERR_ARG: the sentence names what is wrong and the known kinds or keys.
 ///
 /// cmd: the shell runs COMMAND in a process group of its own when the first batch comes.  It gets one JSON object a line on its standard
@@ -97,11 +97,11 @@ ESP_API void esp_reward_close(esp_reward *reward);
 #define ESP_REWARD_ABI 1
 #define ESP_REWARD_PLUGIN_SYMBOL "esp_reward_plugin_v1"
 typedef struct esp_reward_plugin {
-    uint32_t abi;                                     ///< ESP_REWARD_ABI of the header it was compiled with; another one is refused
-    uint32_t struct_size;                             ///< sizeof(esp_reward_plugin)
-    int (*open)(void **user, const char *parameters); ///< "key=value,..", "" without any; non-zero = failed; NULL = user is NULL
-    esp_reward_fn score;                              ///< required
-    void (*close)(void *user);                        ///< NULL = nothing to release
+    uint32_t abi;                                      ///< ESP_REWARD_ABI of the header it was compiled with; another one is refused
+    uint32_t struct_size;                              ///< sizeof(esp_reward_plugin)
+    int (*begin)(void **user, const char *parameters); ///< "key=value,..", "" without any; non-zero = failed; NULL = user is NULL
+    esp_reward_fn score;                               ///< required
+    void (*end)(void *user);                           ///< NULL = nothing to release
 } esp_reward_plugin;
 
 #ifdef __cplusplus

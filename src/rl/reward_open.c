@@ -9,7 +9,7 @@
 
 typedef struct kind {
     const char *name;
-    esp_status (*open)(esp_reward *reward, const espi_reward_description *d);
+    esp_status (*make)(esp_reward *reward, const espi_reward_description *d);
     const char *argument; /* what must stand behind the colon; NULL: nothing may */
 } kind;
 
@@ -38,7 +38,7 @@ static int score_plugged(void *user, const esp_reward_batch *batch, float *rewar
 
 static void close_plugged(void *user) {
     plugged *p = user;
-    if (p->plugin && p->plugin->close) p->plugin->close(p->user);
+    if (p->plugin && p->plugin->end) p->plugin->end(p->user);
     if (p->object) dlclose(p->object);
     free(p);
 }
@@ -57,9 +57,9 @@ static esp_status load_plugin(plugged *p, const espi_reward_description *d) {
     if (plugin->struct_size != sizeof *plugin || !plugin->score)
         return ESPI_FAIL(ESP_ERR_FORMAT, "%s: got struct_size %u and %s score, expected %zu (sizeof(esp_reward_plugin)) and a function",
                          d->argument, (unsigned)plugin->struct_size, plugin->score ? "a" : "no", sizeof *plugin);
-    const int code = plugin->open ? plugin->open(&p->user, d->parameters) : 0;
+    const int code = plugin->begin ? plugin->begin(&p->user, d->parameters) : 0;
     if (code != 0)
-        return ESPI_FAIL(ESP_ERR_CALLBACK, "%s: its open(\"%s\") returned %d, expected 0: see its own message", d->argument, d->parameters,
+        return ESPI_FAIL(ESP_ERR_CALLBACK, "%s: its begin(\"%s\") returned %d, expected 0: see its own message", d->argument, d->parameters,
                          code);
     p->plugin = plugin;
     return ESP_OK;
@@ -202,7 +202,7 @@ static esp_status open_described(esp_reward *reward, espi_reward_description *d)
     if (!kinds[i].argument && d->argument)
         return ESPI_FAIL(ESP_ERR_ARG, "reward %s: got \"%.40s\" behind the :, expected neither", d->kind, d->argument);
     ESPI_TRY(take_name(d));
-    return kinds[i].open(reward, d);
+    return kinds[i].make(reward, d);
 }
 
 esp_status esp_reward_open(esp_reward *reward, const char *description) {

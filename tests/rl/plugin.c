@@ -39,6 +39,6 @@ static int score(void *user, const esp_reward_batch *batch, float *reward) {
 extern const esp_reward_plugin NAME;
 const esp_reward_plugin NAME = {.abi = VARIANT == OTHER ? 99 : ESP_REWARD_ABI,
                                 .struct_size = VARIANT == SHORT ? 4 : sizeof(esp_reward_plugin),
-                                .open = begin,
+                                .begin = begin,
                                 .score = score,
-                                .close = free};
+                                .end = free};

@@ -273,7 +273,7 @@ Test(reward, shared_objects) {
     plugin("", "nameless", ESP_ERR_FORMAT, "no symbol esp_reward_plugin_v1");
     plugin("", "other", ESP_ERR_MISMATCH, "got reward ABI 99, expected 1");
     plugin("", "short", ESP_ERR_FORMAT, "struct_size 4");
-    plugin("(factor=x)", "good", ESP_ERR_CALLBACK, "open(\"factor=x\") returned 3");
+    plugin("(factor=x)", "good", ESP_ERR_CALLBACK, "begin(\"factor=x\") returned 3");
     esp_reward r;
     espi_rewards *set;
     static texts t;

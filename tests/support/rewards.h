@@ -3,13 +3,13 @@
 #define TESTS_SUPPORT_REWARDS_H
 
 #include "rl/reward.h"
+#include "scratch.h"
 
 #include <criterion/criterion.h>
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
 
-#define OK(call) cr_assert_eq((call), ESP_OK, "%s: %s", #call, esp_last_error())
 #define FAILS(code, words, call)                                                                                                           \
     do {                                                                                                                                   \
         const esp_status got_ = (call);                                                                                                    \
