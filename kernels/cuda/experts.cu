@@ -1,0 +1,170 @@
+/* The expert ops on a GPU: which kernels make a layer step, and what they need.  Everything about the routing is read on the device. */
+#include "kernels/cuda/device.h"
+#include "kernels/cuda/experts.cuh"
+
+/* Rows of the scratch, each aligned for vector access. */
+static size_t rounded(size_t bytes) {
+    return (bytes + 255) / 256 * 256;
+}
+
+static size_t low_bytes(const espi_lora *lora, const espi_routing *routing) {
+    return rounded((size_t)(routing->tokens * routing->top_k * lora->r) * sizeof(bf16));
+}
+
+/* Whether the tensor-core kernels of sm_90a were built in and the device runs them; else, or where they refuse the case, the plain ones. */
+static bool is_fast(const espi_stack *w, const espi_lora *lora, const espi_routing *routing, product_kind kind) {
+    return !product_wgmma_refusal(w, lora, routing, kind) && product_wgmma_available();
+}
+
+static size_t product_scratch(const product_args *p, const espi_lora *lora, product_kind kind) {
+    return is_fast(&p->w, lora, &p->routing, kind) ? product_wgmma_scratch(p, kind) : product_plain_scratch(p, kind);
+}
+
+static esp_status product(const espi_exec *exec, const product_args *p, const espi_lora *lora, product_kind kind, size_t used) {
+    const espi_cuda *cuda = (const espi_cuda *)exec->device;
+    void *scratch = (char *)exec->scratch + used;
+    if (is_fast(&p->w, lora, &p->routing, kind))
+        return espi_cuda_check(product_wgmma(p, kind, scratch, cuda->sms, cuda->stream), "the product with packed experts");
+    return espi_cuda_check(product_plain(p, kind, scratch, cuda->stream), "the product with experts");
+}
+
+static product_args gate_up_product(const espi_gate_up_fwd *a) {
+    product_args p = {};
+    p.w = a->w, p.routing = a->routing, p.bias = a->bias, p.glu = glu_rule_of(&a->glu), p.width = a->w.rows / 2;
+    p.in = (const bf16 *)a->x, p.in_row = a->routing.row_token;
+    p.up = (const float *)a->lora.b, p.low = (const bf16 *)a->u, p.r = (int)a->lora.r, p.factor = (float)a->lora.scale;
+    p.out = (bf16 *)a->gu, p.act = (bf16 *)a->act;
+    return p;
+}
+
+static product_args down_product(const espi_down_fwd *a) {
+    product_args p = {};
+    p.w = a->w, p.routing = a->routing, p.bias = a->bias, p.width = a->w.cols;
+    p.in = (const bf16 *)a->act;
+    p.up = (const float *)a->lora.b, p.low = (const bf16 *)a->u, p.r = (int)a->lora.r, p.factor = (float)a->lora.scale;
+    p.out = (bf16 *)a->y;
+    return p;
+}
+
+static product_args gate_up_back_product(const espi_gate_up_bwd *a, void *scratch) {
+    product_args p = {};
+    p.w = a->w, p.routing = a->routing, p.width = a->w.rows / 2;
+    p.in = (const bf16 *)a->d_gu;
+    p.up = (const float *)a->lora.a, p.low = (const bf16 *)scratch, p.r = (int)a->lora.r, p.factor = 1;
+    p.out = (bf16 *)a->d_rows;
+    return p;
+}
+
+static product_args down_back_product(const espi_down_bwd *a, void *scratch) {
+    product_args p = {};
+    p.w = a->w, p.routing = a->routing, p.glu = glu_rule_of(&a->glu), p.width = a->w.cols;
+    p.in = (const bf16 *)a->d_out, p.in_row = a->routing.row_token;
+    p.up = (const float *)a->lora.a, p.low = (const bf16 *)scratch, p.r = (int)a->lora.r, p.factor = 1;
+    p.out = (bf16 *)a->d_gu, p.gu = (const bf16 *)a->gu, p.d_row_weight = (float *)a->d_row_weight;
+    return p;
+}
+
+extern "C" size_t espi_gate_up_fwd_scratch_cuda(const espi_exec *exec, const espi_gate_up_fwd *a) {
+    (void)exec;
+    const product_args p = gate_up_product(a);
+    return product_scratch(&p, &a->lora, PRODUCT_GATE_UP);
+}
+
+extern "C" esp_status espi_gate_up_fwd_cuda(const espi_exec *exec, const espi_gate_up_fwd *a) {
+    const espi_cuda *cuda = (const espi_cuda *)exec->device;
+    if (a->routing.tokens == 0) return ESP_OK;
+    const product_args p = gate_up_product(a);
+    if (p.r) {
+        low_args low = {};
+        low.low = (bf16 *)a->u, low.in = p.in, low.in_row = p.in_row, low.l = (const float *)a->lora.a;
+        low.r = p.r, low.width = a->w.cols, low.factor = 1;
+        ESPI_CUDA_TRY(lora_low(&low, &a->routing, cuda->stream));
+    }
+    return product(exec, &p, &a->lora, PRODUCT_GATE_UP, 0);
+}
+
+extern "C" size_t espi_down_fwd_scratch_cuda(const espi_exec *exec, const espi_down_fwd *a) {
+    (void)exec;
+    const product_args p = down_product(a);
+    return product_scratch(&p, &a->lora, PRODUCT_DOWN);
+}
+
+extern "C" esp_status espi_down_fwd_cuda(const espi_exec *exec, const espi_down_fwd *a) {
+    const espi_cuda *cuda = (const espi_cuda *)exec->device;
+    if (a->routing.tokens == 0) return ESP_OK;
+    const product_args p = down_product(a);
+    if (p.r) {
+        low_args low = {};
+        low.low = (bf16 *)a->u, low.in = p.in, low.l = (const float *)a->lora.a;
+        low.r = p.r, low.width = a->w.cols, low.factor = 1;
+        ESPI_CUDA_TRY(lora_low(&low, &a->routing, cuda->stream));
+    }
+    return product(exec, &p, &a->lora, PRODUCT_DOWN, 0);
+}
+
+/* q of every row, then the product's. */
+extern "C" size_t espi_gate_up_bwd_scratch_cuda(const espi_exec *exec, const espi_gate_up_bwd *a) {
+    (void)exec;
+    const product_args p = gate_up_back_product(a, NULL);
+    return low_bytes(&a->lora, &a->routing) + product_scratch(&p, &a->lora, PRODUCT_GATE_UP_BACK);
+}
+
+extern "C" esp_status espi_gate_up_bwd_cuda(const espi_exec *exec, const espi_gate_up_bwd *a) {
+    const espi_cuda *cuda = (const espi_cuda *)exec->device;
+    if (a->routing.tokens == 0) return ESP_OK;
+    const product_args p = gate_up_back_product(a, exec->scratch);
+    if (p.r) {
+        low_args low = {};
+        low.low = (bf16 *)exec->scratch, low.in = p.in, low.l = (const float *)a->lora.b, low.across = true;
+        low.r = p.r, low.width = a->w.rows, low.factor = (float)a->lora.scale;
+        ESPI_CUDA_TRY(lora_low(&low, &a->routing, cuda->stream));
+        outer_args d_b = {}, d_a = {};
+        d_b.d = (float *)a->lora.d_b, d_b.in = p.in, d_b.low = (const bf16 *)a->u;
+        d_b.r = p.r, d_b.width = a->w.rows, d_b.factor = (float)a->lora.scale;
+        d_a.d = (float *)a->lora.d_a, d_a.in = (const bf16 *)a->x, d_a.in_row = a->routing.row_token, d_a.low = p.low, d_a.across = true;
+        d_a.r = p.r, d_a.width = a->w.cols, d_a.factor = 1;
+        ESPI_CUDA_TRY(lora_outer(&d_b, &a->routing, cuda->stream));
+        ESPI_CUDA_TRY(lora_outer(&d_a, &a->routing, cuda->stream));
+    }
+    return product(exec, &p, &a->lora, PRODUCT_GATE_UP_BACK, low_bytes(&a->lora, &a->routing));
+}
+
+/* q, weighted q and weighted u of every row, then the product's. */
+extern "C" size_t espi_down_bwd_scratch_cuda(const espi_exec *exec, const espi_down_bwd *a) {
+    (void)exec;
+    const product_args p = down_back_product(a, NULL);
+    return 3 * low_bytes(&a->lora, &a->routing) + product_scratch(&p, &a->lora, PRODUCT_DOWN_BACK);
+}
+
+extern "C" esp_status espi_down_bwd_cuda(const espi_exec *exec, const espi_down_bwd *a) {
+    const espi_cuda *cuda = (const espi_cuda *)exec->device;
+    if (a->routing.tokens == 0) return ESP_OK;
+    const size_t one = low_bytes(&a->lora, &a->routing);
+    const product_args p = down_back_product(a, exec->scratch);
+    if (p.r) {
+        low_args low = {};
+        low.low = (bf16 *)exec->scratch, low.weighted = (bf16 *)((char *)exec->scratch + one);
+        low.other_weighted = (bf16 *)((char *)exec->scratch + 2 * one), low.other = (const bf16 *)a->u;
+        low.in = p.in, low.in_row = p.in_row, low.l = (const float *)a->lora.b, low.weight = (const float *)a->routing.row_weight;
+        low.across = true, low.r = p.r, low.width = a->w.rows, low.factor = (float)a->lora.scale;
+        ESPI_CUDA_TRY(lora_low(&low, &a->routing, cuda->stream));
+        outer_args d_b = {}, d_a = {};
+        d_b.d = (float *)a->lora.d_b, d_b.in = p.in, d_b.in_row = p.in_row, d_b.low = low.other_weighted;
+        d_b.r = p.r, d_b.width = a->w.rows, d_b.factor = (float)a->lora.scale;
+        d_a.d = (float *)a->lora.d_a, d_a.gu = p.gu, d_a.glu = p.glu, d_a.low = low.weighted, d_a.across = true;
+        d_a.r = p.r, d_a.width = a->w.cols, d_a.factor = 1;
+        ESPI_CUDA_TRY(lora_outer(&d_b, &a->routing, cuda->stream));
+        ESPI_CUDA_TRY(lora_outer(&d_a, &a->routing, cuda->stream));
+    }
+    ESPI_TRY(product(exec, &p, &a->lora, PRODUCT_DOWN_BACK, 3 * one));
+    if (a->bias) ESPI_CUDA_TRY(bias_share(p.d_row_weight, a->bias, p.in, a->w.rows, &a->routing, cuda->stream));
+    return ESP_OK;
+}
+
+extern "C" size_t espi_packed_bytes_cuda(const espi_stack *w) {
+    return espi_record_bytes(w);
+}
+
+extern "C" esp_status espi_pack_cuda(const espi_exec *exec, void *packed, const espi_stack *one) {
+    return espi_cuda_check(espi_pack_records(packed, one, ((const espi_cuda *)exec->device)->stream), "packing experts");
+}

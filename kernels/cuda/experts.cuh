@@ -1,0 +1,159 @@
+/* What the files of the expert ops share: the 64 x 64 records of packed stacks, how a block finds its rows, the activation.
+ *
+ * A record holds 64 rows x 64 columns of an expert's matrix: the codes as [columns 0..31, 32..63][row][16 bytes], then the scales of each row
+ * (NF4, FP4: one f32 absmax; MXFP4: two E8M0 bytes).  Records stand [expert][64 rows][64 columns], in the order of the matrix's own rows. */
+#ifndef ESPI_KERNELS_CUDA_EXPERTS_CUH
+#define ESPI_KERNELS_CUDA_EXPERTS_CUH
+
+#include "kernels/cuda/dev.cuh"
+#include "kernels/ops.h"
+
+#define RECORD_CODES 2048
+#define RECORD_BYTES(format) (RECORD_CODES + ((format) == ESP_MXFP4 ? 128 : 256))
+
+typedef __nv_bfloat16 bf16;
+
+/* Rows row0 .. row0+rows-1 of the routed order, all of one expert; rows = 0: none. */
+struct row_tile {
+    int expert, row0, rows;
+};
+
+/* Tile `index` of the routed rows cut expert by expert into tiles of `height`.  Called by a whole warp. */
+static __device__ __forceinline__ row_tile find_tile(const int32_t *offsets, int experts, int index, int height) {
+    const int lane = threadIdx.x & 31;
+    for (int first = 0; first < experts; first += 32) {
+        const int e = first + lane;
+        const int begin = e < experts ? offsets[e] : 0, end = e < experts ? offsets[e + 1] : 0;
+        const int tiles = (end - begin + height - 1) / height;
+        int upto = tiles;
+        for (int step = 1; step < 32; step *= 2) {
+            const int below = __shfl_up_sync(~0u, upto, step);
+            if (lane >= step) upto += below;
+        }
+        const unsigned reached = __ballot_sync(~0u, upto > index);
+        if (reached) {
+            const int owner = __ffs((int)reached) - 1;
+            const int row0 = begin + (index - (upto - tiles)) * height;
+            row_tile t = {first + owner, __shfl_sync(~0u, row0, owner), 0};
+            t.rows = min(height, __shfl_sync(~0u, end, owner) - t.row0);
+            return t;
+        }
+        index -= __shfl_sync(~0u, upto, 31);
+    }
+    return row_tile{0, 0, 0};
+}
+
+/* No more tiles than this, however the rows fall. */
+static inline int tile_bound(const espi_routing *r, int height) {
+    const int64_t rows = r->tokens * r->top_k;
+    return (int)((rows + height - 1) / height + (r->experts < rows ? r->experts : rows));
+}
+
+struct glu_rule {
+    int interleaved, clamped;
+    float limit, slope;
+};
+
+static inline glu_rule glu_rule_of(const espi_glu *glu) {
+    return glu_rule{glu->interleaved, glu->clamped, (float)glu->limit, glu->clamped ? (float)glu->alpha : 1.0f};
+}
+
+/* The activation of one gate and up value, and what its gradient takes from them. */
+struct glu_value {
+    float act, d_gate, d_up; /* d_*: factors of the gradient of act */
+};
+
+static __device__ __forceinline__ float glu(float g, float u, const glu_rule &rule) {
+    if (rule.clamped) {
+        g = fminf(g, rule.limit);
+        u = 1.0f + fminf(fmaxf(u, -rule.limit), rule.limit);
+    }
+    return __fdividef(g, 1.0f + __expf(-rule.slope * g)) * u;
+}
+
+static __device__ __forceinline__ glu_value glu_slopes(float g, float u, const glu_rule &rule) {
+    bool gate_passes = true, up_passes = true;
+    if (rule.clamped) {
+        gate_passes = !(g >= rule.limit);
+        up_passes = !(u >= rule.limit || u <= -rule.limit);
+        g = fminf(g, rule.limit);
+        u = 1.0f + fminf(fmaxf(u, -rule.limit), rule.limit);
+    }
+    const float sigma = __fdividef(1.0f, 1.0f + __expf(-rule.slope * g));
+    glu_value v;
+    v.act = g * sigma * u;
+    v.d_gate = gate_passes ? u * sigma * (1.0f + rule.slope * g * (1.0f - sigma)) : 0.0f;
+    v.d_up = up_passes ? g * sigma : 0.0f;
+    return v;
+}
+
+/* ---- pack.cu ---- */
+/* Bytes of the records of one expert; 0: it does not tile or is not 4-bit.  Packs the experts of w, whose data must be aligned to 16. */
+size_t espi_record_bytes(const espi_stack *w);
+cudaError_t espi_pack_records(void *records, const espi_stack *w, cudaStream_t stream);
+
+/* ---- products with the frozen stacks: experts_plain.cu (any shape) and experts_wgmma.cu (sm_90a, whole records) ---- */
+enum product_kind { PRODUCT_GATE_UP, PRODUCT_DOWN, PRODUCT_DOWN_BACK, PRODUCT_GATE_UP_BACK };
+
+/* out_s = W_e in_s (or W_e^T in_s, when back) + factor * L_e low_s [+ bias_e], and what the kind makes of it. */
+struct product_args {
+    espi_stack w;
+    espi_routing routing;
+    const bf16 *in;        /* rows of the contracted width */
+    const int32_t *in_row; /* row of `in` of a routed row, or NULL: the same */
+    const float *bias;     /* [E,out] or NULL */
+    const float *up;       /* L: B [E,out,r] of a forward, A [E,r,out] of a backward; NULL when r = 0 */
+    const bf16 *low;       /* [S,r] */
+    int r;
+    float factor;
+    glu_rule glu;
+    int64_t width;       /* I */
+    bf16 *out;           /* gu, y, d_gu or d_rows */
+    bf16 *act;           /* gate_up: glu(gu) */
+    const bf16 *gu;      /* down_back */
+    float *d_row_weight; /* down_back: without the bias's share */
+};
+
+/* Bytes of scratch; the launch; the reason for a refusal, or NULL. */
+size_t product_plain_scratch(const product_args *p, product_kind kind);
+cudaError_t product_plain(const product_args *p, product_kind kind, void *scratch, cudaStream_t stream);
+bool product_wgmma_available();
+const char *product_wgmma_refusal(const espi_stack *w, const espi_lora *lora, const espi_routing *routing, product_kind kind);
+size_t product_wgmma_scratch(const product_args *p, product_kind kind);
+cudaError_t product_wgmma(const product_args *p, product_kind kind, void *scratch, int multiprocessors, cudaStream_t stream);
+
+/* ---- low-rank branches: experts_lora.cu ---- */
+/* low_s = factor * L_e in_s; L: A [E,r,width], or B [E,width,r] when across.  Also, where weight: weighted_s = weight_s * low_s and
+ * other_weighted_s = weight_s * other_s. */
+struct low_args {
+    bf16 *low, *weighted, *other_weighted;
+    const bf16 *in, *other;
+    const int32_t *in_row;
+    const float *l, *weight;
+    bool across;
+    int r;
+    int64_t width;
+    float factor;
+};
+cudaError_t lora_low(const low_args *a, const espi_routing *routing, cudaStream_t stream);
+
+/* d[e] += factor * sum over the rows of e of in_s low_s^T.  in: rows of `width` (by in_row), or glu(gu) when gu.  d: [E,width,r], or
+ * [E,r,width] when across. */
+struct outer_args {
+    float *d;
+    const bf16 *in, *low;
+    const int32_t *in_row;
+    const bf16 *gu;
+    glu_rule glu;
+    bool across;
+    int r;
+    int64_t width;
+    float factor;
+};
+cudaError_t lora_outer(const outer_args *a, const espi_routing *routing, cudaStream_t stream);
+
+/* d_row_weight_s += bias_e . d_out_token(s). */
+cudaError_t bias_share(float *d_row_weight, const float *bias, const bf16 *d_out, int64_t width, const espi_routing *routing,
+                       cudaStream_t stream);
+
+#endif
