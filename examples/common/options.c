@@ -8,7 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-typedef enum type { TEXT, I32, I64, U64, BYTES, REAL, FLAG, CHOICE, TARGETS } type;
+typedef enum type { TEXT, I32, I64, U64, BYTES, REAL, FLAG, CHOICE, TARGETS, REWARD, COMMAND } type;
 /* Which numbers are taken.  0 stands for the default inside the structs, so a 0 that was written must mean 0 or be refused. */
 typedef enum range { ANY, POSITIVE, NOT_NEGATIVE, NOT_ZERO } range;
 enum { SFT = 1, GRPO = 2, BOTH = 3 };
@@ -35,6 +35,13 @@ static const choice losses[] = {{"grpo", ESP_LOSS_GRPO},   {"bnpo", ESP_LOSS_BNP
 static const choice levels[] = {{"token", ESP_IS_TOKEN}, {"sequence", ESP_IS_SEQUENCE}, {NULL, 0}};
 static const choice kl_grads[] = {{"k2", ESP_KL_GRAD_K2}, {"k3", ESP_KL_GRAD_K3}, {NULL, 0}};
 static const choice scales[] = {{"none", ESP_SCALE_NONE}, {"group", ESP_SCALE_GROUP}, {"batch", ESP_SCALE_BATCH}, {NULL, 0}};
+static const choice references[] = {{"base", ESP_REFERENCE_BASE}, {"snapshot", ESP_REFERENCE_SNAPSHOT}, {NULL, 0}};
+static const choice corrections[] = {
+    {"none", ESP_CORRECTION_NONE}, {"tis", ESP_CORRECTION_TIS}, {"mis", ESP_CORRECTION_MIS}, {"icepop", ESP_CORRECTION_ICEPOP}, {NULL, 0}};
+static const choice orders[] = {{"sum_then_normalize", ESP_SUM_THEN_NORMALIZE}, {"normalize_then_sum", ESP_NORMALIZE_THEN_SUM}, {NULL, 0}};
+static const choice replays[] = {
+    {"default", ESP_REPLAY_DEFAULT}, {"none", ESP_REPLAY_NONE}, {"r2", ESP_REPLAY_R2}, {"r3", ESP_REPLAY_R3}, {NULL, 0}};
+static const choice mxfp4_rules[] = {{"ocp", ESP_MXFP4_OCP}, {"round_up", ESP_MXFP4_ROUND_UP}, {NULL, 0}};
 static const choice schedules[] = {{"constant", ESP_SCHEDULE_CONSTANT},
                                    {"linear", ESP_SCHEDULE_LINEAR},
                                    {"cosine", ESP_SCHEDULE_COSINE},
@@ -51,17 +58,22 @@ static const choice targets[] = {{"q", ESP_LORA_Q},
                                  {"all", ESP_LORA_ALL},
                                  {NULL, 0}};
 
+#define S(field) offsetof(settings, field)
 #define T(field) offsetof(settings, trainer.field)
 #define O(field) offsetof(settings, trainer.objective.field)
 #define A(field) offsetof(settings, trainer.adamw.field)
 #define M(field) offsetof(settings, model.field)
 #define C(field) offsetof(settings, ctx.field)
 static const option options[] = {
-    {"model", TEXT, ANY, offsetof(settings, model_dir), BOTH, NULL, "Hugging Face folder of the model; required"},
+    {"model", TEXT, ANY, S(model_dir), BOTH, NULL, "Hugging Face folder of the model; required"},
     {"train", TEXT, ANY, T(train_file), BOTH, NULL, "JSONL with \"prompt\" and \"answer\"; required"},
     {"eval", TEXT, ANY, T(eval_file), BOTH, NULL, "JSONL of the same form to measure exact answers on"},
     {"out", TEXT, ANY, T(out_dir), BOTH, NULL, "folder for metrics, completions, plot, checkpoint and adapter"},
-    {"resume", TEXT, ANY, T(resume_dir), BOTH, NULL, "folder of an earlier run to go on from"},
+    {"resume", TEXT, ANY, T(resume_dir), BOTH, NULL, "folder of an earlier run to go on from, or a checkpoint file in one"},
+    {"preset", TEXT, ANY, S(preset), GRPO, NULL,
+     "trl-default|dapo|dr-grpo|gspo-moe|cispo: a known recipe; options that are set as well win over it"},
+    {"dry_run", FLAG, ANY, S(dry_run), BOTH, NULL, "tell every setting, the plan and its memory; train nothing, write nothing"},
+    {"plot", TEXT, ANY, S(plot_file), BOTH, NULL, "SVG of all curves, drawn anew while the run goes on"},
     {"steps", I64, POSITIVE, T(steps), BOTH, NULL, "optimiser steps in all (60)"},
     {"seed", U64, ANY, T(seed), BOTH, NULL, "of sampling, order of the lines, and LoRA init (0)"},
     {"prompts_per_step", I32, POSITIVE, T(prompts_per_step), BOTH, NULL, "prompts of a GRPO step (16), lines of an SFT step (32)"},
@@ -69,13 +81,59 @@ static const option options[] = {
     {"max_new_tokens", I32, POSITIVE, T(max_new_tokens), BOTH, NULL, "of a completion, end token included (10)"},
     {"temperature", REAL, POSITIVE, T(temperature), GRPO, NULL, "of training samples (1); greedy answers are measured by --eval"},
     {"micro_batch_tokens", I32, NOT_NEGATIVE, T(micro_batch_tokens), BOTH, NULL, "tokens of one forward and backward; 0 = all at once (0)"},
-    {"updates_per_batch", I32, POSITIVE, T(updates_per_batch), GRPO, NULL, "optimiser steps on one generation (1)"},
+    {"updates_per_batch", I32, POSITIVE, T(updates_per_batch), GRPO, NULL, "how often each generation is trained on (1)"},
+    {"steps_per_generation", I32, POSITIVE, T(steps_per_generation), GRPO, NULL,
+     "steps that share one generation, its groups shuffled among them (1)"},
+    {"resample_tries", I32, NOT_NEGATIVE, T(resample_tries), GRPO, NULL,
+     "so often, groups whose rewards are all equal give way to new prompts (0)"},
+    {"reward", REWARD, ANY, 0, GRPO, NULL,
+     "[WEIGHT*]exact|match|regex:P|number|json:J|length(target=N)|repetition|cmd:C|so:F; may be given again (exact, 0.2*match)"},
+    {"reward_cmd", COMMAND, ANY, 0, GRPO, NULL, "a program that scores: JSON lines in, JSON lines out; the same as --reward cmd:C"},
+    {"reward_timeout", REAL, NOT_NEGATIVE, T(reward_timeout), GRPO, NULL, "seconds for all rewards of a batch; 0 = none (0)"},
+    {"order", CHOICE, ANY, T(order), GRPO, orders, "of several rewards: sum_then_normalize|normalize_then_sum (sum_then_normalize)"},
+    {"overlong_share", REAL, NOT_NEGATIVE, T(overlong_share), GRPO, NULL,
+     "last share of max_new_tokens over which a penalty rises; 0 = none (0)"},
+    {"overlong_penalty", REAL, POSITIVE, T(overlong_penalty), GRPO, NULL, "its weight (1)"},
+    {"mask_truncated", FLAG, ANY, T(mask_truncated), GRPO, NULL, "completions that were cut have no loss; their reward still counts"},
+    {"reference", CHOICE, ANY, T(reference), GRPO, references, "of the KL term: base (adapter off)|snapshot (adapter at the start) (base)"},
+    {"ref_sync_every", I64, NOT_NEGATIVE, T(ref_sync_every), GRPO, NULL, "steps after which the snapshot is taken anew; 0 = never (0)"},
+    {"correction", CHOICE, ANY, T(correction), GRPO, corrections,
+     "weight of a token by its distance from the sampler: none|tis|mis|icepop (with a server tis, else none)"},
+    {"correction_level", CHOICE, ANY, T(correction_level), GRPO, levels, "its ratio is of a token or a sequence: token|sequence (token)"},
+    {"correction_low", REAL, POSITIVE, T(correction_low), GRPO, NULL, "icepop's lower bound (0.5)"},
+    {"correction_high", REAL, POSITIVE, T(correction_high), GRPO, NULL, "upper bound (tis 2, mis 3, icepop 5)"},
+    {"reject_low", REAL, NOT_NEGATIVE, T(reject_low), GRPO, NULL, "sequences whose geometric mean ratio is below have no loss (0)"},
+    {"reject_high", REAL, NOT_NEGATIVE, T(reject_high), GRPO, NULL, "the same above; 0 = no rejection (0)"},
+    {"entropy_target", REAL, NOT_NEGATIVE, T(entropy_target), GRPO, NULL,
+     "entropy below which a bonus acts, whose coefficient moves; 0 = no controller (0)"},
+    {"entropy_step", REAL, POSITIVE, T(entropy_step), GRPO, NULL, "by which it moves (0.005)"},
+    {"entropy_max", REAL, POSITIVE, T(entropy_max), GRPO, NULL, "its largest value (0.1)"},
+    {"replay", CHOICE, ANY, T(replay), GRPO, replays,
+     "experts that training takes: default|none (its own)|r2 (of the old policy's pass)|r3 (the sampler's)"},
+    {"no_shared_prompts", FLAG, ANY, T(no_shared_prompts), GRPO, NULL, "every completion runs its prompt itself"},
+    {"top_k", I32, NOT_NEGATIVE, T(top_k), GRPO, NULL, "training samples among the k likeliest tokens; 0 = all (0)"},
+    {"top_p", REAL, POSITIVE, T(top_p), GRPO, NULL, "among the likeliest that add up to p (1)"},
+    {"min_p", REAL, NOT_NEGATIVE, T(min_p), GRPO, NULL, "among those at least so likely as this share of the likeliest (0)"},
+    {"rollout_timeout", REAL, NOT_NEGATIVE, T(rollout_timeout), GRPO, NULL, "seconds for one generation call; 0 = none (0)"},
     {"shuffle_rewards", FLAG, ANY, T(shuffle_rewards), GRPO, NULL, "control run: rewards change owners within a step; must not learn"},
     {"no_thinking", FLAG, ANY, T(no_thinking), BOTH, NULL, "chat messages: answers begin with an empty thinking block"},
     {"no_skip", FLAG, ANY, T(no_skip), GRPO, NULL, "also run groups whose advantages are all zero"},
     {"eval_every", I64, POSITIVE, T(eval_every), BOTH, NULL, "steps between evaluations (10)"},
     {"eval_samples", I32, POSITIVE, T(eval_samples), BOTH, NULL, "sampled completions of an evaluation line (4)"},
     {"checkpoint_every", I64, POSITIVE, T(checkpoint_every), BOTH, NULL, "steps between checkpoints (20)"},
+    {"early_stop", I32, NOT_NEGATIVE, T(early_stop), BOTH, NULL, "evaluations without a better one that end the run; 0 = never (0)"},
+    {"keep_best", FLAG, ANY, T(keep_best), BOTH, NULL, "keep the adapter of the best evaluation in adapter-best"},
+    {"keep_checkpoints", I32, NOT_NEGATIVE, T(keep_checkpoints), BOTH, NULL,
+     "keep the last so many as checkpoint-STEP.h5; 0 = only the last (0)"},
+    {"server", TEXT, ANY, T(server), GRPO, NULL, "address of an OpenAI-compatible server (vLLM) that writes the completions"},
+    {"server_model", TEXT, ANY, T(server_model), GRPO, NULL, "the base model's id there (the only one it lists)"},
+    {"server_adapter_dir", TEXT, ANY, T(server_adapter_dir), GRPO, NULL, "folder where versions of the adapter are written for it"},
+    {"server_adapter_path", TEXT, ANY, T(server_adapter_path), GRPO, NULL, "the same folder as the server sees it (the same)"},
+    {"server_retries", I32, POSITIVE, T(server_retries), GRPO, NULL, "tries of a request beyond the first (4)"},
+    {"server_concurrency", I32, POSITIVE, T(server_concurrency), GRPO, NULL, "requests in flight (32)"},
+    {"server_timeout", REAL, POSITIVE, T(server_timeout), GRPO, NULL, "seconds of one try (120)"},
+    {"server_drop_lost", FLAG, ANY, T(server_drop_lost), GRPO, NULL, "groups that no try brought are left out, not an error"},
+    {"max_staleness", I32, NOT_NEGATIVE, T(max_staleness), GRPO, NULL, "versions that a completion may be behind (0)"},
     {"scale", CHOICE, ANY, T(scale), GRPO, scales, "divisor of the advantages: none|group|batch (none)"},
     {"loss", CHOICE, ANY, O(loss), GRPO, losses, "grpo|bnpo|dr_grpo|dapo|cispo|sapo|luspo|vespo (dapo)"},
     {"level", CHOICE, ANY, O(level), GRPO, levels, "importance ratio of a token or a sequence: token|sequence (token)"},
@@ -109,6 +167,7 @@ static const option options[] = {
     {"eight_bit", FLAG, ANY, A(eight_bit), BOTH, NULL, "moments in 8 bits"},
     {"experts", CHOICE, ANY, M(experts), BOTH, formats,
      "how experts are held: nf4|fp4|mxfp4|none (as the checkpoint has them in 4 bits, else nf4)"},
+    {"mxfp4_rule", CHOICE, ANY, M(mxfp4_rule), BOTH, mxfp4_rules, "how plain experts become mxfp4: ocp|round_up (ocp)"},
     {"double_quant", FLAG, ANY, M(double_quant), BOTH, NULL, "quantise the block scales too"},
     {"lora_rank", I32, POSITIVE, M(lora_rank), BOTH, NULL, "(8)"},
     {"lora_alpha", REAL, POSITIVE, M(lora_alpha), BOTH, NULL, "(2 * lora_rank)"},
@@ -123,12 +182,17 @@ static const option options[] = {
     {"memory_limit", BYTES, NOT_NEGATIVE, C(memory_limit), BOTH, NULL, "bytes; 0 = none (0)"},
 };
 #define N_OPTIONS ((int)(sizeof options / sizeof options[0]))
+_Static_assert(N_OPTIONS <= MAX_OPTIONS, "raise MAX_OPTIONS");
 
 /* What is being read, for error sentences: "--lr" or "FILE.json: lr". */
 typedef struct source {
     const char *file;
     const option *o;
 } source;
+
+static void note(settings *s, const source *from) {
+    s->origins[from->o - options] = from->file ? BY_FILE : BY_LINE;
+}
 
 static outcome wrong(const char *format, ...) {
     va_list arguments;
@@ -212,14 +276,38 @@ static outcome set_integer(settings *s, const source *from, long long value) {
     char got[32];
     snprintf(got, sizeof got, "%lld", value);
     if (from->o->type == I32 && (value > INT32_MAX || value < INT32_MIN)) return wrong_value(from, got, "at most 2147483647");
-    if ((from->o->type == U64 || from->o->type == BYTES) && value < 0) return wrong_value(from, got, "0 or more");
+    if (from->o->type == BYTES && value < 0) return wrong_value(from, got, "0 or more");
     if (from->o->type == I32)
         *(int32_t *)field = (int32_t)value;
     else if (from->o->type == BYTES)
         *(size_t *)field = (size_t)value;
     else
-        memcpy(field, &value, sizeof value); /* int64_t and uint64_t */
+        memcpy(field, &value, sizeof value); /* int64_t */
     return OUTCOME_RUN;
+}
+
+/* 0 to 2^64-1; in JSON, whose readers stop at 2^63-1, also as a string of digits. */
+static outcome set_u64(settings *s, const source *from, const char *text) {
+    char *end;
+    errno = 0;
+    const unsigned long long value = strtoull(text, &end, 10);
+    if (*text < '0' || *text > '9' || *end || errno != 0) return wrong_value(from, text, "a whole number from 0 to 18446744073709551615");
+    *(uint64_t *)((char *)s + from->o->offset) = value;
+    return OUTCOME_RUN;
+}
+
+/* Those of the line stand in for those of the file. */
+static outcome add_reward(settings *s, const source *from, const char *text) {
+    const origin here = from->file ? BY_FILE : BY_LINE;
+    if (s->rewards_from != here) s->n_rewards = 0;
+    s->rewards_from = here;
+    if (s->n_rewards == MAX_REWARDS) return wrong("--%s: got more than %d, expected fewer", from->o->name, MAX_REWARDS);
+    char *description = malloc(strlen(text) + sizeof "cmd:");
+    if (!description) return wrong("no memory for a reward's description");
+    sprintf(description, "%s%s", from->o->type == COMMAND ? "cmd:" : "", text);
+    free((char *)s->reward_text[s->n_rewards]);
+    s->reward_text[s->n_rewards++] = description;
+    return *text ? OUTCOME_RUN : wrong_value(from, "nothing", "a reward");
 }
 
 static const choice *find_choice(const choice *list, const char *word, size_t length) {
@@ -249,6 +337,8 @@ static outcome set_word(settings *s, const source *from, const char *text) {
         return *text ? OUTCOME_RUN : wrong_value(from, "nothing", "a text");
     }
     if (from->o->type == TARGETS) return set_targets(s, from, text);
+    if (from->o->type == U64) return set_u64(s, from, text);
+    if (from->o->type == REWARD || from->o->type == COMMAND) return add_reward(s, from, text);
     const choice *c = find_choice(from->o->choices, text, strlen(text));
     if (!c) return wrong_value(from, text, from->o->help);
     memcpy(field, &c->value, sizeof c->value); /* enumerations of the library are ints */
@@ -259,6 +349,7 @@ static outcome set_word(settings *s, const source *from, const char *text) {
 static outcome set_text(settings *s, const source *from, const char *text) {
     char *end;
     errno = 0;
+    note(s, from);
     switch (from->o->type) {
     case REAL: {
         const double value = strtod(text, &end);
@@ -266,7 +357,6 @@ static outcome set_text(settings *s, const source *from, const char *text) {
     }
     case I32:
     case I64:
-    case U64:
     case BYTES: {
         const long long value = strtoll(text, &end, 10);
         return *text && !*end && errno == 0 ? set_integer(s, from, value) : wrong_value(from, text, "a whole number");
@@ -277,7 +367,25 @@ static outcome set_text(settings *s, const source *from, const char *text) {
 }
 
 static outcome set_json(settings *s, const source *from, const json_t *value) {
+    note(s, from);
     switch (from->o->type) {
+    case REWARD:
+    case COMMAND: {
+        outcome fine = json_is_string(value) ? add_reward(s, from, json_string_value(value)) : OUTCOME_RUN;
+        if (!json_is_string(value) && !json_is_array(value)) return wrong_value(from, "another type", "a string or a list of strings");
+        for (size_t i = 0; i < json_array_size(value) && fine == OUTCOME_RUN; i++) {
+            const char *text = json_string_value(json_array_get(value, i));
+            fine = text ? add_reward(s, from, text) : wrong_value(from, "another type", "a list of strings");
+        }
+        return fine;
+    }
+    case U64: {
+        char digits[32];
+        if (json_is_string(value)) return set_u64(s, from, json_string_value(value));
+        if (!json_is_integer(value)) return wrong_value(from, "another type", "a whole number");
+        snprintf(digits, sizeof digits, "%lld", (long long)json_integer_value(value));
+        return set_u64(s, from, digits);
+    }
     case FLAG:
         if (!json_is_boolean(value)) return wrong_value(from, "another type", "true or false");
         *(bool *)((char *)s + from->o->offset) = json_is_true(value);
@@ -286,7 +394,6 @@ static outcome set_json(settings *s, const source *from, const json_t *value) {
         return json_is_number(value) ? set_real(s, from, json_number_value(value)) : wrong_value(from, "another type", "a number");
     case I32:
     case I64:
-    case U64:
     case BYTES:
         return json_is_integer(value) ? set_integer(s, from, json_integer_value(value))
                                       : wrong_value(from, "another type", "a whole number");
@@ -295,11 +402,14 @@ static outcome set_json(settings *s, const source *from, const json_t *value) {
     }
 }
 
-static outcome read_file(settings *s, const char *path, int program) {
+static outcome load_file(settings *s, const char *path) {
     json_error_t error;
     s->file = json_load_file(path, JSON_REJECT_DUPLICATES, &error);
     if (!s->file) return wrong("%s:%d: %s", path, error.line, error.text);
-    if (!json_is_object(s->file)) return wrong("%s: got another JSON value, expected an object of settings", path);
+    return json_is_object(s->file) ? OUTCOME_RUN : wrong("%s: got another JSON value, expected an object of settings", path);
+}
+
+static outcome read_file(settings *s, const char *path, int program) {
     const char *key;
     json_t *value;
     json_object_foreach(s->file, key, value) {
@@ -342,6 +452,7 @@ static outcome read_option(settings *s, int program, char **argv, const char **c
     *used = 1;
     if (from.o && from.o->type == FLAG) {
         if (equal) return wrong_value(&from, equal + 1, "no value");
+        note(s, &from);
         *(bool *)((char *)s + from.o->offset) = true;
         return OUTCOME_RUN;
     }
@@ -363,32 +474,134 @@ static outcome read_line(settings *s, int program, int argc, char **argv, const 
 }
 
 static void begin(settings *s, esp_trainer_kind kind) {
-    *s = (settings){.ctx = {.struct_size = sizeof s->ctx},
-                    .model = {.struct_size = sizeof s->model},
-                    .trainer = {.struct_size = sizeof s->trainer,
-                                .kind = kind,
-                                .objective = {.struct_size = sizeof s->trainer.objective},
-                                .adamw = {.struct_size = sizeof s->trainer.adamw}}};
+    s->model_dir = s->preset = s->plot_file = NULL;
+    s->dry_run = false;
+    s->ctx = ESP_CTX_CONFIG();
+    s->model = ESP_MODEL_CONFIG();
+    s->trainer = ESP_TRAINER_CONFIG(.kind = kind, .objective = ESP_OBJECTIVE(), .adamw = ESP_ADAMW_CONFIG());
+    s->n_rewards = 0;
+    memset(s->origins, 0, sizeof s->origins);
 }
 
-outcome settings_read(settings *s, esp_trainer_kind kind, int argc, char **argv) {
+static size_t width(type t) {
+    return t == TEXT    ? sizeof(char *)
+           : t == FLAG  ? sizeof(bool)
+           : t == BYTES ? sizeof(size_t)
+           : t == I64   ? sizeof(int64_t)
+           : t == U64   ? sizeof(uint64_t)
+                        : sizeof(int32_t);
+}
+
+static outcome apply_preset(settings *s, const char *name, int program) {
+    settings before = *s;
+    if (esp_trainer_preset(&s->trainer, name) != ESP_OK) return wrong("--%s", esp_last_error());
+    for (int i = 0; i < N_OPTIONS; i++) {
+        const option *o = &options[i];
+        if (!(o->programs & program) || o->type == REWARD || o->type == COMMAND) continue;
+        if (memcmp((char *)s + o->offset, (char *)&before + o->offset, width(o->type)) != 0) s->origins[i] = BY_PRESET;
+    }
+    return OUTCOME_RUN;
+}
+
+/* From the lowest layer up: preset, file, line. */
+static outcome read_layers(settings *s, esp_trainer_kind kind, int argc, char **argv) {
     const int program = kind == ESP_TRAIN_GRPO ? GRPO : SFT;
     const char *config = NULL;
     begin(s, kind);
     outcome fine = read_line(s, program, argc, argv, &config);
-    if (fine == OUTCOME_RUN && config) {
-        /* The file lies under the line: read it first, then the line again on top. */
-        begin(s, kind);
-        fine = read_file(s, config, program);
-        if (fine == OUTCOME_RUN) fine = read_line(s, program, argc, argv, &config);
+    if (fine == OUTCOME_RUN && config) fine = load_file(s, config);
+    const char *preset = s->preset ? s->preset : json_string_value(json_object_get(s->file, "preset"));
+    if (fine != OUTCOME_RUN || (!config && !preset)) return fine;
+    begin(s, kind);
+    if (preset) fine = apply_preset(s, preset, program);
+    if (fine == OUTCOME_RUN && config) fine = read_file(s, config, program);
+    return fine == OUTCOME_RUN ? read_line(s, program, argc, argv, &config) : fine;
+}
+
+static outcome open_rewards(settings *s) {
+    for (int i = 0; i < s->n_rewards; i++)
+        if (esp_reward_open(&s->rewards[i], s->reward_text[i]) != ESP_OK)
+            return wrong("--reward %s: %s", s->reward_text[i], esp_last_error());
+    if (s->n_rewards > 0) {
+        s->trainer.rewards = s->rewards;
+        s->trainer.n_rewards = s->n_rewards;
     }
+    return OUTCOME_RUN;
+}
+
+outcome settings_read(settings *s, esp_trainer_kind kind, int argc, char **argv) {
+    *s = (settings){.file = NULL};
+    outcome fine = read_layers(s, kind, argc, argv);
     if (fine == OUTCOME_RUN && !s->model_dir) fine = wrong("--model: got nothing, expected a Hugging Face folder (--help lists all)");
     if (fine == OUTCOME_RUN && !s->trainer.train_file) fine = wrong("--train: got nothing, expected a JSONL file (--help lists all)");
     s->model.seed = s->trainer.seed;
-    return fine;
+    return fine == OUTCOME_RUN ? open_rewards(s) : fine;
 }
 
 void settings_free(settings *s) {
+    for (int i = 0; i < MAX_REWARDS; i++) {
+        esp_reward_close(&s->rewards[i]);
+        free((char *)s->reward_text[i]);
+    }
     json_decref(s->file);
     s->file = NULL;
+}
+
+static void value_text(char *out, size_t size, const settings *s, const option *o) {
+    const void *field = (const char *)s + o->offset;
+    int word;
+    switch (o->type) {
+    case TEXT:
+        snprintf(out, size, "%s", *(const char *const *)field ? *(const char *const *)field : "-");
+        return;
+    case I32:
+        snprintf(out, size, "%d", *(const int32_t *)field);
+        return;
+    case I64:
+        snprintf(out, size, "%lld", (long long)*(const int64_t *)field);
+        return;
+    case U64:
+        snprintf(out, size, "%llu", (unsigned long long)*(const uint64_t *)field);
+        return;
+    case BYTES:
+        snprintf(out, size, "%zu", *(const size_t *)field);
+        return;
+    case REAL:
+        snprintf(out, size, "%g", (double)*(const float *)field);
+        return;
+    case FLAG:
+        snprintf(out, size, "%s", *(const bool *)field ? "true" : "false");
+        return;
+    case CHOICE:
+    case TARGETS:
+        memcpy(&word, field, sizeof word);
+        snprintf(out, size, "%d", word);
+        for (const choice *c = o->choices; c->word; c++)
+            if (c->value == word) snprintf(out, size, "%s", c->word);
+        return;
+    case REWARD:
+    case COMMAND:
+        out[0] = '\0';
+        for (int i = 0; i < s->n_rewards && strlen(out) + 2 < size; i++)
+            snprintf(out + strlen(out), size - strlen(out), "%s%s", i ? ", " : "", s->reward_text[i]);
+        return;
+    }
+}
+
+void settings_print(const settings *s) {
+    static const char *const from[] = {"default", "preset", "config", "option"};
+    const int program = s->trainer.kind == ESP_TRAIN_GRPO ? GRPO : SFT;
+    for (int i = 0; i < N_OPTIONS; i++) {
+        const option *o = &options[i];
+        char value[256];
+        if (!(o->programs & program) || o->type == COMMAND) continue;
+        value_text(value, sizeof value, s, o);
+        /* A default may be anything that the help names; 0 in the struct stands for it. */
+        const bool unset = s->origins[i] == BY_DEFAULT && !(o->type == REWARD && s->n_rewards > 0);
+        printf("  %-26s %-20s %-8s %s\n", o->name, unset ? "-" : value,
+               from[unset               ? BY_DEFAULT
+                    : o->type == REWARD ? s->rewards_from
+                                        : s->origins[i]],
+               o->help);
+    }
 }

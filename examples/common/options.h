@@ -6,12 +6,26 @@
 
 #include <jansson.h>
 
+#define MAX_REWARDS 16
+#define MAX_OPTIONS 160
+
+/* Where a value came from; each wins over those before it. */
+typedef enum origin { BY_DEFAULT, BY_PRESET, BY_FILE, BY_LINE } origin;
+
 typedef struct settings {
     const char *model_dir;
+    const char *preset;
+    const char *plot_file; /* drawn anew while the run goes on */
+    bool dry_run;
     esp_ctx_config ctx;
     esp_model_config model;
     esp_trainer_config trainer;
-    json_t *file; /* of --config; strings of the settings may live in it */
+    const char *reward_text[MAX_REWARDS]; /* descriptions, see esp_reward_open */
+    esp_reward rewards[MAX_REWARDS];
+    int n_rewards;
+    origin rewards_from;
+    origin origins[MAX_OPTIONS]; /* of each row of the table */
+    json_t *file;                /* of --config; strings of the settings may live in it */
 } settings;
 
 typedef enum outcome { OUTCOME_RUN, OUTCOME_HELP, OUTCOME_WRONG } outcome;
@@ -20,5 +34,7 @@ typedef enum outcome { OUTCOME_RUN, OUTCOME_HELP, OUTCOME_WRONG } outcome;
  * wrong. */
 outcome settings_read(settings *s, esp_trainer_kind kind, int argc, char **argv);
 void settings_free(settings *s);
+/* Every option: its value, where that came from, what it does. */
+void settings_print(const settings *s);
 
 #endif

@@ -6,6 +6,12 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
+
+/* What the programs return: 0 done; 1 to 14 an esp_status; 2 is also a wrong option; 15 standard output could not be written; 128 + n ended
+ * by signal n, saved. */
+#define EXIT_NO_OUTPUT 15
+#define PLOT_SECONDS 2.0
 
 static volatile sig_atomic_t stop_signal;
 
@@ -20,6 +26,11 @@ static void watch_signals(void) {
     sigaction(SIGINT, &action, NULL);
 }
 
+static int stop_asked(void *user) {
+    (void)user;
+    return stop_signal != 0;
+}
+
 /* What is remembered of the steps of this process. */
 typedef struct history {
     double *seconds, *score; /* score: reward of GRPO, loss of SFT */
@@ -30,15 +41,24 @@ typedef struct accuracy {
     double sampled, greedy;
 } accuracy;
 
-static void print_step(const settings *s, const esp_step_stats *x, int64_t steps) {
+static void print_time_left(double seconds) {
+    if (seconds >= 3600)
+        printf("  ETA %d:%02d h", (int)(seconds / 3600), (int)(seconds / 60) % 60);
+    else
+        printf("  ETA %d:%02d", (int)(seconds / 60), (int)seconds % 60);
+}
+
+static void print_step(const settings *s, const esp_step_stats *x, int64_t steps, double left) {
+    printf("step %3lld/%lld", (long long)x->step, (long long)steps);
     if (s->trainer.kind == ESP_TRAIN_GRPO) {
-        printf("step %3lld/%lld  reward %.3f  exact %.3f", (long long)x->step, (long long)steps, x->reward, x->exact);
+        printf("  reward %.3f  exact %.3f", x->reward, x->exact);
         if (isfinite(x->kl)) printf("  kl %.4f", x->kl);
-        printf("  entropy %.3f  length %.1f  zero-std %.2f  |grad| %.4f  %.3f s", x->entropy, x->mean_length, x->frac_reward_zero_std,
-               x->grad_norm, x->seconds);
+        printf("  clip %.3f  entropy %.3f  length %.1f  zero-std %.2f", x->clip_ratio, x->entropy, x->mean_length, x->frac_reward_zero_std);
     } else {
-        printf("step %3lld/%lld  loss %.4f  |grad| %.4f  %.3f s", (long long)x->step, (long long)steps, x->loss, x->grad_norm, x->seconds);
+        printf("  loss %.4f", x->loss);
     }
+    printf("  |grad| %.4f  %.3f s  %.0f tok/s", x->grad_norm, x->seconds, x->tokens_per_second);
+    print_time_left(left);
     if (isfinite(x->eval_sampled)) printf("  | eval: sampled %.4f  greedy %.4f", x->eval_sampled, x->eval_greedy);
     printf("\n");
     fflush(stdout);
@@ -73,27 +93,59 @@ static double median(double *x, int64_t n) {
     return n % 2 ? x[n / 2] : (x[n / 2 - 1] + x[n / 2]) / 2;
 }
 
-static int plot(const char *out_dir) {
-    char metrics[4096], svg[4096];
-    if (snprintf(metrics, sizeof metrics, "%s/metrics.jsonl", out_dir) >= (int)sizeof metrics ||
-        snprintf(svg, sizeof svg, "%s/metrics.svg", out_dir) >= (int)sizeof svg) {
-        fprintf(stderr, "error: --out: got a path of %zu bytes, expected fewer than 4080\n", strlen(out_dir));
+static int plot(const settings *s, const char *svg) {
+    char metrics[4096];
+    if (snprintf(metrics, sizeof metrics, "%s/metrics.jsonl", s->trainer.out_dir) >= (int)sizeof metrics) {
+        fprintf(stderr, "error: --out: got a path of %zu bytes, expected fewer than 4080\n", strlen(s->trainer.out_dir));
         return 1;
     }
     ESP_CHECK(esp_plot_metrics(metrics, svg));
-    printf("plot: %s\n", svg);
     return 0;
+}
+
+/* The curves so far, not more often than one can look at them. */
+static int plot_live(const settings *s, double *last) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    const double seconds = (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+    if (!s->plot_file || seconds - *last < PLOT_SECONDS) return 0;
+    *last = seconds;
+    return plot(s, s->plot_file);
+}
+
+static int plot_last(const settings *s) {
+    char svg[4096];
+    snprintf(svg, sizeof svg, "%s/metrics.svg", s->trainer.out_dir);
+    const int code = plot(s, svg);
+    if (code != 0) return code;
+    printf("plot: %s\n", svg);
+    return s->plot_file ? plot(s, s->plot_file) : 0;
+}
+
+static void print_accuracy(const char *name, double share) {
+    if (isfinite(share))
+        printf("%s=%.4f ", name, share);
+    else
+        printf("%s=none ", name); /* without --eval */
 }
 
 static int report(esp_trainer *trainer, const settings *s, history *h, accuracy before, accuracy after) {
     size_t planned, peak;
     sparkline(s->trainer.kind == ESP_TRAIN_GRPO ? "reward" : "loss", h->score, h->n);
-    if (s->trainer.out_dir && plot(s->trainer.out_dir) != 0) return 1;
+    const int code = s->trainer.out_dir ? plot_last(s) : 0;
+    if (code != 0) return code;
     ESP_CHECK(esp_trainer_memory(trainer, &planned, &peak));
-    printf("result: before_sampled=%.4f before_greedy=%.4f after_sampled=%.4f after_greedy=%.4f steps=%lld step_seconds_median=%.6f "
-           "peak_bytes=%zu planned_bytes=%zu\n",
-           before.sampled, before.greedy, after.sampled, after.greedy, (long long)esp_trainer_steps_done(trainer), median(h->seconds, h->n),
-           peak, planned);
+    printf("result: ");
+    print_accuracy("before_sampled", before.sampled);
+    print_accuracy("before_greedy", before.greedy);
+    print_accuracy("after_sampled", after.sampled);
+    print_accuracy("after_greedy", after.greedy);
+    printf("steps=%lld ", (long long)esp_trainer_steps_done(trainer));
+    if (h->n > 0)
+        printf("step_seconds_median=%.6f ", median(h->seconds, h->n));
+    else
+        printf("step_seconds_median=none "); /* a resume that had nothing left to do */
+    printf("peak_bytes=%zu planned_bytes=%zu\n", peak, planned);
     return 0;
 }
 
@@ -109,24 +161,57 @@ static int interrupted(esp_trainer *trainer, const settings *s) {
     return 128 + (int)stop_signal;
 }
 
-static int loop(esp_trainer *trainer, const settings *s, history *h) {
+static int steps_of(esp_trainer *trainer, const settings *s, history *h) {
     const int64_t steps = s->trainer.steps;
+    double spent = 0, plotted = 0;
+    while (!esp_trainer_finished(trainer) && !stop_signal) {
+        esp_step_stats stats = ESP_STEP_STATS_INIT;
+        ESP_CHECK(esp_trainer_step(trainer, &stats));
+        if (stats.interrupted) break;
+        h->seconds[h->n] = stats.seconds;
+        h->score[h->n++] = s->trainer.kind == ESP_TRAIN_GRPO ? stats.reward : stats.loss;
+        spent += stats.seconds;
+        print_step(s, &stats, steps, spent / (double)h->n * (double)(steps - stats.step));
+        if (stats.early_stop) printf("early stop: %d evaluations brought nothing better\n", s->trainer.early_stop);
+        const int code = plot_live(s, &plotted);
+        if (code != 0) return code;
+    }
+    return 0;
+}
+
+static int loop(esp_trainer *trainer, const settings *s, history *h) {
     accuracy before = {NAN, NAN}, after;
     if (s->trainer.eval_file) {
         ESP_CHECK(esp_trainer_evaluate(trainer, &before.sampled, &before.greedy));
         printf("before: sampled exact %.4f  greedy exact %.4f\n", before.sampled, before.greedy);
     }
-    while (esp_trainer_steps_done(trainer) < steps && !stop_signal) {
-        esp_step_stats stats = ESP_STEP_STATS_INIT;
-        ESP_CHECK(esp_trainer_step(trainer, &stats));
-        h->seconds[h->n] = stats.seconds;
-        h->score[h->n++] = s->trainer.kind == ESP_TRAIN_GRPO ? stats.reward : stats.loss;
-        print_step(s, &stats, steps);
-    }
+    const int code = steps_of(trainer, s, h);
+    if (code != 0) return code;
     if (stop_signal) return interrupted(trainer, s);
     after = before;
     if (s->trainer.eval_file) ESP_CHECK(esp_trainer_evaluate(trainer, &after.sampled, &after.greedy));
     return report(trainer, s, h, before, after);
+}
+
+/* What the run would do. */
+static int tell(esp_trainer *trainer, const settings *s) {
+    const esp_trainer_config *c = &s->trainer;
+    const bool grpo = c->kind == ESP_TRAIN_GRPO;
+    size_t planned, peak;
+    ESP_CHECK(esp_trainer_memory(trainer, &planned, &peak));
+    printf("settings (name, value, where it comes from, what it does; - and the default in brackets where nothing is set):\n");
+    settings_print(s);
+    const int64_t prompts = c->prompts_per_step ? c->prompts_per_step
+                            : grpo              ? 16
+                                                : 32,
+                  group = grpo ? c->group_size ? c->group_size : 8 : 1;
+    const int64_t per = c->steps_per_generation ? c->steps_per_generation : 1, rounds = c->updates_per_batch ? c->updates_per_batch : 1;
+    printf("plan: %lld steps of %lld %s", (long long)c->steps, (long long)(prompts * group), grpo ? "completions" : "lines");
+    if (grpo)
+        printf(" (%lld prompts, %lld each); a generation of %lld completions serves %lld steps", (long long)prompts, (long long)group,
+               (long long)(prompts * group * per), (long long)(per * rounds));
+    printf("\nmemory: %zu bytes planned\n", planned);
+    return 0;
 }
 
 /* The objects of a run; released in the opposite order. */
@@ -140,6 +225,12 @@ typedef struct run {
 
 static int start(run *r, settings *s) {
     if (s->trainer.steps == 0) s->trainer.steps = 60;
+    if (s->plot_file && !s->trainer.out_dir) {
+        fprintf(stderr, "error: --plot: set without --out, expected both: it is drawn from the metrics there\n");
+        return 2;
+    }
+    if (s->dry_run) s->trainer.out_dir = NULL;
+    s->trainer.stop = stop_asked;
     r->history.seconds = calloc((size_t)s->trainer.steps, sizeof(double));
     r->history.score = calloc((size_t)s->trainer.steps, sizeof(double));
     if (!r->history.seconds || !r->history.score) {
@@ -156,7 +247,7 @@ static int start(run *r, settings *s) {
            (long long)info.experts, (long long)info.adapter_parameters, esp_ctx_backend(r->ctx));
     if (s->trainer.resume_dir)
         printf("resumed from %s after step %lld\n", s->trainer.resume_dir, (long long)esp_trainer_steps_done(r->trainer));
-    return loop(r->trainer, s, &r->history);
+    return s->dry_run ? tell(r->trainer, s) : loop(r->trainer, s, &r->history);
 }
 
 int train_main(esp_trainer_kind kind, int argc, char **argv) {
@@ -175,5 +266,9 @@ int train_main(esp_trainer_kind kind, int argc, char **argv) {
     free(r.history.seconds);
     free(r.history.score);
     settings_free(&s);
+    if ((fflush(stdout) != 0 || ferror(stdout)) && code == 0) {
+        fprintf(stderr, "error: standard output could not be written\n");
+        code = EXIT_NO_OUTPUT;
+    }
     return code;
 }

@@ -21,10 +21,11 @@ typedef enum esp_reference {
 
 /// Rollout correction: weights of the tokens by rho = exp(old - sampler), constants of the loss.
 typedef enum esp_correction {
-    ESP_CORRECTION_NONE = 0,
-    ESP_CORRECTION_TIS = 1,   ///< min(rho, high); default high 2
-    ESP_CORRECTION_MIS = 2,   ///< rho where rho <= high, else 0; default high 3
-    ESP_CORRECTION_ICEPOP = 3 ///< rho where low <= rho <= high, else 0; default 0.5, 5
+    ESP_CORRECTION_DEFAULT = 0, ///< none for our own sampler, tis for rollouts of another program
+    ESP_CORRECTION_NONE = 1,
+    ESP_CORRECTION_TIS = 2,   ///< min(rho, high); default high 2
+    ESP_CORRECTION_MIS = 3,   ///< rho where rho <= high, else 0; default high 3
+    ESP_CORRECTION_ICEPOP = 4 ///< rho where low <= rho <= high, else 0; default 0.5, 5
 } esp_correction;
 
 /// Routing replay: which experts the training forward takes.

@@ -130,6 +130,7 @@ double espi_correction_weight(const esp_trainer_config *c, double log_rho) {
     const double rho = exp(clamp(log_rho, -LOG_RHO_MAX, LOG_RHO_MAX));
     const double low = espi_decimal(c->correction_low), high = espi_decimal(c->correction_high);
     switch (c->correction) {
+    case ESP_CORRECTION_DEFAULT:
     case ESP_CORRECTION_NONE:
         return 1;
     case ESP_CORRECTION_TIS:

@@ -23,6 +23,13 @@ grep -q -e "--shuffle-rewards" "$work/out" && say "espalier-sft offers rewards"
 # shellcheck disable=SC2086
 {
     refused "did you mean --shuffle_rewards" $model $prompts --shufle-rewards
+    refused "preset: got \"ppo\", expected trl-default" $model $prompts --preset ppo
+    refused "mask_truncated together with overlong_share makes no sense" $model $prompts --preset dapo --mask-truncated
+    refused "plot: set without --out" $model $prompts --plot "$work/x.svg"
+    refused "seed: got -1, expected a whole number from 0 to 18446744073709551615" $model $prompts --seed -1
+    refused "seed: got 18446744073709551616" $model $prompts --seed 18446744073709551616
+    refused "mxfp4_rule: got up" $model $prompts --mxfp4-rule up
+    refused "reward no-such: .*expected one of exact" $model $prompts --reward no-such
     refused "did you mean --steps" $model $prompts --stepz 3
     refused "temperature: got 0, expected a positive number" $model $prompts --temperature 0
     refused "lr: got x, expected a number" $model $prompts --lr x
@@ -38,17 +45,38 @@ grep -q -e "--shuffle-rewards" "$work/out" && say "espalier-sft offers rewards"
     "$grpo" $model $prompts --config "$work/c.json" --lr=0.001 --group-size 2 --out "$work/run" >"$work/out" 2>&1 || say "a config file fails"
     has "step   2/2" "config"
     has "plot: $work/run/metrics.svg" "config"
-    tail -n 1 "$work/out" | grep -qE '^result: before_sampled=[^ ]+ before_greedy=[^ ]+ after_sampled=[^ ]+ after_greedy=[^ ]+ steps=2 step_seconds_median=[0-9.]+ peak_bytes=([0-9]+) planned_bytes=\1$' || say "result line"
+    has "step   2/2  reward .* exact .* clip .* length .* tok/s  ETA 0:0" "the line of a step"
+    tail -n 1 "$work/out" | grep -qE '^result: before_sampled=none before_greedy=none after_sampled=none after_greedy=none steps=2 step_seconds_median=[0-9.]+ peak_bytes=([0-9]+) planned_bytes=\1$' || say "result line"
     grep -q '"learning_rate":0.001,' "$work/run/metrics.jsonl" || say "an option does not win over the config file"
     echo '{"stepz": 2}' >"$work/c.json" && refused 'unknown key "stepz"; did you mean "steps"' $model $prompts --config "$work/c.json"
     echo '{"steps": "2"}' >"$work/c.json" && refused "steps: got another type, expected a whole number" $model $prompts --config "$work/c.json"
     echo '{"steps": 2' >"$work/c.json" && refused "c.json:" $model $prompts --config "$work/c.json"
 
-    "$grpo" $model $prompts --steps 100000 --prompts-per-step 2 --out "$work/long" >"$work/out" 2>&1 &
+    # A config's preset lies under its other keys, and those under the line; the whole range of seeds.
+    echo '{"preset": "dapo", "resample_tries": 1, "seed": "18446744073709551615", "reward": ["exact", "0.2*match"]}' >"$work/c.json"
+    "$grpo" $model $prompts --config "$work/c.json" --epsilon-high 0.3 --dry-run >"$work/out" 2>&1 || say "--dry-run fails"
+    has "epsilon_high *0.3 *option" "dry run" && has "epsilon_low *0.2 *preset" "dry run" && has "resample_tries *1 *config" "dry run"
+    has "seed *18446744073709551615 *config" "dry run" && has "reward *exact, 0.2\*match *config" "dry run"
+    has "plan: 60 steps of 128 completions (16 prompts, 8 each)" "dry run" && has "memory: [0-9]* bytes planned" "dry run"
+    grep -q "^step" "$work/out" && say "--dry-run trains"
+    "$grpo" $model $prompts --steps 2 --prompts-per-step 2 --seed 18446744073709551615 --reward exact --reward "0.5*length(target=6)" \
+        --mxfp4-rule round_up --experts mxfp4 --out "$work/two" --plot "$work/live.svg" >"$work/out" 2>&1 || say "two rewards fail"
+    grep -q '"rewards/length/mean":' "$work/two/metrics.jsonl" || say "a reward of the line is not logged"
+    grep -q "</svg>" "$work/live.svg" || say "no live plot"
+    grep -qE "nan|inf" "$work/two/metrics.jsonl" && say "metrics with a number that is none"
+    if [ -w /dev/full ]; then
+        "$grpo" $model $prompts --steps 1 --prompts-per-step 2 >/dev/full 2>"$work/out"
+        [ $? -eq 15 ] || say "a full standard output: another exit status"
+        has "standard output could not be written" "full output"
+    fi
+
+    "$grpo" $model $prompts --steps 100000 --prompts-per-step 2 --out "$work/long" >"$work/long.log" 2>&1 &
     pid=$!
-    until grep -q "step   3" "$work/out" || ! kill -0 $pid; do sleep 0.1; done
+    until grep -q "step   3" "$work/long.log" || ! kill -0 $pid; do sleep 0.1; done
+    refused "another run writes into this folder" $model $prompts --steps 1 --out "$work/long"
     kill -TERM $pid && wait $pid
     [ $? -eq 143 ] || say "SIGTERM: another exit status"
+    cp "$work/long.log" "$work/out"
     has "saved; go on with --resume" "SIGTERM"
     done_steps=$(sed -n 's/.*stopped after step \([0-9]*\),.*/\1/p' "$work/out")
     "$grpo" $model $prompts --steps $((done_steps + 1)) --prompts-per-step 2 --resume "$work/long" --out "$work/long" >"$work/out" 2>&1 || say "resume fails"

@@ -23,6 +23,41 @@ Test(learning, grpo_on_mxfp4, .timeout = 120) {
     grpo_in_thirty_steps(DEMO_GPT_OSS);
 }
 
+/* Every preset, where each generation is trained on once: all ratios are 1. */
+static void preset_in_twenty_steps(const char *model, const char *name, int32_t mu, int32_t slices) {
+    esp_trainer_config c = ESP_TRAINER_CONFIG(.kind = ESP_TRAIN_GRPO, .train_file = DEMO_PROMPTS, .eval_file = DEMO_EVAL, .steps = 20,
+                                              .eval_every = 20, .eval_samples = 1);
+    OK(esp_trainer_preset(&c, name));
+    c.updates_per_batch = mu;
+    c.steps_per_generation = slices;
+    demo d = demo_trainer_of(model, &c);
+    double before, after, greedy;
+    OK(esp_trainer_evaluate(d.trainer, &before, &greedy));
+    for (int i = 0; i < 20; i++) OK(esp_trainer_step(d.trainer, NULL));
+    OK(esp_trainer_evaluate(d.trainer, &after, &greedy));
+    cr_expect(after - before >= 0.4, "%s: sampled %g, then %g", name, before, after);
+    if (!strcmp(name, "dapo")) cr_expect(after >= 0.75 && greedy >= 0.95, "dapo: sampled %g, greedy %g", after, greedy);
+    demo_free(&d);
+}
+
+#define PRESET(test, model, name, mu, slices)                                                                                              \
+    Test(learning, test, .timeout = 120) {                                                                                                 \
+        preset_in_twenty_steps(model, name, mu, slices);                                                                                   \
+    }
+PRESET(trl_default_on_nf4, DEMO_MODEL, "trl-default", 1, 1)
+PRESET(trl_default_on_mxfp4, DEMO_GPT_OSS, "trl-default", 1, 1)
+PRESET(dapo_on_nf4, DEMO_MODEL, "dapo", 1, 1)
+PRESET(dapo_on_mxfp4, DEMO_GPT_OSS, "dapo", 1, 1)
+PRESET(dr_grpo_on_nf4, DEMO_MODEL, "dr-grpo", 1, 1)
+PRESET(dr_grpo_on_mxfp4, DEMO_GPT_OSS, "dr-grpo", 1, 1)
+PRESET(gspo_moe_on_nf4, DEMO_MODEL, "gspo-moe", 1, 1)
+PRESET(gspo_moe_on_mxfp4, DEMO_GPT_OSS, "gspo-moe", 1, 1)
+PRESET(cispo_on_nf4, DEMO_MODEL, "cispo", 1, 1)
+PRESET(cispo_on_mxfp4, DEMO_GPT_OSS, "cispo", 1, 1)
+/* Two rounds over two slices: ratios, clips and caps have work to do. */
+PRESET(dapo_in_rounds, DEMO_MODEL, "dapo", 2, 2)
+PRESET(cispo_in_rounds, DEMO_MODEL, "cispo", 2, 2)
+
 Test(learning, shuffled_rewards_teach_nothing, .timeout = 120) {
     esp_trainer_config c = ESP_TRAINER_CONFIG(.kind = ESP_TRAIN_GRPO, .train_file = DEMO_PROMPTS, .eval_file = DEMO_EVAL, .steps = 30,
                                               .eval_every = 10, .shuffle_rewards = true);

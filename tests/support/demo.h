@@ -85,6 +85,7 @@ static inline void demo_remove(const char *dir) {
                                         "adapter/adapter_config.json",
                                         "adapter/adapter_model.safetensors",
                                         "adapter",
+                                        ".lock",
                                         ""};
     for (size_t i = 0; i < sizeof files / sizeof *files; i++) {
         char path[512];
