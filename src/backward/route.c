@@ -23,8 +23,8 @@ esp_status espi_route_backward(espi_pass *pass, int64_t layer, void *d_x, const 
                                   .aux_coef = pass->aux_coef,
                                   .z_coef = pass->z_coef};
     ESPI_TRY(espi_op_router_bwd(pass->ctx, pass->arena, &args));
-    espi_probe(pass, "d_topk_w", layer, d_weight, pass->tokens, router->top_k);
-    espi_probe(pass, "d_router_logits", layer, d_logits, pass->tokens, router->w.rows);
+    espi_probe_real(pass, "d_topk_w", layer, d_weight, pass->tokens, router->top_k);
+    espi_probe_real(pass, "d_router_logits", layer, d_logits, pass->tokens, router->w.rows);
     espi_arena_release(pass->arena, mark);
     return ESP_OK;
 }

@@ -10,6 +10,7 @@
 #define ESPI_CONTRACT_HEAD_H
 
 #include "core/arena.h"
+#include "core/ctx.h"
 #include "espalier/model.h"
 #include "kernels/ops.h"
 
@@ -60,16 +61,5 @@ typedef esp_status (*espi_head_coef)(void *user, const espi_head_rows *rows, int
 /* LH1 or LH2.  d_hidden act [T + rows->shared, H]: the first T overwritten, 0 where no row is; the others are work memory. */
 esp_status espi_head_loss(esp_model *model, espi_arena *arena, const espi_head_rows *rows, const void *hidden, void *d_hidden,
                           int64_t tokens, double temperature, bool row_local, espi_head_coef coef, void *user);
-
-/* Reads or writes element i of a real array whatever the context's dtype is. */
-static inline double espi_real_get(const void *p, int64_t i, esp_dtype real) {
-    return real == ESP_F64 ? ((const double *)p)[i] : (double)((const float *)p)[i];
-}
-static inline void espi_real_set(void *p, int64_t i, double value, esp_dtype real) {
-    if (real == ESP_F64)
-        ((double *)p)[i] = value;
-    else
-        ((float *)p)[i] = (float)value;
-}
 
 #endif

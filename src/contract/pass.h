@@ -47,7 +47,9 @@ static inline espi_lora espi_pass_lora(const espi_pass *pass, espi_lora lora) {
     return pass->adapter ? lora : (espi_lora){0};
 }
 
-/* Shows rows x cols values to the model's probe, if it has one.  models/probe.c */
+/* Shows rows x cols activations (_real: of the dtype of statistics) to the model's probe, if it has one, in host memory; bf16 as f32.
+ * models/probe.c */
+void espi_probe_real(const espi_pass *pass, const char *name, int64_t layer, const void *data, int64_t rows, int64_t cols);
 void espi_probe(const espi_pass *pass, const char *name, int64_t layer, const void *data, int64_t rows, int64_t cols);
 void espi_probe_i32(const espi_pass *pass, const char *name, int64_t layer, const int32_t *data, int64_t rows, int64_t cols);
 /* The same for routed rows [S,cols], put back into slot order [T,K,cols]. */

@@ -60,6 +60,17 @@ esp_status espi_ctx_zero(esp_ctx *ctx, void *p, size_t bytes);
 /* Waits for all that was queued, and returns what failed on the way.  Nothing on a CPU. */
 esp_status espi_ctx_wait(esp_ctx *ctx);
 
+/* Reads or writes element i of a real array whatever the context's dtype is. */
+static inline double espi_real_get(const void *p, int64_t i, esp_dtype real) {
+    return real == ESP_F64 ? ((const double *)p)[i] : (double)((const float *)p)[i];
+}
+static inline void espi_real_set(void *p, int64_t i, double value, esp_dtype real) {
+    if (real == ESP_F64)
+        ((double *)p)[i] = value;
+    else
+        ((float *)p)[i] = (float)value;
+}
+
 /* Takes what espi_ctx_alloc gave, with the same purpose and size.  NULL is allowed. */
 void espi_ctx_free(esp_ctx *ctx, espi_purpose purpose, void *p, size_t bytes);
 

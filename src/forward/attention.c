@@ -91,7 +91,7 @@ esp_status espi_attention_forward(espi_pass *pass, int64_t layer, void *y, const
                                      .head_dim = c->head_dim,
                                      .scale = 1.0 / sqrt((double)c->head_dim)};
     ESPI_TRY(espi_op_attention_fwd(pass->ctx, pass->arena, &args));
-    espi_probe(pass, "lse", layer, saved->lse, t, c->heads);
+    espi_probe_real(pass, "lse", layer, saved->lse, t, c->heads);
     espi_probe(pass, "attn", layer, saved->out, t, nq);
     return espi_linear_forward(pass, y, saved->u_o, saved->out, &w->o);
 }

@@ -51,8 +51,8 @@ esp_status espi_route_forward(espi_pass *pass, int64_t layer, const void *x, con
                                 .experts = r->experts,
                                 .top_k = r->top_k};
     ESPI_TRY(espi_op_dispatch(pass->ctx, pass->arena, &sort));
-    espi_probe(pass, "router_logits", layer, saved->logits, pass->tokens, r->experts);
+    espi_probe_real(pass, "router_logits", layer, saved->logits, pass->tokens, r->experts);
     espi_probe_i32(pass, "topk_idx", layer, saved->idx, pass->tokens, r->top_k);
-    espi_probe(pass, "topk_w", layer, saved->weight, pass->tokens, r->top_k);
+    espi_probe_real(pass, "topk_w", layer, saved->weight, pass->tokens, r->top_k);
     return ESP_OK;
 }

@@ -406,18 +406,11 @@ esp_status espi_adapter_read_spec(espi_lora_spec lora[ESPI_T_COUNT], float *alph
 
 /* ---- loading ---- */
 
-static void put(const esp_model *m, const void *parameter, int64_t i, float value) {
-    if (m->ctx->real == ESP_F64)
-        ((double *)parameter)[i] = value;
-    else
-        ((float *)parameter)[i] = value;
+static void put(const espi_adapter_image *image, const void *parameter, int64_t i, float value) {
+    espi_real_set(espi_adapter_image_at(image, parameter), i, value, image->model->ctx->real);
 }
 
-static float get(const esp_model *m, const void *parameter, int64_t i) {
-    return m->ctx->real == ESP_F64 ? (float)((const double *)parameter)[i] : ((const float *)parameter)[i];
-}
-
-static esp_status load_entry(esp_model *m, reader *r, const espi_adapter_entry *e) {
+static esp_status load_entry(const espi_adapter_image *image, reader *r, const espi_adapter_entry *e) {
     float *x;
     ESPI_TRY(read_matrix(&x, r, e->key, e->rows.n, e->cols.n));
     esp_status status = ESP_OK;
@@ -426,8 +419,8 @@ static esp_status load_entry(esp_model *m, reader *r, const espi_adapter_entry *
             const float value = x[i * e->cols.n + j];
             const int64_t at = espi_adapter_at(e, i, j);
             if (!e->repeated)
-                put(m, e->parameter, at, value);
-            else if (get(m, e->parameter, at) != value)
+                put(image, e->parameter, at, value);
+            else if (espi_adapter_image_get(image, e->parameter, at) != value)
                 status = ESPI_FAIL(ESP_ERR_INTERNAL, "%s: %s differs from gate's A, expected the same", espi_st_path(r->file), e->key);
         }
     }
@@ -435,7 +428,8 @@ static esp_status load_entry(esp_model *m, reader *r, const espi_adapter_entry *
     return status;
 }
 
-static esp_status load_tensors(esp_model *m, reader *r, const espi_adapter_layout *layout) {
+static esp_status load_tensors(const espi_adapter_image *image, reader *r, const espi_adapter_layout *layout) {
+    const esp_model *m = image->model;
     espi_adapter_entry *entries;
     size_t n;
     memset(r->seen, 0, espi_st_count(r->file));
@@ -444,10 +438,10 @@ static esp_status load_tensors(esp_model *m, reader *r, const espi_adapter_layou
     for (int64_t l = 0; l < m->config.layers && layout->separate; l++) {
         const espi_layer *w = &m->layers[l];
         if (w->mlp != ESPI_MLP_MOE) continue;
-        for (int64_t i = 0; i < w->gate_up.experts * w->gate_up.rows * w->lora_gate_up.r; i++) put(m, w->lora_gate_up.b, i, 0);
+        for (int64_t i = 0; i < w->gate_up.experts * w->gate_up.rows * w->lora_gate_up.r; i++) put(image, w->lora_gate_up.b, i, 0);
     }
     esp_status status = ESP_OK;
-    for (size_t i = 0; i < n && status == ESP_OK; i++) status = load_entry(m, r, &entries[i]);
+    for (size_t i = 0; i < n && status == ESP_OK; i++) status = load_entry(image, r, &entries[i]);
     free(entries);
     for (size_t i = 0; i < espi_st_count(r->file) && status == ESP_OK; i++)
         if (!r->seen[i])
@@ -475,28 +469,25 @@ static esp_status check_spec(const esp_model *m, const espi_lora_spec lora[ESPI_
     return ESP_OK;
 }
 
-static esp_status load_checked(esp_model *model, reader *r, const char *dir) {
+static esp_status load_checked(const espi_adapter_image *image, reader *r, const char *dir) {
     espi_adapter_layout layout;
     espi_lora_spec lora[ESPI_T_COUNT];
     ESPI_TRY(settle(&layout, lora, r));
-    ESPI_TRY(check_spec(model, lora, dir));
-    return load_tensors(model, r, &layout);
+    ESPI_TRY(check_spec(image->model, lora, dir));
+    return load_tensors(image, r, &layout);
 }
 
 esp_status esp_model_load_adapter_as(esp_model *model, const char *dir, const esp_adapter_config *config) {
     if (!model || !dir) return ESPI_FAIL(ESP_ERR_ARG, "esp_model_load_adapter: model or dir is NULL");
     reader r;
     ESPI_TRY(reader_open(&r, dir, &model->config, config));
-    /* A file that fails half-way must leave the old values: keep them until all is read. */
-    size_t parameters, gradients;
-    espi_adapter_bytes(&parameters, &gradients, model, model->ctx->real_size);
-    void *before = malloc(parameters + 1);
-    esp_status status = before ? ESP_OK : ESPI_FAIL(ESP_ERR_MEMORY, "%s: no memory to keep the present adapter while loading", dir);
-    if (before && parameters) memcpy(before, model->adapter.p, parameters);
-    if (before) status = load_checked(model, &r, dir);
-    if (before && status != ESP_OK && parameters) memcpy(model->adapter.p, before, parameters);
+    /* A file that fails half-way must leave the old values: the new ones become the model's when all are read. */
+    espi_adapter_image image;
+    esp_status status = espi_adapter_image_take(&image, model, true);
+    if (status == ESP_OK) status = load_checked(&image, &r, dir);
+    if (status == ESP_OK) status = espi_adapter_image_put(&image);
+    espi_adapter_image_free(&image);
     reader_close(&r);
-    free(before);
     return status;
 }
 

@@ -43,6 +43,21 @@ static inline int64_t espi_adapter_at(const espi_adapter_entry *e, int64_t i, in
     return e->first + i / r->inner * r->major + i % r->inner * r->minor + j / c->inner * c->major + j % c->inner * c->minor;
 }
 
+/* The model's parameters in host memory: those themselves where that is where they are and they are only read, else a copy. */
+typedef struct espi_adapter_image {
+    const esp_model *model;
+    unsigned char *bytes;
+    size_t size;
+    bool copied;
+} espi_adapter_image;
+esp_status espi_adapter_image_take(espi_adapter_image *image, const esp_model *model, bool to_change);
+/* What was changed becomes the model's. */
+esp_status espi_adapter_image_put(const espi_adapter_image *image);
+void espi_adapter_image_free(espi_adapter_image *image);
+/* Where a parameter of the model lies in the image; its value i. */
+void *espi_adapter_image_at(const espi_adapter_image *image, const void *parameter);
+float espi_adapter_image_get(const espi_adapter_image *image, const void *parameter, int64_t i);
+
 /* "base_model.model.NAME.lora_A.weight"; module has %d for the layer and, where there is one, for the expert. */
 void espi_adapter_key(char key[ESPI_ADAPTER_KEY], const char *module, int64_t layer, int64_t expert, char matrix);
 /* The same of a fused stack.  inner: as the wrapper inside the other one. */

@@ -122,3 +122,36 @@ esp_status espi_adapter_list(espi_adapter_entry **entries, size_t *n, const esp_
     *n = l.n;
     return ESP_OK;
 }
+
+/* ---- parameters in host memory ---- */
+
+esp_status espi_adapter_image_take(espi_adapter_image *image, const esp_model *model, bool to_change) {
+    size_t gradients;
+    esp_model *walked = (esp_model *)model; /* only counted */
+    *image = (espi_adapter_image){.model = model, .copied = to_change || model->ctx->device != NULL};
+    espi_adapter_bytes(&image->size, &gradients, walked, model->ctx->real_size);
+    if (!image->copied) {
+        image->bytes = model->adapter.p;
+        return ESP_OK;
+    }
+    image->bytes = malloc(image->size + 1);
+    if (!image->bytes) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for a copy of the adapter (%zu bytes)", image->size);
+    return espi_ctx_get(model->ctx, image->bytes, model->adapter.p, image->size);
+}
+
+esp_status espi_adapter_image_put(const espi_adapter_image *image) {
+    return espi_ctx_put(image->model->ctx, image->model->adapter.p, image->bytes, image->size);
+}
+
+void espi_adapter_image_free(espi_adapter_image *image) {
+    if (image->copied) free(image->bytes);
+    *image = (espi_adapter_image){0};
+}
+
+void *espi_adapter_image_at(const espi_adapter_image *image, const void *parameter) {
+    return image->bytes + ((const unsigned char *)parameter - (const unsigned char *)image->model->adapter.p);
+}
+
+float espi_adapter_image_get(const espi_adapter_image *image, const void *parameter, int64_t i) {
+    return (float)espi_real_get(espi_adapter_image_at(image, parameter), i, image->model->ctx->real);
+}

@@ -12,12 +12,9 @@
 
 /* ---- which form ---- */
 
-static bool zero(const esp_model *m, const void *parameter, int64_t i) {
-    return m->ctx->real == ESP_F64 ? ((const double *)parameter)[i] == 0 : ((const float *)parameter)[i] == 0;
-}
-
 /* Is B of every expert block-diagonal, gate's rows over the first half of the ranks and up's over the second?  All zero does not count. */
-static bool is_separate(const esp_model *m) {
+static bool is_separate(const espi_adapter_image *image) {
+    const esp_model *m = image->model;
     const int64_t r = m->lora[ESPI_T_GATE_UP].r;
     const bool interleaved = m->config.glu.interleaved;
     bool any = false;
@@ -29,7 +26,7 @@ static bool is_separate(const esp_model *m) {
             const int64_t row = o % w->gate_up.rows;
             const bool up = interleaved ? row % 2 : row >= w->gate_up.rows / 2;
             for (int64_t k = 0; k < r; k++) {
-                if (zero(m, w->lora_gate_up.b, o * r + k)) continue;
+                if (espi_adapter_image_get(image, w->lora_gate_up.b, o * r + k) == 0) continue;
                 if (up != (k >= r / 2)) return false;
                 any = true;
             }
@@ -38,7 +35,8 @@ static bool is_separate(const esp_model *m) {
     return any;
 }
 
-static esp_status choose_layout(espi_adapter_layout *layout, const esp_model *m, const esp_adapter_config *config) {
+static esp_status choose_layout(espi_adapter_layout *layout, const espi_adapter_image *image, const esp_adapter_config *config) {
+    const esp_model *m = image->model;
     const espi_family *f = m->config.family;
     if ((unsigned)config->form > ESP_ADAPTER_3D || (unsigned)config->columns > ESP_ADAPTER_EXPERT_SLOWEST)
         return ESPI_FAIL(ESP_ERR_ARG, "form, columns: got %d, %d, expected values of esp_adapter_form and esp_adapter_columns",
@@ -56,14 +54,14 @@ static esp_status choose_layout(espi_adapter_layout *layout, const esp_model *m,
     *layout = (espi_adapter_layout){.slowest = config->columns == ESP_ADAPTER_EXPERT_SLOWEST};
     layout->fused[ESPI_STACK_GATE_UP] = fused && m->lora[ESPI_T_GATE_UP].r;
     layout->fused[ESPI_STACK_DOWN] = fused && m->lora[ESPI_T_DOWN].r;
-    layout->separate = !fused && m->lora[ESPI_T_GATE_UP].r && is_separate(m);
+    layout->separate = !fused && m->lora[ESPI_T_GATE_UP].r && is_separate(image);
     return ESP_OK;
 }
 
 /* ---- tensors ---- */
 
 typedef struct piece {
-    const esp_model *model;
+    const espi_adapter_image *image;
     const espi_adapter_entry *entry;
     esp_dtype dtype;
 } piece;
@@ -73,28 +71,26 @@ static esp_status fill_piece(void *user, void *buffer, size_t bytes) {
     const espi_adapter_entry *e = p->entry;
     if (bytes != (size_t)(e->rows.n * e->cols.n) * esp_dtype_size(p->dtype))
         return ESPI_FAIL(ESP_ERR_INTERNAL, "%s: %zu bytes asked", e->key, bytes);
-    const bool wide = p->model->ctx->real == ESP_F64;
     for (int64_t i = 0; i < e->rows.n; i++) {
         for (int64_t j = 0; j < e->cols.n; j++) {
             const int64_t at = espi_adapter_at(e, i, j);
-            espi_plain_store(buffer, p->dtype, i * e->cols.n + j,
-                             wide ? (float)((const double *)e->parameter)[at] : ((const float *)e->parameter)[at]);
+            espi_plain_store(buffer, p->dtype, i * e->cols.n + j, espi_adapter_image_get(p->image, e->parameter, at));
         }
     }
     return ESP_OK;
 }
 
-static esp_status write_weights(const esp_model *model, const char *dir, const espi_adapter_layout *layout, esp_dtype dtype) {
+static esp_status write_weights(const espi_adapter_image *image, const char *dir, const espi_adapter_layout *layout, esp_dtype dtype) {
     char path[ESPI_PATH_MAX];
     espi_adapter_entry *entries;
     size_t n;
     ESPI_TRY(espi_path_join(path, dir, ESPI_ADAPTER_WEIGHTS));
-    ESPI_TRY(espi_adapter_list(&entries, &n, model, layout));
+    ESPI_TRY(espi_adapter_list(&entries, &n, image->model, layout));
     espi_st_item *items = calloc(n + 1, sizeof *items);
     piece *pieces = calloc(n + 1, sizeof *pieces);
     esp_status status = items && pieces ? ESP_OK : ESPI_FAIL(ESP_ERR_MEMORY, "%s: no memory for its list of tensors", path);
     for (size_t i = 0; i < n && status == ESP_OK; i++) {
-        pieces[i] = (piece){.model = model, .entry = &entries[i], .dtype = dtype};
+        pieces[i] = (piece){.image = image, .entry = &entries[i], .dtype = dtype};
         items[i] = (espi_st_item){.name = entries[i].key,
                                   .dtype = dtype,
                                   .rank = 2,
@@ -214,10 +210,13 @@ esp_status espi_adapter_write(esp_model *model, const char *dir, const esp_adapt
     bool trained = false;
     for (int t = 0; t < ESPI_T_COUNT; t++) trained |= model->lora[t].r > 0;
     if (!trained) return ESPI_FAIL(ESP_ERR_STATE, "adapter: the model trains nothing, expected at least one LoRA target");
-    ESPI_TRY(choose_layout(&layout, model, &asked));
-    ESPI_TRY(espi_dir_make(dir));
-    ESPI_TRY(write_weights(model, dir, &layout, dtype));
-    return write_config(model, dir, &layout);
+    espi_adapter_image image;
+    esp_status status = espi_adapter_image_take(&image, model, false);
+    if (status == ESP_OK) status = choose_layout(&layout, &image, &asked);
+    if (status == ESP_OK) status = espi_dir_make(dir);
+    if (status == ESP_OK) status = write_weights(&image, dir, &layout, dtype);
+    espi_adapter_image_free(&image);
+    return status == ESP_OK ? write_config(model, dir, &layout) : status;
 }
 
 esp_status esp_model_save_adapter_as(esp_model *model, const char *dir, const esp_adapter_config *config) {

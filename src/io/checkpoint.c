@@ -1,5 +1,6 @@
 /* Checkpoint files: see checkpoint.h. */
 #include "io/checkpoint.h"
+#include "core/ctx.h"
 #include "core/status.h"
 #include "io/file.h"
 
@@ -86,15 +87,32 @@ static herr_t put(hid_t file, hid_t links, const espi_saved_array *a) {
     return result;
 }
 
+/* The array as HDF5 can read it: itself, or a copy in host memory, to be freed. */
+static esp_status on_host(espi_saved_array *out, void **copy, const espi_saved_array *a, const char *path) {
+    *out = *a;
+    *copy = NULL;
+    if (!a->ctx || !a->ctx->device || a->count == 0) return ESP_OK;
+    const size_t bytes = (size_t)a->count * esp_dtype_size(a->dtype);
+    *copy = malloc(bytes);
+    if (!*copy) return ESPI_FAIL(ESP_ERR_MEMORY, "%s: no memory for a copy of array \"%s\" (%zu bytes)", path, a->name, bytes);
+    out->data = *copy;
+    return espi_ctx_get(a->ctx, *copy, a->data, bytes);
+}
+
 static esp_status fill(hid_t file, const char *path, const espi_saved_array *arrays, size_t n) {
     const hid_t links = H5Pcreate(H5P_LINK_CREATE);
     esp_status status = ESP_OK;
     if (links < 0 || H5Pset_create_intermediate_group(links, 1) < 0)
         status = ESPI_FAIL(ESP_ERR_MEMORY, "%s: HDF5 has no memory for a property list", path);
-    for (size_t i = 0; i < n && status == ESP_OK; i++)
-        if (put(file, links, &arrays[i]) < 0)
+    for (size_t i = 0; i < n && status == ESP_OK; i++) {
+        espi_saved_array array;
+        void *copy;
+        status = on_host(&array, &copy, &arrays[i], path);
+        if (status == ESP_OK && put(file, links, &array) < 0)
             status = ESPI_FAIL(ESP_ERR_MEMORY, "%s: HDF5 could not take array \"%s\" (%s, %lld values) into memory", path, arrays[i].name,
                                esp_dtype_name(arrays[i].dtype), (long long)arrays[i].count);
+        free(copy);
+    }
     if (links >= 0) H5Pclose(links);
     return status;
 }

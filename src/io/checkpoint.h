@@ -14,6 +14,7 @@ typedef struct espi_saved_array {
     esp_dtype dtype;  /* F32, F64, I32, I64, U8, U64 */
     int64_t count;
     void *data;
+    struct esp_ctx *ctx; /* NULL, or `data` is tensor memory of this context */
 } espi_saved_array;
 
 esp_status espi_checkpoint_write(const char *path, const espi_saved_array *arrays, size_t n);

@@ -97,6 +97,23 @@ void espi_lora_draw(void *a, esp_dtype real, uint64_t seed, int64_t layer, int t
     }
 }
 
+/* A of one branch, drawn in host memory and brought to its place. */
+static esp_status draw(const esp_model *model, int64_t layer, int target, const branch *b) {
+    const esp_ctx *ctx = model->ctx;
+    const int64_t r = b->lora->r;
+    if (!ctx->device) {
+        espi_lora_draw((void *)b->lora->a, ctx->real, model->options.seed, layer, target, matrices(b), r, b->in);
+        return ESP_OK;
+    }
+    const size_t bytes = (size_t)(matrices(b) * r * b->in) * ctx->real_size;
+    void *a = malloc(bytes);
+    if (!a) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory to draw the adapter of %s (%zu bytes)", b->name, bytes);
+    espi_lora_draw(a, ctx->real, model->options.seed, layer, target, matrices(b), r, b->in);
+    const esp_status status = espi_ctx_put(model->ctx, (void *)b->lora->a, a, bytes);
+    free(a);
+    return status;
+}
+
 static char *name_of(int64_t layer, const char *target, char matrix) {
     char name[96];
     snprintf(name, sizeof name, "layers.%lld.%s.lora_%c", (long long)layer, target, matrix);
@@ -140,7 +157,7 @@ esp_status espi_model_init_adapter(esp_model *model) {
         for (int i = 0; i < n; i++) {
             const int64_t r = b[i].lora->r;
             if (r == 0) continue;
-            espi_lora_draw((void *)b[i].lora->a, model->ctx->real, model->options.seed, l, i, matrices(&b[i]), r, b[i].in);
+            ESPI_TRY(draw(model, l, i, &b[i]));
             ESPI_TRY(describe(model, l, &b[i], 'A', r, b[i].in));
             ESPI_TRY(describe(model, l, &b[i], 'B', b[i].out, r));
         }

@@ -3,6 +3,8 @@
 #include "models/load.h"
 
 #include "espalier/quant.h"
+#include "kernels/backend.h"
+#include "quant/quant.h"
 
 #include <omp.h>
 #include <stdlib.h>
@@ -41,11 +43,11 @@ static void place_linear(layout *l, espi_linear *linear, bool bias) {
     linear->bias = bias ? place_floats(l, linear->w.rows) : NULL;
 }
 
-static void place_stack(layout *l, espi_stack *s, bool double_quant, const float *map) {
+/* Codes and scales, or plain values. */
+static void place_raw(layout *l, espi_stack *s, bool double_quant) {
     const int64_t parts = s->experts * s->parts;
     s->data = place(l, (size_t)parts * s->part_bytes);
     if (s->format == ESP_Q_NONE) return;
-    s->lut = esp_quant_table(s->format);
     if (s->format == ESP_MXFP4) {
         s->scales = place(l, (size_t)(parts * s->part_blocks));
         return;
@@ -57,15 +59,34 @@ static void place_stack(layout *l, espi_stack *s, bool double_quant, const float
     s->absmax8 = place(l, (size_t)(parts * s->part_blocks));
     s->nested = place_floats(l, parts * s->part_nested);
     s->offset = place_floats(l, parts);
-    s->map = map;
 }
 
-/* Gives every pointer of the skeleton its place.  dense, experts: bytes of each kind; map: the table of double quantisation, or NULL. */
-static void lay_out(esp_model *m, unsigned char *base, size_t *dense, size_t *experts, float **map) {
+/* Bytes of one expert in the form that the backend's expert ops want; 0: as it is. */
+static size_t packed_bytes(const esp_ctx *ctx, const espi_stack *s) {
+    const espi_backend *backend = ctx->backends[0];
+    return ctx->device && backend->packed_bytes ? backend->packed_bytes(s) : 0;
+}
+
+static void place_stack(layout *l, espi_stack *s, const esp_model *m, const float *map, const float *lut) {
+    const size_t packed = packed_bytes(m->ctx, s);
+    s->lut = m->ctx->device ? lut : esp_quant_table(s->format);
+    s->map = map;
+    if (packed)
+        s->packed = place(l, (size_t)s->experts * packed);
+    else
+        place_raw(l, s, m->options.double_quant);
+}
+
+/* Gives every pointer of the skeleton its place.  dense, experts: bytes of each kind; map: the table of double quantisation, or NULL; lut:
+ * that of the experts' values, where it must lie on a device. */
+static void lay_out(esp_model *m, unsigned char *base, size_t *dense, size_t *experts, float **map, float **lut) {
     const espi_config *c = &m->config;
+    const bool device = m->ctx->device != NULL;
     layout l = {.base = base};
     *experts = 0;
     *map = m->options.double_quant ? place(&l, 256 * sizeof(float)) : NULL;
+    *lut = device && m->options.experts != ESP_Q_NONE ? place(&l, 16 * sizeof(float)) : NULL;
+    m->rope_freq = device ? place(&l, (size_t)(c->rotary_dim / 2) * sizeof(double)) : NULL;
     place_mat(&l, &m->embed);
     if (c->tied_head)
         m->head = m->embed;
@@ -96,8 +117,8 @@ static void lay_out(esp_model *m, unsigned char *base, size_t *dense, size_t *ex
             place_linear(&l, &w->shared_down, false);
         }
         const size_t before = l.used;
-        place_stack(&l, &w->gate_up, m->options.double_quant, *map);
-        place_stack(&l, &w->down, m->options.double_quant, *map);
+        place_stack(&l, &w->gate_up, m, *map, *lut);
+        place_stack(&l, &w->down, m, *map, *lut);
         w->gate_up_bias = c->expert_bias ? place_floats(&l, w->gate_up.experts * w->gate_up.rows) : NULL;
         w->down_bias = c->expert_bias ? place_floats(&l, w->down.experts * w->down.rows) : NULL;
         *experts += l.used - before;
@@ -117,10 +138,37 @@ static int64_t part_values(const espi_stack *s) {
     return s->experts ? s->rows / s->parts * s->cols : 0;
 }
 
+static size_t larger_size(size_t a, size_t b) {
+    return a > b ? a : b;
+}
+
+/* One expert of the stack as it is, over `base`. */
+static espi_stack one_over(const espi_stack *s, unsigned char *base, bool double_quant, size_t *bytes) {
+    espi_stack one = *s;
+    layout l = {.base = base};
+    one.experts = 1;
+    one.packed = NULL;
+    place_raw(&l, &one, double_quant);
+    if (bytes) *bytes = l.used;
+    return one;
+}
+
+/* The parts of the staging buffer. */
+typedef struct staging {
+    size_t raw, absmax, one; /* bytes */
+} staging;
+
+static espi_extent staging_extent(const staging *parts, const esp_ctx *ctx) {
+    const size_t all = parts->raw + parts->absmax + parts->one;
+    return (espi_extent){.main = all, .host = ctx->device ? all : 0};
+}
+
 /* One buffer: room for the largest piece that is ever on its way, and, under double quantisation, for one matrix's scales.  Columns that
- * become rows are there twice, as read and turned. */
-static size_t staging_bytes(size_t *raw_bytes, const esp_model *m) {
+ * become rows are there twice, as read and turned.  On a device also for one expert, and all of it there too. */
+static staging plan_staging(const esp_model *m) {
+    const bool double_quant = m->options.double_quant;
     int64_t values = mat_values(&m->embed), blocks = 0;
+    staging parts = {0};
     const int64_t copies = m->config.family->fused_order == ESPI_FUSED_OUT_IN ? 1 : 2;
     for (int64_t i = 0; i < m->config.layers; i++) {
         const espi_layer *w = &m->layers[i];
@@ -129,22 +177,27 @@ static size_t staging_bytes(size_t *raw_bytes, const esp_model *m) {
         values = larger(values, mat_values(&w->shared_gate_up.w));
         values = larger(values, copies * larger(part_values(&w->gate_up), part_values(&w->down)));
         blocks = larger(blocks, larger(w->gate_up.part_blocks, w->down.part_blocks));
+        size_t gate_up, down;
+        (void)one_over(&w->gate_up, NULL, double_quant, &gate_up);
+        (void)one_over(&w->down, NULL, double_quant, &down);
+        if (m->ctx->device) parts.one = larger_size(parts.one, larger_size(gate_up, down));
     }
     const int64_t raw = larger(values * (int64_t)sizeof(float), RAW_MIN), most = copies == 1 ? RAW_MAX : RAW_MAX_TURNED;
-    *raw_bytes = (size_t)(raw < most ? (raw + 255) / 256 * 256 : most);
-    return *raw_bytes + (m->options.double_quant ? ESPI_ALIGNED((size_t)blocks * sizeof(float)) : 0);
+    parts.raw = (size_t)(raw < most ? (raw + 255) / 256 * 256 : most);
+    parts.absmax = double_quant ? ESPI_ALIGNED((size_t)blocks * sizeof(float)) : 0;
+    return parts;
 }
 
-esp_status espi_weight_plan_make(espi_weight_plan *out, const espi_config *config, const esp_model_config *options,
-                                 const espi_lora_spec lora[ESPI_T_COUNT], size_t real_size) {
-    esp_model m = {.config = *config, .options = *options};
+esp_status espi_weight_plan_make(espi_weight_plan *out, esp_ctx *ctx, const espi_config *config, const esp_model_config *options,
+                                 const espi_lora_spec lora[ESPI_T_COUNT]) {
+    esp_model m = {.ctx = ctx, .config = *config, .options = *options};
     memcpy(m.lora, lora, sizeof m.lora);
     ESPI_TRY(espi_model_skeleton(&m));
-    float *map;
-    lay_out(&m, NULL, &out->dense, &out->experts, &map);
-    espi_adapter_bytes(&out->adapter, &out->gradients, &m, real_size);
-    size_t raw_bytes;
-    out->staging = staging_bytes(&raw_bytes, &m);
+    float *map, *lut;
+    lay_out(&m, NULL, &out->dense, &out->experts, &map, &lut);
+    espi_adapter_bytes(&out->adapter, &out->gradients, &m, ctx->real_size);
+    const staging parts = plan_staging(&m);
+    out->staging = staging_extent(&parts, ctx).main;
     espi_model_skeleton_free(&m);
     return ESP_OK;
 }
@@ -227,24 +280,53 @@ static esp_status need_plain(espi_loader *loader, const espi_st_tensor **tensor,
     return ESP_OK;
 }
 
-/* Elements first .. first+n-1 into `out`, which holds `held`: as they are, or widened to f32. */
+static void convert(void *out, esp_dtype held, const void *values, esp_dtype dtype, int64_t n) {
+    for (int64_t i = 0; i < n; i++) espi_plain_store(out, held, i, espi_plain_value(values, dtype, i));
+}
+
+esp_status espi_loader_store(espi_loader *loader, void *out, esp_dtype held, const void *values, esp_dtype dtype, int64_t n, void *room) {
+    const bool device = loader->model->ctx->device != NULL;
+    if (held != dtype) {
+        convert(device ? room : out, held, values, dtype, n);
+        values = device ? room : out;
+    }
+    return espi_ctx_put(loader->model->ctx, out, values, (size_t)n * esp_dtype_size(held));
+}
+
+/* Elements first .. first+n-1 into `out`, host memory which holds `held`: as they are, or converted. */
 static esp_status read_plain(espi_loader *loader, const espi_st_tensor *t, void *out, esp_dtype held, int64_t first, int64_t n) {
     if (t->dtype == held) return espi_loader_read(t, out, first, n);
-    float *wide = out;
     const int64_t most = (int64_t)(loader->raw_bytes / esp_dtype_size(t->dtype));
     for (int64_t done = 0; done < n;) {
         const int64_t m = n - done < most ? n - done : most;
         ESPI_TRY(espi_loader_read(t, loader->raw, first + done, m));
-        for (int64_t i = 0; i < m; i++) wide[done + i] = espi_plain_value(loader->raw, t->dtype, i);
+        convert((unsigned char *)out + (size_t)done * esp_dtype_size(held), held, loader->raw, t->dtype, m);
         done += m;
     }
     return ESP_OK;
 }
 
-static esp_status load_values(espi_loader *loader, const void *out, const char *name, esp_dtype held, int rank, const int64_t *dims) {
+/* All of the tensor to `out` on a device. */
+static esp_status send_plain(espi_loader *loader, const espi_st_tensor *t, void *out, esp_dtype held, int64_t n) {
+    const size_t size = esp_dtype_size(t->dtype), held_size = esp_dtype_size(held);
+    const int64_t most = (int64_t)(loader->raw_bytes / (size + held_size)) / 64 * 64;
+    for (int64_t done = 0; done < n;) {
+        const int64_t m = n - done < most ? n - done : most;
+        ESPI_TRY(espi_loader_read(t, loader->raw, done, m));
+        ESPI_TRY(espi_loader_store(loader, (unsigned char *)out + (size_t)done * held_size, held, loader->raw, t->dtype, m,
+                                   loader->raw + (size_t)most * size));
+        done += m;
+    }
+    return ESP_OK;
+}
+
+/* A tensor that can be held exactly in `stated`, to where `held` is held. */
+static esp_status load_values(espi_loader *loader, const void *out, esp_dtype held, const char *name, esp_dtype stated, int rank,
+                              const int64_t *dims) {
     const espi_st_tensor *t;
-    ESPI_TRY(need_plain(loader, &t, name, held, rank, dims));
-    return read_plain(loader, t, (void *)out, held, 0, rank == 1 ? dims[0] : dims[0] * dims[1]);
+    ESPI_TRY(need_plain(loader, &t, name, stated, rank, dims));
+    const int64_t n = rank == 1 ? dims[0] : dims[0] * dims[1];
+    return loader->model->ctx->device ? send_plain(loader, t, (void *)out, held, n) : read_plain(loader, t, (void *)out, held, 0, n);
 }
 
 /* ---- dense parts ---- */
@@ -265,18 +347,18 @@ static void expert_name(char out[ESPI_TENSOR_NAME], const char *format, int64_t 
 static esp_status load_vector(espi_loader *loader, const float *out, const char *format, int64_t layer, const char *suffix, int64_t n) {
     char name[ESPI_TENSOR_NAME];
     layer_name(name, format, layer, suffix);
-    return load_values(loader, out, name, ESP_F32, 1, &n);
+    return load_values(loader, out, ESP_F32, name, ESP_F32, 1, &n);
 }
 
-static esp_status load_matrix(espi_loader *loader, const float *out, const char *format, int64_t layer, int64_t rows, int64_t cols) {
+static esp_status load_matrix(espi_loader *loader, const espi_mat *to, const char *format, int64_t layer) {
     char name[ESPI_TENSOR_NAME];
     layer_name(name, format, layer, ".weight");
-    if (espi_bnb_present(loader, name)) return espi_bnb_load_dense(loader, (float *)out, name, rows, cols);
-    return load_values(loader, out, name, ESP_F32, 2, (int64_t[]){rows, cols});
+    if (espi_bnb_present(loader, name)) return espi_bnb_load_dense(loader, to, name);
+    return load_values(loader, to->data, to->dtype, name, ESP_F32, 2, (int64_t[]){to->rows, to->cols});
 }
 
 static esp_status load_linear(espi_loader *loader, const espi_linear *linear, const char *format, int64_t layer) {
-    ESPI_TRY(load_matrix(loader, linear->w.data, format, layer, linear->w.rows, linear->w.cols));
+    ESPI_TRY(load_matrix(loader, &linear->w, format, layer));
     return linear->bias ? load_vector(loader, linear->bias, format, layer, ".bias", linear->w.rows) : ESP_OK;
 }
 
@@ -299,24 +381,31 @@ static esp_status load_attention(espi_loader *loader, const espi_layer *w, int64
 /* The MLP of a dense layer, or a shared expert: gate rows, then up rows. */
 static esp_status load_mlp(espi_loader *loader, const espi_linear *gate_up, const espi_linear *down, const char *const names[3],
                            int64_t layer) {
-    const int64_t width = down->w.cols, hidden = down->w.rows;
-    const float *gate = gate_up->w.data, *up = gate + width * hidden;
-    ESPI_TRY(load_matrix(loader, gate, names[0], layer, width, hidden));
-    ESPI_TRY(load_matrix(loader, up, names[1], layer, width, hidden));
+    espi_mat half = gate_up->w;
+    half.rows /= 2;
+    ESPI_TRY(load_matrix(loader, &half, names[0], layer));
+    half.data = (const unsigned char *)half.data + (size_t)mat_values(&half) * esp_dtype_size(half.dtype);
+    ESPI_TRY(load_matrix(loader, &half, names[1], layer));
     return load_linear(loader, down, names[2], layer);
 }
 
 /* ---- experts ---- */
 
+esp_status espi_loader_set_map(espi_loader *loader, bool *same, const float *values) {
+    *same = !loader->map_used || memcmp(loader->map_values, values, sizeof loader->map_values) == 0;
+    if (loader->map_used) return ESP_OK;
+    memcpy(loader->map_values, values, sizeof loader->map_values);
+    loader->map_used = true;
+    return espi_ctx_put(loader->model->ctx, loader->map, values, sizeof loader->map_values);
+}
+
 esp_status espi_loader_shrink_absmax(espi_loader *loader, const espi_stack *s, int64_t part) {
-    const float *own = esp_dynamic_map(1);
-    if (!loader->map_used)
-        memcpy(loader->map, own, 256 * sizeof(float));
-    else if (memcmp(loader->map, own, 256 * sizeof(float)) != 0)
+    bool same;
+    ESPI_TRY(espi_loader_set_map(loader, &same, esp_dynamic_map(1)));
+    if (!same)
         return ESPI_FAIL(ESP_ERR_UNSUPPORTED,
                          "%s: some experts bring a nested_quant_map of their own and others none, expected one for all",
                          espi_st_set_path(loader->set));
-    loader->map_used = true;
     return esp_absmax_quantize((uint8_t *)s->absmax8 + part * s->part_blocks, (float *)s->nested + part * s->part_nested,
                                (float *)s->offset + part, loader->absmax, s->part_blocks);
 }
@@ -393,13 +482,11 @@ static esp_status put(espi_loader *loader, const espi_stack *s, int64_t part, co
                       int64_t n) {
     unsigned char *data = (unsigned char *)s->data + (size_t)part * s->part_bytes;
     if (s->format == ESP_Q_NONE) {
-        if (dtype == s->dtype) {
-            const size_t size = esp_dtype_size(dtype);
-            memcpy(data + (size_t)first * size, values, (size_t)n * size);
-        } else {
-            float *wide = (float *)(void *)data + first;
-            for (int64_t i = 0; i < n; i++) wide[i] = espi_plain_value(values, dtype, i);
-        }
+        unsigned char *out = data + (size_t)first * esp_dtype_size(s->dtype);
+        if (dtype == s->dtype)
+            memcpy(out, values, (size_t)n * esp_dtype_size(dtype));
+        else
+            convert(out, s->dtype, values, dtype, n);
         return ESP_OK;
     }
     if (s->format == ESP_MXFP4)
@@ -445,9 +532,124 @@ esp_status espi_loader_take(espi_loader *loader, const espi_stack *s, int64_t pa
     return s->absmax8 ? espi_loader_shrink_absmax(loader, s, part) : ESP_OK;
 }
 
-/* What the tensors of a stack may be stored in: anything plain when it is quantised, else what is held. */
-static esp_dtype held_dtype(const espi_stack *s) {
-    return s->format == ESP_Q_NONE ? s->dtype : ESP_F32;
+/* ---- experts on their way to a device ---- */
+
+/* Expert e where it is: the stack is not packed. */
+static espi_stack expert_view(const espi_stack *s, int64_t e) {
+    espi_stack one = *s;
+    const int64_t part = e * s->parts;
+    one.experts = 1;
+    if (s->data) one.data = (const unsigned char *)s->data + (size_t)part * s->part_bytes;
+    if (s->absmax) one.absmax = s->absmax + part * s->part_blocks;
+    if (s->scales) one.scales = s->scales + part * s->part_blocks;
+    if (!s->absmax8) return one;
+    one.absmax8 = s->absmax8 + part * s->part_blocks;
+    one.nested = s->nested + part * s->part_nested;
+    one.offset = s->offset + part;
+    return one;
+}
+
+/* The same on a device: where it is, or where it waits to be packed. */
+static espi_stack expert_target(const espi_loader *loader, const espi_stack *s, int64_t e) {
+    return s->packed ? one_over(s, loader->d_one, loader->model->options.double_quant, NULL) : expert_view(s, e);
+}
+
+espi_stack espi_loader_expert(const espi_loader *loader, const espi_stack *s, int64_t e) {
+    return loader->one ? one_over(s, loader->one, loader->model->options.double_quant, NULL) : expert_view(s, e);
+}
+
+static esp_status pack(espi_loader *loader, const espi_stack *s, int64_t e, const espi_stack *one) {
+    if (!s->packed) return ESP_OK;
+    esp_ctx *ctx = loader->model->ctx;
+    const espi_exec exec = {.device = ctx->device, .threads = ctx->threads};
+    return ctx->backends[0]->pack(&exec, (unsigned char *)s->packed + (size_t)e * packed_bytes(ctx, s), one);
+}
+
+static esp_status send_scales8(espi_loader *loader, const espi_stack *to, const espi_stack *from) {
+    esp_ctx *ctx = loader->model->ctx;
+    const size_t parts = (size_t)to->parts;
+    ESPI_TRY(espi_ctx_put(ctx, (void *)to->absmax8, from->absmax8, parts * (size_t)to->part_blocks));
+    ESPI_TRY(espi_ctx_put(ctx, (void *)to->nested, from->nested, parts * (size_t)to->part_nested * sizeof(float)));
+    return espi_ctx_put(ctx, (void *)to->offset, from->offset, parts * sizeof(float));
+}
+
+esp_status espi_loader_expert_done(espi_loader *loader, const espi_stack *s, int64_t e, const espi_stack *one) {
+    if (!loader->one) return ESP_OK;
+    esp_ctx *ctx = loader->model->ctx;
+    const espi_stack to = expert_target(loader, s, e);
+    const size_t blocks = (size_t)(to.parts * to.part_blocks);
+    ESPI_TRY(espi_ctx_put(ctx, (void *)to.data, one->data, (size_t)to.parts * to.part_bytes));
+    if (to.scales) ESPI_TRY(espi_ctx_put(ctx, (void *)to.scales, one->scales, blocks));
+    if (to.absmax) ESPI_TRY(espi_ctx_put(ctx, (void *)to.absmax, one->absmax, blocks * sizeof(float)));
+    if (to.absmax8) ESPI_TRY(send_scales8(loader, &to, one));
+    return pack(loader, s, e, &to);
+}
+
+/* n values that lie in loader->raw at `values`, `first` elements into matrix `part`, quantised on the device. */
+static esp_status encode(espi_loader *loader, const espi_stack *to, int64_t part, const void *values, esp_dtype dtype, int64_t first,
+                         int64_t n) {
+    esp_ctx *ctx = loader->model->ctx;
+    const espi_exec exec = {.device = ctx->device, .threads = ctx->threads};
+    void *there = loader->d_raw + ((const unsigned char *)values - loader->raw);
+    espi_quantise args = {
+        .codes = (uint8_t *)to->data + (size_t)part * to->part_bytes + first / 2, .x = there, .dtype = dtype, .n = n, .format = to->format};
+    if (to->format == ESP_MXFP4) {
+        const espi_mx_rule *rule = &espi_mx_rules[loader->model->options.mxfp4_rule];
+        args.scales = (uint8_t *)to->scales + part * to->part_blocks + first / ESPI_MXBLOCK;
+        args.round_up = rule->round_up;
+        memcpy(args.thresholds, rule->thresholds, sizeof rule->thresholds);
+    } else {
+        const espi_format *f = espi_format_find(to->format);
+        args.absmax = (to->absmax8 ? loader->d_absmax : (float *)to->absmax + part * to->part_blocks) + first / ESPI_QBLOCK;
+        memcpy(args.thresholds, f->thresholds, sizeof f->thresholds);
+        memcpy(args.code_of_rank, f->code_of_rank, sizeof f->code_of_rank);
+    }
+    ESPI_TRY(espi_ctx_put(ctx, there, values, (size_t)n * esp_dtype_size(dtype)));
+    return ctx->backends[0]->quantise(&exec, &args);
+}
+
+/* One matrix: as many pieces as there are threads are read at a time, then go to the device one after the other. */
+static esp_status encode_part(espi_loader *loader, const espi_stack *to, int64_t part, const espi_source *from) {
+    const int64_t n = part_values(to);
+    way w;
+    ESPI_TRY(find_way(&w, loader, to, from));
+    for (int64_t first = 0; first < n; first += w.piece * w.threads) {
+        const int64_t left = (n - first + w.piece - 1) / w.piece, pieces = left < w.threads ? left : w.threads;
+        int64_t failed = pieces;
+#pragma omp parallel for schedule(static, 1) num_threads(w.threads) if (pieces > 1) reduction(min : failed)
+        for (int64_t i = 0; i < pieces; i++) {
+            const int64_t at = first + i * w.piece, count = n - at < w.piece ? n - at : w.piece;
+            const void *values;
+            if (fetch(&values, loader->raw + (size_t)i * w.slice, w.slice, to, from, at, count, true) != ESP_OK && i < failed) failed = i;
+        }
+        for (int64_t i = 0; i < pieces; i++) {
+            const int64_t at = first + i * w.piece, count = n - at < w.piece ? n - at : w.piece;
+            const void *values = loader->raw + (size_t)i * w.slice + (from->columns ? w.slice / 2 : 0);
+            /* The sentence stayed with the thread that said it: this one tries for itself. */
+            if (i >= failed) ESPI_TRY(fetch(&values, loader->raw, w.slice, to, from, at, count, true));
+            ESPI_TRY(encode(loader, to, part, values, from->t->dtype, at, count));
+        }
+    }
+    return ESP_OK;
+}
+
+static esp_status encode_expert(espi_loader *loader, const espi_stack *s, int64_t e, const espi_source *from) {
+    const espi_stack to = expert_target(loader, s, e), one = espi_loader_expert(loader, s, e);
+    for (int64_t p = 0; p < s->parts; p++) {
+        ESPI_TRY(encode_part(loader, &to, p, &from[p]));
+        if (!to.absmax8) continue;
+        ESPI_TRY(espi_ctx_get(loader->model->ctx, loader->absmax, loader->d_absmax, (size_t)s->part_blocks * sizeof(float)));
+        ESPI_TRY(espi_loader_shrink_absmax(loader, &one, p));
+    }
+    if (to.absmax8) ESPI_TRY(send_scales8(loader, &to, &one));
+    return pack(loader, s, e, &to);
+}
+
+/* ---- where a layer's experts lie ---- */
+
+/* What the tensors of a stack may be stored in: anything plain when it is quantised, else what config.json says. */
+static esp_dtype held_dtype(const espi_loader *loader, const espi_stack *s) {
+    return s->format == ESP_Q_NONE ? loader->model->config.stored_dtype : ESP_F32;
 }
 
 void espi_expert_matrix_name(char out[ESPI_TENSOR_NAME], const espi_family *f, espi_expert_layout layout, int64_t layer, bool down,
@@ -465,43 +667,72 @@ static esp_status plain_source(espi_source *from, espi_loader *loader, const esp
                                const char *name, int64_t part) {
     const int64_t part_rows = s->rows / s->parts;
     *from = (espi_source){0};
-    if (layout != ESPI_EXPERTS_FUSED) return need_plain(loader, &from->t, name, held_dtype(s), 2, (int64_t[]){part_rows, s->cols});
+    if (layout != ESPI_EXPERTS_FUSED) return need_plain(loader, &from->t, name, held_dtype(loader, s), 2, (int64_t[]){part_rows, s->cols});
     const int64_t dims[] = {s->experts, turned ? s->cols : s->rows, turned ? s->rows : s->cols};
     const int64_t expert = part / s->parts, row = part % s->parts * part_rows;
     from->columns = turned ? s->rows : 0;
     from->first = expert * s->rows * s->cols + (turned ? row : row * s->cols);
-    return need_plain(loader, &from->t, name, held_dtype(s), 3, dims);
+    return need_plain(loader, &from->t, name, held_dtype(loader, s), 3, dims);
 }
 
-/* Where the values of the stack's matrices lie; what is quantised already is taken at once, and has no tensor in `from`. */
-static esp_status find_parts(espi_source *from, espi_loader *loader, const espi_stack *s, espi_expert_layout layout, bool turned,
-                             int64_t layer, bool down) {
-    for (int64_t part = 0; part < s->experts * s->parts; part++) {
+/* A stack of which some is quantised by bitsandbytes, or plain, or a mixture. */
+typedef struct stored_stack {
+    const espi_stack *s;
+    espi_source *from; /* [experts*parts] of plain values; no tensor: quantised already */
+    espi_expert_layout layout;
+    int64_t layer;
+    bool down;
+} stored_stack;
+
+static void matrix_name(char name[ESPI_TENSOR_NAME], const espi_loader *loader, const stored_stack *k, int64_t part) {
+    espi_expert_matrix_name(name, loader->model->config.family, k->layout, k->layer, k->down, part);
+}
+
+/* Where the values of the stack's matrices lie. */
+static esp_status find_parts(espi_loader *loader, const stored_stack *k, bool turned) {
+    for (int64_t part = 0; part < k->s->experts * k->s->parts; part++) {
         char name[ESPI_TENSOR_NAME];
-        espi_expert_matrix_name(name, loader->model->config.family, layout, layer, down, part);
-        if (!espi_bnb_present(loader, name)) {
-            ESPI_TRY(plain_source(&from[part], loader, s, layout, turned, name, part));
-            continue;
-        }
-        if (layout == ESPI_EXPERTS_FUSED) return espi_bnb_load_fused(loader, s, name);
-        ESPI_TRY(espi_bnb_load_part(loader, s, part, name));
+        matrix_name(name, loader, k, part);
+        if (!espi_bnb_present(loader, name)) ESPI_TRY(plain_source(&k->from[part], loader, k->s, k->layout, turned, name, part));
     }
+    return ESP_OK;
+}
+
+static esp_status load_expert(espi_loader *loader, const stored_stack *k, int64_t e) {
+    const espi_stack *s = k->s;
+    const espi_source *from = k->from + e * s->parts;
+    bool plain = true;
+    for (int64_t p = 0; p < s->parts; p++) plain &= from[p].t != NULL;
+    if (loader->one && plain && s->format != ESP_Q_NONE) return encode_expert(loader, s, e, from);
+    const espi_stack one = espi_loader_expert(loader, s, e);
+    for (int64_t p = 0; p < s->parts; p++) {
+        char name[ESPI_TENSOR_NAME];
+        matrix_name(name, loader, k, e * s->parts + p);
+        ESPI_TRY(from[p].t ? espi_loader_take(loader, &one, p, &from[p]) : espi_bnb_load_part(loader, &one, p, name));
+    }
+    return espi_loader_expert_done(loader, s, e, &one);
+}
+
+static esp_status load_all_experts(espi_loader *loader, const stored_stack *k) {
+    const espi_stack *s = k->s;
+    const int64_t parts = s->experts * s->parts;
+    char name[ESPI_TENSOR_NAME];
+    matrix_name(name, loader, k, 0);
+    if (k->layout == ESPI_EXPERTS_FUSED && !k->from[0].t) return espi_bnb_load_fused(loader, s, name);
+    bool alike = !loader->one && s->format != ESP_Q_NONE && !s->absmax8; /* the 8-bit scales of a matrix are made once it is complete */
+    for (int64_t i = 0; i < parts; i++) alike &= k->from[i].t && k->from[0].t && k->from[i].t->dtype == k->from[0].t->dtype;
+    if (alike) return take_parts(loader, s, 0, k->from, parts);
+    for (int64_t e = 0; e < s->experts; e++) ESPI_TRY(load_expert(loader, k, e));
     return ESP_OK;
 }
 
 static esp_status load_stack(espi_loader *loader, const espi_stack *s, espi_expert_layout layout, bool turned, int64_t layer, bool down) {
     const int64_t parts = s->experts * s->parts;
-    espi_source *from = calloc((size_t)parts, sizeof *from);
-    if (!from) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for a list of %lld matrices", (long long)parts);
-    esp_status status = find_parts(from, loader, s, layout, turned, layer, down);
-    bool alike = s->format != ESP_Q_NONE && !s->absmax8; /* the 8-bit scales of a matrix are made once it is complete */
-    for (int64_t i = 0; i < parts; i++) alike &= from[i].t && from[0].t && from[i].t->dtype == from[0].t->dtype;
-    if (status == ESP_OK && alike)
-        status = take_parts(loader, s, 0, from, parts);
-    else
-        for (int64_t part = 0; status == ESP_OK && part < parts; part++)
-            if (from[part].t) status = espi_loader_take(loader, s, part, &from[part]);
-    free(from);
+    stored_stack k = {.s = s, .layout = layout, .layer = layer, .down = down, .from = calloc((size_t)parts, sizeof(espi_source))};
+    if (!k.from) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for a list of %lld matrices", (long long)parts);
+    esp_status status = find_parts(loader, &k, turned);
+    if (status == ESP_OK) status = load_all_experts(loader, &k);
+    free(k.from);
     return status;
 }
 
@@ -519,14 +750,18 @@ static esp_status load_blocks(espi_loader *loader, const espi_stack *s, const ch
     ESPI_TRY(espi_loader_need(loader, &blocks, name, ESP_U8, 4, dims));
     layer_name(name, format, layer, "_scales");
     ESPI_TRY(espi_loader_need(loader, &scales, name, ESP_U8, 3, dims));
-    const size_t n = (size_t)(s->experts * s->parts * s->part_blocks);
-    uint8_t *bytes = (uint8_t *)s->scales;
-    ESPI_TRY(espi_st_read(blocks, (void *)s->data, 0, (size_t)blocks->bytes));
-    ESPI_TRY(espi_st_read(scales, bytes, 0, n));
-    const uint8_t *bad = memchr(bytes, 255, n);
-    if (!bad) return ESP_OK;
-    return ESPI_FAIL(ESP_ERR_NONFINITE, "%s: tensor %s: element %lld is 255, which is NaN, expected 0 to 254", espi_st_path(scales->file),
-                     name, (long long)(bad - bytes));
+    const size_t n = (size_t)(s->parts * s->part_blocks), codes = (size_t)s->parts * s->part_bytes;
+    for (int64_t e = 0; e < s->experts; e++) {
+        const espi_stack one = espi_loader_expert(loader, s, e);
+        ESPI_TRY(espi_st_read(blocks, (void *)one.data, (uint64_t)e * codes, codes));
+        ESPI_TRY(espi_st_read(scales, (uint8_t *)one.scales, (uint64_t)e * n, n));
+        const uint8_t *bad = memchr(one.scales, 255, n);
+        if (bad)
+            return ESPI_FAIL(ESP_ERR_NONFINITE, "%s: tensor %s: element %lld is 255, which is NaN, expected 0 to 254",
+                             espi_st_path(scales->file), name, (long long)((uint64_t)e * n) + (long long)(bad - one.scales));
+        ESPI_TRY(espi_loader_expert_done(loader, s, e, &one));
+    }
+    return ESP_OK;
 }
 
 static bool has(const espi_loader *loader, const char *format, int64_t layer, int64_t expert, const char *suffix,
@@ -593,7 +828,7 @@ static esp_status load_bias(espi_loader *loader, const float *out, const espi_st
     for (int64_t e = 0; e < (joined ? s->experts : 1); e++) {
         char name[ESPI_TENSOR_NAME];
         espi_expert_bias_name(name, loader->model->config.family, layout, layer, down, e);
-        ESPI_TRY(load_values(loader, out + e * s->rows, name, ESP_F32, joined ? 1 : 2, joined ? &s->rows : all));
+        ESPI_TRY(load_values(loader, out + e * s->rows, ESP_F32, name, ESP_F32, joined ? 1 : 2, joined ? &s->rows : all));
     }
     return ESP_OK;
 }
@@ -645,7 +880,7 @@ esp_status espi_loader_source(espi_source *from, espi_loader *loader, const espi
 static esp_status load_moe(espi_loader *loader, const espi_layer *w, int64_t layer) {
     const espi_config *c = &loader->model->config;
     const espi_family *f = c->family;
-    ESPI_TRY(load_matrix(loader, w->router.data, f->router, layer, c->experts, c->hidden));
+    ESPI_TRY(load_matrix(loader, &w->router, f->router, layer));
     if (c->router_bias) ESPI_TRY(load_vector(loader, w->router_bias, f->router, layer, ".bias", c->experts));
     if (c->router_correction) ESPI_TRY(load_vector(loader, w->router_correction, f->router_correction, layer, "", c->experts));
     const char *const shared[] = {f->shared_gate, f->shared_up, f->shared_down};
@@ -660,15 +895,22 @@ esp_status espi_loader_open(espi_loader *loader, esp_model *model, const char *d
     ESPI_TRY(espi_st_set_open(&loader->set, dir));
     loader->used = calloc(espi_st_set_count(loader->set) + 1, sizeof *loader->used);
     if (!loader->used) return ESPI_FAIL(ESP_ERR_MEMORY, "%s: no memory for a list of its tensors", espi_st_set_path(loader->set));
-    loader->staging_bytes = staging_bytes(&loader->raw_bytes, model);
-    ESPI_TRY(espi_ctx_alloc(model->ctx, ESPI_MEM_STAGING, loader->staging_bytes, &loader->staging));
-    loader->raw = loader->staging;
-    loader->absmax = (float *)(void *)(loader->raw + loader->raw_bytes);
+    const staging parts = plan_staging(model);
+    ESPI_TRY(espi_room_take(&loader->staging, model->ctx, ESPI_MEM_STAGING, staging_extent(&parts, model->ctx)));
+    const bool device = model->ctx->device != NULL;
+    loader->raw_bytes = parts.raw;
+    loader->raw = device ? loader->staging.host : loader->staging.main;
+    loader->absmax = (float *)(void *)(loader->raw + parts.raw);
+    if (!device) return ESP_OK;
+    loader->one = loader->raw + parts.raw + parts.absmax;
+    loader->d_raw = loader->staging.main;
+    loader->d_absmax = (float *)(void *)(loader->d_raw + parts.raw);
+    loader->d_one = loader->d_raw + parts.raw + parts.absmax;
     return ESP_OK;
 }
 
 void espi_loader_close(espi_loader *loader) {
-    espi_ctx_free(loader->model->ctx, ESPI_MEM_STAGING, loader->staging, loader->staging_bytes);
+    espi_room_free(&loader->staging, loader->model->ctx);
     free(loader->used);
     espi_st_set_close(loader->set);
     *loader = (espi_loader){0};
@@ -707,9 +949,10 @@ static esp_status load_all(espi_loader *loader) {
     const esp_model *m = loader->model;
     const espi_config *c = &m->config;
     const int64_t table[] = {c->vocab, c->hidden};
-    ESPI_TRY(load_values(loader, m->embed.data, c->family->embed, m->embed.dtype, 2, table));
-    if (!c->tied_head) ESPI_TRY(load_values(loader, m->head.data, c->family->head, m->head.dtype, 2, table));
-    ESPI_TRY(load_values(loader, m->final_norm, c->family->final_norm, ESP_F32, 1, &c->hidden));
+    if (loader->lut) ESPI_TRY(espi_ctx_put(m->ctx, loader->lut, esp_quant_table(m->options.experts), 16 * sizeof(float)));
+    ESPI_TRY(load_values(loader, m->embed.data, m->embed.dtype, c->family->embed, c->stored_dtype, 2, table));
+    if (!c->tied_head) ESPI_TRY(load_values(loader, m->head.data, m->head.dtype, c->family->head, c->stored_dtype, 2, table));
+    ESPI_TRY(load_values(loader, m->final_norm, ESP_F32, c->family->final_norm, ESP_F32, 1, &c->hidden));
     for (int64_t l = 0; l < c->layers; l++) {
         const espi_layer *w = &m->layers[l];
         ESPI_TRY(load_attention(loader, w, l));
@@ -722,11 +965,11 @@ static esp_status load_all(espi_loader *loader) {
 static esp_status take_weights(espi_loader *loader) {
     esp_model *model = loader->model;
     size_t dense, experts;
-    lay_out(model, NULL, &dense, &experts, &loader->map);
+    lay_out(model, NULL, &dense, &experts, &loader->map, &loader->lut);
     model->weights = (espi_block){.purpose = ESPI_MEM_WEIGHTS, .bytes = dense + experts};
     const esp_status status = espi_ctx_alloc(model->ctx, ESPI_MEM_WEIGHTS, dense + experts, &model->weights.p);
     if (status == ESP_OK)
-        lay_out(model, model->weights.p, &dense, &experts, &loader->map);
+        lay_out(model, model->weights.p, &dense, &experts, &loader->map, &loader->lut);
     else
         model->weights = (espi_block){0};
     return status;
@@ -738,6 +981,7 @@ esp_status espi_model_load_weights(esp_model *model, const char *dir) {
     esp_status status = espi_loader_open(&loader, model, dir);
     if (status == ESP_OK) status = take_weights(&loader);
     if (status == ESP_OK) status = load_all(&loader);
+    if (status == ESP_OK) status = espi_ctx_wait(model->ctx);
     espi_loader_close(&loader);
     return status;
 }

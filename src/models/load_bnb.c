@@ -200,12 +200,11 @@ static esp_status read_scales(float *out, const scales *s, int64_t first, int64_
 
 /* Scales from block `first` on stay codes.  A stack has nested scales per matrix: those of the file must not straddle two of its own. */
 static esp_status keep_nested(espi_loader *loader, const espi_stack *s, int64_t part, const scales *from, int64_t first) {
-    if (!loader->map_used)
-        memcpy(loader->map, from->map, sizeof from->map);
-    else if (memcmp(loader->map, from->map, sizeof from->map) != 0)
+    bool same;
+    ESPI_TRY(espi_loader_set_map(loader, &same, from->map));
+    if (!same)
         return ESPI_FAIL(ESP_ERR_UNSUPPORTED, "%s: tensor %s: differs from the map of the experts before, expected one for all",
                          espi_st_path(from->map_tensor->file), from->map_tensor->name);
-    loader->map_used = true;
     for (int64_t j = 0; j < s->part_nested; j++) {
         const int64_t begin = first + j * ESPI_NESTED_BLOCK, left = s->part_blocks - j * ESPI_NESTED_BLOCK;
         const int64_t end = begin + (left < ESPI_NESTED_BLOCK ? left : ESPI_NESTED_BLOCK);
@@ -263,30 +262,38 @@ esp_status espi_bnb_load_fused(espi_loader *loader, const espi_stack *s, const c
     ESPI_TRY(check_table(loader, s->format, name));
     ESPI_TRY(need_codes(loader, &codes, name, parts * n));
     ESPI_TRY(open_scales(loader, &from, &state, name, parts * s->part_blocks));
-    for (int64_t part = 0; part < parts; part++) ESPI_TRY(take_part(loader, s, part, codes, &from, part * n));
+    for (int64_t e = 0; e < s->experts; e++) {
+        const espi_stack one = espi_loader_expert(loader, s, e);
+        for (int64_t p = 0; p < s->parts; p++) ESPI_TRY(take_part(loader, &one, p, codes, &from, (e * s->parts + p) * n));
+        ESPI_TRY(espi_loader_expert_done(loader, s, e, &one));
+    }
     return ESP_OK;
 }
 
-esp_status espi_bnb_load_dense(espi_loader *loader, float *out, const char *name, int64_t rows, int64_t cols) {
-    const int64_t n = rows * cols;
+esp_status espi_bnb_load_dense(espi_loader *loader, const espi_mat *to, const char *name) {
+    const int64_t n = to->rows * to->cols;
     quant_state state;
     const espi_st_tensor *codes;
     scales from;
     ESPI_TRY(read_state(&state, loader, name));
-    ESPI_TRY(check_state(&state, loader, name, 2, (int64_t[]){rows, cols}));
+    ESPI_TRY(check_state(&state, loader, name, 2, (int64_t[]){to->rows, to->cols}));
     ESPI_TRY(check_table(loader, state.format, name));
     ESPI_TRY(need_codes(loader, &codes, name, n));
     ESPI_TRY(open_scales(loader, &from, &state, name, (n + ESPI_QBLOCK - 1) / ESPI_QBLOCK));
-    /* The staging buffer: scales of a piece, room to restore them in, and from the middle on the codes. */
-    const int64_t most = (int64_t)loader->raw_bytes;
+    /* The staging buffer: scales of a piece, room to restore them in, and from the middle on the codes, the values, and room for them in
+     * the dtype that is held. */
+    const int64_t most = (int64_t)loader->raw_bytes / 32 / ESPI_QBLOCK * ESPI_QBLOCK;
     float *absmax = (float *)(void *)loader->raw;
     unsigned char *middle = loader->raw + loader->raw_bytes / 2;
+    float *values = (float *)(void *)(middle + most / 2);
     for (int64_t done = 0; done < n;) {
         const int64_t m = n - done < most ? n - done : most, blocks = (m + ESPI_QBLOCK - 1) / ESPI_QBLOCK;
         ESPI_TRY(espi_st_read(codes, middle, (uint64_t)done / 2, (size_t)(m + 1) / 2));
         ESPI_TRY(
             read_scales(absmax, &from, done / ESPI_QBLOCK, blocks, absmax + blocks, (size_t)(middle - (unsigned char *)(absmax + blocks))));
-        ESPI_TRY(esp_dequantize(out + done, middle, absmax, m, ESPI_QBLOCK, state.format));
+        ESPI_TRY(esp_dequantize(values, middle, absmax, m, ESPI_QBLOCK, state.format));
+        ESPI_TRY(espi_loader_store(loader, (unsigned char *)to->data + (size_t)done * esp_dtype_size(to->dtype), to->dtype, values, ESP_F32,
+                                   m, values + most));
         done += m;
     }
     return ESP_OK;

@@ -7,7 +7,7 @@
 #include "kernels/ops.h"
 #include "models/family.h"
 
-/* A dense projection: frozen weight f32 [out,in], optional bias f32 [out], optional LoRA branch. */
+/* A dense projection: frozen weight [out,in], f32, or bf16 where activations are; optional bias f32 [out], optional LoRA branch. */
 typedef struct espi_linear {
     espi_mat w;
     const float *bias;
@@ -59,7 +59,8 @@ struct esp_model {
     espi_mat embed, head; /* stored dtype [V,H]; the same matrix when tied */
     const float *final_norm;
     espi_layer *layers;
-    double *inv_freq; /* [D/2] */
+    double *inv_freq;        /* [D/2] */
+    const double *rope_freq; /* the same where the ops read it */
 
     espi_block weights, adapter; /* two blocks of the context: all frozen bytes; parameters then gradients */
     esp_param *params;           /* the public view of the adapter, in canonical order: layer, then q k v o gate_up down, A before B */
@@ -80,8 +81,8 @@ typedef struct espi_weight_plan {
     size_t dense, experts, adapter, gradients;
     size_t staging; /* while loading only */
 } espi_weight_plan;
-esp_status espi_weight_plan_make(espi_weight_plan *out, const espi_config *config, const esp_model_config *options,
-                                 const espi_lora_spec lora[ESPI_T_COUNT], size_t real_size);
+esp_status espi_weight_plan_make(espi_weight_plan *out, esp_ctx *ctx, const espi_config *config, const esp_model_config *options,
+                                 const espi_lora_spec lora[ESPI_T_COUNT]);
 
 /* models/skeleton.c: model->layers with every shape, format and LoRA rank filled in from config, options and lora, and no data yet; embed
  * and head likewise.  Enough to walk a pass dry; the loader and the adapter then fill the pointers. */

@@ -163,7 +163,7 @@ esp_status esp_moe_set_router(esp_moe *moe, const float *router) {
     for (int64_t i = 0; i < n; i++)
         if (!isfinite(router[i]))
             return ESPI_FAIL(ESP_ERR_NONFINITE, "router[%lld]: got %g, expected a finite number", (long long)i, (double)router[i]);
-    memcpy((void *)moe->router.w.data, router, (size_t)n * sizeof *router);
+    ESPI_TRY(espi_ctx_put(moe->model.ctx, (void *)moe->router.w.data, router, (size_t)n * sizeof *router));
     moe->router_set = true;
     return ESP_OK;
 }

@@ -55,7 +55,7 @@ static esp_status head_bytes(size_t *bytes, esp_model *model, const esp_batch *s
 static esp_status fill_plan(esp_plan *plan, esp_model *model, const esp_adamw_config *adamw, int64_t n_tokens, int32_t n_seqs) {
     const esp_batch shape = ESP_BATCH(.n_tokens = n_tokens, .n_seqs = n_seqs);
     espi_weight_plan w;
-    ESPI_TRY(espi_weight_plan_make(&w, &model->config, &model->options, model->lora, model->ctx->real_size));
+    ESPI_TRY(espi_weight_plan_make(&w, model->ctx, &model->config, &model->options, model->lora));
     plan->dense_weights = w.dense;
     plan->expert_weights = w.experts;
     plan->adapter = w.adapter;

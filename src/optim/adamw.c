@@ -32,6 +32,7 @@ struct esp_optim {
     espi_block block;
     espi_arena arena; /* over the block: moments, then the scratch of the ops */
     double *square_sum;
+    const float *map1, *map2; /* of the 8-bit form, where the ops read them */
     int64_t step, skipped;
     double grad_norm, lr;
 };
@@ -149,8 +150,8 @@ static esp_status update(esp_optim *o, double lr, double grad_scale) {
                                 .absmax1 = t->absmax_m,
                                 .absmax2 = t->absmax_v,
                                 .g = p.grad,
-                                .map1 = esp_dynamic_map(true),
-                                .map2 = esp_dynamic_map(false),
+                                .map1 = o->map1,
+                                .map2 = o->map2,
                                 .n = t->count,
                                 .step = o->step + 1,
                                 .lr = lr,
@@ -179,8 +180,22 @@ static esp_status update(esp_optim *o, double lr, double grad_scale) {
     return ESP_OK;
 }
 
+/* A table of the 8-bit form where the ops read it. */
+static esp_status take_map(const float **map, esp_optim *o, bool is_signed) {
+    esp_ctx *ctx = o->model->ctx;
+    *map = esp_dynamic_map(is_signed);
+    if (!ctx->device || !o->set.eight_bit) return ESP_OK;
+    void *there;
+    ESPI_TRY(espi_arena_take(&o->arena, 256 * sizeof(float), &there));
+    if (!o->arena.dry) ESPI_TRY(espi_ctx_put(ctx, there, *map, 256 * sizeof(float)));
+    *map = there;
+    return ESP_OK;
+}
+
 /* Everything the optimiser ever takes from its block: walked dry for the plan, then over the memory. */
 static esp_status take_all(esp_optim *o) {
+    ESPI_TRY(take_map(&o->map1, o, true));
+    ESPI_TRY(take_map(&o->map2, o, false));
     for (int64_t i = 0; i < o->n; i++) ESPI_TRY(take_moments(&o->arena, &o->tensors[i], o->model->ctx->real_size));
     return espi_arena_take(&o->arena, sizeof *o->square_sum, &o->square_sum);
 }

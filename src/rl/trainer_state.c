@@ -71,11 +71,13 @@ static esp_status add_adapter(list *l, esp_trainer *t) {
         ESPI_TRY(esp_model_param_get(t->model, i, &p));
         const esp_tensor view = esp_tensor_view(p.data, p.dtype, p.rank, p.dims);
         ESPI_TRY(add(l, "adapter", p.name, p.dtype, esp_tensor_count(&view), p.data));
+        l->items[l->n - 1].ctx = t->model->ctx;
     }
     for (int64_t i = 0; i < esp_optim_array_count(t->optim); i++) {
         esp_optim_array a = ESP_OPTIM_ARRAY_INIT;
         ESPI_TRY(esp_optim_array_get(t->optim, i, &a));
         ESPI_TRY(add(l, "optimizer", a.name, a.dtype, a.count, a.data));
+        l->items[l->n - 1].ctx = t->model->ctx;
     }
     return ESP_OK;
 }
@@ -428,7 +430,11 @@ static esp_status apply(esp_trainer *t, const espi_checkpoint *c, const char *pa
     }
     for (size_t i = 0; i < places->n; i++) {
         const espi_saved_array *to = &places->items[i];
-        memcpy(to->data, staged->items[i].data, (size_t)to->count * esp_dtype_size(to->dtype));
+        const size_t bytes = (size_t)to->count * esp_dtype_size(to->dtype);
+        if (to->ctx)
+            ESPI_TRY(espi_ctx_put(to->ctx, to->data, staged->items[i].data, bytes));
+        else
+            memcpy(to->data, staged->items[i].data, bytes);
     }
     ESPI_TRY(esp_optim_restore(t->optim, s[S_OPTIM_STEP], s[S_OPTIM_SKIPPED]));
     adopt(t, s, reals);

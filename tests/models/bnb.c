@@ -94,8 +94,8 @@ Test(bnb, dense_matrix_in_pieces) {
     checkpoint_write(c, dir);
     OK(loaded_try(&l, dir, NULL));
     OK(espi_loader_open(&loader, l.model, dir));
-    loader.raw_bytes = 1024;
-    OK(espi_bnb_load_dense(&loader, got, name, 128, 64));
+    loader.raw_bytes = 32 * 192;
+    OK(espi_bnb_load_dense(&loader, &(espi_mat){.data = got, .dtype = ESP_F32, .rows = 128, .cols = 64}, name));
     cr_expect_eq(memcmp(got, want, sizeof got), 0);
     espi_loader_close(&loader);
     loaded_free(&l);

@@ -326,7 +326,7 @@ Test(loader, half_precision) {
 
 static void expect_memory(const loaded *l, size_t staging, const char *what) {
     espi_weight_plan plan;
-    OK(espi_weight_plan_make(&plan, &l->model->config, &l->model->options, l->model->lora, sizeof(float)));
+    OK(espi_weight_plan_make(&plan, l->ctx, &l->model->config, &l->model->options, l->model->lora));
     esp_memory m = ESP_MEMORY_INIT;
     OK(esp_ctx_memory(l->ctx, &m));
     cr_expect_eq(m.weights, plan.dense + plan.experts, "%s: weights %zu, planned %zu", what, m.weights, plan.dense + plan.experts);
@@ -438,7 +438,7 @@ Test(loader, adapter_plan) {
     loaded l;
     loaded_golden(&l, "q3a/model", &ESP_MODEL_CONFIG(.lora_rank = 4, .lora_targets = ESP_LORA_Q | ESP_LORA_DOWN, .train_router = true));
     espi_weight_plan plan;
-    OK(espi_weight_plan_make(&plan, &l.model->config, &l.model->options, l.model->lora, sizeof(float)));
+    OK(espi_weight_plan_make(&plan, l.ctx, &l.model->config, &l.model->options, l.model->lora));
     const size_t q = 4 * (64 + 128) * sizeof(float), down = 8 * 4 * (32 + 64) * sizeof(float);
     cr_expect_eq(plan.adapter, 2 * (q + down), "%zu", plan.adapter);
     cr_expect_eq(plan.gradients, plan.adapter + 2 * 8 * 64 * sizeof(float), "%zu", plan.gradients);

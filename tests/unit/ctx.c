@@ -126,7 +126,7 @@ Test(ctx, backend_names) {
     for (int i = 0; i < ESPI_COUNT(unknown); i++) {
         esp_ctx *ctx;
         cr_expect_eq(esp_ctx_create(&ctx, &ESP_CTX_CONFIG(.backend = unknown[i])), ESP_ERR_ARG, "%s", unknown[i]);
-        cr_expect(strstr(esp_last_error(), "auto, cpu, ref or ref64") != NULL, "%s", esp_last_error());
+        cr_expect(strstr(esp_last_error(), "auto, any, cpu, cuda, ref or ref64") != NULL, "%s", esp_last_error());
     }
     esp_ctx *ctx;
     cr_expect_eq(esp_ctx_create(&ctx, &ESP_CTX_CONFIG(.backend = "cpu-sse9")), ESP_ERR_ARG);
