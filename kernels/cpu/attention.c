@@ -1,9 +1,15 @@
-/* The key-value cache, and causal grouped-query attention over packed sequences: keys in blocks of KEYS from the sequence's start, an
- * online softmax over the blocks.  A query meets its keys in the same blocks whether they are new or in a cache, so decoding gives the bits
- * of the prefill. */
+/* The key-value cache, and causal grouped-query attention over packed sequences.
+ *
+ * Keys stand at places, counted through a sequence's prefix and then its own keys.  They are met in blocks of KEYS places from place 0, an
+ * online softmax over the blocks.  A query meets its keys in the same blocks whether they are new, in a cache or in a prefix that others
+ * share: decoding gives the bits of the prefill, and a shared prompt those of a repeated one.
+ *
+ * Where a strip of queries sees all of a block, the products run in register tiles.  Elsewhere (on the diagonal, at the edge of a window,
+ * in the block in which a prefix ends) they run query by query.  Each sum has the same terms in the same order either way. */
 #include "kernels/cpu/cpu.h"
 
-enum { KEYS = 32 };
+/* Queries of a task; of those, what is worked on at a time, and the height of a register tile. */
+enum { KEYS = 32, QUERIES = 64, QUERY_BLOCK = 16, STRIP = LANES / 4 };
 
 esp_status ESPI_CPU(espi_kv_append)(const espi_exec *exec, const espi_kv_append *a) {
     (void)exec;
@@ -16,10 +22,70 @@ esp_status ESPI_CPU(espi_kv_append)(const espi_exec *exec, const espi_kv_append 
     return ESP_OK;
 }
 
-/* out[j] = scale * x . row j, four rows at a time so that the chains of sums overlap. */
-static inline void dot_rows(float *out, const float *x, const float *rows, int64_t stride, int64_t keys, int64_t dim, float scale) {
+/* ---- products ---- */
+
+/* Lanes i of each quad of lanes of a (i < 4) or b (i - 4). */
+#define LANE(quad, i) ((i) < 4 ? 4 * (quad) + (i) : LANES + 4 * (quad) + (i)-4)
+#define QUAD(quad, i, j, k, l) LANE(quad, i), LANE(quad, j), LANE(quad, k), LANE(quad, l)
+#if defined(__AVX512F__)
+#define IN_QUADS(a, b, i, j, k, l)                                                                                                         \
+    __builtin_shufflevector(a, b, QUAD(0, i, j, k, l), QUAD(1, i, j, k, l), QUAD(2, i, j, k, l), QUAD(3, i, j, k, l))
+#elif defined(__AVX2__)
+#define IN_QUADS(a, b, i, j, k, l) __builtin_shufflevector(a, b, QUAD(0, i, j, k, l), QUAD(1, i, j, k, l))
+#else
+#define IN_QUADS(a, b, i, j, k, l) __builtin_shufflevector(a, b, QUAD(0, i, j, k, l))
+#endif
+
+/* Quad i: what vsum() folds x[i] to before its last two additions. */
+static inline vec fold_strip(const vec x[STRIP]) {
+#if defined(__AVX512F__)
+    const vec h01 = __builtin_shufflevector(x[0], x[1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+                    __builtin_shufflevector(x[0], x[1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    const vec h23 = __builtin_shufflevector(x[2], x[3], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+                    __builtin_shufflevector(x[2], x[3], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    return __builtin_shufflevector(h01, h23, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+           __builtin_shufflevector(h01, h23, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+#elif defined(__AVX2__)
+    return __builtin_shufflevector(x[0], x[1], 0, 1, 2, 3, 8, 9, 10, 11) + __builtin_shufflevector(x[0], x[1], 4, 5, 6, 7, 12, 13, 14, 15);
+#else
+    return x[0];
+#endif
+}
+
+/* Quad i, lane j: vsum(x[j][i]), to the bit. */
+static inline vec vsum_tile(const vec x[4][STRIP]) {
+    const vec f0 = fold_strip(x[0]), f1 = fold_strip(x[1]), f2 = fold_strip(x[2]), f3 = fold_strip(x[3]);
+    const vec f01 = IN_QUADS(f0, f1, 0, 4, 1, 5) + IN_QUADS(f0, f1, 2, 6, 3, 7);
+    const vec f23 = IN_QUADS(f2, f3, 0, 4, 1, 5) + IN_QUADS(f2, f3, 2, 6, 3, 7);
+    return IN_QUADS(f01, f23, 0, 1, 4, 5) + IN_QUADS(f01, f23, 2, 3, 6, 7);
+}
+
+/* out[i][j] = scale * x_i . row j, for STRIP rows x_i and the KEYS rows of a block; dim is a multiple of LANES. */
+static void dot_tile(float (*out)[KEYS], const float *x, int64_t x_stride, const float *rows, int64_t stride, int64_t dim, float scale) {
+    for (int64_t j0 = 0; j0 < KEYS; j0 += 4) {
+        const float *row = rows + j0 * stride;
+        vec sum[4][STRIP] = {{{0}}};
+        for (int64_t d = 0; d < dim; d += LANES) {
+            vec q[STRIP];
+#pragma GCC unroll 4
+            for (int i = 0; i < STRIP; i++) q[i] = load(x + i * x_stride + d);
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) {
+                const vec key = load(row + j * stride + d);
+#pragma GCC unroll 4
+                for (int i = 0; i < STRIP; i++) sum[j][i] += q[i] * key;
+            }
+        }
+        const vec score = splat(scale) * vsum_tile(sum);
+#pragma GCC unroll 4
+        for (int i = 0; i < STRIP; i++) memcpy(&out[i][j0], (const float *)&score + 4 * i, 4 * sizeof(float));
+    }
+}
+
+/* out[j] = scale * x . row j. */
+static void dot_rows(float *out, const float *x, const float *rows, int64_t stride, int64_t keys, int64_t dim, float scale) {
     int64_t j = 0;
-    for (; dim % LANES == 0 && j + 4 <= keys; j += 4) {
+    for (; dim % LANES == 0 && j + 4 <= keys; j += 4) { /* four at a time, so that the chains of sums overlap */
         const float *row = rows + j * stride;
         vec s0 = {0}, s1 = {0}, s2 = {0}, s3 = {0};
         for (int64_t d = 0; d < dim; d += LANES) {
@@ -37,33 +103,63 @@ static inline void dot_rows(float *out, const float *x, const float *rows, int64
     for (; j < keys; j++) out[j] = scale * cpu_dot(x, rows + j * stride, dim);
 }
 
-/* out += sum over j of p[j] * row j. */
-static inline void add_rows(float *out, const float *p, const float *rows, int64_t stride, int64_t keys, int64_t dim) {
+/* out_i += sum over j of p[i * p_row + j * p_step] * row j, for `height` rows out_i, a constant where this is inlined. */
+static inline __attribute__((always_inline)) void add_tile(float *out, int64_t out_stride, const float *p, int64_t p_row, int64_t p_step,
+                                                           const float *rows, int64_t stride, int64_t n, int64_t dim, const int height) {
     int64_t d = 0;
     for (; d + 4 * LANES <= dim; d += 4 * LANES) {
-        vec s0 = load(out + d), s1 = load(out + d + LANES), s2 = load(out + d + 2 * LANES), s3 = load(out + d + 3 * LANES);
-        for (int64_t j = 0; j < keys; j++) {
+        vec sum[STRIP][4];
+#pragma GCC unroll 4
+        for (int i = 0; i < height; i++)
+#pragma GCC unroll 4
+            for (int c = 0; c < 4; c++) sum[i][c] = load(out + i * out_stride + d + c * LANES);
+        for (int64_t j = 0; j < n; j++) {
             const float *row = rows + j * stride + d;
-            const vec x = splat(p[j]);
-            s0 += x * load(row);
-            s1 += x * load(row + LANES);
-            s2 += x * load(row + 2 * LANES);
-            s3 += x * load(row + 3 * LANES);
+            const vec r0 = load(row), r1 = load(row + LANES), r2 = load(row + 2 * LANES), r3 = load(row + 3 * LANES);
+#pragma GCC unroll 4
+            for (int i = 0; i < height; i++) {
+                const vec x = splat(p[i * p_row + j * p_step]);
+                sum[i][0] += x * r0;
+                sum[i][1] += x * r1;
+                sum[i][2] += x * r2;
+                sum[i][3] += x * r3;
+            }
         }
-        store(out + d, s0);
-        store(out + d + LANES, s1);
-        store(out + d + 2 * LANES, s2);
-        store(out + d + 3 * LANES, s3);
+#pragma GCC unroll 4
+        for (int i = 0; i < height; i++)
+#pragma GCC unroll 4
+            for (int c = 0; c < 4; c++) store(out + i * out_stride + d + c * LANES, sum[i][c]);
+    }
+    for (; d + LANES <= dim; d += LANES) {
+        vec sum[STRIP];
+#pragma GCC unroll 4
+        for (int i = 0; i < height; i++) sum[i] = load(out + i * out_stride + d);
+        for (int64_t j = 0; j < n; j++) {
+            const vec row = load(rows + j * stride + d);
+#pragma GCC unroll 4
+            for (int i = 0; i < height; i++) sum[i] += splat(p[i * p_row + j * p_step]) * row;
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < height; i++) store(out + i * out_stride + d, sum[i]);
     }
     for (; d < dim; d++)
-        for (int64_t j = 0; j < keys; j++) out[d] += p[j] * rows[j * stride + d];
+        for (int i = 0; i < height; i++)
+            for (int64_t j = 0; j < n; j++) out[i * out_stride + d] += p[i * p_row + j * p_step] * rows[j * stride + d];
 }
 
-/* p = e^(p - shift) over the `keys` entries of a block; returns the sum. */
-static inline float exp_block(float p[KEYS], float shift, int64_t keys) {
+static void add_strip(float *out, int64_t out_stride, const float *p, int64_t p_row, int64_t p_step, const float *rows, int64_t stride,
+                      int64_t n, int64_t dim) {
+    add_tile(out, out_stride, p, p_row, p_step, rows, stride, n, dim, STRIP);
+}
+static void add_rows(float *out, const float *p, int64_t p_step, const float *rows, int64_t stride, int64_t n, int64_t dim) {
+    add_tile(out, 0, p, 0, p_step, rows, stride, n, dim, 1);
+}
+
+/* p = e^(p - shift) over the n entries of a block; returns the sum. */
+static inline float exp_block(float p[KEYS], float shift, int64_t n) {
     vec sum = {0};
-    for (int64_t j = keys; j % LANES != 0; j++) p[j] = shift - 100; /* e^-100 counts as 0 */
-    for (int64_t j = 0; j < keys; j += LANES) {
+    for (int64_t j = n; j % LANES != 0; j++) p[j] = shift - 100; /* e^-100 counts as 0 */
+    for (int64_t j = 0; j < n; j += LANES) {
         const vec e = vexp(load(p + j) - splat(shift));
         store(p + j, e);
         sum += e;
@@ -71,32 +167,148 @@ static inline float exp_block(float p[KEYS], float shift, int64_t keys) {
     return vsum(sum);
 }
 
-/* The first key that a query with `keys` keys up to its own sees. */
+/* The largest of the n entries of a block, or `largest` where that is larger. */
+static inline float block_max(float p[KEYS], float largest, int64_t n) {
+    vec most = splat(largest);
+    for (int64_t j = n; j % LANES != 0; j++) p[j] = -INFINITY;
+    for (int64_t j = 0; j < n; j += LANES) most = vmax(load(p + j), most);
+    return vlargest(most);
+}
+
+/* ---- where keys lie, and which are seen ---- */
+
+/* The keys of one kv head of a sequence: element of place j = (j < prefix ? shared : own) + j * stride. */
+typedef struct key_places {
+    int64_t prefix, shared, own, stride;
+} key_places;
+
+static key_places places_of(const espi_spans *spans, int64_t seq, int64_t kv_heads, int64_t kv_head, int64_t dim) {
+    key_places places = {.stride = kv_heads * dim};
+    if (spans->prefix_len) {
+        places.prefix = spans->prefix_len[seq];
+        places.shared = spans->prefix_start[seq] * places.stride + kv_head * dim;
+    }
+    places.own = (spans->k_start[seq] - places.prefix) * places.stride + kv_head * dim;
+    return places;
+}
+static int64_t element(const key_places *places, int64_t place) {
+    return (place < places->prefix ? places->shared : places->own) + place * places->stride;
+}
+/* Rows from `place` on lie `stride` apart up to this place, or `end`. */
+static int64_t run_end(const key_places *places, int64_t place, int64_t end) {
+    return place < places->prefix ? cpu_min(end, places->prefix) : end;
+}
+
+/* The first place that a query sees which has `keys` places up to its own. */
 static int64_t first_seen(int64_t keys, int64_t window) {
     return window > 0 && keys > window ? keys - window : 0;
 }
 
-/* One query of one head against keys first .. keys - 1; the rows of k and v lie `stride` apart.  sink: NULL or one more logit. */
-static void attend(float *out, float *lse, const float *q, const float *k, const float *v, const float *sink, int64_t first, int64_t keys,
-                   int64_t stride, int64_t dim, float scale) {
-    float max = -INFINITY, sum = 0, p[KEYS];
-    memset(out, 0, (size_t)dim * sizeof *out);
-    for (int64_t j0 = first, next; j0 < keys; j0 = next) {
-        next = cpu_min(keys, (j0 / KEYS + 1) * KEYS);
-        const int64_t n = next - j0;
-        float largest = max;
-        dot_rows(p, q, k + j0 * stride, stride, n, dim, scale);
-        for (int64_t j = 0; j < n; j++) largest = p[j] > largest ? p[j] : largest;
-        if (largest > max && j0 > first) { /* what was summed so far was relative to the old maximum */
-            const float shrink = expf(max - largest);
-            sum *= shrink;
-            for (int64_t d = 0; d < dim; d++) out[d] *= shrink;
-        }
-        max = largest;
-        sum += exp_block(p, max, n);
-        add_rows(out, p, v + j0 * stride, stride, n, dim);
+/* What forward and backward know of a call. */
+typedef struct call {
+    const espi_spans *spans;
+    int64_t heads, kv_heads, dim, window;
+    float scale;
+} call;
+#define CALL_OF(a)                                                                                                                         \
+    (call) {                                                                                                                               \
+        &(a)->spans, (a)->heads, (a)->kv_heads, (a)->head_dim, (a)->window, (float)(a)->scale                                              \
     }
-    float inverse = 1 / sum;
+
+/* Up to QUERIES consecutive queries of one head. */
+typedef struct queries {
+    key_places places;
+    int64_t n, place;        /* of the first */
+    int64_t element, stride; /* of the first, and from one to the next, in q and out */
+    int64_t row, heads;      /* the same in lse */
+    int64_t window, dim;
+    float scale;
+} queries;
+
+/* Queries begin .. end - 1 of sequence seq. */
+static queries queries_of(const call *c, int64_t seq, int64_t begin, int64_t end, int64_t head) {
+    const int64_t row = begin * c->heads + head;
+    queries q = {.places = places_of(c->spans, seq, c->kv_heads, head / (c->heads / c->kv_heads), c->dim),
+                 .n = end - begin,
+                 .element = row * c->dim,
+                 .stride = c->heads * c->dim,
+                 .row = row,
+                 .heads = c->heads,
+                 .window = c->window,
+                 .dim = c->dim,
+                 .scale = c->scale};
+    q.place = q.places.prefix + c->spans->k_len[seq] - (c->spans->cu_q[seq + 1] - begin);
+    return q;
+}
+
+/* What query i sees of the block that begins at `block`: places *from .. *to - 1; false: nothing. */
+static bool seen_of_block(const queries *q, int64_t i, int64_t block, int64_t *from, int64_t *to) {
+    const int64_t keys = q->place + i + 1, first = first_seen(keys, q->window);
+    *from = first > block ? first : block;
+    *to = cpu_min(keys, block + KEYS);
+    return *from < *to;
+}
+
+/* Do queries i .. i + count - 1 see all of the block, whose rows lie one after the other? */
+static bool sees_whole(const queries *q, int64_t i, int64_t count, int64_t block) {
+    const int64_t prefix = q->places.prefix;
+    return i + count <= q->n && block + KEYS <= q->place + i + 1 && first_seen(q->place + i + count, q->window) <= block &&
+           (block + KEYS <= prefix || block >= prefix) && q->dim % LANES == 0;
+}
+
+/* p[j] = scale * x . key at place from + j. */
+static void dot_places(float *p, const queries *q, const float *x, const float *base, int64_t from, int64_t to, float scale) {
+    for (int64_t j = from, next; j < to; j = next) {
+        next = run_end(&q->places, j, to);
+        dot_rows(p + j - from, x, base + element(&q->places, j), q->places.stride, next - j, q->dim, scale);
+    }
+}
+/* out += sum of p[j] * row at place from + j. */
+static void add_places(float *out, const queries *q, const float *p, const float *base, int64_t from, int64_t to) {
+    for (int64_t j = from, next; j < to; j = next) {
+        next = run_end(&q->places, j, to);
+        add_rows(out, p + j - from, 1, base + element(&q->places, j), q->places.stride, next - j, q->dim);
+    }
+}
+
+/* ---- forward ---- */
+
+/* The running softmax of a query. */
+typedef struct row_sums {
+    float max, sum;
+} row_sums;
+
+/* Takes up a block of n scores, which become exponentials; out: the weighted values so far.  first: there is nothing yet. */
+static void add_block(row_sums *s, float *out, float p[KEYS], int64_t n, int64_t dim, bool first) {
+    const float largest = block_max(p, s->max, n);
+    if (largest > s->max && !first) { /* what was summed so far was relative to the old maximum */
+        const float shrink = expf(s->max - largest);
+        s->sum *= shrink;
+        for (int64_t d = 0; d < dim; d++) out[d] *= shrink;
+    }
+    s->max = largest;
+    s->sum += exp_block(p, largest, n);
+}
+
+/* A strip of `count` queries against the block at `block`. */
+static void attend_strip(const espi_attention_fwd *a, const queries *q, row_sums *sums, int64_t first, int64_t count, int64_t block) {
+    const bool whole = count == STRIP && sees_whole(q, first, count, block);
+    const float *x = (const float *)a->q + q->element + first * q->stride, *k = a->k, *v = a->v;
+    float *out = (float *)a->out + q->element + first * q->stride, p[STRIP][KEYS];
+    if (whole) dot_tile(p, x, q->stride, k + element(&q->places, block), q->places.stride, q->dim, q->scale);
+    for (int64_t i = 0; i < count; i++) {
+        int64_t from, to;
+        if (!seen_of_block(q, first + i, block, &from, &to)) continue;
+        if (!whole) dot_places(p[i], q, x + i * q->stride, k, from, to, q->scale);
+        add_block(&sums[first + i], out + i * q->stride, p[i], to - from, q->dim, sums[first + i].sum == 0);
+        if (!whole) add_places(out + i * q->stride, q, p[i], v, from, to);
+    }
+    if (whole) add_strip(out, q->stride, p[0], KEYS, 1, v + element(&q->places, block), q->places.stride, KEYS, q->dim);
+}
+
+/* Divides by the sum, to which a sink adds one more logit. */
+static void finish(float *out, float *lse, const row_sums *s, const float *sink, int64_t dim) {
+    float max = s->max, sum = s->sum, inverse = 1 / sum;
     if (sink) {
         const float largest = *sink > max ? *sink : max, shrink = expf(max - largest);
         sum = sum * shrink + expf(*sink - largest);
@@ -107,87 +319,154 @@ static void attend(float *out, float *lse, const float *q, const float *k, const
     *lse = max + logf(sum);
 }
 
-/* Multiply-adds of the products of queries with keys, if all sequences were of the mean length: from sizes alone. */
-static double attention_work(int64_t tokens, int64_t sequences, int64_t width) {
-    return sequences ? (double)tokens * (double)tokens / (double)sequences * (double)width : 0;
+static void attend(const espi_attention_fwd *a, const queries *q, const float *sink) {
+    row_sums sums[QUERIES];
+    float *out = (float *)a->out + q->element;
+    for (int64_t i = 0; i < q->n; i++) {
+        sums[i] = (row_sums){.max = -INFINITY};
+        memset(out + i * q->stride, 0, (size_t)q->dim * sizeof *out);
+    }
+    for (int64_t block = first_seen(q->place + 1, q->window) / KEYS * KEYS; block < q->place + q->n; block += KEYS)
+        for (int64_t i = 0; i < q->n; i += STRIP) attend_strip(a, q, sums, i, cpu_min(STRIP, q->n - i), block);
+    for (int64_t i = 0; i < q->n; i++) finish(out + i * q->stride, (float *)a->lse + q->row + i * q->heads, &sums[i], sink, q->dim);
+}
+
+/* Multiply-adds of the products of queries with keys. */
+static double attention_work(const espi_spans *spans, int64_t width) {
+    double pairs = 0;
+    for (int32_t s = 0; s < spans->n_seqs; s++) {
+        const int32_t prefix = spans->prefix_len ? spans->prefix_len[s] : 0;
+        pairs += (double)(spans->cu_q[s + 1] - spans->cu_q[s]) * (double)(prefix + spans->k_len[s]);
+    }
+    return pairs * (double)width;
 }
 
 esp_status ESPI_CPU(espi_attention_fwd)(const espi_exec *exec, const espi_attention_fwd *a) {
-    const int64_t dim = a->head_dim, group = a->heads / a->kv_heads, stride = a->kv_heads * dim;
-    const int32_t sequences = a->spans.n_seqs;
-    const int64_t tokens = sequences ? a->spans.cu_q[sequences] : 0;
-    const int threads = cpu_threads(exec, attention_work(tokens, sequences, a->heads * dim));
+    const espi_spans *spans = &a->spans;
+    const call c = CALL_OF(a);
+    const int threads = cpu_threads(exec, attention_work(spans, a->heads * a->head_dim));
     /* A task is a head of a sequence's QUERIES queries; they are numbered through by walking the sequences. */
-    enum { QUERIES = 64 };
 #pragma omp parallel num_threads(threads) if (threads > 1)
-    for (int32_t s = 0; s < sequences; s++) {
-        const int64_t first = a->spans.cu_q[s], n = a->spans.cu_q[s + 1] - first, blocks = cpu_blocks(n, QUERIES);
+    for (int32_t s = 0; s < spans->n_seqs; s++) {
+        const int64_t first = spans->cu_q[s], last = spans->cu_q[s + 1], blocks = cpu_blocks(last - first, QUERIES);
 #pragma omp for schedule(dynamic, 1) nowait
         for (int64_t task = 0; task < blocks * a->heads; task++) {
-            const int64_t head = task % a->heads, begin = task / a->heads * QUERIES, end = cpu_min(n, begin + QUERIES);
-            const int64_t key = a->spans.k_start[s] * stride + head / group * dim;
-            for (int64_t i = begin; i < end; i++) {
-                const int64_t row = (first + i) * a->heads + head, keys = a->spans.k_len[s] - n + i + 1;
-                attend((float *)a->out + row * dim, (float *)a->lse + row, (const float *)a->q + row * dim, (const float *)a->k + key,
-                       (const float *)a->v + key, a->sinks ? a->sinks + head : NULL, first_seen(keys, a->window), keys, stride, dim,
-                       (float)a->scale);
-            }
+            const int64_t head = task % a->heads, begin = first + task / a->heads * QUERIES;
+            const queries q = queries_of(&c, s, begin, cpu_min(last, begin + QUERIES), head);
+            attend(a, &q, a->sinks ? a->sinks + head : NULL);
         }
     }
     return ESP_OK;
 }
 
-/* Queries of one head whose score gradients are held at a time, so that the sums over them run in registers. */
-enum { QUERY_BLOCK = 16 };
+/* ---- backward ---- */
 
-/* Queries begin .. end - 1 of one head against their keys, block by block: d_q of these queries, and what they add to d_k and d_v. */
-static void query_grads(const espi_attention_bwd *a, float *d_k, float *d_v, const float *k, const float *v, int64_t head, int64_t first,
-                        int64_t begin, int64_t end) {
-    const int64_t dim = a->head_dim, stride = a->kv_heads * dim, q_stride = a->heads * dim, row = begin * a->heads + head;
-    const float *q = (const float *)a->q + row * dim, *d_out = (const float *)a->d_out + row * dim, scale = (float)a->scale;
-    float *d_q = (float *)a->d_q + row * dim, delta[QUERY_BLOCK];
-    for (int64_t i = 0; i < end - begin; i++) {
-        delta[i] = cpu_dot(d_out + i * q_stride, (const float *)a->out + (row + i * a->heads) * dim, dim);
-        memset(d_q + i * q_stride, 0, (size_t)dim * sizeof(float));
+/* P and dS of up to QUERY_BLOCK queries against a block of keys; 0 where a query does not see a key. */
+typedef struct score_grads {
+    _Alignas(64) float p[QUERY_BLOCK][KEYS], d_s[QUERY_BLOCK][KEYS];
+} score_grads;
+
+/* From scores and dP, which are in p and d_s, to P and dS of entries first .. end - 1. */
+static void score_row(float p[KEYS], float d_s[KEYS], float scale, float lse, float delta, int64_t first, int64_t end) {
+    exp_block(p, lse, end);
+    for (int64_t j = first; j < end; j++) d_s[j] = scale * p[j] * (d_s[j] - delta);
+}
+
+/* A strip of queries that all see the whole block. */
+static void whole_strip(const espi_attention_bwd *a, const queries *q, float (*p)[KEYS], float (*d_s)[KEYS], const float *delta,
+                        int64_t first, int64_t block) {
+    const int64_t at = q->element + first * q->stride, key = element(&q->places, block), stride = q->places.stride;
+    const float *k = (const float *)a->k + key, *lse = (const float *)a->lse + q->row + first * q->heads;
+    dot_tile(p, (const float *)a->q + at, q->stride, k, stride, q->dim, q->scale);
+    dot_tile(d_s, (const float *)a->d_out + at, q->stride, (const float *)a->v + key, stride, q->dim, 1);
+    for (int64_t i = 0; i < STRIP; i++) score_row(p[i], d_s[i], q->scale, lse[i * q->heads], delta[first + i], 0, KEYS);
+    add_strip((float *)a->d_q + at, q->stride, d_s[0], KEYS, 1, k, stride, KEYS, q->dim);
+}
+
+/* Query i, which sees some of the block or nothing. */
+static void partial_row(const espi_attention_bwd *a, const queries *q, float p[KEYS], float d_s[KEYS], const float *delta, int64_t i,
+                        int64_t block) {
+    const int64_t at = q->element + i * q->stride;
+    int64_t from, to;
+    memset(p, 0, KEYS * sizeof *p);
+    memset(d_s, 0, KEYS * sizeof *d_s);
+    if (!seen_of_block(q, i, block, &from, &to)) return;
+    const int64_t first = from - block;
+    for (int64_t j = 0; j < first; j++) p[j] = -INFINITY;
+    dot_places(p + first, q, (const float *)a->q + at, a->k, from, to, q->scale);
+    dot_places(d_s + first, q, (const float *)a->d_out + at, a->v, from, to, 1);
+    score_row(p, d_s, q->scale, ((const float *)a->lse)[q->row + i * q->heads], delta[i], first, to - block);
+    add_places((float *)a->d_q + at, q, d_s + first, a->k, from, to);
+}
+
+/* What `count` queries from `first` on add to d_k and d_v of the block.  whole: each sees all of it. */
+static void key_grads(const espi_attention_bwd *a, const queries *q, const score_grads *s, int64_t first, int64_t count, int64_t block,
+                      bool whole) {
+    const int64_t at = q->element + first * q->stride, stride = q->places.stride;
+    const float *x = (const float *)a->q + at, *d_out = (const float *)a->d_out + at;
+    float *d_k = a->d_k, *d_v = a->d_v;
+    for (int64_t j = 0; whole && j < KEYS; j += STRIP) {
+        const int64_t key = element(&q->places, block + j);
+        add_strip(d_k + key, stride, s->d_s[0] + j, 1, KEYS, x, q->stride, count, q->dim);
+        add_strip(d_v + key, stride, s->p[0] + j, 1, KEYS, d_out, q->stride, count, q->dim);
     }
-    for (int64_t j0 = first_seen(begin - first + 1, a->window) / KEYS * KEYS; j0 < end - first; j0 += KEYS) {
-        const int64_t seen_last = cpu_min(end - first - j0, KEYS);
-        float p_of[KEYS][QUERY_BLOCK] = {{0}}, d_s_of[KEYS][QUERY_BLOCK] = {{0}};
-        for (int64_t i = 0; i < end - begin; i++) {
-            const int64_t keys = begin + i - first + 1, n = cpu_min(keys - j0, KEYS), seen = first_seen(keys, a->window);
-            const int64_t j_first = seen > j0 ? seen - j0 : 0;
-            if (n <= j_first) continue;
-            float p[KEYS], d_s[KEYS];
-            for (int64_t j = 0; j < j_first; j++) p[j] = -INFINITY;
-            dot_rows(p + j_first, q + i * q_stride, k + (j0 + j_first) * stride, stride, n - j_first, dim, scale);
-            dot_rows(d_s + j_first, d_out + i * q_stride, v + (j0 + j_first) * stride, stride, n - j_first, dim, 1);
-            exp_block(p, ((const float *)a->lse)[row + i * a->heads], n);
-            for (int64_t j = j_first; j < n; j++) {
-                d_s[j] = scale * p[j] * (d_s[j] - delta[i]);
-                p_of[j][i] = p[j];
-                d_s_of[j][i] = d_s[j];
-            }
-            add_rows(d_q + i * q_stride, d_s + j_first, k + (j0 + j_first) * stride, stride, n - j_first, dim);
-        }
-        for (int64_t j = 0; j < seen_last; j++) {
-            const int64_t skip = j0 + j > begin - first ? j0 + j - (begin - first) : 0; /* queries before the key do not see it */
-            add_rows(d_k + (j0 + j) * stride, d_s_of[j] + skip, q + skip * q_stride, q_stride, end - begin - skip, dim);
-            add_rows(d_v + (j0 + j) * stride, p_of[j] + skip, d_out + skip * q_stride, q_stride, end - begin - skip, dim);
+    if (whole) return;
+    for (int64_t j = 0; j < KEYS && block + j < q->place + first + count; j++) {
+        const int64_t key = element(&q->places, block + j), before = block + j - (q->place + first);
+        const int64_t skip = before > 0 ? before : 0; /* queries before the key do not see it */
+        add_rows(d_k + key, s->d_s[skip] + j, KEYS, x + skip * q->stride, q->stride, count - skip, q->dim);
+        add_rows(d_v + key, s->p[skip] + j, KEYS, d_out + skip * q->stride, q->stride, count - skip, q->dim);
+    }
+}
+
+/* Queries first .. first + count - 1 against the block at `block`. */
+static void block_grads(const espi_attention_bwd *a, const queries *q, const float *delta, int64_t first, int64_t count, int64_t block) {
+    score_grads s;
+    bool all_whole = true;
+    for (int64_t i = 0; i < count; i += STRIP) {
+        const bool whole = count - i >= STRIP && sees_whole(q, first + i, STRIP, block);
+        all_whole = all_whole && whole;
+        if (whole) whole_strip(a, q, s.p + i, s.d_s + i, delta, first + i, block);
+        for (int64_t j = i; !whole && j < cpu_min(count, i + STRIP); j++) partial_row(a, q, s.p[j], s.d_s[j], delta, first + j, block);
+    }
+    key_grads(a, q, &s, first, count, block, all_whole);
+}
+
+/* d_q of the queries, and what they add to d_k and d_v. */
+static void query_grads(const espi_attention_bwd *a, const queries *q) {
+    float delta[QUERIES];
+    for (int64_t i = 0; i < q->n; i++) {
+        const int64_t at = q->element + i * q->stride;
+        delta[i] = cpu_dot((const float *)a->d_out + at, (const float *)a->out + at, q->dim);
+        memset((float *)a->d_q + at, 0, (size_t)q->dim * sizeof(float));
+    }
+    for (int64_t block = first_seen(q->place + 1, q->window) / KEYS * KEYS; block < q->place + q->n; block += KEYS) {
+        for (int64_t first = 0; first < q->n; first += QUERY_BLOCK) {
+            const int64_t count = cpu_min(QUERY_BLOCK, q->n - first);
+            if (block < q->place + first + count && first_seen(q->place + first + 1, q->window) < block + KEYS)
+                block_grads(a, q, delta, first, count, block);
         }
     }
 }
 
-/* All gradients of one kv head of one sequence: the task owns d_q of the group's heads, d_k and d_v there. */
-static void head_grads(const espi_attention_bwd *a, int64_t first, int64_t end, int64_t kv_head) {
-    const int64_t dim = a->head_dim, group = a->heads / a->kv_heads, stride = a->kv_heads * dim, key0 = first * stride + kv_head * dim;
-    const float *k = (const float *)a->k + key0, *v = (const float *)a->v + key0;
-    float *d_k = (float *)a->d_k + key0, *d_v = (float *)a->d_v + key0;
-    for (int64_t j = 0; j < end - first; j++) {
-        memset(d_k + j * stride, 0, (size_t)dim * sizeof(float));
-        memset(d_v + j * stride, 0, (size_t)dim * sizeof(float));
+/* The queries of one sequence in the heads that read a kv head. */
+static void sequence_grads(const espi_attention_bwd *a, int64_t seq, int64_t kv_head) {
+    const call c = CALL_OF(a);
+    const int64_t dim = c.dim, group = c.heads / c.kv_heads, begin = c.spans->cu_q[seq], end = c.spans->cu_q[seq + 1];
+    for (int64_t j = begin; j < end; j++) {
+        memset((float *)a->d_k + (j * c.kv_heads + kv_head) * dim, 0, (size_t)dim * sizeof(float));
+        memset((float *)a->d_v + (j * c.kv_heads + kv_head) * dim, 0, (size_t)dim * sizeof(float));
     }
-    for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++)
-        for (int64_t i = first; i < end; i += QUERY_BLOCK) query_grads(a, d_k, d_v, k, v, head, first, i, cpu_min(end, i + QUERY_BLOCK));
+    for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++) {
+        for (int64_t i = begin; i < end; i += QUERIES) {
+            const queries q = queries_of(&c, seq, i, cpu_min(end, i + QUERIES), head);
+            query_grads(a, &q);
+        }
+    }
+}
+
+static bool has_prefix(const espi_spans *spans, int64_t seq) {
+    return spans->prefix_len && spans->prefix_len[seq] > 0;
 }
 
 /* d_sink_h -= sum over all queries, in order, of e^(sink - lse) delta. */
@@ -202,13 +481,17 @@ static void sink_grad(const espi_attention_bwd *a, int64_t head, int64_t tokens)
 }
 
 esp_status ESPI_CPU(espi_attention_bwd)(const espi_exec *exec, const espi_attention_bwd *a) {
-    const int64_t sequences = a->spans.n_seqs, tokens = sequences ? a->spans.cu_q[sequences] : 0;
-    const int threads = cpu_threads(exec, 3 * attention_work(tokens, sequences, a->heads * a->head_dim));
+    const espi_spans *spans = &a->spans;
+    const int threads = cpu_threads(exec, 3 * attention_work(spans, a->heads * a->head_dim));
+    /* A task is a kv head of a sequence and, after it, of those that have it as their prefix, in their order: it owns d_k and d_v there. */
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
-    for (int64_t task = 0; task < sequences * a->kv_heads; task++) {
-        const int64_t s = task / a->kv_heads;
-        head_grads(a, a->spans.cu_q[s], a->spans.cu_q[s + 1], task % a->kv_heads);
+    for (int64_t task = 0; task < spans->n_seqs * a->kv_heads; task++) {
+        const int64_t seq = task / a->kv_heads, kv_head = task % a->kv_heads;
+        if (has_prefix(spans, seq)) continue;
+        sequence_grads(a, seq, kv_head);
+        for (int64_t user = seq + 1; user < spans->n_seqs; user++)
+            if (has_prefix(spans, user) && spans->prefix_start[user] == spans->cu_q[seq]) sequence_grads(a, user, kv_head);
     }
-    for (int64_t head = 0; a->d_sinks && a->sinks && head < a->heads; head++) sink_grad(a, head, tokens);
+    for (int64_t head = 0; a->d_sinks && a->sinks && head < a->heads; head++) sink_grad(a, head, spans->tokens);
     return ESP_OK;
 }

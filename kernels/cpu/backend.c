@@ -9,13 +9,6 @@
 /* cpu.c, which is compiled for any machine. */
 bool ESPI_CPU(espi_cpu_available)(void);
 
-static const char *no_prefix_fwd(const espi_attention_fwd *a) {
-    return a->spans.prefix_len ? "shared prefixes" : NULL;
-}
-static const char *no_prefix_bwd(const espi_attention_bwd *a) {
-    return a->spans.prefix_len ? "shared prefixes" : NULL;
-}
-
 extern const espi_backend ESPI_CPU(espi_backend_cpu);
 const espi_backend ESPI_CPU(espi_backend_cpu) = {
     .name = "cpu-" STRING(ESPI_CPU_ISA),
@@ -30,8 +23,6 @@ const espi_backend ESPI_CPU(espi_backend_cpu) = {
     .linear_bwd.scratch = ESPI_CPU(espi_linear_bwd_scratch),
     .gate_up_bwd.scratch = ESPI_CPU(espi_gate_up_bwd_scratch),
     .down_bwd.scratch = ESPI_CPU(espi_down_bwd_scratch),
-    .attention_fwd.refuse = no_prefix_fwd,
-    .attention_bwd.refuse = no_prefix_bwd,
     .head_sample.scratch = ESPI_CPU(espi_head_sample_scratch),
     ESPI_REFUSALS,
 };
