@@ -107,6 +107,8 @@ static const shape shapes[] = {
     {"wide blocks", 3, 37, 3, 2, 11, 2, 8, 2, 1, 10, ROUTE_RANDOM, ESP_NF4, ESP_F32, .nested = true, .extras = true},
     {"as gpt-oss", 7, 32, 4, 2, 32, 2, 8, 4, 2, 6, ROUTE_RANDOM, ESP_MXFP4, ESP_F32, AS_GPT_OSS, .window = 2, .extras = true},
     {"mxfp4, two parts", 5, 32, 3, 2, 64, 1, 8, 2, 1, 4, ROUTE_EMPTY, ESP_MXFP4, ESP_F32, .sinks = true, .bias = true, .clamped = true},
+    {"behind one another", 24, 3, 3, 2, 2, 1, 7, 4, 2, 4, ROUTE_RANDOM, ESP_NF4, ESP_F32, .shared = true, .sinks = true},
+    {"behind one another, windows", 30, 3, 3, 2, 2, 1, 7, 2, 1, 4, ROUTE_RANDOM, ESP_NF4, ESP_F32, .shared = true, .window = 6},
     {"a window", 13, 5, 4, 2, 7, 2, 8, 4, 2, 4, ROUTE_RANDOM, ESP_NF4, ESP_F32, .window = 3, .interleaved = true},
     {"one key", 6, 5, 4, 2, 7, 2, 8, 4, 2, 4, ROUTE_RANDOM, ESP_NF4, ESP_F32, .window = 1, .sinks = true, .bias = true},
     {"sigmoid", 7, 5, 6, 3, 3, 2, 8, 2, 1, 8, ROUTE_RANDOM, ESP_NF4, ESP_F32, .sigmoid = true, .extras = true},

@@ -39,28 +39,35 @@ static void each(void (*check)(const espi_backend *backend)) {
     for (int i = 0; i < n; i++) check(all[i]);
 }
 
+/* Row of the key at place j before the queries of a sequence. */
+static int64_t key_row(const espi_spans *spans, int32_t seq, int64_t j) {
+    const int64_t prefix = spans->prefix_len ? spans->prefix_len[seq] : 0;
+    return j < prefix ? spans->prefix_start[seq] + j : spans->k_start[seq] + j - prefix;
+}
+
 /* Where all scores are 0, a query's output is the sum of the values that it sees over their number and e^sink. */
 static void equal_scores(const espi_backend *backend) {
-    for (int c = 0; c < 8; c++) {
+    for (int c = 0; c < 16; c++) {
         shape s = gpt_oss;
         s.sinks = c & 1;
         s.decode = c & 2;
         s.window = c & 4 ? 5 : 0;
+        s.shared = c & 8;
         problem p;
         problem_build(&p, ESPI_OP_attention_fwd, &s, backend->real, &espi_backend_ref);
         fill(&p, "q", 0);
         problem_call(&p, backend);
-        const espi_attention_fwd *a = &p.args.attention_fwd;
-        for (int32_t seq = 0; seq < a->spans.n_seqs; seq++) {
-            for (int32_t i = a->spans.cu_q[seq]; i < a->spans.cu_q[seq + 1]; i++) {
-                const int32_t last = a->spans.k_start[seq] + a->spans.k_len[seq] - (a->spans.cu_q[seq + 1] - i);
-                int32_t first = a->spans.k_start[seq];
-                if (s.window && last - first + 1 > s.window) first = last - (int32_t)s.window + 1;
+        const espi_spans *spans = &p.args.attention_fwd.spans;
+        for (int32_t seq = 0; seq < spans->n_seqs; seq++) {
+            for (int32_t i = spans->cu_q[seq]; i < spans->cu_q[seq + 1]; i++) {
+                const int64_t last = (s.shared ? spans->prefix_len[seq] : 0) + spans->k_len[seq] - (spans->cu_q[seq + 1] - i);
+                const int64_t first = s.window && last >= s.window ? last - s.window + 1 : 0;
                 for (int64_t at = i * s.heads * s.head_dim; at < (i + 1) * s.heads * s.head_dim; at++) {
                     const int64_t head = at / s.head_dim % s.heads, kv_head = head / (s.heads / s.kv_heads);
-                    double sum = 0, shares = last - first + 1;
+                    double sum = 0, shares = (double)(last - first + 1);
                     if (s.sinks) shares += exp(get(&p, "sinks", head));
-                    for (int32_t j = first; j <= last; j++) sum += get(&p, "v", (j * s.kv_heads + kv_head) * s.head_dim + at % s.head_dim);
+                    for (int64_t j = first; j <= last; j++)
+                        sum += get(&p, "v", (key_row(spans, seq, j) * s.kv_heads + kv_head) * s.head_dim + at % s.head_dim);
                     near(backend, "out", at, get(&p, "out", at), sum / shares);
                     near(backend, "lse", i * s.heads + head, get(&p, "lse", i * s.heads + head), log(shares));
                 }

@@ -14,6 +14,10 @@ static const shape shapes[] = {
     {"rows, many", 250, 24, 4, 2, 12, 4, 300, 4, 2, 8, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .renormalise = true, .extras = true},
     {"rows, as gpt-oss", 45, 64, 6, 3, 32, 4, 90, 4, 2, 16, ROUTE_RANDOM, ESP_MXFP4, ESP_BF16, AS_GPT_OSS, .window = 7},
     {"rows, sigmoid", 170, 40, 9, 3, 19, 3, 90, 3, 1, 20, ROUTE_SKEWED, ESP_NF4, ESP_F32, SIGMOID_RULE, .renormalise = true, .window = 30},
+    {"rows, shared prefixes", 250, 24, 4, 2, 12, 4, 61, 4, 2, 32, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .shared = true, .sinks = true,
+     .repeated = true},
+    {"rows, shared prefixes and windows", 250, 24, 4, 2, 12, 4, 61, 4, 2, 16, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .shared = true,
+     .window = 41},
     {"rows, one key", 150, 24, 4, 2, 12, 4, 61, 4, 2, 32, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .sinks = true, .window = 1, .clamped = true},
     {"rows, forced and filtered", 70, 140, 8, 2, 12, 4, 300, 4, 2, 8, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .forced = true, .filtered = true},
 };
@@ -124,6 +128,7 @@ static void narrow_router(const twice *t, any_args *args, int64_t first, int64_t
 
 static void narrow_head(espi_head *h, int64_t first, int64_t next) {
     h->rows += first;
+    if (h->d_rows) h->d_rows += first;
     h->target += first;
     h->n = next - first;
     if (h->kept_offsets) h->kept_offsets += first;
@@ -269,6 +274,10 @@ static void attention_rows(const shape *s, const espi_backend *backend, bool sin
             a->out = plus(&t, a->out, first * s->heads * s->head_dim);
             a->lse = plus(&t, a->lse, first * s->heads);
             a->spans = (espi_spans){cu, &start, &len, 1, step};
+            if (s->shared) {
+                a->spans.prefix_start = spans.prefix_start + q;
+                a->spans.prefix_len = spans.prefix_len + q;
+            }
             piece(&t, &args);
         }
     }

@@ -146,12 +146,19 @@ static espi_routing routing(problem *p) {
     return r;
 }
 
+/* Of shared sequences: which one stands before sequence s, or -1.  Users of one lie beside each other and apart. */
+static int64_t prefix_of(int64_t s) {
+    const int64_t before[] = {-1, -1, 1, 0, -1, 1, 4, 0, 4};
+    return s < 9 ? before[s] : s % 2 ? 1 : 4;
+}
+
 /* Sequences: one of a single token, then some of half the tokens, but no more than 80.  decode: `past` keys lie before each one's queries.
- */
+ * shared: of a seventh of the tokens, some behind others; with `past`, behind all but the last of the other's keys. */
 static espi_spans spans(problem *p, int64_t past) {
-    const int64_t tokens = p->shape.tokens, most = tokens < 2 ? 1 : tokens < 160 ? tokens / 2 : 80;
-    const int64_t n_seqs = tokens == 0 ? 0 : 1 + (tokens - 1 + most - 1) / most;
+    const int64_t tokens = p->shape.tokens, share = p->shape.shared ? 7 : 2, part = tokens < 80 * share ? tokens / share : 80;
+    const int64_t most = part < 1 ? 1 : part, n_seqs = tokens == 0 ? 0 : 1 + (tokens - 1 + most - 1) / most;
     int32_t *cu = in_i32(p, "cu_q", n_seqs + 1), *start = in_i32(p, "k_start", n_seqs), *len = in_i32(p, "k_len", n_seqs);
+    espi_spans spans = {.cu_q = cu, .k_start = start, .k_len = len, .n_seqs = (int32_t)n_seqs, .tokens = tokens};
     cu[0] = 0;
     for (int64_t s = 0; s < n_seqs; s++) {
         const int64_t end = 1 + s * most;
@@ -162,7 +169,18 @@ static espi_spans spans(problem *p, int64_t past) {
     settle(p, "cu_q");
     settle(p, "k_start");
     settle(p, "k_len");
-    return (espi_spans){cu, start, len, (int32_t)n_seqs, tokens};
+    if (!p->shape.shared) return spans;
+    int32_t *prefix_start = in_i32(p, "prefix_start", n_seqs), *prefix_len = in_i32(p, "prefix_len", n_seqs);
+    for (int64_t s = 0; s < n_seqs; s++) {
+        const int64_t before = prefix_of(s);
+        prefix_start[s] = before < 0 ? 0 : start[before];
+        prefix_len[s] = before < 0 ? 0 : len[before] - (past > 0);
+    }
+    settle(p, "prefix_start");
+    settle(p, "prefix_len");
+    spans.prefix_start = prefix_start;
+    spans.prefix_len = prefix_len;
+    return spans;
 }
 
 static int32_t *ids(problem *p) {
@@ -567,19 +585,23 @@ static void kept_lists(problem *p, espi_head *h) {
     h->kept = kept;
 }
 
-/* Every second row of hidden, from the last down. */
+/* Every second row of hidden, from the last down; repeated: half as many of those, each of them twice. */
 static espi_head head(problem *p) {
     const shape *s = &p->shape;
     const int64_t n = (s->tokens + 1) / 2;
-    int32_t *rows = in_i32(p, "rows", n), *target = in_i32(p, "target", n);
+    int32_t *rows = in_i32(p, "rows", n), *target = in_i32(p, "target", n), *d_rows = s->repeated ? in_i32(p, "d_rows", n) : NULL;
     for (int64_t i = 0; i < n; i++) {
         rows[i] = (int32_t)(s->tokens - 1 - 2 * i);
+        if (d_rows) d_rows[i] = rows[i];
+        if (d_rows) rows[i] = rows[i / 2];
         target[i] = (int32_t)pick(p->seed, "target", i, s->vocab);
     }
     settle(p, "rows");
     settle(p, "target");
+    if (d_rows) settle(p, "d_rows");
     espi_head h = {.hidden = in(p, "hidden", s->tokens * s->hidden),
                    .rows = rows,
+                   .d_rows = d_rows,
                    .target = target,
                    .w = mat(p, s->vocab, s->hidden),
                    .n = n,

@@ -37,6 +37,8 @@ typedef struct shape {
     bool extras;      /* bias, softcap, entropy coefficient, residual gradient, accumulation, auxiliary losses */
     bool in_place;    /* outputs over inputs where the op allows it */
     bool decode;      /* attention: keys that lie before the queries */
+    bool shared;      /* attention: some sequences are the prefix of others */
+    bool repeated;    /* head: rows that are named twice, gradients in rows of their own */
     /* What some families have. */
     bool sinks;
     int64_t window;    /* 0 = all keys */
