@@ -47,7 +47,7 @@ int64_t espi_http_retries(const espi_http *http) {
 #define MOST_BYTES ((size_t)256 << 20) /* of an answer */
 #define QUOTE 400                      /* bytes of a server's message in a sentence */
 
-/* One transfer; the handle, and with it the connection, is used again. */
+/* One transfer; the handle is used again. */
 typedef struct transfer {
     CURL *easy;
     int64_t call; /* -1 = free */
@@ -235,8 +235,11 @@ static esp_status start(run *r, transfer *t, int64_t index, double now) {
     t->error[0] = '\0';
     ESPI_TRY(set_headers(h, t, call));
     ESPI_TRY(joined(&url, h->base, call->path));
+    /* A connection each: on a kept one that turns out to be dead curl sends the request again by itself, and one try would be two. */
     bool set = curl_easy_setopt(t->easy, CURLOPT_URL, url) == CURLE_OK && curl_easy_setopt(t->easy, CURLOPT_NOSIGNAL, 1L) == CURLE_OK &&
                curl_easy_setopt(t->easy, CURLOPT_HTTPHEADER, t->headers) == CURLE_OK &&
+               curl_easy_setopt(t->easy, CURLOPT_FRESH_CONNECT, 1L) == CURLE_OK &&
+               curl_easy_setopt(t->easy, CURLOPT_FORBID_REUSE, 1L) == CURLE_OK &&
                curl_easy_setopt(t->easy, CURLOPT_ERRORBUFFER, t->error) == CURLE_OK &&
                curl_easy_setopt(t->easy, CURLOPT_WRITEFUNCTION, receive) == CURLE_OK &&
                curl_easy_setopt(t->easy, CURLOPT_WRITEDATA, t) == CURLE_OK && curl_easy_setopt(t->easy, CURLOPT_PRIVATE, t) == CURLE_OK &&
@@ -385,15 +388,19 @@ static esp_status start_due(run *r, double now, double *next) {
     return ESP_OK;
 }
 
-static void read_ended(run *r) {
+/* Has any transfer ended? */
+static bool read_ended(run *r) {
     int left;
+    bool any = false;
     for (CURLMsg *m; (m = curl_multi_info_read(r->http->multi, &left));) {
         if (m->msg != CURLMSG_DONE) continue;
         const CURLcode code = m->data.result;
         char *owner = NULL;
         curl_easy_getinfo(m->easy_handle, CURLINFO_PRIVATE, &owner);
         finish(r, (transfer *)(void *)owner, code, espi_seconds());
+        any = true;
     }
+    return any;
 }
 
 static void pass_deadline(run *r) {
@@ -424,12 +431,10 @@ static esp_status drive(run *r) {
         if (deadline > 0) next = fmin(next, deadline);
         ESPI_TRY(start_due(r, now, &next));
         CURLMcode code = curl_multi_perform(multi, &running);
-        const int64_t before = r->open;
-        read_ended(r);
+        const bool ended = read_ended(r);
         const double wait = next - espi_seconds();
-        /* What just ended leaves room for others, or is the last. */
-        if (code == CURLM_OK && r->open == before && !r->over && wait > 0)
-            code = curl_multi_poll(multi, NULL, 0, (int)ceil(wait * 1000), NULL);
+        /* After an end there may be something to start at once, or sooner than `next`. */
+        if (code == CURLM_OK && !ended && wait > 0) code = curl_multi_poll(multi, NULL, 0, (int)ceil(wait * 1000), NULL);
         if (code != CURLM_OK) return ESPI_FAIL(ESP_ERR_COMM, "%s: libcurl fails: %s", r->http->base, curl_multi_strerror(code));
     }
     return ESP_OK;

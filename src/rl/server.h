@@ -15,10 +15,10 @@ typedef struct espi_server_config {
     int32_t max_staleness;    /* versions that a completion may be behind; 0 = none */
     int32_t retries;          /* tries of a request beyond the first */
     int32_t concurrent;       /* requests in flight */
+    double first_delay;       /* seconds between the first two tries, then doubled each time; 0 = 0.25 */
     double timeout;           /* seconds of one try */
     double deadline;          /* seconds of a generation or of a publication where the request states none */
     bool drop_lost;           /* a group that no try brought is left out and counted; else the generation fails */
-    bool routes;              /* every completion must come with its routed experts */
     float temperature;        /* of the run */
     int64_t longest;          /* most tokens of a prompt and its completion */
     int64_t version;          /* of the adapter as it is now */
@@ -31,6 +31,7 @@ typedef struct espi_server_counts {
     int64_t groups, lost, stale; /* asked for; never came; came from a version beyond max_staleness.  The last two are not in any batch */
     int64_t retries;             /* tries beyond the first, of all requests */
     double logprob_difference;   /* mean |server's - ours| of the opening's probe */
+    bool routes;                 /* its completions come with routed experts */
 } espi_server_counts;
 
 /* Looks at the server's health, its model and context, publishes the adapter, and compares log-probabilities: all before the first rollout.

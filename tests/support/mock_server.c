@@ -1,7 +1,7 @@
 /* A server for the tests: what vLLM's OpenAI-compatible server does for completions and adapters, with our own sampler behind it, on a free
  * port of the loopback interface.  And what servers do on bad days: see `kinds`.
  *
- *   mock_server MODEL [--processed] [--routes] [--no-lora] [--context N]
+ *   mock_server MODEL [--processed] [--routes] [--no-lora] [--deaf] [--context N]
  *
  * It prints "port N" and serves until its standard input ends, so it never outlives the test that started it.
  *   POST /mock/misbehave {"kind":K, "count":n, "seconds":s}     the next n requests that K fits
@@ -62,6 +62,7 @@ typedef enum kind {
     WRONG_FINISH,
     ABORTED,
     WRONG_MODEL,
+    OLDER_MODEL,
     WRONG_PROMPT,
     SHORT_ROUTES,
     BAD_ROUTE,
@@ -72,15 +73,15 @@ static const struct {
     const char *name;
     int fits;
 } kinds[KINDS] = {
-    [NONE] = {"none", 0},
+    [NONE] = {"none", ANY},
     [ERROR_500] = {"error500", ANY},
     [ERROR_503] = {"error503", ANY},
     [TOO_MANY] = {"error429", ANY},
     [REFUSED] = {"error400", ANY},
     [SLOW] = {"slow", ANY},
-    [DROPPED] = {"dropped", ANY},            /* the connection, before anything is done */
+    [DROPPED] = {"dropped", ANY},             /* the connection, before anything is done */
     [DROPPED_AFTER] = {"dropped-after", ANY}, /* ... after all is done */
-    [CUT] = {"cut", ANY},                    /* the connection, in the middle of the answer */
+    [CUT] = {"cut", ANY},                     /* the connection, in the middle of the answer */
     [TRUNCATED] = {"truncated", COMPLETIONS},
     [EMPTY] = {"empty", COMPLETIONS},
     [NOT_JSON] = {"not-json", COMPLETIONS},
@@ -98,6 +99,7 @@ static const struct {
     [WRONG_FINISH] = {"wrong-finish", COMPLETIONS},
     [ABORTED] = {"aborted", COMPLETIONS},
     [WRONG_MODEL] = {"wrong-model", COMPLETIONS},
+    [OLDER_MODEL] = {"older-model", COMPLETIONS}, /* by the adapter that was loaded longest ago, and it says so */
     [WRONG_PROMPT] = {"wrong-prompt", COMPLETIONS},
     [SHORT_ROUTES] = {"short-routes", COMPLETIONS},
     [BAD_ROUTE] = {"bad-route", COMPLETIONS},
@@ -107,7 +109,7 @@ static const struct {
 typedef struct adapter {
     char name[128], path[512];
     float *values;
-    int in_use;
+    int64_t number; /* of its load */
 } adapter;
 
 typedef struct planned {
@@ -118,11 +120,12 @@ typedef struct planned {
 static struct {
     /* The state below it: one request at a time. */
     pthread_mutex_t lock;
-    bool processed, routes, lora;
+    bool processed, routes, lora, deaf;
     int64_t context;
     esp_ctx *ctx;
     esp_model *model;
     esp_sampler *sampler;
+    esp_model_info info;
     int64_t parameters;
     adapter adapters[MOST_ADAPTERS]; /* name "" = free */
     adapter left[MOST_ADAPTERS];     /* of unloaded ones: their names and values */
@@ -137,7 +140,7 @@ static struct {
 
     char *ids[MOST_IDS]; /* X-Request-Id of every completions request */
     int64_t n_ids, ids_twice, without_id;
-    int64_t done[KINDS], completions, answered, loads, unloads, most_loaded, unloaded_in_use, stale;
+    int64_t done[KINDS], completions, answered, loads, unloads, most_loaded, stale;
 } mock = {.lock = PTHREAD_MUTEX_INITIALIZER, .lora = true, .context = LONGEST};
 
 static void check(esp_status status, const char *what) {
@@ -190,19 +193,14 @@ static void record_routes(void *user, const char *name, int64_t layer, const esp
 
 /* Of one row: a forward over the whole of it gives the log-probabilities without the temperature, and the routes. */
 static esp_status look_again(completion *c, int32_t row) {
-    const esp_model_info info = ({
-        esp_model_info i = ESP_MODEL_INFO_INIT;
-        check(esp_model_info_get(mock.model, &i), "info");
-        i;
-    });
     int32_t tokens[2 * LONGEST];
     float lp[2 * LONGEST];
     const int32_t n = c->n_prompt + c->lengths[row], cu[2] = {0, n};
     memcpy(tokens, c->prompt, (size_t)c->n_prompt * sizeof *tokens);
     memcpy(tokens + c->n_prompt, c->tokens + (size_t)row * c->max_tokens, (size_t)c->lengths[row] * sizeof *tokens);
     const esp_batch batch = ESP_BATCH(.tokens = tokens, .cu_seqlens = cu, .n_tokens = n, .n_seqs = 1);
-    recorder r = {.rows = n - 1, .layers = info.layers, .top_k = info.top_k};
-    r.out = calloc((size_t)(n * info.layers * info.top_k), 1);
+    recorder r = {.rows = n - 1, .layers = mock.info.layers, .top_k = mock.info.top_k};
+    r.out = calloc((size_t)(n * r.layers * r.top_k), 1);
     c->routes[row] = r.out;
     esp_tensor hidden;
     esp_model_set_probe(mock.model, record_routes, &r);
@@ -218,11 +216,10 @@ static esp_status look_again(completion *c, int32_t row) {
 static esp_status generate(completion *c, const adapter *a) {
     const int32_t cu[2] = {0, c->n_prompt};
     const uint32_t key = 0;
-    const esp_generate_config g =
-        ESP_GENERATE_CONFIG(.prompts = c->prompt, .cu_prompts = cu, .n_prompts = 1, .samples = c->n, .max_new_tokens = c->max_tokens,
-                            .temperature = (float)c->temperature, .stop_ids = c->stop_ids, .n_stop_ids = c->n_stop_ids, .seed = c->seed,
-                            .keys = &key);
-    esp_model_adapter_enable(mock.model, a != NULL);
+    const esp_generate_config g = ESP_GENERATE_CONFIG(.prompts = c->prompt, .cu_prompts = cu, .n_prompts = 1, .samples = c->n,
+                                                      .max_new_tokens = c->max_tokens, .temperature = (float)c->temperature,
+                                                      .stop_ids = c->stop_ids, .n_stop_ids = c->n_stop_ids, .seed = c->seed, .keys = &key);
+    esp_model_adapter_enable(mock.model, a && !mock.deaf);
     if (a) each_parameter(a->values, true);
     esp_status status = esp_sampler_generate(mock.sampler, &g, c->tokens, c->logprobs, c->lengths, c->stopped);
     for (int32_t row = 0; row < c->n && status == ESP_OK && (mock.routes || !mock.processed); row++) status = look_again(c, row);
@@ -243,7 +240,8 @@ static answer text(unsigned code, const char *body) {
 }
 
 static answer failure(unsigned code, const char *message) {
-    json_t *root = json_pack("{s:{s:s, s:s, s:n, s:i}}", "error", "message", message, "type", "BadRequestError", "param", "code", (int)code);
+    json_t *root =
+        json_pack("{s:{s:s, s:s, s:n, s:i}}", "error", "message", message, "type", "BadRequestError", "param", "code", (int)code);
     char *body = json_dumps(root, JSON_COMPACT);
     json_decref(root);
     return (answer){.code = code, .body = body, .bytes = strlen(body)};
@@ -259,7 +257,8 @@ static char *base64(const uint8_t *data, size_t n) {
     static const char letters[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
     char *out = calloc(1, (n + 2) / 3 * 4 + 1);
     for (size_t i = 0, at = 0; i < n; i += 3) {
-        const uint32_t left = (uint32_t)(n - i), word = (uint32_t)data[i] << 16 | (left > 1 ? (uint32_t)data[i + 1] << 8 : 0) | (left > 2 ? data[i + 2] : 0u);
+        const uint32_t left = (uint32_t)(n - i),
+                       word = (uint32_t)data[i] << 16 | (left > 1 ? (uint32_t)data[i + 1] << 8 : 0) | (left > 2 ? data[i + 2] : 0u);
         out[at++] = letters[word >> 18];
         out[at++] = letters[word >> 12 & 63];
         out[at++] = left > 1 ? letters[word >> 6 & 63] : '=';
@@ -270,21 +269,19 @@ static char *base64(const uint8_t *data, size_t n) {
 
 /* Routes of a row as numpy saves them: u1 (rows, layers, top_k). */
 static json_t *routes_json(const completion *c, int32_t row, kind kind) {
-    esp_model_info info = ESP_MODEL_INFO_INIT;
-    check(esp_model_info_get(mock.model, &info), "info");
     const long long rows = c->n_prompt + c->lengths[row] - 1 - (kind == SHORT_ROUTES);
-    const size_t header = 128, bytes = (size_t)(rows * info.layers * info.top_k);
+    const size_t header = 128, bytes = (size_t)(rows * mock.info.layers * mock.info.top_k);
     uint8_t *file = calloc(1, header + bytes);
     memcpy(file, "\x93NUMPY\x01\x00", 8);
     file[8] = (uint8_t)(header - 10);
     memset(file + 10, ' ', header - 11);
     file[header - 1] = '\n';
     char dict[112];
-    const int n = snprintf(dict, sizeof dict, "{'descr': '|u1', 'fortran_order': False, 'shape': (%lld, %lld, %lld), }", rows, (long long)info.layers,
-                           (long long)info.top_k);
+    const int n = snprintf(dict, sizeof dict, "{'descr': '|u1', 'fortran_order': False, 'shape': (%lld, %lld, %lld), }", rows,
+                           (long long)mock.info.layers, (long long)mock.info.top_k);
     memcpy(file + 10, dict, (size_t)n);
     memcpy(file + header, c->routes[row], bytes);
-    if (kind == BAD_ROUTE) file[header + bytes / 2] = (uint8_t)info.experts;
+    if (kind == BAD_ROUTE) file[header + bytes / 2] = (uint8_t)mock.info.experts;
     char *coded = base64(file, header + bytes - (kind == TORN_ROUTES ? 5 : 0));
     json_t *out = json_string(coded);
     free(coded);
@@ -295,26 +292,26 @@ static json_t *routes_json(const completion *c, int32_t row, kind kind) {
 static json_t *choice_json(const completion *c, int32_t row, kind kind) {
     json_t *ids = json_array(), *lps = json_array(), *prompt = json_array();
     const int32_t n = kind == NO_TOKENS ? 0 : c->lengths[row];
-    esp_model_info info = ESP_MODEL_INFO_INIT;
-    check(esp_model_info_get(mock.model, &info), "info");
     for (int32_t i = 0; i < n; i++) {
-        json_array_append_new(ids, json_integer(kind == BAD_ID && i == n - 1 ? info.vocab : c->tokens[(size_t)row * c->max_tokens + i]));
+        json_array_append_new(ids,
+                              json_integer(kind == BAD_ID && i == n - 1 ? mock.info.vocab : c->tokens[(size_t)row * c->max_tokens + i]));
         if (kind == SHORT_LOGPROBS && i == n - 1) break;
         if (kind == NULL_LOGPROB && i == 0)
             json_array_append_new(lps, json_null());
         else
-            json_array_append_new(lps, json_real(kind == POSITIVE_LOGPROB && i == 0 ? 0.25 : (double)c->logprobs[(size_t)row * c->max_tokens + i]));
+            json_array_append_new(
+                lps, json_real(kind == POSITIVE_LOGPROB && i == 0 ? 0.25 : (double)c->logprobs[(size_t)row * c->max_tokens + i]));
     }
     for (int32_t i = n; kind == TOO_LONG && i <= c->max_tokens; i++) {
         json_array_append_new(ids, json_integer(3));
         json_array_append_new(lps, json_real(-1));
     }
-    for (int32_t i = 0; i < c->n_prompt; i++) json_array_append_new(prompt, json_integer(kind == WRONG_PROMPT && i == 0 ? 1 : c->prompt[i]));
-    bool stopped = c->stopped[row];
-    if (kind == WRONG_FINISH) stopped = !stopped;
-    json_t *choice = json_pack("{s:i, s:s, s:{s:o}, s:s, s:o, s:o}", "index", kind == TWICE_CHOICE ? 0 : row, "text", "", "logprobs", "token_logprobs",
-                               lps, "finish_reason", kind == ABORTED ? "abort" : stopped ? "stop" : "length", "token_ids", ids,
-                               "prompt_token_ids", prompt);
+    for (int32_t i = 0; i < c->n_prompt; i++) json_array_append_new(prompt, json_integer(c->prompt[i] + (kind == WRONG_PROMPT && i == 0)));
+    const bool stopped = (c->stopped[row] != 0) != (kind == WRONG_FINISH);
+    const char *finish = kind == ABORTED ? "abort" : stopped ? "stop" : "length";
+    if (kind == WRONG_FINISH && !stopped && n == c->max_tokens) finish = "content_filter"; /* both would be right there */
+    json_t *choice = json_pack("{s:i, s:s, s:{s:o}, s:s, s:o, s:o}", "index", kind == TWICE_CHOICE ? 0 : row, "text", "", "logprobs",
+                               "token_logprobs", lps, "finish_reason", finish, "token_ids", ids, "prompt_token_ids", prompt);
     if (kind == MISSING_IDS) json_object_del(choice, "token_ids");
     if (kind == MISSING_LOGPROBS) json_object_set_new(choice, "logprobs", json_null());
     if (mock.routes) json_object_set_new(choice, "routed_experts", routes_json(c, row, kind));
@@ -350,7 +347,8 @@ static const char *missing_or_other(const json_t *root) {
     static const struct {
         const char *name;
         double value;
-    } plain[] = {{"top_p", 1}, {"min_p", 0}, {"repetition_penalty", 1}, {"presence_penalty", 0}, {"frequency_penalty", 0}, {"min_tokens", 0}, {"logprobs", 0}};
+    } plain[] = {{"top_p", 1},      {"min_p", 0},   {"repetition_penalty", 1}, {"presence_penalty", 0}, {"frequency_penalty", 0},
+                 {"min_tokens", 0}, {"logprobs", 0}};
     static const char *const numbers[] = {"n", "max_tokens", "temperature", "top_k", "seed"};
     for (size_t i = 0; i < sizeof plain / sizeof *plain; i++) {
         const json_t *value = json_object_get(root, plain[i].name);
@@ -388,14 +386,17 @@ static answer complete(const json_t *root, const char *id, kind kind) {
         return failure(404, message);
     }
     adapter *a = strcmp(model, BASE) ? find(mock.adapters, model) : NULL;
+    for (int i = 0; a && kind == OLDER_MODEL && i < MOST_ADAPTERS; i++)
+        if (mock.adapters[i].name[0] && mock.adapters[i].number < a->number) a = &mock.adapters[i];
+    if (a) model = a->name;
     memset(&c, 0, sizeof c);
     c.n = (int32_t)json_integer_value(json_object_get(root, "n"));
     c.max_tokens = (int32_t)json_integer_value(json_object_get(root, "max_tokens"));
     c.temperature = json_number_value(json_object_get(root, "temperature"));
     c.seed = (uint64_t)json_integer_value(json_object_get(root, "seed"));
     if (!read_ids(c.prompt, &c.n_prompt, LONGEST, json_object_get(root, "prompt")) ||
-        !read_ids(c.stop_ids, &c.n_stop_ids, 16, json_object_get(root, "stop_token_ids")) || c.n < 1 || c.n > MOST_ROWS || c.max_tokens < 1 ||
-        c.n_prompt + c.max_tokens > mock.context) {
+        !read_ids(c.stop_ids, &c.n_stop_ids, 16, json_object_get(root, "stop_token_ids")) || c.n < 1 || c.n > MOST_ROWS ||
+        c.max_tokens < 1 || c.n_prompt + c.max_tokens > mock.context) {
         snprintf(message, sizeof message, "This model's maximum context length is %lld tokens", (long long)mock.context);
         return failure(400, message);
     }
@@ -440,7 +441,7 @@ static answer load(const json_t *root) {
     }
     snprintf(a->name, sizeof a->name, "%s", name);
     snprintf(a->path, sizeof a->path, "%s", path);
-    mock.loads++;
+    a->number = mock.loads++;
     int64_t loaded = 0;
     for (int i = 0; i < MOST_ADAPTERS; i++) loaded += mock.adapters[i].name[0] != '\0';
     if (loaded > mock.most_loaded) mock.most_loaded = loaded;
@@ -456,7 +457,6 @@ static answer unload(const json_t *root) {
         return failure(404, message);
     }
     adapter *left = &mock.left[mock.n_left++ % MOST_ADAPTERS];
-    if (a->in_use) mock.unloaded_in_use++;
     free(left->values);
     *left = *a;
     *a = (adapter){0};
@@ -466,8 +466,8 @@ static answer unload(const json_t *root) {
 
 static answer list_models(void) {
     json_t *data = json_array();
-    json_array_append_new(data, json_pack("{s:s, s:s, s:I, s:s, s:n}", "id", BASE, "object", "model", "max_model_len", (json_int_t)mock.context,
-                                          "root", BASE, "parent"));
+    json_array_append_new(data, json_pack("{s:s, s:s, s:I, s:s, s:n}", "id", BASE, "object", "model", "max_model_len",
+                                          (json_int_t)mock.context, "root", BASE, "parent"));
     for (int i = 0; i < MOST_ADAPTERS; i++)
         if (mock.adapters[i].name[0])
             json_array_append_new(data, json_pack("{s:s, s:s, s:s, s:s}", "id", mock.adapters[i].name, "object", "model", "root",
@@ -476,10 +476,10 @@ static answer list_models(void) {
 }
 
 static answer stats(void) {
-    json_t *root = json_pack("{s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I}", "completions", (json_int_t)mock.completions, "answered",
+    json_t *root = json_pack("{s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I}", "completions", (json_int_t)mock.completions, "answered",
                              (json_int_t)mock.answered, "loads", (json_int_t)mock.loads, "unloads", (json_int_t)mock.unloads, "most_loaded",
-                             (json_int_t)mock.most_loaded, "unloaded_in_use", (json_int_t)mock.unloaded_in_use, "stale",
-                             (json_int_t)mock.stale, "ids_twice", (json_int_t)mock.ids_twice, "without_id", (json_int_t)mock.without_id);
+                             (json_int_t)mock.most_loaded, "stale", (json_int_t)mock.stale, "ids_twice", (json_int_t)mock.ids_twice,
+                             "without_id", (json_int_t)mock.without_id);
     for (int k = NONE + 1; k < KINDS; k++) json_object_set_new(root, kinds[k].name, json_integer(mock.done[k]));
     return object(root);
 }
@@ -636,6 +636,8 @@ static void forget(void *user, struct MHD_Connection *connection, void **state, 
 static void open_model(const char *dir) {
     check(esp_ctx_create(&mock.ctx, &ESP_CTX_CONFIG(.threads = 1)), "context");
     check(esp_model_load(&mock.model, mock.ctx, dir, NULL), "model");
+    mock.info = (esp_model_info)ESP_MODEL_INFO_INIT;
+    check(esp_model_info_get(mock.model, &mock.info), "info");
     check(esp_sampler_create(&mock.sampler, mock.model, &ESP_SAMPLER_CONFIG(.max_sequences = MOST_ROWS, .max_length = LONGEST)), "sampler");
     for (int64_t i = 0; i < esp_model_param_count(mock.model); i++) {
         esp_param p = ESP_PARAM_INIT;
@@ -647,13 +649,14 @@ static void open_model(const char *dir) {
 
 int main(int argc, char **argv) {
     if (argc < 2) {
-        fprintf(stderr, "usage: mock_server MODEL [--processed] [--routes] [--no-lora] [--context N]\n");
+        fprintf(stderr, "usage: mock_server MODEL [--processed] [--routes] [--no-lora] [--deaf] [--context N]\n");
         return 2;
     }
     for (int i = 2; i < argc; i++) {
         if (strcmp(argv[i], "--processed") == 0) mock.processed = true;
         if (strcmp(argv[i], "--routes") == 0) mock.routes = true;
         if (strcmp(argv[i], "--no-lora") == 0) mock.lora = false;
+        if (strcmp(argv[i], "--deaf") == 0) mock.deaf = true; /* adapters are loaded, and the base answers */
         if (strcmp(argv[i], "--context") == 0 && i + 1 < argc) mock.context = atoi(argv[i + 1]);
     }
     open_model(argv[1]);

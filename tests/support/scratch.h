@@ -12,11 +12,13 @@
 #include <unistd.h>
 
 /* Checks a call that must succeed. */
+#ifndef OK
 #define OK(call)                                                                                                                           \
     do {                                                                                                                                   \
         esp_status ok_status_ = (call);                                                                                                    \
         cr_assert_eq(ok_status_, ESP_OK, "%s: %s: %s", #call, esp_status_name(ok_status_), esp_last_error());                              \
     } while (0)
+#endif
 
 static inline void scratch_make(char dir[ESPI_PATH_MAX]) {
     snprintf(dir, ESPI_PATH_MAX, "/tmp/espalier-test-XXXXXX");
