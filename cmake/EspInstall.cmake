@@ -3,6 +3,9 @@ include(CMakePackageConfigHelpers)
 
 install(TARGETS espalier EXPORT espalierTargets)
 install(TARGETS ${espalier_programs})
+if(ESPALIER_HAVE_MPI)
+  install(TARGETS espalier_mpi DESTINATION ${CMAKE_INSTALL_LIBDIR}) # beside the library, which looks for it there
+endif()
 install(DIRECTORY include/espalier TYPE INCLUDE)
 
 set(package_dir ${CMAKE_INSTALL_LIBDIR}/cmake/espalier)

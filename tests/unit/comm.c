@@ -1,4 +1,4 @@
-/* The communicator of one process, and what it says under a launcher. */
+/* The communicator of one process, and what start-up says to a launcher's environment. */
 #include "espalier/ctx.h"
 
 #include <criterion/criterion.h>
@@ -9,6 +9,9 @@ static void clear_environment(void) {
     unsetenv("OMPI_COMM_WORLD_SIZE");
     unsetenv("PMI_SIZE");
     unsetenv("ESP_WORLD");
+    unsetenv("ESP_RANK");
+    unsetenv("ESP_RENDEZVOUS");
+    unsetenv("ESP_DEADLINE");
 }
 
 Test(comm, alone, .init = clear_environment) {
@@ -21,16 +24,31 @@ Test(comm, alone, .init = clear_environment) {
     cr_expect_eq(esp_comm_init(NULL, NULL, NULL), ESP_ERR_ARG);
 }
 
-Test(comm, refuses_more_ranks, .init = clear_environment) {
-    static const char *const variables[] = {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "ESP_WORLD"};
-    for (int i = 0; i < 3; i++) {
-        esp_comm *comm;
-        setenv(variables[i], "2", 1);
-        cr_expect_eq(esp_comm_init(&comm, NULL, NULL), ESP_ERR_UNSUPPORTED, "%s", variables[i]);
-        cr_expect_null(comm);
-        cr_expect(strstr(esp_last_error(), variables[i]) != NULL && strstr(esp_last_error(), "2 ranks") != NULL, "%s", esp_last_error());
+static void expect_refusal(const char *part) {
+    esp_comm *comm;
+    cr_expect_eq(esp_comm_init(&comm, NULL, NULL), ESP_ERR_ARG, "%s", part);
+    cr_expect_null(comm);
+    cr_expect(strstr(esp_last_error(), part) != NULL, "\"%s\" is not in: %s", part, esp_last_error());
+}
+
+Test(comm, refuses_what_is_no_number, .init = clear_environment) {
+    static const char *const variables[] = {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "ESP_WORLD", "ESP_DEADLINE"};
+    for (int i = 0; i < 4; i++) {
         setenv(variables[i], "two", 1);
-        cr_expect_eq(esp_comm_init(&comm, NULL, NULL), ESP_ERR_ARG, "%s", variables[i]);
+        expect_refusal(variables[i]);
+        setenv(variables[i], "0", 1);
+        expect_refusal(variables[i]);
         unsetenv(variables[i]);
     }
+}
+
+Test(comm, needs_rank_and_rendezvous, .init = clear_environment) {
+    setenv("ESP_WORLD", "2", 1);
+    expect_refusal("ESP_RANK=(unset)");
+    setenv("ESP_RANK", "2", 1);
+    setenv("ESP_RENDEZVOUS", "localhost:1", 1);
+    expect_refusal("ESP_RANK=2");
+    setenv("ESP_RANK", "1", 1);
+    setenv("ESP_RENDEZVOUS", "localhost", 1);
+    expect_refusal("host:port");
 }

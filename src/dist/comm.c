@@ -1,0 +1,347 @@
+/* The collective calls, over any transport; start-up; the public face. */
+#include "dist/comm.h"
+
+#include "core/status.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#define PATIENCE 300.0
+#define SENTENCE 512
+
+struct esp_comm {
+    const espi_transport *transport;
+    void *self;
+    int rank, size;
+    double patience;
+    uint64_t calls;
+    bool broken, late;         /* a call failed; because its deadline passed */
+    espi_message *send, *recv; /* [size] each */
+    struct header *headers;    /* [size] as they came */
+};
+
+/* Two ranks that make the same call send the same header, but for the bytes. */
+typedef struct header {
+    uint64_t call, bytes;
+    int64_t layer;
+    char what[40];
+} header;
+
+double espi_comm_clock(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
+int espi_comm_rank(const esp_comm *comm) {
+    return comm == NULL ? 0 : comm->rank;
+}
+
+int espi_comm_size(const esp_comm *comm) {
+    return comm == NULL ? 1 : comm->size;
+}
+
+uint64_t espi_comm_calls(const esp_comm *comm) {
+    return comm == NULL ? 0 : comm->calls;
+}
+
+void espi_comm_patience(esp_comm *comm, double seconds) {
+    if (comm != NULL) comm->patience = seconds;
+}
+
+esp_status espi_comm_make(esp_comm **comm, const espi_transport *transport, void *self, int rank, int size) {
+    esp_comm *c = calloc(1, sizeof *c);
+    if (c != NULL) {
+        *c = (esp_comm){.transport = transport, .self = self, .rank = rank, .size = size, .patience = PATIENCE};
+        c->send = calloc((size_t)size, sizeof *c->send);
+        c->recv = calloc((size_t)size, sizeof *c->recv);
+        c->headers = calloc((size_t)size, sizeof *c->headers);
+        if (c->send != NULL && c->recv != NULL && c->headers != NULL) {
+            *comm = c;
+            return ESP_OK;
+        }
+        esp_comm_destroy(c);
+    } else if (transport->close != NULL) {
+        transport->close(self, true);
+    }
+    return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for a communicator of %d ranks", size);
+}
+
+/* "exchange of rows to the experts, layer 3 (call 812)" */
+static void describe(char out[SENTENCE], const header *h) {
+    int n = snprintf(out, SENTENCE, "\"%.*s\"", (int)sizeof h->what, h->what);
+    if (h->layer >= 0) n += snprintf(out + n, SENTENCE - (size_t)n, ", layer %lld", (long long)h->layer);
+    snprintf(out + n, SENTENCE - (size_t)n, " (call %llu)", (unsigned long long)h->call);
+}
+
+static esp_status transfer(esp_comm *c, const header *mine, double deadline) {
+    const esp_status status = c->transport->transfer(c->self, c->send, c->recv, deadline);
+    if (status == ESP_OK) return ESP_OK;
+    c->broken = true;
+    c->late = espi_comm_clock() >= deadline;
+    char where[SENTENCE], reason[SENTENCE];
+    describe(where, mine);
+    snprintf(reason, sizeof reason, "%s", esp_last_error());
+    return ESPI_FAIL(status, "rank %d of %d, at %s: %s", c->rank, c->size, where, reason);
+}
+
+/* The headers first; then what c->send and c->recv hold. */
+static esp_status call(esp_comm *c, espi_place place, const espi_message *send, const espi_message *recv) {
+    if (c->broken) return ESPI_FAIL(ESP_ERR_COMM, "rank %d: an earlier call between the ranks failed: nothing more can be said", c->rank);
+    header mine = {.call = ++c->calls, .layer = place.layer};
+    snprintf(mine.what, sizeof mine.what, "%s", place.what);
+    header *out = calloc((size_t)c->size, sizeof *out);
+    if (out == NULL) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for %d headers", c->size);
+    for (int r = 0; r < c->size; r++) {
+        out[r] = mine;
+        out[r].bytes = send[r].bytes;
+        c->send[r] = (espi_message){out + r, sizeof *out};
+        c->recv[r] = (espi_message){c->headers + r, sizeof *out};
+    }
+    const double deadline = espi_comm_clock() + c->patience;
+    esp_status status = transfer(c, &mine, deadline);
+    for (int r = 0; r < c->size && status == ESP_OK; r++) {
+        const header *theirs = c->headers + r;
+        char here[SENTENCE], there[SENTENCE];
+        describe(here, &mine);
+        describe(there, theirs);
+        if (theirs->call != mine.call || theirs->layer != mine.layer || memcmp(theirs->what, mine.what, sizeof mine.what) != 0)
+            status = ESPI_FAIL(ESP_ERR_MISMATCH, "rank %d is at %s, rank %d at %s: the ranks went different ways", c->rank, here, r, there);
+        else if (theirs->bytes != recv[r].bytes)
+            status = ESPI_FAIL(ESP_ERR_MISMATCH, "rank %d, at %s: got %llu bytes announced by rank %d, expected %zu", c->rank, here,
+                               (unsigned long long)theirs->bytes, r, recv[r].bytes);
+    }
+    free(out);
+    if (status != ESP_OK) {
+        c->broken = true;
+        return status;
+    }
+    memcpy(c->send, send, (size_t)c->size * sizeof *send);
+    memcpy(c->recv, recv, (size_t)c->size * sizeof *recv);
+    return transfer(c, &mine, deadline);
+}
+
+/* Room for the messages of one call: 2 [size]. */
+static esp_status messages(espi_message **send, espi_message **recv, const esp_comm *c) {
+    *send = calloc(2 * (size_t)c->size, sizeof **send);
+    *recv = *send == NULL ? NULL : *send + c->size;
+    return *send != NULL ? ESP_OK : ESPI_FAIL(ESP_ERR_MEMORY, "no memory for the messages of %d ranks", c->size);
+}
+
+esp_status espi_comm_gather(esp_comm *comm, espi_place place, void *out, const void *in, size_t bytes) {
+    if (espi_comm_size(comm) == 1) {
+        if (bytes > 0 && out != in) memcpy(out, in, bytes);
+        return ESP_OK;
+    }
+    espi_message *send = NULL, *recv = NULL;
+    ESPI_TRY(messages(&send, &recv, comm));
+    for (int r = 0; r < comm->size; r++) {
+        send[r] = (espi_message){(void *)in, bytes};
+        recv[r] = (espi_message){(char *)out + (size_t)r * bytes, bytes};
+    }
+    const esp_status status = call(comm, place, send, recv);
+    free(send);
+    return status;
+}
+
+esp_status espi_comm_exchange(esp_comm *comm, espi_place place, void *to, const int64_t *to_rows, const void *from,
+                              const int64_t *from_rows, size_t row_bytes) {
+    if (espi_comm_size(comm) == 1) {
+        if (from_rows[0] > 0) memcpy(to, from, (size_t)from_rows[0] * row_bytes);
+        return ESP_OK;
+    }
+    espi_message *send = NULL, *recv = NULL;
+    ESPI_TRY(messages(&send, &recv, comm));
+    char *in = to;
+    const char *out = from;
+    for (int r = 0; r < comm->size; r++) {
+        send[r] = (espi_message){(void *)out, (size_t)from_rows[r] * row_bytes};
+        recv[r] = (espi_message){in, (size_t)to_rows[r] * row_bytes};
+        out += send[r].bytes;
+        in += recv[r].bytes;
+    }
+    const esp_status status = call(comm, place, send, recv);
+    free(send);
+    return status;
+}
+
+size_t espi_comm_add_bytes(const esp_comm *comm) {
+    return (size_t)espi_comm_size(comm) * (size_t)ESPI_COMM_ADD_VALUES * sizeof(double);
+}
+
+static void add_values(void *total, const void *partial, int64_t n, esp_dtype dtype) {
+    if (dtype == ESP_F64)
+        for (int64_t i = 0; i < n; i++) ((double *)total)[i] += ((const double *)partial)[i];
+    else
+        for (int64_t i = 0; i < n; i++) ((float *)total)[i] += ((const float *)partial)[i];
+}
+
+esp_status espi_comm_add(esp_comm *comm, espi_place place, void *total, const void *partial, int64_t n, esp_dtype dtype, void *scratch) {
+    const size_t size = esp_dtype_size(dtype);
+    const int ranks = espi_comm_size(comm);
+    for (int64_t first = 0; first < n; first += ESPI_COMM_ADD_VALUES) {
+        const int64_t count = n - first < ESPI_COMM_ADD_VALUES ? n - first : ESPI_COMM_ADD_VALUES;
+        char *sum = (char *)total + (size_t)first * size;
+        const char *mine = (const char *)partial + (size_t)first * size;
+        if (ranks == 1) {
+            add_values(sum, mine, count, dtype);
+            continue;
+        }
+        ESPI_TRY(espi_comm_gather(comm, place, scratch, mine, (size_t)count * size));
+        for (int r = 0; r < ranks; r++) add_values(sum, (char *)scratch + (size_t)r * (size_t)count * size, count, dtype);
+    }
+    return ESP_OK;
+}
+
+esp_status espi_comm_agree(esp_comm *comm, espi_place place, esp_status mine) {
+    if (espi_comm_size(comm) == 1) return mine;
+    typedef struct verdict {
+        int32_t status;
+        char sentence[SENTENCE];
+    } verdict;
+    verdict own = {.status = (int32_t)mine};
+    if (mine != ESP_OK) snprintf(own.sentence, sizeof own.sentence, "%s", esp_last_error());
+    verdict *all = calloc((size_t)comm->size, sizeof *all);
+    if (all == NULL) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for the verdicts of %d ranks", comm->size);
+    esp_status status = espi_comm_gather(comm, place, all, &own, sizeof own);
+    for (int r = 0; r < comm->size && status == ESP_OK; r++)
+        if (all[r].status != ESP_OK) status = ESPI_FAIL((esp_status)all[r].status, "rank %d: %s", r, all[r].sentence);
+    free(all);
+    return status;
+}
+
+esp_status espi_comm_meet(esp_comm *comm, espi_place place) {
+    return espi_comm_agree(comm, place, ESP_OK);
+}
+
+esp_status espi_comm_same(esp_comm *comm, const char *key, uint64_t value) {
+    const int size = espi_comm_size(comm);
+    if (size == 1) return ESP_OK;
+    uint64_t *all = calloc((size_t)size, sizeof *all);
+    if (all == NULL) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for what %d ranks say", size);
+    esp_status status = espi_comm_gather(comm, (espi_place){"are we alike", -1}, all, &value, sizeof value);
+    for (int r = 1; r < size && status == ESP_OK; r++)
+        if (all[r] != all[0])
+            status = ESPI_FAIL(ESP_ERR_MISMATCH, "%s is not the same on all ranks: rank 0 has %016llx, rank %d has %016llx", key,
+                               (unsigned long long)all[0], r, (unsigned long long)all[r]);
+    free(all);
+    return status;
+}
+
+int espi_comm_exit_code(const esp_comm *comm, esp_status status) {
+    switch (status) {
+    case ESP_OK:
+        return 0;
+    case ESP_ERR_ARG:
+    case ESP_ERR_UNSUPPORTED:
+        return 64;
+    case ESP_ERR_SHAPE:
+    case ESP_ERR_DTYPE:
+    case ESP_ERR_FORMAT:
+        return 65;
+    case ESP_ERR_MISMATCH:
+        return 71;
+    case ESP_ERR_IO:
+        return 73;
+    case ESP_ERR_COMM:
+        return comm != NULL && comm->late ? 75 : 74;
+    case ESP_ERR_NONFINITE:
+        return 76;
+    default:
+        return 70;
+    }
+}
+
+void espi_comm_abort(esp_comm *comm, esp_status status) {
+    if (comm != NULL && comm->transport->end_job != NULL) comm->transport->end_job(comm->self, espi_comm_exit_code(comm, status));
+}
+
+/* ---- start-up ---- */
+
+static const espi_transport alone = {.name = "alone"};
+
+/* A positive number from the environment; *found: whether it is set. */
+static esp_status number(long *value, bool *found, const char *variable, long least) {
+    const char *text = getenv(variable);
+    *found = text != NULL && text[0] != '\0';
+    if (!*found) return ESP_OK;
+    char *end;
+    *value = strtol(text, &end, 10);
+    if (*end != '\0' || *value < least || *value > INT32_MAX)
+        return ESPI_FAIL(ESP_ERR_ARG, "the environment has %s=%s, expected a whole number from %ld", variable, text, least);
+    return ESP_OK;
+}
+
+static esp_status patience_of(double *seconds) {
+    long value = 0;
+    bool found;
+    ESPI_TRY(number(&value, &found, "ESP_DEADLINE", 1));
+    *seconds = found ? (double)value : PATIENCE;
+    return ESP_OK;
+}
+
+/* Started by hand: ESP_RANK, ESP_WORLD, ESP_RENDEZVOUS. */
+static esp_status by_hand(esp_comm **comm, long size, double patience) {
+    long rank = 0;
+    bool found;
+    ESPI_TRY(number(&rank, &found, "ESP_RANK", 0));
+    const char *rendezvous = getenv("ESP_RENDEZVOUS");
+    if (!found || rank >= size || rendezvous == NULL || rendezvous[0] == '\0')
+        return ESPI_FAIL(
+            ESP_ERR_ARG,
+            "ESP_WORLD=%ld: got ESP_RANK=%s and ESP_RENDEZVOUS=%s, expected a rank below ESP_WORLD and host:port or file:FOLDER", size,
+            found ? getenv("ESP_RANK") : "(unset)", rendezvous ? rendezvous : "(unset)");
+    return espi_comm_tcp(comm, (int)rank, (int)size, rendezvous, patience);
+}
+
+esp_status espi_comm_start(esp_comm **comm, int *argc, char ***argv) {
+    /* Open MPI; MPICH and what speaks its PMI. */
+    static const char *const launchers[] = {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE"};
+    if (comm == NULL) return ESPI_FAIL(ESP_ERR_ARG, "esp_comm_init: comm is NULL");
+    *comm = NULL;
+    double patience;
+    ESPI_TRY(patience_of(&patience));
+    long world = 1;
+    bool found;
+    ESPI_TRY(number(&world, &found, "ESP_WORLD", 1));
+    esp_status status = ESP_OK;
+    if (found) {
+        if (world > 1) status = by_hand(comm, world, patience);
+    } else {
+        for (int i = 0; i < ESPI_COUNT(launchers) && world == 1; i++) ESPI_TRY(number(&world, &found, launchers[i], 1));
+        if (world > 1) status = espi_comm_mpi(comm, argc, argv);
+    }
+    if (status == ESP_OK && *comm == NULL) status = espi_comm_make(comm, &alone, NULL, 0, 1);
+    if (status == ESP_OK) espi_comm_patience(*comm, patience);
+    return status;
+}
+
+/* The ranks can talk, but nothing above knows yet how to share a model: N ranks would train the same one N times. */
+esp_status esp_comm_init(esp_comm **comm, int *argc, char ***argv) {
+    ESPI_TRY(espi_comm_start(comm, argc, argv));
+    if ((*comm)->size == 1) return ESP_OK;
+    const int size = (*comm)->size;
+    esp_comm_destroy(*comm);
+    *comm = NULL;
+    return ESPI_FAIL(ESP_ERR_UNSUPPORTED,
+                     "started as one of %d ranks, but this version runs alone: start it without a launcher, or with one rank", size);
+}
+
+void esp_comm_destroy(esp_comm *comm) {
+    if (comm == NULL) return;
+    if (comm->transport->close != NULL) comm->transport->close(comm->self, comm->broken);
+    free(comm->send);
+    free(comm->recv);
+    free(comm->headers);
+    free(comm);
+}
+
+int esp_comm_rank(const esp_comm *comm) {
+    return espi_comm_rank(comm);
+}
+
+int esp_comm_size(const esp_comm *comm) {
+    return espi_comm_size(comm);
+}

@@ -1,0 +1,88 @@
+/* What the ranks of a job say to each other: collective calls over host memory, each with a name, a deadline and a check that all ranks
+ * make the same call.
+ *
+ * A transport (alone, simulated, TCP, MPI) moves one message from every rank to every rank and knows nothing else.  Before the messages
+ * of a call every pair exchanges headers, so a rank that went another way, or another size than was agreed, is found before any byte lands.
+ *
+ * All sums are made in rank order, element by element: the same bits for the same ranks, whatever the transport. */
+#ifndef ESPI_DIST_COMM_H
+#define ESPI_DIST_COMM_H
+
+#include "espalier/ctx.h"
+#include "espalier/tensor.h"
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+/* What goes to, or comes from, one rank.  bytes = 0: nothing is sent, and the peer knows. */
+typedef struct espi_message {
+    void *data;
+    size_t bytes;
+} espi_message;
+
+/* Where in the work a call stands; layer -1: in none. */
+typedef struct espi_place {
+    const char *what; /* "rows to the experts"; a literal */
+    int64_t layer;
+} espi_place;
+
+typedef struct espi_transport {
+    const char *name; /* "alone", "simulated", "tcp", "mpi" */
+    /* send[r] goes to rank r, recv[r] comes from it; sizes are those the peers have too; the own rank's is copied.  deadline: seconds of the
+     * monotonic clock.  ESP_ERR_COMM with a sentence that names the ranks that did not come. */
+    esp_status (*transfer)(void *self, const espi_message *send, const espi_message *recv, double deadline);
+    /* Ends the job from this rank, as far as the transport can; a program then exits with `code`. */
+    void (*end_job)(void *self, int code);
+    /* broken: a call failed, the peers may be gone. */
+    void (*close)(void *self, bool broken);
+} espi_transport;
+
+/* As the environment says: alone, by hand (ESP_RANK, ESP_WORLD, ESP_RENDEZVOUS), or under mpirun.  ESP_DEADLINE: the patience in seconds. */
+esp_status espi_comm_start(esp_comm **comm, int *argc, char ***argv);
+
+/* `self` belongs to the communicator, also when this fails. */
+esp_status espi_comm_make(esp_comm **comm, const espi_transport *transport, void *self, int rank, int size);
+
+/* comm_simulated.c: `size` communicators for as many threads of this process. */
+esp_status espi_comm_simulate(esp_comm **comms, int size);
+/* comm_tcp.c.  rendezvous: "host:port" where rank 0 listens, or "file:DIR", a folder that all ranks see. */
+esp_status espi_comm_tcp(esp_comm **comm, int rank, int size, const char *rendezvous, double patience);
+/* comm_mpi.c.  ESP_ERR_UNSUPPORTED where this build or machine has no MPI. */
+esp_status espi_comm_mpi(esp_comm **comm, int *argc, char ***argv);
+
+int espi_comm_rank(const esp_comm *comm); /* NULL: alone */
+int espi_comm_size(const esp_comm *comm);
+/* Calls made so far: tests count them. */
+uint64_t espi_comm_calls(const esp_comm *comm);
+/* How long a call waits for the others; seconds. */
+void espi_comm_patience(esp_comm *comm, double seconds);
+
+/* out [size][bytes] in rank order, from each rank's `in` [bytes]. */
+esp_status espi_comm_gather(esp_comm *comm, espi_place place, void *out, const void *in, size_t bytes);
+/* Rows from every rank to every rank.  from: those to rank 0, then to rank 1, ..; to: those from rank 0, then from rank 1, ..
+ * ESP_ERR_MISMATCH when a peer sends another number than was expected. */
+esp_status espi_comm_exchange(esp_comm *comm, espi_place place, void *to, const int64_t *to_rows, const void *from,
+                              const int64_t *from_rows, size_t row_bytes);
+/* total += partial of rank 0, then of rank 1, ..: on every rank the same bits.  n values of F32 or F64.
+ * scratch: espi_comm_add_bytes() bytes. */
+#define ESPI_COMM_ADD_VALUES INT64_C(65536)
+size_t espi_comm_add_bytes(const esp_comm *comm);
+esp_status espi_comm_add(esp_comm *comm, espi_place place, void *total, const void *partial, int64_t n, esp_dtype dtype, void *scratch);
+/* ESP_OK when every rank says ESP_OK; otherwise the status of the lowest rank that does not, with its sentence, on all of them. */
+esp_status espi_comm_agree(esp_comm *comm, espi_place place, esp_status mine);
+/* Nobody goes on before all have come. */
+esp_status espi_comm_meet(esp_comm *comm, espi_place place);
+/* ESP_ERR_MISMATCH, naming the key and the ranks, when `value` is not the same everywhere. */
+esp_status espi_comm_same(esp_comm *comm, const char *key, uint64_t value);
+
+/* What a program ends with, as documented in the README: 64 usage, 65 bad input, 70 internal, 71 the ranks disagree, 73 files, 74 a peer
+ * failed, 75 a deadline passed, 76 not finite. */
+int espi_comm_exit_code(const esp_comm *comm, esp_status status);
+/* Ends the job from this rank: under mpirun it does not return. */
+void espi_comm_abort(esp_comm *comm, esp_status status);
+
+/* Seconds of the monotonic clock. */
+double espi_comm_clock(void);
+
+#endif

@@ -1,0 +1,84 @@
+/* A rank of a real job: tests/dist/transports.sh starts several of these under mpirun and by hand, and some of them misbehave.
+ * world MODE: "right" runs every collective call; "die", "stop", "leave" and "desync" let rank 1 do that in the middle. */
+#include "dist/comm.h"
+
+#include "core/status.h"
+
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#define CHECK(condition)                                                                                                                   \
+    do {                                                                                                                                   \
+        if (!(condition)) return ESPI_FAIL(ESP_ERR_INTERNAL, "not true: %s", #condition);                                                  \
+    } while (0)
+
+enum { ROWS = 70000 }; /* more than a socket's buffers hold */
+
+static esp_status exchange_rows(esp_comm *comm, int rank, int size) {
+    int64_t *counts = calloc(2 * (size_t)size, sizeof *counts), *to = counts, *from = counts + size, n = 0, m = 0;
+    for (int p = 0; p < size; p++) {
+        from[p] = (rank + 2 * p) % 3 * ROWS / size;
+        to[p] = (p + 2 * rank) % 3 * ROWS / size;
+        n += from[p];
+        m += to[p];
+    }
+    int32_t *out = malloc((size_t)n * 8 + 1), *in = malloc((size_t)m * 8 + 1);
+    for (int64_t p = 0, i = 0; p < size; p++)
+        for (int64_t k = 0; k < from[p]; k++, i++) out[2 * i] = rank * size + (int32_t)p, out[2 * i + 1] = (int32_t)k;
+    const esp_status status = espi_comm_exchange(comm, (espi_place){"rows", 2}, in, to, out, from, 8);
+    int64_t wrong = 0;
+    for (int64_t p = 0, i = 0; status == ESP_OK && p < size; p++)
+        for (int64_t k = 0; k < to[p]; k++, i++) wrong += in[2 * i] != (int32_t)p * size + rank || in[2 * i + 1] != k;
+    free(counts);
+    free(out);
+    free(in);
+    ESPI_TRY(status);
+    CHECK(wrong == 0);
+    return ESP_OK;
+}
+
+static esp_status right(esp_comm *comm) {
+    const int rank = espi_comm_rank(comm), size = espi_comm_size(comm);
+    int32_t all[64] = {0}, mine = rank + 5;
+    ESPI_TRY(espi_comm_gather(comm, (espi_place){"numbers", -1}, all, &mine, sizeof mine));
+    for (int r = 0; r < size; r++) CHECK(all[r] == r + 5);
+    for (int i = 0; i < 3; i++) ESPI_TRY(exchange_rows(comm, rank, size));
+    double total[3] = {0}, part[3] = {rank, 1, 0.5};
+    void *scratch = malloc(espi_comm_add_bytes(comm));
+    const esp_status status = espi_comm_add(comm, (espi_place){"sums", -1}, total, part, 3, ESP_F64, scratch);
+    free(scratch);
+    ESPI_TRY(status);
+    CHECK(total[0] == size * (size - 1) / 2.0 && total[1] == size && total[2] == size / 2.0);
+    ESPI_TRY(espi_comm_same(comm, "key", 7));
+    return espi_comm_meet(comm, (espi_place){"the end", -1});
+}
+
+static esp_status misbehave(esp_comm *comm, const char *mode) {
+    ESPI_TRY(espi_comm_meet(comm, (espi_place){"the start", -1}));
+    if (espi_comm_rank(comm) == 1) {
+        if (strcmp(mode, "die") == 0) raise(SIGKILL);
+        if (strcmp(mode, "stop") == 0) raise(SIGSTOP);
+        if (strcmp(mode, "leave") == 0) _exit(0);
+        if (strcmp(mode, "desync") == 0) return espi_comm_meet(comm, (espi_place){"another place", 4});
+    }
+    return espi_comm_meet(comm, (espi_place){"the middle", 4});
+}
+
+int main(int argc, char **argv) {
+    esp_comm *comm = NULL;
+    esp_status status = espi_comm_start(&comm, &argc, &argv);
+    const char *mode = argc > 1 ? argv[1] : "right";
+    if (status == ESP_OK) status = strcmp(mode, "right") == 0 ? right(comm) : misbehave(comm, mode);
+    if (status == ESP_OK) {
+        printf("rank %d of %d: right\n", espi_comm_rank(comm), espi_comm_size(comm));
+        esp_comm_destroy(comm);
+        return 0;
+    }
+    fprintf(stderr, "world: %s\n", esp_last_error());
+    const int code = espi_comm_exit_code(comm, status);
+    espi_comm_abort(comm, status);
+    return code;
+}
