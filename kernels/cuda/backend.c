@@ -26,5 +26,11 @@ const espi_backend espi_backend_cuda = {
     .available = available,
     .describe = describe,
     .quantise = espi_quantise_cuda,
+    .packed_bytes = espi_packed_bytes_cuda,
+    .pack = espi_pack_cuda,
+    .gate_up_fwd = {espi_gate_up_fwd_cuda, espi_gate_up_fwd_scratch_cuda},
+    .gate_up_bwd = {espi_gate_up_bwd_cuda, espi_gate_up_bwd_scratch_cuda},
+    .down_fwd = {espi_down_fwd_cuda, espi_down_fwd_scratch_cuda},
+    .down_bwd = {espi_down_bwd_cuda, espi_down_bwd_scratch_cuda},
     ESPI_REFUSALS,
 };

@@ -21,6 +21,11 @@ set(cuda_sources
     kernels/cuda/backend.c
     kernels/cuda/cublaslt.c
     kernels/cuda/device.c
+    kernels/cuda/experts.cu
+    kernels/cuda/experts_lora.cu
+    kernels/cuda/experts_plain.cu
+    kernels/cuda/experts_wgmma.cu
+    kernels/cuda/pack.cu
     kernels/cuda/quant.cu)
 add_library(espalier_cuda OBJECT ${cuda_sources})
 target_include_directories(espalier_cuda PRIVATE include src .)

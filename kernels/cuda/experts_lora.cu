@@ -36,7 +36,7 @@ static __global__ __launch_bounds__(LOW_WARPS * 32) void low_product(low_args p,
         row[i] = p.in + (p.in_row ? p.in_row[s] : s) * p.width + 8 * quad;
     }
     float sum[4][2][4] = {};
-#pragma unroll 2
+#pragma unroll(across ? 1 : 2)
     for (int64_t k = 32 * warp; k < p.width; k += 32 * LOW_WARPS) {
         uint4 a[8];
 #pragma unroll

@@ -28,6 +28,8 @@ struct wgmma_args {
     int block_step, k_step;          /* records */
     int k_blocks, blocks, tiles_m;
     int low_steps; /* k16 steps of the low-rank block, 0: none */
+    product_kind kind;
+    bool halves; /* gate_up whose ups stand behind all gates: a tile takes 64 of each */
 };
 
 struct work {
@@ -42,8 +44,8 @@ static __device__ __forceinline__ work work_of(const wgmma_args &a, int index) {
 }
 
 /* Which 64 outputs warpgroup g of tile m makes. */
-template <int kind> static __device__ __forceinline__ int block_of(const wgmma_args &a, int m, int g) {
-    if (kind == PRODUCT_GATE_UP && !a.p.glu.interleaved) return g ? m + a.tiles_m : m;
+static __device__ __forceinline__ int block_of(const wgmma_args &a, int m, int g) {
+    if (a.halves) return g ? m + a.tiles_m : m;
     return 2 * m + g;
 }
 
@@ -120,16 +122,13 @@ template <int format> static __device__ __forceinline__ void decode_row(uint32_t
 /* A sub-tile of plain bf16 weights. */
 static __device__ __forceinline__ void copy_plain(uint32_t subtile, const uint8_t *from, int64_t row_bytes, int lane) {
     const int piece = lane & 7;
+#pragma unroll 1
+    for (int first = lane / 8; first < 64; first += 16) {
+        uint4 v[4];
 #pragma unroll
-    for (int first = 0; first < 64; first += 32) {
-        uint4 v[8];
+        for (int i = 0; i < 4; i++) v[i] = dev_load_stream(from + (first + 4 * i) * row_bytes + 16 * piece);
 #pragma unroll
-        for (int i = 0; i < 8; i++) v[i] = dev_load_stream(from + (first + 4 * i + lane / 8) * row_bytes + 16 * piece);
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            const int row = first + 4 * i + lane / 8;
-            dev_store_shared(subtile + row * 128 + ((piece ^ (row & 7)) << 4), v[i]);
-        }
+        for (int i = 0; i < 4; i++) dev_store_shared(subtile + (first + 4 * i) * 128 + ((piece ^ (first + 4 * i & 7)) << 4), v[i]);
     }
 }
 
@@ -157,24 +156,22 @@ static __device__ __forceinline__ void low_block(uint32_t subtile, const wgmma_a
     }
 }
 
-template <int kind> constexpr bool is_back = kind == PRODUCT_DOWN_BACK || kind == PRODUCT_GATE_UP_BACK;
-
 /* Where a decoder is: k-block `k` of tile `index`. */
 struct decode_place {
     int index, k, expert, block[2];
     const uint8_t *from[2];
 };
 
-template <int kind, int format> static __device__ __forceinline__ void place_at(decode_place &d, const wgmma_args &a, bool new_tile) {
+template <int format, bool across> static __device__ __forceinline__ void place_at(decode_place &d, const wgmma_args &a, bool new_tile) {
     if (new_tile) {
         const int4 t = __ldg(a.plan + 1 + d.index / a.tiles_m);
         d.expert = t.x;
         const int m = (d.index - t.y * a.tiles_m) / t.z;
-        for (int g = 0; g < 2; g++) d.block[g] = min(block_of<kind>(a, m, g), a.blocks - 1);
+        for (int g = 0; g < 2; g++) d.block[g] = min(block_of(a, m, g), a.blocks - 1);
     }
     for (int g = 0; g < 2; g++) {
         if (format == ESP_Q_NONE) {
-            const int rows = is_back<kind> ? d.k : d.block[g], columns = is_back<kind> ? d.block[g] : d.k;
+            const int rows = across ? d.k : d.block[g], columns = across ? d.block[g] : d.k;
             d.from[g] = a.weights + d.expert * a.expert_bytes + rows * BLOCK * a.row_bytes + columns * BLOCK * 2;
         } else {
             d.from[g] = a.weights + d.expert * a.expert_bytes +
@@ -183,7 +180,7 @@ template <int kind, int format> static __device__ __forceinline__ void place_at(
     }
 }
 
-template <int kind, int format, bool wide>
+template <int format, bool across, bool wide>
 static __device__ __forceinline__ void decode(const wgmma_args &a, uint32_t base, int decoder, int lane, int tiles) {
     using R = regime<wide>;
     const uint32_t full = base + R::barriers, empty = full + 8 * R::stages;
@@ -195,7 +192,7 @@ static __device__ __forceinline__ void decode(const wgmma_args &a, uint32_t base
                           bool new_tile = first;
                           for (; next.k >= blocks_k; next.k -= blocks_k) next.index += (int)gridDim.x, new_tile = true;
                           first = false;
-                          if (next.index < tiles) place_at<kind, format>(next, a, new_tile);
+                          if (next.index < tiles) place_at<format, across>(next, a, new_tile);
     };
     settle();
     coded_row codes[4];
@@ -221,7 +218,7 @@ static __device__ __forceinline__ void decode(const wgmma_args &a, uint32_t base
         } else if (now.k < a.k_blocks) {
             for (int g = 0; g < 2; g++) copy_plain(to + g * SUBTILE, now.from[g], a.row_bytes, lane);
         } else {
-            for (int g = 0; g < 2; g++) low_block<is_back<kind>>(to + g * SUBTILE, a, now.expert, now.block[g], lane);
+            for (int g = 0; g < 2; g++) low_block<across>(to + g * SUBTILE, a, now.expert, now.block[g], lane);
             if (more)
 #pragma unroll
                 for (int i = 0; i < 4; i++) load(i);
@@ -233,7 +230,7 @@ static __device__ __forceinline__ void decode(const wgmma_args &a, uint32_t base
 }
 
 /* ---- the rows: 16-byte pieces by row index, `lag` k-blocks in flight ---- */
-template <int kind, bool wide> static __device__ __forceinline__ void bring_rows(const wgmma_args &a, uint32_t base, int lane, int tiles) {
+template <bool wide> static __device__ __forceinline__ void bring_rows(const wgmma_args &a, uint32_t base, int lane, int tiles) {
     using R = regime<wide>;
     const uint32_t full = base + R::barriers, empty = full + 8 * R::stages, index_at = base + R::index;
     const int blocks_k = a.k_blocks + (a.low_steps > 0), quarter = lane / 8, piece = lane % 8;
@@ -279,7 +276,7 @@ template <int kind, bool wide> static __device__ __forceinline__ void bring_rows
                 }
             }
             dev_copy_commit();
-            if (kind == PRODUCT_DOWN_BACK && k == 0) /* what the epilogue will read */
+            if (a.kind == PRODUCT_DOWN_BACK && k == 0) /* what the epilogue will read */
                 for (int i = lane; i < 4 * w.rows; i += 32) {
                     const bf16 *row = a.p.gu + (int64_t)(w.row0 + i / 4) * 2 * a.p.width;
                     const int64_t column = w.m * 128 + i % 2 * 64, at = a.p.glu.interleaved ? 2 * column : column;
@@ -296,10 +293,9 @@ template <int kind, bool wide> static __device__ __forceinline__ void bring_rows
 }
 
 /* ---- the products ---- */
-template <int n, int kind, bool wide>
+template <int n, bool across, bool wide>
 static __device__ __forceinline__ void multiply(float (&d)[128], const wgmma_args &a, uint32_t base, uint32_t &it, int g, int lane) {
     using R = regime<wide>;
-    constexpr bool across = is_back<kind>;
     constexpr uint64_t a_step = across ? 128 : 2;
     const uint32_t full = base + R::barriers, empty = full + 8 * R::stages;
     for (int k = 0; k < a.k_blocks; k++, it++) {
@@ -430,15 +426,15 @@ static __device__ __forceinline__ void finish_rows(const wgmma_args &a, const wo
 }
 
 /* Turns D^T into rows of 64 outputs by way of shared memory, 64 routed rows at a time. */
-template <int kind, bool wide>
+template <bool across, bool wide>
 static __device__ __forceinline__ void finish(float (&d)[128], const wgmma_args &a, const work &w, uint32_t base, int g, int lane) {
     using R = regime<wide>;
-    constexpr bool both = kind == PRODUCT_GATE_UP;
+    const bool both = !across && a.kind == PRODUCT_GATE_UP;
     const int warp = (int)(threadIdx.x / 32) % 4, meeting = both ? 1 : 1 + g, members = both ? 256 : 128;
-    const int block = block_of<kind>(a, w.m, g);
+    const int block = block_of(a, w.m, g);
     const uint32_t staging = base + R::staging, own = staging + g * SUBTILE;
     float bias0 = 0, bias1 = 0;
-    if (!is_back<kind> && a.p.bias && block < a.blocks) {
+    if (!across && a.p.bias && block < a.blocks) {
         const float *bias = a.p.bias + ((int64_t)w.expert * a.blocks + block) * BLOCK + 16 * warp + lane / 4;
         bias0 = __ldg(bias), bias1 = __ldg(bias + 8);
     }
@@ -454,19 +450,17 @@ static __device__ __forceinline__ void finish(float (&d)[128], const wgmma_args 
                                    dev_bf16x2(v[4] + bias0, v[5] + bias0), dev_bf16x2(v[6] + bias1, v[7] + bias1));
             }
             dev_meet(meeting, members);
-            if (kind == PRODUCT_GATE_UP)
+            if (both)
                 finish_gate_up(a, w, staging, chunk);
-            else if (block >= a.blocks)
-                continue;
-            else if (kind == PRODUCT_DOWN_BACK)
+            else if (block < a.blocks && across && a.kind == PRODUCT_DOWN_BACK)
                 finish_down_back(a, w, own, block, chunk);
-            else
+            else if (block < a.blocks)
                 finish_rows(a, w, own, block, chunk);
         }
     }
 }
 
-template <int kind, int format, bool wide>
+template <bool across, bool wide>
 static __global__ __launch_bounds__(regime<wide>::threads, 1) void product_wgmma_kernel(const __grid_constant__ wgmma_args a) {
 #if DEV_HOPPER
     using R = regime<wide>;
@@ -476,7 +470,8 @@ static __global__ __launch_bounds__(regime<wide>::threads, 1) void product_wgmma
     if ((int)blockIdx.x >= tiles) return;
     const uint32_t base = dev_shared(shared);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    if (format == ESP_NF4 && threadIdx.x < 16) dev_store_shared(base + R::table + 4 * threadIdx.x, __float_as_uint(a.p.w.lut[threadIdx.x]));
+    if (a.p.w.format != ESP_Q_NONE && threadIdx.x < 16)
+        dev_store_shared(base + R::table + 4 * threadIdx.x, __float_as_uint(a.p.w.lut[threadIdx.x]));
     if (threadIdx.x == 0) {
         for (int i = 0; i < R::stages; i++) {
             dev_barrier_init(base + R::barriers + 8 * i, 2);               /* full: a decoder and the rows */
@@ -488,9 +483,13 @@ static __global__ __launch_bounds__(regime<wide>::threads, 1) void product_wgmma
     if (warp >= 8) {
         if (wide) dev_registers_shrink<120>();
         if (warp == 8)
-            bring_rows<kind, wide>(a, base, lane, tiles);
+            bring_rows<wide>(a, base, lane, tiles);
+        else if (a.p.w.format == ESP_MXFP4)
+            decode<ESP_MXFP4, across, wide>(a, base, warp - 9, lane, tiles);
+        else if (a.p.w.format == ESP_Q_NONE)
+            decode<ESP_Q_NONE, across, wide>(a, base, warp - 9, lane, tiles);
         else
-            decode<kind, format, wide>(a, base, warp - 9, lane, tiles);
+            decode<ESP_NF4, across, wide>(a, base, warp - 9, lane, tiles);
     } else {
         if (wide) dev_registers_grow<192>();
         const int g = warp / 4;
@@ -501,7 +500,7 @@ static __global__ __launch_bounds__(regime<wide>::threads, 1) void product_wgmma
             float d[128];
 #define MULTIPLY(n)                                                                                                                        \
     case n:                                                                                                                                \
-        if (n <= R::steps16) multiply<n <= R::steps16 ? n : 1, kind, wide>(d, a, base, it, g, lane);                                       \
+        if (n <= R::steps16) multiply<n <= R::steps16 ? n : 1, across, wide>(d, a, base, it, g, lane);                                     \
         break
             switch (max((w.rows + 15) / 16, 1)) {
                 MULTIPLY(1);
@@ -522,7 +521,7 @@ static __global__ __launch_bounds__(regime<wide>::threads, 1) void product_wgmma
                 MULTIPLY(16);
             }
 #undef MULTIPLY
-            finish<kind, wide>(d, a, w, base, g, lane);
+            finish<across, wide>(d, a, w, base, g, lane);
             w = next;
         }
     }
@@ -569,7 +568,7 @@ static __global__ void sum_shares(float *d_row_weight, const float *partial, con
 /* Built for other targets the kernel is empty: it has no registers to speak of. */
 bool product_wgmma_available() {
     cudaFuncAttributes attributes;
-    const bool known = cudaFuncGetAttributes(&attributes, product_wgmma_kernel<PRODUCT_DOWN, ESP_NF4, true>) == cudaSuccess;
+    const bool known = cudaFuncGetAttributes(&attributes, product_wgmma_kernel<false, true>) == cudaSuccess;
     if (!known) (void)cudaGetLastError();
     return known && attributes.binaryVersion == 90 && attributes.numRegs > 64;
 }
@@ -598,28 +597,20 @@ size_t product_wgmma_scratch(const product_args *p, product_kind kind) {
     return plan_bytes(&p->routing) + shares;
 }
 
-template <int kind, int format, bool wide> static cudaError_t launch(const wgmma_args &a, int multiprocessors, cudaStream_t stream) {
+template <bool across, bool wide> static cudaError_t launch(const wgmma_args &a, int multiprocessors, cudaStream_t stream) {
     using R = regime<wide>;
     static_assert(R::shared_bytes <= 232448 && R::lag <= R::stages - 2 && R::decoders <= R::stages, "");
     const cudaError_t error =
-        cudaFuncSetAttribute(product_wgmma_kernel<kind, format, wide>, cudaFuncAttributeMaxDynamicSharedMemorySize, R::shared_bytes);
+        cudaFuncSetAttribute(product_wgmma_kernel<across, wide>, cudaFuncAttributeMaxDynamicSharedMemorySize, R::shared_bytes);
     if (error != cudaSuccess) return error;
-    product_wgmma_kernel<kind, format, wide><<<multiprocessors, R::threads, R::shared_bytes, stream>>>(a);
+    product_wgmma_kernel<across, wide><<<multiprocessors, R::threads, R::shared_bytes, stream>>>(a);
     return cudaGetLastError();
 }
 
-template <int kind> static cudaError_t launch_kind(const wgmma_args &a, int multiprocessors, cudaStream_t stream) {
-    cudaError_t error;
-    if (a.p.w.format == ESP_MXFP4) {
-        error = launch<kind, ESP_MXFP4, true>(a, multiprocessors, stream);
-        return error != cudaSuccess ? error : launch<kind, ESP_MXFP4, false>(a, multiprocessors, stream);
-    }
-    if (a.p.w.format == ESP_Q_NONE) {
-        error = launch<kind, ESP_Q_NONE, true>(a, multiprocessors, stream);
-        return error != cudaSuccess ? error : launch<kind, ESP_Q_NONE, false>(a, multiprocessors, stream);
-    }
-    error = launch<kind, ESP_NF4, true>(a, multiprocessors, stream);
-    return error != cudaSuccess ? error : launch<kind, ESP_NF4, false>(a, multiprocessors, stream);
+/* Both regimes: the one that the plan has no tiles for ends at once. */
+template <bool across> static cudaError_t launch_regimes(const wgmma_args &a, int multiprocessors, cudaStream_t stream) {
+    const cudaError_t error = launch<across, true>(a, multiprocessors, stream);
+    return error != cudaSuccess ? error : launch<across, false>(a, multiprocessors, stream);
 }
 
 cudaError_t product_wgmma(const product_args *p, product_kind kind, void *scratch, int multiprocessors, cudaStream_t stream) {
@@ -638,22 +629,14 @@ cudaError_t product_wgmma(const product_args *p, product_kind kind, void *scratc
     a.blocks = back ? column_blocks : row_blocks;
     a.tiles_m = (a.blocks + 1) / 2;
     a.low_steps = (p->r + 15) / 16;
+    a.kind = kind;
+    a.halves = kind == PRODUCT_GATE_UP && !p->glu.interleaved;
     plan_tiles<<<1, PLAN_THREADS, experts * sizeof(int), stream>>>((int4 *)scratch, p->routing.offsets, experts, NARROW_MEAN_ROWS);
     cudaError_t error = cudaGetLastError();
     if (error != cudaSuccess) return error;
-    switch (kind) {
-    case PRODUCT_GATE_UP:
-        return launch_kind<PRODUCT_GATE_UP>(a, multiprocessors, stream);
-    case PRODUCT_DOWN:
-        return launch_kind<PRODUCT_DOWN>(a, multiprocessors, stream);
-    case PRODUCT_GATE_UP_BACK:
-        return launch_kind<PRODUCT_GATE_UP_BACK>(a, multiprocessors, stream);
-    case PRODUCT_DOWN_BACK:
-        error = launch_kind<PRODUCT_DOWN_BACK>(a, multiprocessors, stream);
-        if (error != cudaSuccess) return error;
-        sum_shares<<<(unsigned)((p->routing.tokens * p->routing.top_k + 255) / 256), 256, 0, stream>>>(
-            p->d_row_weight, a.partial, p->routing.offsets, experts, a.blocks);
-        return cudaGetLastError();
-    }
-    return cudaErrorInvalidValue;
+    error = back ? launch_regimes<true>(a, multiprocessors, stream) : launch_regimes<false>(a, multiprocessors, stream);
+    if (error != cudaSuccess || kind != PRODUCT_DOWN_BACK) return error;
+    const unsigned rows = (unsigned)(p->routing.tokens * p->routing.top_k);
+    sum_shares<<<(rows + 255) / 256, 256, 0, stream>>>(p->d_row_weight, a.partial, p->routing.offsets, experts, a.blocks);
+    return cudaGetLastError();
 }
