@@ -69,6 +69,18 @@ typedef struct esp_batch {
     /// themselves.  The first token of a sequence with a prefix is predicted by the prefix's last.  A prefix that counts no token is no
     /// sequence of the loss: its advantage is not read, and it does not count among step_seqs.
     const int32_t *prefix_of;
+    /// Routing replay: [T,L,K] ids of the experts that each token was sent to when it was sampled (L all layers; what stands in layers
+    /// without experts is not read), u8 where E <= 255, else u16.  All ones: routed natively, all K of a token and layer together; so is the
+    /// last token of every sequence that is no prefix, which a sampler never feeds back.  Weights come from the current logits.  NULL: none.
+    const void *routed_experts;
+    void *record_experts; ///< [out] the same shape: what a forward chose (as replayed, where it was); NULL = not wanted
+    int64_t n_routed;     ///< elements of these two arrays: T*L*K
+    int32_t routed_bytes; ///< of one element: 1 or 2
+    int64_t n_kept;       ///< elements of kept_ids
+    /// [T+1] which part of kept_ids belongs to a token: what top-k, top-p and min-p had left when it was sampled, ascending, itself among
+    /// them.  Its log-probability and entropy are those of the softmax over these ids.  An empty part: over the vocabulary.  NULL: all are.
+    const int64_t *kept_offsets;
+    const int32_t *kept_ids;
 } esp_batch;
 #define ESP_BATCH(...) ((esp_batch){.struct_size = sizeof(esp_batch), __VA_ARGS__})
 
@@ -136,6 +148,10 @@ ESP_API esp_status esp_model_reserve(esp_model *model, int64_t n_tokens, int32_t
 /// Load-balancing loss and z-loss of the last forward, over all MoE layers and tokens (formats-and-numerics 4.9), not yet times their
 /// coefficients.  A balanced router has load-balancing loss K.
 ESP_API esp_status esp_model_router_losses(esp_model *model, double *aux_loss, double *z_loss);
+
+/// Of the last forward, with routing replay: how many pairs of a token and a layer were replayed, and how many of those the router would
+/// now send to another set of experts.  Both 0 without replay.
+ESP_API esp_status esp_model_route_flips(esp_model *model, int64_t *flips, int64_t *replayed);
 
 /// One trainable tensor.  data and grad are live: f32 (f64 under "ref64"), dims as PEFT's per-expert view.
 typedef struct esp_param {

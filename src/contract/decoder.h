@@ -25,7 +25,8 @@ struct espi_decoder_saved {
     /* Router statistics over all MoE layers and tokens. */
     int64_t *router_counts;
     double *router_p_sum, *router_z_sum;
-    espi_mark mark; /* the arena behind everything saved */
+    int64_t *route_flips; /* of a replay */
+    espi_mark mark;       /* the arena behind everything saved */
 };
 
 /* Its sequences as the ops take them. */
@@ -56,10 +57,10 @@ void espi_positions(int32_t *positions, const espi_spans *spans);
 
 /* Forward without anything kept but hidden real [T,H] (the caller's).  cache: NULL, or where keys and values go and are read: the token i
  * of the n new ones of sequence s stands at cache row k_start[s] + k_len[s] - n + i and at the position that espi_positions gives it. */
-esp_status espi_decoder_extend(esp_model *model, espi_arena *arena, void *hidden, espi_kv_cache *cache, const int32_t *ids,
-                               const int32_t *positions, const espi_spans *spans, int64_t tokens);
+esp_status espi_decoder_extend(esp_model *model, espi_arena *arena, void *hidden, espi_kv_cache *cache, const espi_routes *routes,
+                               const int32_t *ids, const int32_t *positions, const espi_spans *spans, int64_t tokens);
 
-/* The same on a batch of its own, without a cache: *hidden real [T,H] is taken here and stays, the rest is given back. */
-esp_status espi_decoder_forward_only(void **hidden, esp_model *model, espi_arena *arena, const esp_batch *batch);
+/* The same on a batch of its own, without a cache: *hidden real [T,H] and *flips are taken here and stay, the rest is given back. */
+esp_status espi_decoder_forward_only(void **hidden, int64_t **flips, esp_model *model, espi_arena *arena, const esp_batch *batch);
 
 #endif

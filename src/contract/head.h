@@ -27,12 +27,15 @@ typedef struct espi_head_rows {
     int32_t n_seqs;                   /* sequences of the loss: all but prefixes that count no token */
     int32_t *cu, *seq;                /* [n_seqs+1] rows of each, [n_seqs] which sequence of the batch it is; host memory */
     void *lp, *entropy, *lse, *g, *e; /* real [n] */
-    espi_head_host host;              /* what a loss reads and writes of them */
+    int64_t *kept_offsets;            /* [n+1] as in espi_head; NULL: the batch has no kept ids */
+    int32_t *kept;
+    espi_head_host host; /* what a loss reads and writes of them */
 } espi_head_rows;
 
 /* Collects the rows of `batch` (by loss_mask, see esp_batch) and takes the arrays from the arena.
  * On a dry arena n is the largest possible, one less than the tokens, and nothing is written.
- * ESP_ERR_ARG when the mask counts the first token of a sequence without a prefix: nothing stands before it to predict it. */
+ * ESP_ERR_ARG when the mask counts the first token of a sequence without a prefix: nothing stands before it to predict it; or when a counted
+ * token's kept ids do not ascend within the vocabulary, or lack the token. */
 esp_status espi_head_rows_make(espi_head_rows *rows, const esp_model *model, espi_arena *arena, const esp_batch *batch);
 
 /* Rows of d_hidden that a loss on a batch of this shape may need: T, and one for each sequence that may have a prefix. */

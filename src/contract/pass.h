@@ -14,6 +14,15 @@ typedef struct espi_kv_cache {
     int64_t rows;
 } espi_kv_cache;
 
+/* Routing replay, and where what is chosen is kept for the host: see esp_batch.  Zeroed: neither. */
+typedef struct espi_routes {
+    const void *replay; /* [T,L,K] of `bytes` each, in host memory, checked; or NULL */
+    int32_t bytes;
+    void *record;    /* the same form, overwritten in layers with experts; or NULL */
+    int32_t *chosen; /* [L,T,K] tensor memory, overwritten in layers with experts; or NULL: each layer has its own */
+    int64_t *flips;  /* [1] add: see espi_router_fwd; NULL without replay */
+} espi_routes;
+
 typedef struct espi_pass {
     esp_model *model;
     esp_ctx *ctx;
@@ -25,6 +34,7 @@ typedef struct espi_pass {
     espi_kv_cache *cache;  /* NULL: keys and values are those of this batch */
     bool adapter;          /* LoRA branches on */
     bool quiet;            /* no probe: a layer is being run again */
+    espi_routes routes;
     /* Router statistics of a training forward, added up over its MoE layers; NULL where nobody asks. */
     int64_t *router_counts; /* [E] */
     double *router_p_sum;   /* [E] */

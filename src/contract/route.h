@@ -28,4 +28,18 @@ esp_status espi_route_forward(espi_pass *pass, int64_t layer, const void *x, con
 esp_status espi_route_backward(espi_pass *pass, int64_t layer, void *d_x, const void *d_weight, const void *x, const espi_router *router,
                                const espi_route_saved *saved);
 
+/* The routed experts of a batch, before anything is computed: how many there are, of which size, and of each token and layer all ones or
+ * K different experts; all ones at the last token of every sequence that is no prefix, or they are those of other tokens.
+ * *replayed: pairs of a token and a layer that are not all ones.  ESP_ERR_SHAPE, ESP_ERR_ARG */
+esp_status espi_routes_check(int64_t *replayed, const esp_model *model, const esp_batch *batch);
+/* Before a forward that records: all ones.  After it: all ones at the last token of every sequence that is no prefix. */
+void espi_routes_begin(const esp_model *model, const esp_batch *batch);
+void espi_routes_end(const esp_model *model, const esp_batch *batch);
+/* Writes one layer's selection idx [T,K], in host memory, into record [T,L,K]. */
+void espi_routes_write(void *record, const espi_config *c, int64_t layer, const int32_t *idx, int64_t tokens);
+/* Size of an element for this model. */
+static inline int32_t espi_route_bytes(const espi_config *c) {
+    return c->experts <= 255 ? 1 : 2;
+}
+
 #endif

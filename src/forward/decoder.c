@@ -137,6 +137,15 @@ static esp_status take_batch(espi_pass *pass, const esp_batch *batch, espi_decod
     return ESP_OK;
 }
 
+/* What a batch says of its routes.  flips is taken whether it replays or not: a plan knows nothing of that. */
+static esp_status take_routes(espi_pass *pass, const esp_batch *batch, int64_t **flips) {
+    ESPI_TRY(espi_arena_take(pass->arena, sizeof **flips, flips));
+    if (pass->arena->dry) return ESP_OK;
+    pass->routes =
+        (espi_routes){.replay = batch->routed_experts, .bytes = batch->routed_bytes, .record = batch->record_experts, .flips = *flips};
+    return espi_ctx_zero(pass->ctx, *flips, sizeof **flips);
+}
+
 static esp_status take_statistics(espi_pass *pass, espi_decoder_saved *saved) {
     const size_t e = (size_t)pass->model->config.experts;
     ESPI_TRY(espi_arena_take(pass->arena, e * sizeof(int64_t), &saved->router_counts));
@@ -160,6 +169,7 @@ esp_status espi_decoder_forward(esp_model *model, espi_arena *arena, const esp_b
     saved->adapter = model->adapter_on;
     ESPI_TRY(take_batch(&pass, batch, saved));
     ESPI_TRY(take_statistics(&pass, saved));
+    ESPI_TRY(take_routes(&pass, batch, &saved->route_flips));
     ESPI_TRY(positions_table(&pass));
     saved->cos = (void *)pass.cos;
     saved->sin = (void *)pass.sin;
@@ -180,8 +190,8 @@ esp_status espi_decoder_forward(esp_model *model, espi_arena *arena, const esp_b
     return ESP_OK;
 }
 
-esp_status espi_decoder_extend(esp_model *model, espi_arena *arena, void *hidden, espi_kv_cache *cache, const int32_t *ids,
-                               const int32_t *positions, const espi_spans *spans, int64_t tokens) {
+esp_status espi_decoder_extend(esp_model *model, espi_arena *arena, void *hidden, espi_kv_cache *cache, const espi_routes *routes,
+                               const int32_t *ids, const int32_t *positions, const espi_spans *spans, int64_t tokens) {
     const espi_config *c = &model->config;
     const espi_mark all = espi_arena_mark(arena);
     espi_pass pass = {.model = model,
@@ -192,6 +202,7 @@ esp_status espi_decoder_extend(esp_model *model, espi_arena *arena, void *hidden
                       .positions = positions,
                       .spans = *spans,
                       .cache = cache,
+                      .routes = *routes,
                       .adapter = model->adapter_on};
     void *h[2], *rstd;
     ESPI_TRY(positions_table(&pass));
@@ -211,13 +222,14 @@ esp_status espi_decoder_extend(esp_model *model, espi_arena *arena, void *hidden
     return ESP_OK;
 }
 
-esp_status espi_decoder_forward_only(void **hidden, esp_model *model, espi_arena *arena, const esp_batch *batch) {
+esp_status espi_decoder_forward_only(void **hidden, int64_t **flips, esp_model *model, espi_arena *arena, const esp_batch *batch) {
     espi_decoder_saved copy = {0};
     espi_pass pass = {.model = model, .ctx = model->ctx, .arena = arena, .tokens = batch->n_tokens};
+    ESPI_TRY(take_routes(&pass, batch, flips));
     ESPI_TRY(espi_take_act(&pass, batch->n_tokens * model->config.hidden, hidden));
     const espi_mark mark = espi_arena_mark(arena);
     ESPI_TRY(take_batch(&pass, batch, &copy));
-    ESPI_TRY(espi_decoder_extend(model, arena, *hidden, NULL, pass.ids, pass.positions, &pass.spans, batch->n_tokens));
+    ESPI_TRY(espi_decoder_extend(model, arena, *hidden, NULL, &pass.routes, pass.ids, pass.positions, &pass.spans, batch->n_tokens));
     espi_arena_release(arena, mark);
     return ESP_OK;
 }

@@ -4,6 +4,8 @@
 #include "core/select.h"
 #include "models/model.h"
 
+#include <string.h>
+
 static bool has_prefix(const esp_batch *batch, int32_t seq) {
     return batch->prefix_of && batch->prefix_of[seq] >= 0;
 }
@@ -65,6 +67,54 @@ static esp_status fill_rows(espi_head_rows *rows, const host_rows *host, const e
     return ESP_OK;
 }
 
+/* The ids that were left when token t was sampled. */
+static esp_status check_kept(const esp_model *model, const esp_batch *b, int32_t t) {
+    const int64_t begin = b->kept_offsets[t], end = b->kept_offsets[t + 1];
+    if (begin < 0 || end < begin || end > b->n_kept)
+        return ESPI_FAIL(ESP_ERR_ARG, "kept_offsets[%d]: got %lld after %lld, expected ascending numbers up to n_kept, %lld", t + 1,
+                         (long long)end, (long long)begin, (long long)b->n_kept);
+    bool found = begin == end;
+    for (int64_t i = begin; i < end; i++) {
+        const int32_t id = b->kept_ids[i];
+        if (id < 0 || id >= model->config.vocab || (i > begin && id <= b->kept_ids[i - 1]))
+            return ESPI_FAIL(ESP_ERR_ARG, "kept_ids of token %d: got %d as number %lld, expected ascending ids from 0 to %lld", t, id,
+                             (long long)(i - begin), (long long)model->config.vocab - 1);
+        found = found || id == b->tokens[t];
+    }
+    if (found) return ESP_OK;
+    return ESPI_FAIL(ESP_ERR_ARG,
+                     "kept_ids of token %d: got %lld ids without the token itself, %d, expected it among them: it was drawn from these "
+                     "(are the lists those of the tokens beside it?)",
+                     t, (long long)(end - begin), b->tokens[t]);
+}
+
+/* Of each row what the filter of its token had left. */
+static esp_status take_kept(espi_head_rows *rows, const esp_model *model, espi_arena *arena, const esp_batch *batch) {
+    const size_t borders = ((size_t)rows->n + 1) * sizeof(int64_t), ids = (size_t)batch->n_kept * sizeof(int32_t);
+    int64_t *offsets;
+    int32_t *kept;
+    if (!arena->dry &&
+        (batch->n_kept != (batch->kept_offsets ? batch->kept_offsets[batch->n_tokens] : 0) || (batch->n_kept && !batch->kept_ids)))
+        return ESPI_FAIL(ESP_ERR_SHAPE,
+                         "kept ids: got n_kept %lld, kept_ids %s and kept_offsets up to %lld, expected as many as the offsets say",
+                         (long long)batch->n_kept, batch->kept_ids ? "given" : "NULL",
+                         (long long)(batch->kept_offsets ? batch->kept_offsets[batch->n_tokens] : 0));
+    if (batch->n_kept == 0) return ESP_OK;
+    ESPI_TRY(espi_arena_take_shared(arena, borders, &offsets, &rows->kept_offsets));
+    ESPI_TRY(espi_arena_take_shared(arena, ids, &kept, &rows->kept));
+    if (arena->dry) return ESP_OK;
+    offsets[0] = 0;
+    for (int64_t i = 0; i < rows->n; i++) {
+        const int32_t t = rows->token[i];
+        ESPI_TRY(check_kept(model, batch, t));
+        const int64_t count = batch->kept_offsets[t + 1] - batch->kept_offsets[t];
+        memcpy(kept + offsets[i], batch->kept_ids + batch->kept_offsets[t], (size_t)count * sizeof *kept);
+        offsets[i + 1] = offsets[i] + count;
+    }
+    ESPI_TRY(espi_ctx_put(model->ctx, rows->kept_offsets, offsets, borders));
+    return espi_ctx_put(model->ctx, rows->kept, kept, (size_t)offsets[rows->n] * sizeof *kept);
+}
+
 esp_status espi_head_rows_make(espi_head_rows *rows, const esp_model *model, espi_arena *arena, const esp_batch *batch) {
     const int64_t most = batch->n_tokens > 0 ? batch->n_tokens - 1 : 0, n = arena->dry ? most : espi_head_count_rows(batch);
     const size_t ints = (size_t)n * sizeof(int32_t), reals = (size_t)n * model->ctx->real_size;
@@ -83,8 +133,9 @@ esp_status espi_head_rows_make(espi_head_rows *rows, const esp_model *model, esp
     ESPI_TRY(espi_arena_take(arena, reals, &rows->lse));
     ESPI_TRY(espi_arena_take_shared(arena, reals, &rows->host.g, &rows->g));
     ESPI_TRY(espi_arena_take_shared(arena, reals, &rows->host.e, &rows->e));
+    if (!arena->dry) ESPI_TRY(fill_rows(rows, &host, batch));
+    ESPI_TRY(take_kept(rows, model, arena, batch));
     if (arena->dry) return ESP_OK;
-    ESPI_TRY(fill_rows(rows, &host, batch));
     ESPI_TRY(espi_ctx_put(model->ctx, rows->row, host.row, ints));
     ESPI_TRY(espi_ctx_put(model->ctx, rows->target, host.target, ints));
     if (rows->shared == 0) { /* each row is its own */
@@ -107,6 +158,8 @@ espi_head espi_head_describe(const esp_model *model, const espi_head_rows *rows,
                        .rows = rows->row,
                        .d_rows = rows->d_row,
                        .target = rows->target,
+                       .kept_offsets = rows->kept_offsets,
+                       .kept = rows->kept,
                        .w = model->head,
                        .n = rows->n,
                        .temperature = temperature,

@@ -238,19 +238,16 @@ static void note_use(esp_model *model) {
     if (model->arena.main.high > model->ctx->activations_used) model->ctx->activations_used = model->arena.main.high;
 }
 
-esp_status esp_model_reserve(esp_model *model, int64_t n_tokens, int32_t n_seqs, bool training) {
-    if (!model) return ESPI_FAIL(ESP_ERR_ARG, "esp_model_reserve: model is NULL");
-    if (n_tokens < n_seqs || n_seqs < 0)
-        return ESPI_FAIL(ESP_ERR_ARG, "esp_model_reserve: got %lld tokens in %d sequences, expected at least one token each",
-                         (long long)n_tokens, n_seqs);
+static esp_status reserve(esp_model *model, const esp_batch *shape, bool training) {
     espi_extent need;
-    ESPI_TRY(espi_activation_bytes(&need, model, n_tokens, n_seqs, training));
+    ESPI_TRY(espi_batch_bytes(&need, model, shape, training));
     const espi_extent have = model->room.extent;
     if (need.main <= have.main && need.host <= have.host) return ESP_OK;
     /* The old block goes first, so that growing never holds two; what it held is lost. */
     espi_room_free(&model->room, model->ctx);
     model->arena = espi_arena_over(NULL, 0);
     model->saved_valid = false;
+    model->route_flips = NULL;
     if (need.main < have.main) need.main = have.main;
     if (need.host < have.host) need.host = have.host;
     ESPI_TRY(espi_room_take(&model->room, model->ctx, ESPI_MEM_ACTIVATIONS, need));
@@ -258,34 +255,54 @@ esp_status esp_model_reserve(esp_model *model, int64_t n_tokens, int32_t n_seqs,
     return ESP_OK;
 }
 
+esp_status esp_model_reserve(esp_model *model, int64_t n_tokens, int32_t n_seqs, bool training) {
+    if (!model) return ESPI_FAIL(ESP_ERR_ARG, "esp_model_reserve: model is NULL");
+    if (n_tokens < n_seqs || n_seqs < 0)
+        return ESPI_FAIL(ESP_ERR_ARG, "esp_model_reserve: got %lld tokens in %d sequences, expected at least one token each",
+                         (long long)n_tokens, n_seqs);
+    return reserve(model, &ESP_BATCH(.n_tokens = n_tokens, .n_seqs = n_seqs), training);
+}
+
+/* Makes room for a forward of this batch, and forgets the last one. */
+static esp_status forward_begin(esp_model *model, const esp_batch *batch, bool training) {
+    model->route_flips = NULL;
+    ESPI_TRY(check_batch(model, batch));
+    ESPI_TRY(espi_routes_check(&model->routes_replayed, model, batch));
+    ESPI_TRY(reserve(model, batch, training));
+    model->saved_valid = false;
+    espi_arena_release(&model->arena, (espi_mark){0});
+    espi_routes_begin(model, batch);
+    return ESP_OK;
+}
+
+static void forward_end(esp_model *model, const esp_batch *batch, const int64_t *flips, espi_mark mark) {
+    espi_routes_end(model, batch);
+    model->route_flips = flips;
+    model->loss_mark = mark;
+    note_use(model);
+}
+
 static esp_tensor act_view(const esp_model *model, void *data, int64_t tokens) {
     return esp_tensor_view(data, model->ctx->act, 2, (int64_t[]){tokens, model->config.hidden});
 }
 
 esp_status esp_model_forward(esp_model *model, const esp_batch *batch, esp_tensor *hidden) {
-    ESPI_TRY(check_batch(model, batch));
-    if (!hidden) return ESPI_FAIL(ESP_ERR_ARG, "esp_model_forward: hidden is NULL");
-    ESPI_TRY(esp_model_reserve(model, batch->n_tokens, batch->n_seqs, true));
-    model->saved_valid = false;
-    espi_arena_release(&model->arena, (espi_mark){0});
+    if (!model || !batch || !hidden) return ESPI_FAIL(ESP_ERR_ARG, "esp_model_forward: model, batch or hidden is NULL");
+    ESPI_TRY(forward_begin(model, batch, true));
     ESPI_TRY(espi_decoder_forward(model, &model->arena, batch, model->saved));
-    model->loss_mark = model->saved->mark;
+    forward_end(model, batch, model->saved->route_flips, model->saved->mark);
     model->saved_valid = true;
-    note_use(model);
     *hidden = act_view(model, model->saved->hidden, batch->n_tokens);
     return ESP_OK;
 }
 
 esp_status esp_model_forward_only(esp_model *model, const esp_batch *batch, esp_tensor *hidden) {
-    ESPI_TRY(check_batch(model, batch));
-    if (!hidden) return ESPI_FAIL(ESP_ERR_ARG, "esp_model_forward_only: hidden is NULL");
-    ESPI_TRY(esp_model_reserve(model, batch->n_tokens, batch->n_seqs, false));
-    model->saved_valid = false;
-    espi_arena_release(&model->arena, (espi_mark){0});
+    if (!model || !batch || !hidden) return ESPI_FAIL(ESP_ERR_ARG, "esp_model_forward_only: model, batch or hidden is NULL");
+    ESPI_TRY(forward_begin(model, batch, false));
     void *out;
-    ESPI_TRY(espi_decoder_forward_only(&out, model, &model->arena, batch));
-    model->loss_mark = espi_arena_mark(&model->arena);
-    note_use(model);
+    int64_t *flips;
+    ESPI_TRY(espi_decoder_forward_only(&out, &flips, model, &model->arena, batch));
+    forward_end(model, batch, flips, espi_arena_mark(&model->arena));
     *hidden = act_view(model, out, batch->n_tokens);
     return ESP_OK;
 }
@@ -449,6 +466,14 @@ esp_status esp_model_router_losses(esp_model *model, double *aux_loss, double *z
     ESPI_TRY(espi_ctx_get(model->ctx, z_loss, s->router_z_sum, sizeof *z_loss));
     *z_loss /= n;
     return ESP_OK;
+}
+
+esp_status esp_model_route_flips(esp_model *model, int64_t *flips, int64_t *replayed) {
+    if (!model || !flips || !replayed) return ESPI_FAIL(ESP_ERR_ARG, "esp_model_route_flips: an argument is NULL");
+    if (!model->route_flips)
+        return ESPI_FAIL(ESP_ERR_STATE, "esp_model_route_flips: no forward before, expected esp_model_forward() or forward_only()");
+    *replayed = model->routes_replayed;
+    return espi_ctx_get(model->ctx, flips, model->route_flips, sizeof *flips);
 }
 
 int64_t esp_model_param_count(const esp_model *model) {

@@ -68,9 +68,11 @@ struct esp_model {
 
     espi_room room; /* of activations; grows between calls only */
     espi_arena arena;
-    espi_decoder_saved *saved; /* bookkeeping of the last training forward */
-    bool saved_valid;          /* ... which a backward may still read */
-    espi_mark loss_mark;       /* the arena behind what the last forward left: losses and backwards start here */
+    espi_decoder_saved *saved;  /* bookkeeping of the last training forward */
+    bool saved_valid;           /* ... which a backward may still read */
+    espi_mark loss_mark;        /* the arena behind what the last forward left: losses and backwards start here */
+    const int64_t *route_flips; /* of the last forward, in tensor memory; NULL: none */
+    int64_t routes_replayed;    /* ... and how many pairs of a token and a layer it replayed */
     bool adapter_on;
     esp_probe_fn probe;
     void *probe_user;

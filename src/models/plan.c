@@ -29,18 +29,22 @@ static esp_status training_walk(esp_model *model, espi_arena *dry, const esp_bat
 
 static esp_status inference_walk(esp_model *model, espi_arena *dry, const esp_batch *batch) {
     void *hidden;
+    int64_t *flips;
     espi_head_rows rows;
-    ESPI_TRY(espi_decoder_forward_only(&hidden, model, dry, batch));
+    ESPI_TRY(espi_decoder_forward_only(&hidden, &flips, model, dry, batch));
     ESPI_TRY(espi_head_rows_make(&rows, model, dry, batch));
     return espi_head_logprob(model, dry, &rows, NULL, 1.0);
 }
 
-esp_status espi_activation_bytes(espi_extent *room, esp_model *model, int64_t n_tokens, int32_t n_seqs, bool training) {
-    const esp_batch shape = ESP_BATCH(.n_tokens = n_tokens, .n_seqs = n_seqs);
+esp_status espi_batch_bytes(espi_extent *room, esp_model *model, const esp_batch *shape, bool training) {
     espi_arena dry = espi_ctx_dry(model->ctx);
-    ESPI_TRY(training ? training_walk(model, &dry, &shape) : inference_walk(model, &dry, &shape));
+    ESPI_TRY(training ? training_walk(model, &dry, shape) : inference_walk(model, &dry, shape));
     *room = espi_arena_high(&dry);
     return ESP_OK;
+}
+
+esp_status espi_activation_bytes(espi_extent *room, esp_model *model, int64_t n_tokens, int32_t n_seqs, bool training) {
+    return espi_batch_bytes(room, model, &ESP_BATCH(.n_tokens = n_tokens, .n_seqs = n_seqs), training);
 }
 
 static esp_status head_bytes(size_t *bytes, esp_model *model, const esp_batch *shape) {

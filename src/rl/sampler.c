@@ -110,7 +110,8 @@ static esp_status extend(esp_sampler *s, espi_arena *arena, int64_t tokens, int3
         ESPI_TRY(espi_ctx_put(s->model->ctx, device->k_start, host->k_start, n));
         ESPI_TRY(espi_ctx_put(s->model->ctx, device->k_len, host->k_len, n));
     }
-    return espi_decoder_extend(s->model, arena, s->work.hidden, &s->cache, device->ids, device->positions, &spans, tokens);
+    return espi_decoder_extend(s->model, arena, s->work.hidden, &s->cache, &(espi_routes){0}, device->ids, device->positions, &spans,
+                               tokens);
 }
 
 /* Takes cache and work arrays, then walks the dearest passes when the arena is dry. */

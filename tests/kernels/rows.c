@@ -389,6 +389,28 @@ Test(rows, dispatch_sorts_slots) {
     }
 }
 
+/* Of equal experts the router would take the first: a forced token that has those is no flip, one with a later expert is. */
+Test(rows, ties_and_flips) {
+    const espi_backend *all[BACKENDS];
+    const int n = backends(all);
+    for (int b = 0; b < n; b++) {
+        problem p;
+        shape s = shapes[1];
+        s.forced = s.extras = true;
+        problem_build(&p, ESPI_OP_router_fwd, &s, all[b]->real, &espi_backend_ref);
+        field *w = field_find(&p, "w"), *forced = field_find(&p, "forced");
+        for (int64_t i = 0; i < w->count; i++) field_set(w, i, field_get(w, i % s.hidden));
+        for (int64_t slot = 0; slot < forced->count; slot++)
+            field_set(forced, slot, (double)(slot % s.top_k + (slot / s.top_k % 4 == 1 && slot % s.top_k == s.top_k - 1)));
+        field_settle(w);
+        field_settle(forced);
+        const int64_t before = *p.args.router_fwd.flips;
+        problem_call(&p, all[b]);
+        cr_expect_eq(*p.args.router_fwd.flips - before, (s.tokens + 2) / 4, "%s", all[b]->name);
+        problem_free(&p);
+    }
+}
+
 /* Ties go to the lower expert, and to the lower token id. */
 Test(rows, ties_go_to_the_lower_index) {
     const espi_backend *all[BACKENDS];
