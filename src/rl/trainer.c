@@ -9,6 +9,7 @@
 #include <xxhash.h>
 
 #define SFT_EVAL_SEQUENCES 128
+#define HASH_WINDOW ((size_t)4 << 20)
 
 double espi_seconds(void) {
     struct timespec now;
@@ -79,9 +80,29 @@ static esp_status take_memory(esp_trainer *t) {
     return espi_update_reserve(&activations, t, true);
 }
 
+/* Of all frozen weights, through a window in the host's memory. */
+static esp_status hash_weights(esp_trainer *t) {
+    const char *weights = t->model->weights.p;
+    const size_t bytes = t->model->weights.bytes;
+    char *window = NULL;
+    ESPI_TRY(espi_take_array(&window, HASH_WINDOW, 1));
+    XXH3_state_t *state = XXH3_createState();
+    esp_status status = state ? ESP_OK : ESPI_FAIL(ESP_ERR_MEMORY, "no memory for a checksum");
+    if (state) XXH3_64bits_reset(state);
+    for (size_t at = 0; status == ESP_OK && at < bytes; at += HASH_WINDOW) {
+        const size_t n = bytes - at < HASH_WINDOW ? bytes - at : HASH_WINDOW;
+        status = espi_ctx_get(t->model->ctx, window, weights + at, n);
+        if (status == ESP_OK) XXH3_64bits_update(state, window, n);
+    }
+    if (state) t->weights_hash = XXH3_64bits_digest(state);
+    XXH3_freeState(state);
+    free(window);
+    return status;
+}
+
 static esp_status restore(esp_trainer *t) {
     char folder[ESPI_PATH_MAX] = "";
-    if (t->c.resume_dir || t->out_dir) t->weights_hash = XXH3_64bits(t->model->weights.p, t->model->weights.bytes);
+    if (t->c.resume_dir || t->out_dir) ESPI_TRY(hash_weights(t));
     int64_t metrics_bytes = 0, completions_bytes = 0;
     if (t->c.resume_dir) ESPI_TRY(espi_state_restore(t, folder, t->c.resume_dir, &metrics_bytes, &completions_bytes));
     return t->out_dir ? espi_logs_open(t, folder, metrics_bytes, completions_bytes) : ESP_OK;

@@ -40,23 +40,54 @@ static void preset_in_twenty_steps(const char *model, const char *name, int32_t 
     demo_free(&d);
 }
 
-#define PRESET(test, model, name, mu, slices)                                                                                              \
-    Test(learning, test, .timeout = 120) {                                                                                                 \
-        preset_in_twenty_steps(model, name, mu, slices);                                                                                   \
-    }
-PRESET(trl_default_on_nf4, DEMO_MODEL, "trl-default", 1, 1)
-PRESET(trl_default_on_mxfp4, DEMO_GPT_OSS, "trl-default", 1, 1)
-PRESET(dapo_on_nf4, DEMO_MODEL, "dapo", 1, 1)
-PRESET(dapo_on_mxfp4, DEMO_GPT_OSS, "dapo", 1, 1)
-PRESET(dr_grpo_on_nf4, DEMO_MODEL, "dr-grpo", 1, 1)
-PRESET(dr_grpo_on_mxfp4, DEMO_GPT_OSS, "dr-grpo", 1, 1)
-PRESET(gspo_moe_on_nf4, DEMO_MODEL, "gspo-moe", 1, 1)
-PRESET(gspo_moe_on_mxfp4, DEMO_GPT_OSS, "gspo-moe", 1, 1)
-PRESET(cispo_on_nf4, DEMO_MODEL, "cispo", 1, 1)
-PRESET(cispo_on_mxfp4, DEMO_GPT_OSS, "cispo", 1, 1)
+Test(learning, trl_default_on_nf4, .timeout = 120) {
+    preset_in_twenty_steps(DEMO_MODEL, "trl-default", 1, 1);
+}
+
+Test(learning, trl_default_on_mxfp4, .timeout = 120) {
+    preset_in_twenty_steps(DEMO_GPT_OSS, "trl-default", 1, 1);
+}
+
+Test(learning, dapo_on_nf4, .timeout = 120) {
+    preset_in_twenty_steps(DEMO_MODEL, "dapo", 1, 1);
+}
+
+Test(learning, dapo_on_mxfp4, .timeout = 120) {
+    preset_in_twenty_steps(DEMO_GPT_OSS, "dapo", 1, 1);
+}
+
+Test(learning, dr_grpo_on_nf4, .timeout = 120) {
+    preset_in_twenty_steps(DEMO_MODEL, "dr-grpo", 1, 1);
+}
+
+Test(learning, dr_grpo_on_mxfp4, .timeout = 120) {
+    preset_in_twenty_steps(DEMO_GPT_OSS, "dr-grpo", 1, 1);
+}
+
+Test(learning, gspo_moe_on_nf4, .timeout = 120) {
+    preset_in_twenty_steps(DEMO_MODEL, "gspo-moe", 1, 1);
+}
+
+Test(learning, gspo_moe_on_mxfp4, .timeout = 120) {
+    preset_in_twenty_steps(DEMO_GPT_OSS, "gspo-moe", 1, 1);
+}
+
+Test(learning, cispo_on_nf4, .timeout = 120) {
+    preset_in_twenty_steps(DEMO_MODEL, "cispo", 1, 1);
+}
+
+Test(learning, cispo_on_mxfp4, .timeout = 120) {
+    preset_in_twenty_steps(DEMO_GPT_OSS, "cispo", 1, 1);
+}
+
 /* Two rounds over two slices: ratios, clips and caps have work to do. */
-PRESET(dapo_in_rounds, DEMO_MODEL, "dapo", 2, 2)
-PRESET(cispo_in_rounds, DEMO_MODEL, "cispo", 2, 2)
+Test(learning, dapo_in_rounds, .timeout = 120) {
+    preset_in_twenty_steps(DEMO_MODEL, "dapo", 2, 2);
+}
+
+Test(learning, cispo_in_rounds, .timeout = 120) {
+    preset_in_twenty_steps(DEMO_MODEL, "cispo", 2, 2);
+}
 
 Test(learning, shuffled_rewards_teach_nothing, .timeout = 120) {
     esp_trainer_config c = ESP_TRAINER_CONFIG(.kind = ESP_TRAIN_GRPO, .train_file = DEMO_PROMPTS, .eval_file = DEMO_EVAL, .steps = 30,
