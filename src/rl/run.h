@@ -135,6 +135,8 @@ esp_status espi_trainer_settle(esp_trainer *t, const esp_trainer_config *config)
 
 /* rl/source_sampler.c: our own sampler as a source. */
 void espi_sampler_source(espi_rollout_source *source, esp_sampler *sampler, const esp_model *model);
+/* rl/server.c: t->source becomes the server that the config names; once the state is restored. */
+esp_status espi_server_source(esp_trainer *t);
 
 /* trainer_rollout.c */
 /* Goes on with the generation until it is ready, or `stop` asks (phase is then still GATHERING or EMPTY). */

@@ -27,7 +27,8 @@
 #define FIRST_DELAY 0.25
 #define LONGEST_DELAYS 32 /* times the first */
 #define CLOSE_SECONDS 5.0
-#define SEED_BITS 53 /* a JSON number that every reader keeps */
+#define DEFAULT_DEADLINE 600.0 /* a run with a server never waits for ever */
+#define SEED_BITS 53           /* a JSON number that every reader keeps */
 
 /* The opening's probe. */
 #define PROBE_PROMPTS 4
@@ -688,4 +689,27 @@ void espi_server_counts_get(espi_server_counts *counts, const espi_rollout_sourc
     const server *s = source->self;
     *counts = s->counts;
     counts->retries = espi_http_retries(s->http);
+}
+
+esp_status espi_server_reserve(esp_model *model) {
+    return esp_model_reserve(model, PROBE_PROMPTS * PROBE_SAMPLES * (PROBE_PROMPT + PROBE_TOKENS), PROBE_PROMPTS * PROBE_SAMPLES, false);
+}
+
+esp_status espi_server_source(esp_trainer *t) {
+    const esp_trainer_config *c = &t->c;
+    const espi_server_config config = {.url = c->server,
+                                       .model = c->server_model,
+                                       .adapter_dir = c->server_adapter_dir,
+                                       .adapter_path = c->server_adapter_path,
+                                       .max_staleness = c->max_staleness,
+                                       .retries = c->server_retries,
+                                       .concurrent = c->server_concurrency,
+                                       .timeout = (double)c->server_timeout,
+                                       .deadline = c->rollout_timeout > 0 ? (double)c->rollout_timeout : DEFAULT_DEADLINE,
+                                       .drop_lost = c->server_drop_lost,
+                                       .temperature = c->temperature,
+                                       .longest = t->longest,
+                                       .version = t->step,
+                                       .seed = c->seed};
+    return espi_server_open(&t->source, t->model, &config);
 }

@@ -39,6 +39,8 @@ typedef struct espi_server_counts {
  * ESP_ERR_UNSUPPORTED: no libcurl, no adapters, or log-probabilities without the temperature; ESP_ERR_MISMATCH: another model, too short a
  * context; ESP_ERR_COMM: it does not answer in time; ESP_ERR_FORMAT: it answers something else */
 esp_status espi_server_open(espi_rollout_source *source, esp_model *model, const espi_server_config *config);
+/* Room for the comparison that the opening makes: to be taken before the memory of a run is planned. */
+esp_status espi_server_reserve(esp_model *model);
 void espi_server_counts_get(espi_server_counts *counts, const espi_rollout_source *source);
 
 #endif

@@ -1,6 +1,7 @@
 /* The trainer: creation, the step, evaluation. */
 #include "models/passes.h"
 #include "rl/run.h"
+#include "rl/server.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -69,6 +70,7 @@ static esp_status take_memory(esp_trainer *t) {
     esp_ctx *ctx = t->model->ctx;
     const esp_sampler_config sampler = sampler_config(t);
     size_t optim, activations, cache = 0;
+    if (t->c.server) ESPI_TRY(espi_server_reserve(t->model));
     ESPI_TRY(espi_adamw_plan(&optim, t->model, &t->c.adamw));
     ESPI_TRY(espi_update_reserve(&activations, t, false));
     if (needs_sampler(t)) ESPI_TRY(esp_sampler_plan(t->model, &sampler, &cache));
@@ -118,12 +120,14 @@ static esp_status build(esp_trainer *t, const esp_trainer_config *config) {
     ESPI_TRY(espi_take_array(&t->order, t->train.n, sizeof *t->order));
     ESPI_TRY(espi_update_create(t));
     ESPI_TRY(take_memory(t));
-    if (t->c.kind == ESP_TRAIN_GRPO) espi_sampler_source(&t->source, t->sampler, t->model);
+    if (t->c.kind == ESP_TRAIN_GRPO && !t->c.server) espi_sampler_source(&t->source, t->sampler, t->model);
     ESPI_TRY(esp_model_zero_grad(t->model));
     if (t->c.reference == ESP_REFERENCE_SNAPSHOT) ESPI_TRY(espi_snapshot_take(t));
     ESPI_TRY(restore(t));
+    if (t->c.server) ESPI_TRY(espi_server_source(t));
     /* The caller's strings and list need not outlive the call. */
     t->c.train_file = t->c.eval_file = t->c.out_dir = t->c.resume_dir = NULL;
+    t->c.server = t->c.server_model = t->c.server_adapter_dir = t->c.server_adapter_path = NULL;
     return ESP_OK;
 }
 

@@ -13,6 +13,9 @@
 #define DEFAULT_EVAL_EVERY 10
 #define DEFAULT_EVAL_SAMPLES 4
 #define DEFAULT_CHECKPOINT_EVERY 20
+#define DEFAULT_SERVER_RETRIES 4
+#define DEFAULT_SERVER_CONCURRENCY 32
+#define DEFAULT_SERVER_TIMEOUT 120
 #define DEFAULT_ENTROPY_STEP 0.005f
 #define DEFAULT_ENTROPY_MAX 0.1f
 
@@ -121,6 +124,11 @@ static void fill_defaults(esp_trainer_config *c) {
     }
     default_real(&c->top_p, 1);
     fill_correction(c);
+    if (c->server) {
+        default_i32(&c->server_retries, DEFAULT_SERVER_RETRIES);
+        default_i32(&c->server_concurrency, DEFAULT_SERVER_CONCURRENCY);
+        default_real(&c->server_timeout, DEFAULT_SERVER_TIMEOUT);
+    }
     if (!c->rewards) {
         c->rewards = default_rewards;
         c->n_rewards = ESPI_COUNT(default_rewards);
@@ -203,7 +211,8 @@ static esp_status check_sft(const esp_trainer_config *c) {
                    {"reference", c->reference != ESP_REFERENCE_BASE},
                    {"correction", c->correction != ESP_CORRECTION_NONE},
                    {"entropy_target", c->entropy_target != 0},
-                   {"replay", c->replay != ESP_REPLAY_DEFAULT}};
+                   {"replay", c->replay != ESP_REPLAY_DEFAULT},
+                   {"server", c->server}};
     for (int i = 0; i < ESPI_COUNT(options); i++)
         if (options[i].set)
             return ESPI_FAIL(ESP_ERR_ARG, "%s: set with SFT, which samples nothing; expected it left alone", options[i].name);
@@ -280,6 +289,35 @@ static esp_status check_rollout_pairs(const esp_trainer_config *c) {
     return ESP_OK;
 }
 
+static esp_status check_server_pairs(const esp_trainer_config *c) {
+    const struct {
+        const char *name;
+        bool set;
+    } without[] = {{"server_model", c->server_model},
+                   {"server_adapter_dir", c->server_adapter_dir},
+                   {"server_adapter_path", c->server_adapter_path},
+                   {"server_retries", c->server_retries},
+                   {"server_concurrency", c->server_concurrency},
+                   {"server_timeout", c->server_timeout != 0},
+                   {"server_drop_lost", c->server_drop_lost},
+                   {"max_staleness", c->max_staleness}};
+    for (int i = 0; i < ESPI_COUNT(without) && !c->server; i++)
+        if (without[i].set) return pair(without[i].name, "no server", "the trainer samples itself; set server");
+    if (!c->server) return ESP_OK;
+    if (!c->server_adapter_dir) return pair("server", "no server_adapter_dir", "it would answer without what is trained");
+    ESPI_TRY(positive("server_retries", c->server_retries));
+    ESPI_TRY(positive("server_concurrency", c->server_concurrency));
+    ESPI_TRY(between("server_timeout", c->server_timeout, 1e-3, 1e6));
+    if (c->max_staleness < 0) return ESPI_FAIL(ESP_ERR_ARG, "max_staleness: got %d, expected 0 or more", c->max_staleness);
+    if (c->top_k > 0 || c->top_p != 1 || c->min_p > 0)
+        return pair("server",
+                    c->top_k > 0    ? "top_k"
+                    : c->top_p != 1 ? "top_p"
+                                    : "min_p",
+                    "it does not say which ids were left, so training would not see the distribution that was sampled from");
+    return ESP_OK;
+}
+
 static esp_status check_evaluation_pairs(const esp_trainer_config *c) {
     if (c->early_stop > 0 && !c->eval_file) return pair("early_stop", "no eval", "there is no evaluation to judge by; set eval");
     if (c->keep_best && !c->eval_file) return pair("keep_best", "no eval", "there is no evaluation to judge by; set eval");
@@ -317,6 +355,7 @@ static esp_status check(esp_trainer_config *c) {
     ESPI_TRY(check_objective_pairs(c));
     ESPI_TRY(check_reference_pairs(c));
     ESPI_TRY(check_correction_pairs(c));
+    ESPI_TRY(check_server_pairs(c));
     return check_rollout_pairs(c);
 }
 

@@ -1,6 +1,7 @@
 /* The run's logs: metrics.jsonl with TRL's names, one object a step, and completions.jsonl, one object a completion. */
 #include "models/model.h"
 #include "rl/run.h"
+#include "rl/server.h"
 
 #include <jansson.h>
 #include <math.h>
@@ -245,6 +246,16 @@ static void add_grpo(json_t *line, const esp_trainer *t, const esp_step_stats *s
     add_rewards(line, t);
 }
 
+static void add_server(json_t *line, const esp_trainer *t) {
+    espi_server_counts c;
+    espi_server_counts_get(&c, &t->source);
+    const entry numbers[] = {{"server/retries", (double)c.retries},
+                             {"server/groups_lost", (double)c.lost},
+                             {"server/groups_stale", (double)c.stale},
+                             {"server/adapters_published", (double)c.published}};
+    add_numbers(line, numbers, ESPI_COUNT(numbers));
+}
+
 /* The sampler's distance from the policy before the first update; what the correction made of it. */
 static void add_correction(json_t *line, const espi_correction_stats *s) {
     const entry numbers[] = {{"sampling/importance_sampling_ratio/min", s->ratio_low},
@@ -321,6 +332,7 @@ esp_status espi_log_step(esp_trainer *t, const esp_step_stats *stats) {
     if (t->c.kind == ESP_TRAIN_GRPO) {
         add_grpo(line, t, stats);
         if (t->rollouts.has_old) add_correction(line, &t->correction);
+        if (strcmp(t->source.name, "server") == 0) add_server(line, t);
     }
     if (!isnan(stats->eval_sampled)) add_evaluation(line, stats->eval_sampled, stats->eval_greedy);
     json_object_set_new(line, "mem/peak_bytes", json_integer((json_int_t)t->model->ctx->peak));
