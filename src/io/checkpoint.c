@@ -3,8 +3,8 @@
 #include "core/ctx.h"
 #include "core/status.h"
 #include "io/file.h"
+#include "io/quiet_hdf5.h"
 
-#include <hdf5.h>
 #include <stdlib.h>
 #include <string.h>
 #include <xxhash.h>
@@ -24,23 +24,6 @@ struct espi_checkpoint {
     char *image;
     hid_t file;
 };
-
-/* HDF5 prints its errors unless told not to; the library never prints. */
-typedef struct quiet {
-    H5E_auto2_t fn;
-    void *user;
-} quiet;
-
-static quiet quiet_begin(void) {
-    quiet before = {NULL, NULL};
-    H5Eget_auto2(H5E_DEFAULT, &before.fn, &before.user);
-    H5Eset_auto2(H5E_DEFAULT, NULL, NULL);
-    return before;
-}
-
-static void quiet_end(quiet before) {
-    H5Eset_auto2(H5E_DEFAULT, before.fn, before.user);
-}
 
 static hid_t memory_type(esp_dtype dtype) {
     switch (dtype) {
@@ -146,9 +129,9 @@ static esp_status make_image(char **image, size_t *bytes, const char *path, cons
 esp_status espi_checkpoint_write(const char *path, const espi_saved_array *arrays, size_t n) {
     char *image = NULL;
     size_t bytes = 0;
-    const quiet before = quiet_begin();
+    const espi_quiet before = espi_quiet_begin();
     const esp_status made = make_image(&image, &bytes, path, arrays, n);
-    quiet_end(before);
+    espi_quiet_end(before);
     ESPI_TRY(made);
     const esp_status status = espi_file_write_atomic(path, image, bytes);
     free(image);
@@ -179,9 +162,9 @@ esp_status espi_checkpoint_open(espi_checkpoint **checkpoint, const char *path) 
     if (status == ESP_OK) status = check_image(path, c->image, bytes);
     if (status == ESP_OK) {
         memcpy(c->path, path, strlen(path) + 1); /* it was opened, so it fits */
-        const quiet before = quiet_begin();
+        const espi_quiet before = espi_quiet_begin();
         c->file = open_in_memory(c->image, bytes - sizeof(trailer));
-        quiet_end(before);
+        espi_quiet_end(before);
         if (c->file < 0) status = ESPI_FAIL(ESP_ERR_FORMAT, "%s: HDF5 does not read it", path);
     }
     if (status != ESP_OK) {
@@ -201,7 +184,7 @@ void espi_checkpoint_close(espi_checkpoint *checkpoint) {
 
 /* Opens the dataset and measures it. */
 static esp_status find(hid_t *set, int64_t *count, const espi_checkpoint *c, const char *name, esp_dtype dtype) {
-    const quiet before = quiet_begin();
+    const espi_quiet before = espi_quiet_begin();
     bool same = false;
     *count = -1;
     *set = H5Dopen2(c->file, name, H5P_DEFAULT);
@@ -212,7 +195,7 @@ static esp_status find(hid_t *set, int64_t *count, const espi_checkpoint *c, con
         if (space >= 0) H5Sclose(space);
         if (type >= 0) H5Tclose(type);
     }
-    quiet_end(before);
+    espi_quiet_end(before);
     if (*set < 0) return ESPI_FAIL(ESP_ERR_FORMAT, "%s: no array \"%s\", expected one", c->path, name);
     if (same && *count >= 0) return ESP_OK;
     H5Dclose(*set);
@@ -232,9 +215,9 @@ esp_status espi_checkpoint_read(const espi_checkpoint *checkpoint, const espi_sa
     ESPI_TRY(find(&set, &count, checkpoint, into->name, into->dtype));
     herr_t result = 0;
     if (count == into->count && count > 0) {
-        const quiet before = quiet_begin();
+        const espi_quiet before = espi_quiet_begin();
         result = H5Dread(set, memory_type(into->dtype), H5S_ALL, H5S_ALL, H5P_DEFAULT, into->data);
-        quiet_end(before);
+        espi_quiet_end(before);
     }
     H5Dclose(set);
     if (count != into->count)

@@ -87,6 +87,7 @@ typedef struct espi_rollout_request {
     float top_p, min_p; /* 1, 0 = all */
     uint64_t seed;
     uint32_t step;
+    int64_t position; /* groups that this run asked for before: where a file goes on */
     int64_t version; /* of the adapter as it is now */
     bool routes;     /* record routed experts; a source that cannot fails with ESP_ERR_UNSUPPORTED */
     double
