@@ -65,6 +65,7 @@ int espi_cli_verify(int argc, char **argv);
 int espi_cli_generate(int argc, char **argv);
 int espi_cli_tokenize(int argc, char **argv);
 int espi_cli_plot(int argc, char **argv);
+int espi_cli_rollouts(int argc, char **argv);
 int espi_cli_quantize(int argc, char **argv);
 int espi_cli_convert(int argc, char **argv);
 int espi_cli_merge(int argc, char **argv);

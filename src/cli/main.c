@@ -18,7 +18,8 @@ static const command commands[] = {
     {"convert", espi_cli_convert, "an adapter in another form: per expert or fused"},
     {"merge", espi_cli_merge, "a model with an adapter added to its weights"},
     {"tokenize", espi_cli_tokenize, "text to token ids, and back"},
-    {"plot", espi_cli_plot, "draw a trainer's metrics.jsonl"},
+    {"plot", espi_cli_plot, "draw the metrics.jsonl of one run or several"},
+    {"rollouts", espi_cli_rollouts, "check a file of rollouts, and say what is in it"},
 };
 enum { N_COMMANDS = sizeof commands / sizeof commands[0] };
 

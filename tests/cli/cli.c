@@ -28,7 +28,8 @@ Test(cli, version) {
 }
 
 Test(cli, help_everywhere) {
-    static const char *const commands[] = {"inspect", "plan", "verify", "generate", "plot", "quantize", "convert", "merge", "tokenize"};
+    static const char *const commands[] = {"inspect",  "plan",    "verify", "generate", "plot",
+                                           "quantize", "convert", "merge",  "tokenize", "rollouts"};
     for (size_t i = 0; i < sizeof commands / sizeof commands[0]; i++) {
         char arguments[64], usage[64];
         snprintf(arguments, sizeof arguments, "%s --help", commands[i]);
