@@ -1,5 +1,5 @@
 /* The table of the cuda backend. */
-#include "kernels/cuda/device.h"
+#include "kernels/cuda/scratch.h"
 #include "kernels/refuse.h"
 
 /* Asked before anything else of CUDA is called: without driver or device the count fails, which is the answer. */
@@ -28,9 +28,11 @@ const espi_backend espi_backend_cuda = {
     .quantise = espi_quantise_cuda,
     .packed_bytes = espi_packed_bytes_cuda,
     .pack = espi_pack_cuda,
-    .gate_up_fwd = {espi_gate_up_fwd_cuda, espi_gate_up_fwd_scratch_cuda},
-    .gate_up_bwd = {espi_gate_up_bwd_cuda, espi_gate_up_bwd_scratch_cuda},
-    .down_fwd = {espi_down_fwd_cuda, espi_down_fwd_scratch_cuda},
-    .down_bwd = {espi_down_bwd_cuda, espi_down_bwd_scratch_cuda},
-    ESPI_REFUSALS,
+#define ESPI_OP(op, args) .op.run = espi_##op##_cuda,
+#include "kernels/ops.def"
+#undef ESPI_OP
+#define SCRATCH(op) .op.scratch = espi_##op##_scratch_cuda,
+    ESPI_CUDA_SCRATCHES(SCRATCH)
+#undef SCRATCH
+        ESPI_REFUSALS,
 };

@@ -18,15 +18,26 @@ find_package(CUDAToolkit REQUIRED)
 set(CMAKE_CUDA_STANDARD 17)
 
 set(cuda_sources
+    kernels/cuda/attention.cu
     kernels/cuda/backend.c
+    kernels/cuda/combine.cu
     kernels/cuda/cublaslt.c
     kernels/cuda/device.c
+    kernels/cuda/elementwise.cu
+    kernels/cuda/embed.cu
     kernels/cuda/experts.cu
     kernels/cuda/experts_lora.cu
     kernels/cuda/experts_plain.cu
     kernels/cuda/experts_wgmma.cu
+    kernels/cuda/head.cu
+    kernels/cuda/linear.cu
+    kernels/cuda/norm.cu
+    kernels/cuda/optim.cu
     kernels/cuda/pack.cu
-    kernels/cuda/quant.cu)
+    kernels/cuda/product.cu
+    kernels/cuda/quant.cu
+    kernels/cuda/rope.cu
+    kernels/cuda/router.cu)
 add_library(espalier_cuda OBJECT ${cuda_sources})
 target_include_directories(espalier_cuda PRIVATE include src .)
 target_include_directories(espalier_cuda SYSTEM PRIVATE ${CUDAToolkit_INCLUDE_DIRS})

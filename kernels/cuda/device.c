@@ -34,6 +34,7 @@ esp_status espi_cuda_check(cudaError_t error, const char *what) {
 static void gpu_stop(void *device) {
     gpu *g = device;
     if (g->shared.stream) (void)cudaStreamSynchronize(g->shared.stream);
+    espi_cuda_calls_free(&g->shared);
     if (g->shared.blas) (void)cublasLtDestroy(g->shared.blas);
     for (int i = 0; i < SLOTS; i++) {
         if (g->slots[i].read) (void)cudaEventDestroy(g->slots[i].read);

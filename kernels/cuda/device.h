@@ -52,11 +52,7 @@ const char *espi_cublaslt_open(void);
 #include "kernels/ops.def"
 #undef ESPI_OP
 
-/* experts.cu: the scratch of its ops, and espi_backend.packed_bytes and pack. */
-size_t espi_gate_up_fwd_scratch_cuda(const espi_exec *exec, const espi_gate_up_fwd *a);
-size_t espi_gate_up_bwd_scratch_cuda(const espi_exec *exec, const espi_gate_up_bwd *a);
-size_t espi_down_fwd_scratch_cuda(const espi_exec *exec, const espi_down_fwd *a);
-size_t espi_down_bwd_scratch_cuda(const espi_exec *exec, const espi_down_bwd *a);
+/* experts.cu: espi_backend.packed_bytes and pack. */
 size_t espi_packed_bytes_cuda(const espi_stack *w);
 esp_status espi_pack_cuda(const espi_exec *exec, void *packed, const espi_stack *one);
 

@@ -1,0 +1,781 @@
+/* The key-value cache, and causal grouped-query attention over packed sequences, without a matrix of scores: the forward is an online softmax,
+ * the backward makes each score again from the saved log-sum-exp, once where queries are summed for a key and once where keys are summed for a
+ * query.
+ *
+ * The query heads that share a kv head are packed: row m of a sequence is token m / group, head m % group of the group, so that keys and values
+ * are read once for all of them, in decoding too.  Heads of 64 and 128 values go through the tensor cores; a general kernel takes the others. */
+#include "kernels/cuda/cuda.cuh"
+#include "kernels/cuda/dev.cuh"
+
+namespace {
+
+enum {
+    THREADS = 256,
+    KEYS = 64,     /* a tile of keys */
+    BWD_ROWS = 32, /* query rows that meet a tile of keys at once in the backward's sum over queries */
+    MANY_TILES = 1024,
+    SUM_WARPS = 8
+};
+
+#define LOG2_E 1.44269504088896340736f
+#define LN_2 0.69314718055994530942f
+
+/* ---- Where things are ---- */
+
+/* A sequence's queries, and the keys they see: `prefix` that it shares with others, then its own, in places counted through. */
+struct sequence {
+    int64_t first_query, first_key, first_prefix; /* rows of q, and twice of k */
+    int queries, keys, prefix;                    /* keys: with the prefix */
+    int before;                                   /* keys before the first query's own */
+    __device__ int64_t key_row(int place) const { return place < prefix ? first_prefix + place : first_key + place - prefix; }
+};
+
+__device__ int prefix_of(const espi_spans &spans, int s) {
+    return spans.prefix_len ? spans.prefix_len[s] : 0;
+}
+
+__device__ sequence sequence_of(const espi_spans &spans, int s) {
+    sequence q;
+    q.first_query = spans.cu_q[s];
+    q.queries = spans.cu_q[s + 1] - spans.cu_q[s];
+    q.prefix = prefix_of(spans, s);
+    q.first_prefix = q.prefix ? spans.prefix_start[s] : 0;
+    q.first_key = spans.k_start[s];
+    q.keys = q.prefix + spans.k_len[s];
+    q.before = q.keys - q.queries;
+    return q;
+}
+
+/* Which sequence tile number `tile` belongs to, sequences having ceil(queries * per_query / size) tiles each; its number there, from the last
+ * down: later queries see more keys.  A whole warp calls it; false: there are fewer tiles. */
+__device__ bool find_tile(const espi_spans &spans, int per_query, int size, int tile, bool from_last, int *seq, int *index) {
+    const int lane = static_cast<int>(threadIdx.x) % ESPI_WARP;
+    for (int first = 0; first < spans.n_seqs; first += ESPI_WARP) {
+        const int s = first + lane;
+        const int own = s < spans.n_seqs ? ((spans.cu_q[s + 1] - spans.cu_q[s]) * per_query + size - 1) / size : 0;
+        int sum = own;
+        for (int by = 1; by < ESPI_WARP; by *= 2) {
+            const int below = __shfl_up_sync(0xffffffffu, sum, by);
+            if (lane >= by) sum += below;
+        }
+        const unsigned behind = __ballot_sync(0xffffffffu, sum > tile);
+        if (behind) {
+            const int chosen = __ffs(static_cast<int>(behind)) - 1;
+            const int all = __shfl_sync(0xffffffffu, own, chosen), at = tile - (__shfl_sync(0xffffffffu, sum, chosen) - all);
+            *seq = first + chosen;
+            *index = from_last ? all - 1 - at : at;
+            return true;
+        }
+        tile -= __shfl_sync(0xffffffffu, sum, ESPI_WARP - 1);
+    }
+    return false;
+}
+
+/* ---- Tiles in shared memory: rows of D values, 16-byte piece c of row r at c ^ (r & 7) ---- */
+
+template <int D> __device__ uint32_t place_of(uint32_t tile, int row, int piece) {
+    return tile + static_cast<uint32_t>(row * D * 2 + ((piece ^ (row & 7)) * 16));
+}
+
+/* ROWS rows of a matrix: row r comes from address(r), or is zero where that is NULL.  Asynchronous. */
+template <int D, int ROWS, int BLOCK, typename F> __device__ void load_tile(uint32_t tile, F address, const void *anything) {
+    constexpr int pieces = D / 8, together = BLOCK == ESPI_WARP ? 4 : 8; /* more would not fit the registers */
+#pragma unroll together
+    for (int i = 0; i < ROWS * pieces / BLOCK; i++) {
+        const int at = i * BLOCK + static_cast<int>(threadIdx.x), row = at / pieces, piece = at % pieces;
+        const bf16 *from = address(row);
+        dev_copy16_or_zero(place_of<D>(tile, row, piece), from ? static_cast<const void *>(from + piece * 8) : anything, from ? 16 : 0);
+    }
+}
+
+/* Where a lane reads the operands of a product: `across` rows, then pieces.  Piece 2 k + .. of the same rows stands at (address ^ 32 k), for
+ * a tile is aligned to 256 bytes. */
+template <int D> __device__ uint32_t operand_at(uint32_t tile, int row, bool across) {
+    const int lane = static_cast<int>(threadIdx.x) % ESPI_WARP, low = lane / 8 % 2, high = lane / 16;
+    return place_of<D>(tile, row + (across ? low : high) * 8 + lane % 8, across ? high : low);
+}
+
+/* product[n][..] += rows row.. of `left` times rows 0.. of `right`, over all D values. */
+template <int D, int TILES> __device__ void multiply_rows(float (&product)[TILES][4], uint32_t left, int row, uint32_t right) {
+    const uint32_t left_at = operand_at<D>(left, row, true), right_at = operand_at<D>(right, 0, false);
+#pragma unroll
+    for (int k = 0; k < D / 16; k++) {
+        const uint4 a = dev_ldmatrix(left_at ^ (k * 32));
+#pragma unroll
+        for (int n = 0; n < TILES / 2; n++) {
+            const uint4 b = dev_ldmatrix((right_at ^ (k * 32)) + n * 16 * D * 2);
+            dev_mma(product[2 * n], a.x, a.y, a.z, a.w, b.x, b.y);
+            dev_mma(product[2 * n + 1], a.x, a.y, a.z, a.w, b.z, b.w);
+        }
+    }
+}
+
+/* sum[d][..] += weights [16, 8 TILES] (as multiply_rows leaves them) times the rows of `right`. */
+template <int D, int TILES> __device__ void multiply_across(float (&sum)[D / 8][4], const float (&weights)[TILES][4], uint32_t right) {
+    const uint32_t right_at = operand_at<D>(right, 0, true);
+#pragma unroll
+    for (int k = 0; k < TILES / 2; k++) {
+        const float(&even)[4] = weights[2 * k], (&odd)[4] = weights[2 * k + 1];
+        const uint32_t a0 = dev_bf16x2(even[0], even[1]), a1 = dev_bf16x2(even[2], even[3]), a2 = dev_bf16x2(odd[0], odd[1]),
+                       a3 = dev_bf16x2(odd[2], odd[3]);
+#pragma unroll
+        for (int d = 0; d < D / 16; d++) {
+            const uint4 b = dev_ldmatrix_trans((right_at ^ (d * 32)) + k * 16 * D * 2);
+            dev_mma(sum[2 * d], a0, a1, a2, a3, b.x, b.y);
+            dev_mma(sum[2 * d + 1], a0, a1, a2, a3, b.z, b.w);
+        }
+    }
+}
+
+__device__ uint32_t *word_at(uint32_t address) {
+    return static_cast<uint32_t *>(__cvta_shared_to_generic(address));
+}
+
+/* Writes a warp's 16 rows of sums to its rows of a tile as bf16, then each row to address(row) in whole vectors. */
+template <int D, typename F>
+__device__ void store_rows(uint32_t tile, int row, const float (&sum)[D / 8][4], float low, float high, F address) {
+    const int lane = static_cast<int>(threadIdx.x) % ESPI_WARP;
+#pragma unroll
+    for (int d = 0; d < D / 8; d++) {
+        *word_at(place_of<D>(tile, row + lane / 4, d) + lane % 4 * 4) = dev_bf16x2(sum[d][0] * low, sum[d][1] * low);
+        *word_at(place_of<D>(tile, row + lane / 4 + 8, d) + lane % 4 * 4) = dev_bf16x2(sum[d][2] * high, sum[d][3] * high);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 16 * D / 8 / ESPI_WARP; i++) {
+        const int at = i * ESPI_WARP + lane, r = row + at / (D / 8), piece = at % (D / 8);
+        bf16 *to = address(r);
+        if (to) *reinterpret_cast<uint4 *>(to + piece * 8) = dev_load_shared(place_of<D>(tile, r, piece));
+    }
+    __syncwarp();
+}
+
+/* ---- Forward ---- */
+
+/* The rows of a group that one block of threads works on. */
+struct row_tile {
+    sequence s;
+    int first, end;         /* rows m, those of the sequence */
+    int group, head, heads; /* heads head .. head+group-1 of `heads` */
+    __device__ int token(int row) const { return (first + row) / group; }
+    /* The row's place among all [tokens, heads]; -1: behind the end. */
+    __device__ int64_t place(int row) const {
+        const int m = first + row;
+        return m < end ? (s.first_query + m / group) * heads + head + m % group : -1;
+    }
+};
+
+/* Keys that the tokens first..last see: [begin, end). */
+struct key_range {
+    int begin, end;
+};
+
+__device__ key_range keys_of(const sequence &s, int first, int last, int64_t window) {
+    const int64_t begin = window > 0 ? s.before + first - window + 1 : 0;
+    return {static_cast<int>(begin > 0 ? begin : 0), min(s.before + last + 1, s.keys)};
+}
+
+template <int D, int WARPS> constexpr int forward_bytes() {
+    return (16 * WARPS + 4 * KEYS) * D * 2;
+}
+
+template <int D, int WARPS> __device__ void attend(const espi_attention_fwd &a, const row_tile &rows, int kv_head, uint32_t shared) {
+    constexpr int block = WARPS * ESPI_WARP;
+    const int warp = static_cast<int>(threadIdx.x) / ESPI_WARP, lane = static_cast<int>(threadIdx.x) % ESPI_WARP;
+    const uint32_t q_tile = shared, k_tiles = q_tile + 16 * WARPS * D * 2, v_tiles = k_tiles + 2 * KEYS * D * 2;
+    const bf16 *q = static_cast<const bf16 *>(a.q), *k = static_cast<const bf16 *>(a.k), *v = static_cast<const bf16 *>(a.v);
+    const int last = (min(rows.first + 16 * WARPS, rows.end) - 1) / rows.group;
+    const key_range range = keys_of(rows.s, rows.token(0), last, a.window);
+    const int first_tile = range.begin / KEYS, end_tile = (range.end + KEYS - 1) / KEYS;
+
+    const auto load_keys = [&](int tile) {
+        const int stage = tile % 2;
+        const auto row_of = [&](const bf16 *from, int row) -> const bf16 * {
+            const int key = tile * KEYS + row;
+            return key < rows.s.keys ? from + (rows.s.key_row(key) * a.kv_heads + kv_head) * D : nullptr;
+        };
+        load_tile<D, KEYS, block>(
+            k_tiles + stage * KEYS * D * 2, [&](int row) { return row_of(k, row); }, k);
+        load_tile<D, KEYS, block>(
+            v_tiles + stage * KEYS * D * 2, [&](int row) { return row_of(v, row); }, v);
+        dev_copy_commit();
+    };
+    load_tile<D, 16 * WARPS, block>(
+        q_tile,
+        [&](int row) -> const bf16 * {
+            const int64_t place = rows.place(row);
+            return place >= 0 ? q + place * D : nullptr;
+        },
+        q);
+    load_keys(first_tile);
+
+    const float scale = static_cast<float>(a.scale) * LOG2_E;
+    float out[D / 8][4] = {}, most[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
+    int seen[2]; /* the last key of this thread's two rows */
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        const int row = warp * 16 + lane / 4 + h * 8;
+        seen[h] = rows.s.before + rows.token(row);
+        if (a.sinks && rows.place(row) >= 0) {
+            most[h] = a.sinks[rows.head + (rows.first + row) % rows.group] * LOG2_E;
+            sum[h] = lane % 4 == 0 ? 1 : 0;
+        }
+    }
+    const int window = a.window > 0 && a.window < rows.s.keys ? static_cast<int>(a.window) : rows.s.keys;
+    for (int tile = first_tile; tile < end_tile; tile++) {
+        dev_copy_wait<0>();
+        __syncthreads();
+        if (tile + 1 < end_tile) load_keys(tile + 1);
+        const int stage = tile % 2;
+        float score[KEYS / 8][4] = {};
+        multiply_rows<D, KEYS / 8>(score, q_tile, warp * 16, k_tiles + stage * KEYS * D * 2);
+        const bool is_whole = tile * KEYS + KEYS - 1 <= rows.s.before + rows.token(0) && tile * KEYS > rows.s.before + last - window;
+        if (!is_whole) {
+#pragma unroll
+            for (int n = 0; n < KEYS / 8; n++) {
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const int key = tile * KEYS + n * 8 + lane % 4 * 2 + i % 2;
+                    if (key > seen[i / 2] || key <= seen[i / 2] - window) score[n][i] = -INFINITY;
+                }
+            }
+        }
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            float now = -INFINITY;
+#pragma unroll
+            for (int n = 0; n < KEYS / 8; n++) now = fmaxf(now, fmaxf(score[n][2 * h], score[n][2 * h + 1]));
+            now = fmaxf(now, __shfl_xor_sync(0xffffffffu, now, 1));
+            now = fmaxf(now, __shfl_xor_sync(0xffffffffu, now, 2)) * scale;
+            now = fmaxf(now, most[h]);
+            const float base = now == -INFINITY ? 0 : now; /* no key yet: all scores are -inf */
+            const float shrink = exp2f(most[h] - base);
+            most[h] = now;
+            sum[h] *= shrink;
+#pragma unroll
+            for (int d = 0; d < D / 8; d++) {
+                out[d][2 * h] *= shrink;
+                out[d][2 * h + 1] *= shrink;
+            }
+#pragma unroll
+            for (int n = 0; n < KEYS / 8; n++) {
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    const float p = exp2f(score[n][2 * h + i] * scale - base);
+                    score[n][2 * h + i] = p;
+                    sum[h] += p;
+                }
+            }
+        }
+        multiply_across<D, KEYS / 8>(out, score, v_tiles + stage * KEYS * D * 2);
+    }
+    float inverse[2];
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], 1);
+        sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], 2);
+        inverse[h] = 1 / sum[h];
+        const int64_t place = rows.place(warp * 16 + lane / 4 + h * 8);
+        if (lane % 4 == 0 && place >= 0) static_cast<float *>(a.lse)[place] = most[h] * LN_2 + logf(sum[h]);
+    }
+    store_rows<D>(q_tile, warp * 16, out, inverse[0], inverse[1], [&](int row) -> bf16 * {
+        const int64_t place = rows.place(row);
+        return place >= 0 ? static_cast<bf16 *>(a.out) + place * D : nullptr;
+    });
+}
+
+template <int D, int WARPS>
+__global__ void __launch_bounds__(WARPS *ESPI_WARP) forward_tiles(const __grid_constant__ espi_attention_fwd a) {
+    extern __shared__ __align__(256) unsigned char shared[];
+    const int group = static_cast<int>(a.heads / a.kv_heads), kv_head = static_cast<int>(blockIdx.y);
+    int seq, index;
+    if (!find_tile(a.spans, group, 16 * WARPS, static_cast<int>(blockIdx.x), true, &seq, &index)) return;
+    const sequence s = sequence_of(a.spans, seq);
+    const row_tile rows = {s, index * 16 * WARPS, s.queries * group, group, kv_head * group, static_cast<int>(a.heads)};
+    attend<D, WARPS>(a, rows, kv_head, dev_shared(shared));
+}
+
+/* Few queries a sequence: a warp for each sequence and kv head. */
+template <int D> __global__ void __launch_bounds__(ESPI_WARP) forward_decode(const __grid_constant__ espi_attention_fwd a) {
+    extern __shared__ __align__(256) unsigned char shared[];
+    const int group = static_cast<int>(a.heads / a.kv_heads), kv_head = static_cast<int>(blockIdx.y);
+    const sequence s = sequence_of(a.spans, static_cast<int>(blockIdx.x));
+    for (int first = 0; first < s.queries * group; first += 16) {
+        const row_tile rows = {s, first, s.queries * group, group, kv_head * group, static_cast<int>(a.heads)};
+        attend<D, 1>(a, rows, kv_head, dev_shared(shared));
+        __syncwarp();
+    }
+}
+
+/* ---- Backward ---- */
+
+/* delta = d_out . out of each row of n values: a warp a row. */
+__global__ void __launch_bounds__(THREADS) row_products(float *delta, const bf16 *d_out, const bf16 *out, int64_t rows, int64_t n) {
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * (THREADS / ESPI_WARP) + threadIdx.x / ESPI_WARP;
+    if (row >= rows) return;
+    float sum = 0;
+    for (int64_t i = threadIdx.x % ESPI_WARP; i < n; i += ESPI_WARP) sum += espi_value(d_out[row * n + i]) * espi_value(out[row * n + i]);
+    sum = espi_warp_sum(sum);
+    if (threadIdx.x % ESPI_WARP == 0) delta[row] = sum;
+}
+
+__global__ void __launch_bounds__(THREADS)
+    sink_grad(float *d_sinks, const float *sinks, const float *lse, const float *delta, int64_t tokens, int64_t heads) {
+    const int64_t head = blockIdx.x;
+    float sum = 0;
+    for (int64_t t = threadIdx.x; t < tokens; t += THREADS) sum += expf(sinks[head] - lse[t * heads + head]) * delta[t * heads + head];
+    sum = espi_block_sum<THREADS>(sum);
+    if (threadIdx.x == 0) d_sinks[head] -= sum;
+}
+
+/* Keys at once: as many as the registers hold beside the sums. */
+template <int D> constexpr int QUERY_KEYS = D == 128 ? KEYS / 2 : KEYS;
+
+template <int D, int WARPS> constexpr int query_grad_bytes() {
+    return (2 * 16 * WARPS + 4 * QUERY_KEYS<D>)*D * 2;
+}
+
+/* The gradient of a tile of query rows: over all keys that they see. */
+template <int D, int WARPS>
+__global__ void __launch_bounds__(WARPS *ESPI_WARP) query_grads(const __grid_constant__ espi_attention_bwd a, const float *delta) {
+    extern __shared__ __align__(256) unsigned char memory[];
+    constexpr int block = WARPS * ESPI_WARP, TILE = QUERY_KEYS<D>;
+    const uint32_t shared = dev_shared(memory);
+    const int group = static_cast<int>(a.heads / a.kv_heads), kv_head = static_cast<int>(blockIdx.y);
+    const int warp = static_cast<int>(threadIdx.x) / ESPI_WARP, lane = static_cast<int>(threadIdx.x) % ESPI_WARP;
+    int seq, index;
+    if (!find_tile(a.spans, group, 16 * WARPS, static_cast<int>(blockIdx.x), true, &seq, &index)) return;
+    const sequence s = sequence_of(a.spans, seq);
+    const row_tile rows = {s, index * 16 * WARPS, s.queries * group, group, kv_head * group, static_cast<int>(a.heads)};
+    const uint32_t q_tile = shared, d_out_tile = q_tile + 16 * WARPS * D * 2, k_tiles = d_out_tile + 16 * WARPS * D * 2,
+                   v_tiles = k_tiles + 2 * TILE * D * 2;
+    const bf16 *q = static_cast<const bf16 *>(a.q), *k = static_cast<const bf16 *>(a.k), *v = static_cast<const bf16 *>(a.v);
+    const bf16 *d_out = static_cast<const bf16 *>(a.d_out);
+    const int last = (min(rows.first + 16 * WARPS, rows.end) - 1) / group;
+    const key_range range = keys_of(s, rows.token(0), last, a.window);
+    const int first_tile = range.begin / TILE, end_tile = (range.end + TILE - 1) / TILE;
+
+    const auto load_keys = [&](int tile) {
+        const int stage = tile % 2;
+        const auto row_of = [&](const bf16 *from, int row) -> const bf16 * {
+            const int key = tile * TILE + row;
+            return key < s.keys ? from + (s.key_row(key) * a.kv_heads + kv_head) * D : nullptr;
+        };
+        load_tile<D, TILE, block>(
+            k_tiles + stage * TILE * D * 2, [&](int row) { return row_of(k, row); }, k);
+        load_tile<D, TILE, block>(
+            v_tiles + stage * TILE * D * 2, [&](int row) { return row_of(v, row); }, v);
+        dev_copy_commit();
+    };
+    const auto query_row = [&](const bf16 *from, int row) -> const bf16 * {
+        const int64_t place = rows.place(row);
+        return place >= 0 ? from + place * D : nullptr;
+    };
+    load_tile<D, 16 * WARPS, block>(
+        q_tile, [&](int row) { return query_row(q, row); }, q);
+    load_tile<D, 16 * WARPS, block>(
+        d_out_tile, [&](int row) { return query_row(d_out, row); }, d_out);
+    load_keys(first_tile);
+
+    const float scale = static_cast<float>(a.scale) * LOG2_E;
+    float lse[2], row_delta[2];
+    int seen[2];
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        const int row = warp * 16 + lane / 4 + h * 8;
+        const int64_t place = rows.place(row);
+        lse[h] = place >= 0 ? static_cast<const float *>(a.lse)[place] * LOG2_E : 0;
+        row_delta[h] = place >= 0 ? delta[place] : 0;
+        seen[h] = s.before + rows.token(row);
+    }
+    const int window = a.window > 0 && a.window < s.keys ? static_cast<int>(a.window) : s.keys;
+    float sum[D / 8][4] = {};
+    for (int tile = first_tile; tile < end_tile; tile++) {
+        dev_copy_wait<0>();
+        __syncthreads();
+        if (tile + 1 < end_tile) load_keys(tile + 1);
+        const uint32_t k_tile = k_tiles + tile % 2 * TILE * D * 2, v_tile = v_tiles + tile % 2 * TILE * D * 2;
+        float score[TILE / 8][4] = {}, d_p[TILE / 8][4] = {};
+        multiply_rows<D, TILE / 8>(score, q_tile, warp * 16, k_tile);
+        multiply_rows<D, TILE / 8>(d_p, d_out_tile, warp * 16, v_tile);
+#pragma unroll
+        for (int n = 0; n < TILE / 8; n++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int key = tile * TILE + n * 8 + lane % 4 * 2 + i % 2, h = i / 2;
+                const bool is_seen = key <= seen[h] && key > seen[h] - window;
+                const float p = is_seen ? exp2f(score[n][i] * scale - lse[h]) : 0;
+                score[n][i] = p * (d_p[n][i] - row_delta[h]);
+            }
+        }
+        multiply_across<D, TILE / 8>(sum, score, k_tile);
+    }
+    const float factor = static_cast<float>(a.scale);
+    store_rows<D>(q_tile, warp * 16, sum, factor, factor, [&](int row) -> bf16 * {
+        const int64_t place = rows.place(row);
+        return place >= 0 ? static_cast<bf16 *>(a.d_q) + place * D : nullptr;
+    });
+}
+
+template <int D> constexpr int key_grad_bytes() {
+    return (2 * KEYS + 4 * BWD_ROWS) * D * 2 + 2 * 2 * BWD_ROWS * static_cast<int>(sizeof(float));
+}
+
+/* The gradients of a tile of keys and their values over the query rows of some heads of the group: part blockIdx.z of `splits`.
+ * parts: [splits][tokens, kv_heads, D] of d_k, then the same of d_v. */
+template <int D>
+__global__ void __launch_bounds__(KEYS / 16 * ESPI_WARP)
+    key_grads(const __grid_constant__ espi_attention_bwd a, float *d_k_parts, float *d_v_parts, const float *delta) {
+    extern __shared__ __align__(256) unsigned char memory[];
+    constexpr int block = KEYS / 16 * ESPI_WARP;
+    const uint32_t shared = dev_shared(memory);
+    const int group = static_cast<int>(a.heads / a.kv_heads / gridDim.z), kv_head = static_cast<int>(blockIdx.y);
+    const int warp = static_cast<int>(threadIdx.x) / ESPI_WARP, lane = static_cast<int>(threadIdx.x) % ESPI_WARP;
+    int seq, index;
+    if (!find_tile(a.spans, 1, KEYS, static_cast<int>(blockIdx.x), false, &seq, &index)) return;
+    const sequence own = sequence_of(a.spans, seq);
+    const int first_key = index * KEYS, keys = min(KEYS, own.queries - first_key);
+    const int head = (kv_head * static_cast<int>(gridDim.z) + static_cast<int>(blockIdx.z)) * group;
+    const uint32_t k_tile = shared, v_tile = k_tile + KEYS * D * 2, q_tiles = v_tile + KEYS * D * 2,
+                   d_out_tiles = q_tiles + 2 * BWD_ROWS * D * 2;
+    float *lse_rows = reinterpret_cast<float *>(memory + (2 * KEYS + 4 * BWD_ROWS) * D * 2), *delta_rows = lse_rows + 2 * BWD_ROWS;
+    const bf16 *q = static_cast<const bf16 *>(a.q), *k = static_cast<const bf16 *>(a.k), *v = static_cast<const bf16 *>(a.v);
+    const bf16 *d_out = static_cast<const bf16 *>(a.d_out);
+    const auto key_row = [&](const bf16 *from, int row) -> const bf16 * {
+        return row < keys ? from + ((own.first_query + first_key + row) * a.kv_heads + kv_head) * D : nullptr;
+    };
+    load_tile<D, KEYS, block>(
+        k_tile, [&](int row) { return key_row(k, row); }, k);
+    load_tile<D, KEYS, block>(
+        v_tile, [&](int row) { return key_row(v, row); }, v);
+
+    const float scale = static_cast<float>(a.scale) * LOG2_E;
+    float d_k[D / 8][4] = {}, d_v[D / 8][4] = {};
+    /* The queries of the tile's own sequence, then of those that have it as their prefix. */
+    for (int user = seq; user < a.spans.n_seqs; user++) {
+        if (user > seq && (prefix_of(a.spans, user) == 0 || a.spans.prefix_start[user] != own.first_query)) continue;
+        const sequence s = sequence_of(a.spans, user);
+        const int place = first_key + (user == seq ? own.prefix : 0); /* of the tile's first key before these queries */
+        const int64_t window = a.window > 0 ? a.window : s.keys;
+        /* The tokens that see the first key or a later one, up to the last that sees the last. */
+        const int first_token = max(place - s.before, 0);
+        const int end_token = static_cast<int>(min(static_cast<int64_t>(s.queries), place + keys - 1 + window - s.before));
+        const int first_step = first_token * group / BWD_ROWS, end_step = (end_token * group + BWD_ROWS - 1) / BWD_ROWS;
+        if (first_token >= end_token) continue;
+        const auto rows_of = [&](int step) {
+            return row_tile{s, step * BWD_ROWS, s.queries * group, group, head, static_cast<int>(a.heads)};
+        };
+        const auto load_rows = [&](int step) {
+            const int stage = step % 2;
+            const row_tile rows = rows_of(step);
+            const auto row_of = [&](const bf16 *from, int row) -> const bf16 * {
+                const int64_t at = rows.place(row);
+                return at >= 0 ? from + at * D : nullptr;
+            };
+            load_tile<D, BWD_ROWS, block>(
+                q_tiles + stage * BWD_ROWS * D * 2, [&](int row) { return row_of(q, row); }, q);
+            load_tile<D, BWD_ROWS, block>(
+                d_out_tiles + stage * BWD_ROWS * D * 2, [&](int row) { return row_of(d_out, row); }, d_out);
+            dev_copy_commit();
+            if (threadIdx.x < BWD_ROWS) {
+                const int64_t at = rows.place(static_cast<int>(threadIdx.x));
+                lse_rows[stage * BWD_ROWS + threadIdx.x] = at >= 0 ? static_cast<const float *>(a.lse)[at] * LOG2_E : 0;
+                delta_rows[stage * BWD_ROWS + threadIdx.x] = at >= 0 ? delta[at] : 0;
+            }
+        };
+        __syncthreads(); /* the stages of the sequence before have been read */
+        load_rows(first_step);
+        for (int step = first_step; step < end_step; step++) {
+            dev_copy_wait<0>();
+            __syncthreads();
+            if (step + 1 < end_step) load_rows(step + 1);
+            const int stage = step % 2;
+            const row_tile rows = rows_of(step);
+            const uint32_t q_tile = q_tiles + stage * BWD_ROWS * D * 2, d_out_tile = d_out_tiles + stage * BWD_ROWS * D * 2;
+            float score[BWD_ROWS / 8][4] = {}, d_p[BWD_ROWS / 8][4] = {};
+            multiply_rows<D, BWD_ROWS / 8>(score, k_tile, warp * 16, q_tile);
+            multiply_rows<D, BWD_ROWS / 8>(d_p, v_tile, warp * 16, d_out_tile);
+#pragma unroll
+            for (int n = 0; n < BWD_ROWS / 8; n++) {
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const int row = n * 8 + lane % 4 * 2 + i % 2, key = place + warp * 16 + lane / 4 + i / 2 * 8;
+                    const int from_key = s.before + rows.token(row) - key;
+                    const bool is_seen = from_key >= 0 && from_key < window && rows.first + row < rows.end;
+                    const float p = is_seen ? exp2f(score[n][i] * scale - lse_rows[stage * BWD_ROWS + row]) : 0;
+                    score[n][i] = p;
+                    d_p[n][i] = p * (d_p[n][i] - delta_rows[stage * BWD_ROWS + row]);
+                }
+            }
+            multiply_across<D, BWD_ROWS / 8>(d_v, score, d_out_tile);
+            multiply_across<D, BWD_ROWS / 8>(d_k, d_p, q_tile);
+        }
+    }
+    const float factor = static_cast<float>(a.scale);
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        const int key = first_key + warp * 16 + lane / 4 + h * 8;
+        if (key >= first_key + keys) continue;
+        const int64_t at = ((blockIdx.z * a.spans.tokens + own.first_query + key) * a.kv_heads + kv_head) * D + lane % 4 * 2;
+#pragma unroll
+        for (int d = 0; d < D / 8; d++) {
+            *reinterpret_cast<float2 *>(d_k_parts + at + d * 8) = make_float2(d_k[d][2 * h] * factor, d_k[d][2 * h + 1] * factor);
+            *reinterpret_cast<float2 *>(d_v_parts + at + d * 8) = make_float2(d_v[d][2 * h], d_v[d][2 * h + 1]);
+        }
+    }
+}
+
+__global__ void __launch_bounds__(THREADS) sum_parts(bf16 *out, const float *parts, int splits, int64_t n) {
+    const int64_t i = (static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x) * 4;
+    if (i >= n) return;
+    float4 sum = *reinterpret_cast<const float4 *>(parts + i);
+    for (int p = 1; p < splits; p++) {
+        const float4 part = *reinterpret_cast<const float4 *>(parts + p * n + i);
+        sum = make_float4(sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w);
+    }
+    *reinterpret_cast<uint2 *>(out + i) = make_uint2(dev_bf16x2(sum.x, sum.y), dev_bf16x2(sum.z, sum.w));
+}
+
+/* ---- Any head size: a warp for each row, its sums in shared memory ---- */
+
+__device__ float dot(const bf16 *x, const bf16 *y, int64_t n) {
+    float sum = 0;
+    for (int64_t i = threadIdx.x % ESPI_WARP; i < n; i += ESPI_WARP) sum += espi_value(x[i]) * espi_value(y[i]);
+    return espi_warp_sum(sum);
+}
+
+__device__ int sequence_at(const espi_spans &spans, int64_t token) {
+    int low = 0, high = spans.n_seqs - 1; /* the last sequence that starts at or before the token */
+    while (low < high) {
+        const int middle = (low + high + 1) / 2;
+        if (spans.cu_q[middle] <= token)
+            low = middle;
+        else
+            high = middle - 1;
+    }
+    return low;
+}
+
+__global__ void __launch_bounds__(SUM_WARPS *ESPI_WARP) forward_any(const __grid_constant__ espi_attention_fwd a) {
+    extern __shared__ float sums[];
+    const int warp = static_cast<int>(threadIdx.x) / ESPI_WARP, lane = static_cast<int>(threadIdx.x) % ESPI_WARP;
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * SUM_WARPS + warp, dim = a.head_dim;
+    if (row >= a.spans.tokens * a.heads) return;
+    float *sum_v = sums + warp * dim;
+    const int64_t token = row / a.heads, head = row % a.heads, kv_head = head / (a.heads / a.kv_heads);
+    const sequence s = sequence_of(a.spans, sequence_at(a.spans, token));
+    const int i = static_cast<int>(token - s.first_query);
+    const key_range range = keys_of(s, i, i, a.window);
+    float most = a.sinks ? a.sinks[head] : -INFINITY, sum = a.sinks ? 1 : 0;
+    for (int64_t d = lane; d < dim; d += ESPI_WARP) sum_v[d] = 0;
+    for (int key = range.begin; key < range.end; key++) {
+        const int64_t at = (s.key_row(key) * a.kv_heads + kv_head) * dim;
+        const float score =
+            static_cast<float>(a.scale) * dot(static_cast<const bf16 *>(a.q) + row * dim, static_cast<const bf16 *>(a.k) + at, dim);
+        const float now = fmaxf(most, score), shrink = expf(most - now), p = expf(score - now);
+        most = now;
+        sum = sum * shrink + p;
+        for (int64_t d = lane; d < dim; d += ESPI_WARP)
+            sum_v[d] = sum_v[d] * shrink + p * espi_value(static_cast<const bf16 *>(a.v)[at + d]);
+    }
+    for (int64_t d = lane; d < dim; d += ESPI_WARP) espi_store(static_cast<bf16 *>(a.out) + row * dim + d, sum_v[d] / sum);
+    if (lane == 0) static_cast<float *>(a.lse)[row] = most + logf(sum);
+}
+
+/* P and dS of a query row against a key row. */
+__device__ void score_grad(float *p, float *d_s, const espi_attention_bwd &a, const float *delta, int64_t q_row, int64_t k_row) {
+    const int64_t dim = a.head_dim;
+    const float score =
+        static_cast<float>(a.scale) * dot(static_cast<const bf16 *>(a.q) + q_row * dim, static_cast<const bf16 *>(a.k) + k_row * dim, dim);
+    const float d_p = dot(static_cast<const bf16 *>(a.d_out) + q_row * dim, static_cast<const bf16 *>(a.v) + k_row * dim, dim);
+    *p = expf(score - static_cast<const float *>(a.lse)[q_row]);
+    *d_s = *p * (d_p - delta[q_row]);
+}
+
+__global__ void __launch_bounds__(SUM_WARPS *ESPI_WARP) query_grad_any(const __grid_constant__ espi_attention_bwd a, const float *delta) {
+    extern __shared__ float sums[];
+    const int warp = static_cast<int>(threadIdx.x) / ESPI_WARP, lane = static_cast<int>(threadIdx.x) % ESPI_WARP;
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * SUM_WARPS + warp, dim = a.head_dim;
+    if (row >= a.spans.tokens * a.heads) return;
+    float *d_q = sums + warp * dim;
+    const int64_t token = row / a.heads, kv_head = row % a.heads / (a.heads / a.kv_heads);
+    const sequence s = sequence_of(a.spans, sequence_at(a.spans, token));
+    const int i = static_cast<int>(token - s.first_query);
+    const key_range range = keys_of(s, i, i, a.window);
+    for (int64_t d = lane; d < dim; d += ESPI_WARP) d_q[d] = 0;
+    for (int key = range.begin; key < range.end; key++) {
+        const int64_t k_row = s.key_row(key) * a.kv_heads + kv_head;
+        float p, d_s;
+        score_grad(&p, &d_s, a, delta, row, k_row);
+        for (int64_t d = lane; d < dim; d += ESPI_WARP) d_q[d] += d_s * espi_value(static_cast<const bf16 *>(a.k)[k_row * dim + d]);
+    }
+    for (int64_t d = lane; d < dim; d += ESPI_WARP)
+        espi_store(static_cast<bf16 *>(a.d_q) + row * dim + d, static_cast<float>(a.scale) * d_q[d]);
+}
+
+__global__ void __launch_bounds__(SUM_WARPS *ESPI_WARP, 1) key_grad_any(const __grid_constant__ espi_attention_bwd a, const float *delta) {
+    extern __shared__ float sums[];
+    const int warp = static_cast<int>(threadIdx.x) / ESPI_WARP, lane = static_cast<int>(threadIdx.x) % ESPI_WARP;
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * SUM_WARPS + warp, dim = a.head_dim, group = a.heads / a.kv_heads;
+    if (row >= a.spans.tokens * a.kv_heads) return;
+    float *d_k = sums + warp * 2 * dim, *d_v = d_k + dim;
+    const int64_t token = row / a.kv_heads, kv_head = row % a.kv_heads;
+    const int seq = sequence_at(a.spans, token);
+    const int within = static_cast<int>(token) - a.spans.cu_q[seq];
+    for (int64_t d = lane; d < dim; d += ESPI_WARP) d_k[d] = d_v[d] = 0;
+    for (int user = seq; user < a.spans.n_seqs; user++) { /* as key_grads */
+        if (user > seq && (prefix_of(a.spans, user) == 0 || a.spans.prefix_start[user] != a.spans.cu_q[seq])) continue;
+        const sequence s = sequence_of(a.spans, user);
+        const int64_t place = within + (user == seq ? s.prefix : 0), window = a.window > 0 ? a.window : s.keys;
+        const int64_t first = place > s.before ? place - s.before : 0,
+                      end = min(static_cast<int64_t>(s.queries), place + window - s.before);
+        for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++) {
+#pragma unroll 1
+            for (int64_t i = first; i < end; i++) {
+                const int64_t q_row = (s.first_query + i) * a.heads + head;
+                float p, d_s;
+                score_grad(&p, &d_s, a, delta, q_row, row);
+                for (int64_t d = lane; d < dim; d += ESPI_WARP) {
+                    d_k[d] += d_s * espi_value(static_cast<const bf16 *>(a.q)[q_row * dim + d]);
+                    d_v[d] += p * espi_value(static_cast<const bf16 *>(a.d_out)[q_row * dim + d]);
+                }
+            }
+        }
+    }
+    for (int64_t d = lane; d < dim; d += ESPI_WARP) {
+        espi_store(static_cast<bf16 *>(a.d_k) + row * dim + d, static_cast<float>(a.scale) * d_k[d]);
+        espi_store(static_cast<bf16 *>(a.d_v) + row * dim + d, d_v[d]);
+    }
+}
+
+/* ---- The cache ---- */
+
+template <int N> struct alignas(2 * N) pack { bf16 at[N]; };
+
+template <int N>
+__global__ void __launch_bounds__(THREADS)
+    append(bf16 *k_cache, bf16 *v_cache, const bf16 *k, const bf16 *v, espi_spans spans, int64_t width) {
+    const int64_t i = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x, groups = width / N;
+    if (i >= spans.tokens * groups) return;
+    const int64_t token = i / groups, c = i % groups;
+    const sequence s = sequence_of(spans, sequence_at(spans, token));
+    const int64_t row = s.key_row(s.before + static_cast<int>(token - s.first_query)), to = row * groups + c;
+    reinterpret_cast<pack<N> *>(k_cache)[to] = reinterpret_cast<const pack<N> *>(k)[i];
+    reinterpret_cast<pack<N> *>(v_cache)[to] = reinterpret_cast<const pack<N> *>(v)[i];
+}
+
+/* ---- Launches ---- */
+
+/* The dynamic shared memory of a kernel, above 48 KB only by asking. */
+template <typename K> esp_status allow_bytes(K kernel, int bytes) {
+    return espi_cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "shared memory of attention");
+}
+
+template <int D> esp_status forward(const espi_exec *exec, const espi_attention_fwd *a) {
+    constexpr int warps = 4;
+    const cudaStream_t stream = espi_cuda_of(exec)->stream;
+    const int64_t rows = a->spans.tokens * (a->heads / a->kv_heads);
+    const unsigned kv_heads = static_cast<unsigned>(a->kv_heads);
+    if (rows <= 16 * static_cast<int64_t>(a->spans.n_seqs)) {
+        ESPI_TRY(allow_bytes(forward_decode<D>, forward_bytes<D, 1>()));
+        forward_decode<D><<<dim3(static_cast<unsigned>(a->spans.n_seqs), kv_heads), ESPI_WARP, forward_bytes<D, 1>(), stream>>>(*a);
+    } else {
+        const unsigned tiles = static_cast<unsigned>(rows / (16 * warps) + a->spans.n_seqs);
+        ESPI_TRY(allow_bytes(forward_tiles<D, warps>, forward_bytes<D, warps>()));
+        forward_tiles<D, warps><<<dim3(tiles, kv_heads), warps * ESPI_WARP, forward_bytes<D, warps>(), stream>>>(*a);
+    }
+    return ESPI_CUDA_LAUNCHED("attention");
+}
+
+/* Into how many parts the heads of a group are split where the sum over queries would have too few tiles to fill the GPU. */
+int64_t splits_of(const espi_attention_bwd *a) {
+    const int64_t group = a->heads / a->kv_heads, tiles = espi_ceil_div(a->spans.tokens, KEYS) * a->kv_heads;
+    int64_t splits = 1;
+    while (group % (2 * splits) == 0 && tiles * splits < MANY_TILES) splits *= 2;
+    return splits;
+}
+
+bool is_fast(int64_t head_dim) {
+    return head_dim == 64 || head_dim == 128;
+}
+
+template <int D> esp_status backward(const espi_exec *exec, const espi_attention_bwd *a, const float *delta, float *parts) {
+    constexpr int warps = 4;
+    const cudaStream_t stream = espi_cuda_of(exec)->stream;
+    const int64_t rows = a->spans.tokens * (a->heads / a->kv_heads), n = a->spans.tokens * a->kv_heads * D, splits = splits_of(a);
+    const unsigned kv_heads = static_cast<unsigned>(a->kv_heads);
+    float *d_k_parts = parts, *d_v_parts = parts + splits * n;
+    const unsigned query_tiles = static_cast<unsigned>(rows / (16 * warps) + a->spans.n_seqs);
+    const unsigned key_tiles = static_cast<unsigned>(a->spans.tokens / KEYS + a->spans.n_seqs);
+    ESPI_TRY(allow_bytes(key_grads<D>, key_grad_bytes<D>()));
+    key_grads<D><<<dim3(key_tiles, kv_heads, static_cast<unsigned>(splits)), KEYS / 16 * ESPI_WARP, key_grad_bytes<D>(), stream>>>(
+        *a, d_k_parts, d_v_parts, delta);
+    sum_parts<<<espi_blocks(n / 4, THREADS), THREADS, 0, stream>>>(static_cast<bf16 *>(a->d_k), d_k_parts, static_cast<int>(splits), n);
+    sum_parts<<<espi_blocks(n / 4, THREADS), THREADS, 0, stream>>>(static_cast<bf16 *>(a->d_v), d_v_parts, static_cast<int>(splits), n);
+    ESPI_TRY(allow_bytes(query_grads<D, warps>, query_grad_bytes<D, warps>()));
+    query_grads<D, warps><<<dim3(query_tiles, kv_heads), warps * ESPI_WARP, query_grad_bytes<D, warps>(), stream>>>(*a, delta);
+    return ESPI_CUDA_LAUNCHED("gradient of attention");
+}
+
+esp_status backward_any(const espi_exec *exec, const espi_attention_bwd *a, const float *delta) {
+    const cudaStream_t stream = espi_cuda_of(exec)->stream;
+    const int threads = SUM_WARPS * ESPI_WARP, bytes = SUM_WARPS * 2 * static_cast<int>(a->head_dim * sizeof(float));
+    ESPI_TRY(allow_bytes(key_grad_any, bytes));
+    query_grad_any<<<espi_blocks(a->spans.tokens * a->heads, SUM_WARPS), threads, bytes / 2, stream>>>(*a, delta);
+    key_grad_any<<<espi_blocks(a->spans.tokens * a->kv_heads, SUM_WARPS), threads, bytes, stream>>>(*a, delta);
+    return ESPI_CUDA_LAUNCHED("gradient of attention");
+}
+
+} // namespace
+
+esp_status espi_kv_append_cuda(const espi_exec *exec, const espi_kv_append *a) {
+    const int64_t n = a->spans.tokens * a->width;
+    if (n == 0) return ESP_OK;
+    const cudaStream_t stream = espi_cuda_of(exec)->stream;
+    bf16 *k_cache = static_cast<bf16 *>(a->k_cache), *v_cache = static_cast<bf16 *>(a->v_cache);
+    const bf16 *k = static_cast<const bf16 *>(a->k), *v = static_cast<const bf16 *>(a->v);
+    if (espi_vectors(a->width, k_cache, v_cache, k, v))
+        append<8><<<espi_blocks(n / 8, THREADS), THREADS, 0, stream>>>(k_cache, v_cache, k, v, a->spans, a->width);
+    else
+        append<1><<<espi_blocks(n, THREADS), THREADS, 0, stream>>>(k_cache, v_cache, k, v, a->spans, a->width);
+    return ESPI_CUDA_LAUNCHED("new keys and values");
+}
+
+size_t espi_attention_fwd_scratch_cuda(const espi_exec *exec, const espi_attention_fwd *a) {
+    (void)exec;
+    (void)a;
+    return 0;
+}
+
+esp_status espi_attention_fwd_cuda(const espi_exec *exec, const espi_attention_fwd *a) {
+    if (a->spans.tokens == 0) return ESP_OK;
+    if (is_fast(a->head_dim) && espi_vectors(a->head_dim, a->out, a->q, a->k, a->v))
+        return a->head_dim == 64 ? forward<64>(exec, a) : forward<128>(exec, a);
+    const int bytes = SUM_WARPS * static_cast<int>(a->head_dim * sizeof(float));
+    ESPI_TRY(allow_bytes(forward_any, bytes));
+    forward_any<<<espi_blocks(a->spans.tokens * a->heads, SUM_WARPS), SUM_WARPS * ESPI_WARP, bytes, espi_cuda_of(exec)->stream>>>(*a);
+    return ESPI_CUDA_LAUNCHED("attention");
+}
+
+size_t espi_attention_bwd_scratch_cuda(const espi_exec *exec, const espi_attention_bwd *a) {
+    (void)exec;
+    const size_t delta = espi_room(a->spans.tokens * a->heads, sizeof(float));
+    return is_fast(a->head_dim) ? delta + espi_room(2 * splits_of(a) * a->spans.tokens * a->kv_heads * a->head_dim, sizeof(float)) : delta;
+}
+
+esp_status espi_attention_bwd_cuda(const espi_exec *exec, const espi_attention_bwd *a) {
+    const int64_t tokens = a->spans.tokens;
+    if (tokens == 0) return ESP_OK;
+    const cudaStream_t stream = espi_cuda_of(exec)->stream;
+    char *scratch = static_cast<char *>(exec->scratch);
+    float *delta = espi_cut<float>(&scratch, tokens * a->heads);
+    row_products<<<espi_blocks(tokens * a->heads, THREADS / ESPI_WARP), THREADS, 0, stream>>>(
+        delta, static_cast<const bf16 *>(a->d_out), static_cast<const bf16 *>(a->out), tokens * a->heads, a->head_dim);
+    if (a->d_sinks)
+        sink_grad<<<static_cast<unsigned>(a->heads), THREADS, 0, stream>>>(static_cast<float *>(a->d_sinks), a->sinks,
+                                                                           static_cast<const float *>(a->lse), delta, tokens, a->heads);
+    const bool vectors = espi_vectors(a->head_dim, a->d_q, a->q, a->k, a->v) && espi_vectors(a->head_dim, a->d_k, a->d_v, a->d_out);
+    if (!is_fast(a->head_dim) || !vectors) return backward_any(exec, a, delta);
+    float *parts = reinterpret_cast<float *>(scratch);
+    return a->head_dim == 64 ? backward<64>(exec, a, delta, parts) : backward<128>(exec, a, delta, parts);
+}

@@ -1,0 +1,629 @@
+/* The head: log-probabilities, entropies, the loss gradient and sampling.  A chunk of rows at a time, whose logits lie in a bounded tile in
+ * bf16: one product makes them, one kernel reads a row's statistics from them, one puts their gradient in their place, and a second product
+ * makes the hidden states' gradient of that.  All that is said of a row (statistics, gradient, sample) is of the rounded logits, so that it
+ * agrees. */
+#include "kernels/cuda/cuda.cuh"
+
+#include <stdlib.h>
+
+/* What the stream's callback is given.  The same call keeps its record: a recorded graph makes it again. */
+struct espi_cuda_call {
+    espi_cuda_call *next;
+    espi_cuda *cuda;
+    esp_status (*coef)(void *user, int64_t first, int64_t count);
+    void *user;
+    int64_t first, count;
+};
+
+namespace {
+
+enum { THREADS = 512, WARPS = THREADS / ESPI_WARP, COPY_THREADS = 256, VECTOR = 8, CHUNK_STEP = 64 };
+
+/* Bytes of a tile of logits; at most 0.3 GB with all else. */
+#define TILE_BYTES ((int64_t)272 << 20)
+
+/* From what the product leaves to z. */
+struct logit_terms {
+    const float *bias;
+    float logit_scale, softcap, inverse_temperature;
+};
+
+logit_terms terms_of(const espi_head *head) {
+    return {head->bias, static_cast<float>(head->logit_scale), static_cast<float>(head->softcap),
+            head->temperature == 0 ? 1 : static_cast<float>(1 / head->temperature)};
+}
+
+/* One definition, so that the sampler's log-probability and the trainer's are the same bits. */
+__device__ float logit(const logit_terms &terms, float product, int64_t v) {
+    if (terms.bias) product += terms.bias[v];
+    product *= terms.logit_scale;
+    if (terms.softcap != 0) product = terms.softcap * tanhf(product / terms.softcap);
+    return product * terms.inverse_temperature;
+}
+
+/* Maximum, sum of exponentials and exponential-weighted sum of z, the sums relative to the maximum. */
+struct partial {
+    float most, sum, sum_z;
+};
+
+__device__ partial merge(partial a, partial b) {
+    const float most = fmaxf(a.most, b.most);
+    if (most == -INFINITY) return a;
+    const float left = expf(a.most - most), right = expf(b.most - most);
+    return {most, a.sum * left + b.sum * right, a.sum_z * left + b.sum_z * right};
+}
+
+/* The ids that a row is a distribution over; n = 0: the vocabulary. */
+struct id_list {
+    const int32_t *ids;
+    int64_t n;
+};
+
+__device__ id_list list_of(const int64_t *offsets, const int32_t *kept, int64_t row) {
+    if (!offsets) return {nullptr, 0};
+    return {kept + offsets[row], offsets[row + 1] - offsets[row]};
+}
+
+__device__ partial add_one(partial own, float z) {
+    const float most = fmaxf(own.most, z), shrink = own.sum > 0 ? expf(own.most - most) : 0, p = expf(z - most);
+    return {most, own.sum * shrink + p, own.sum_z * shrink + z * p};
+}
+
+/* Of a row, in every thread. */
+__device__ partial row_partial(const bf16 *row, int64_t vocab, const id_list &list, const logit_terms &terms) {
+    __shared__ partial parts[WARPS];
+    partial own = {-INFINITY, 0, 0};
+    for (int64_t j = threadIdx.x; j < list.n; j += THREADS) own = add_one(own, logit(terms, espi_value(row[list.ids[j]]), list.ids[j]));
+    for (int64_t first = static_cast<int64_t>(threadIdx.x) * VECTOR; list.n == 0 && first < vocab; first += THREADS * VECTOR) {
+        const bf16x8 v = *reinterpret_cast<const bf16x8 *>(row + first);
+        float z[VECTOR], most = own.most;
+#pragma unroll
+        for (int j = 0; j < VECTOR; j++) {
+            z[j] = first + j < vocab ? logit(terms, espi_value(v.at[j]), first + j) : -INFINITY;
+            most = fmaxf(most, z[j]);
+        }
+        const float shrink = own.sum > 0 ? expf(own.most - most) : 0;
+        own = {most, own.sum * shrink, own.sum_z * shrink};
+#pragma unroll
+        for (int j = 0; j < VECTOR; j++) {
+            const float p = expf(z[j] - most);
+            own.sum += p;
+            own.sum_z += first + j < vocab ? z[j] * p : 0;
+        }
+    }
+    for (int other = ESPI_WARP / 2; other > 0; other /= 2)
+        own = merge(own, {__shfl_xor_sync(0xffffffffu, own.most, other), __shfl_xor_sync(0xffffffffu, own.sum, other),
+                          __shfl_xor_sync(0xffffffffu, own.sum_z, other)});
+    __syncthreads(); /* the parts before have been read */
+    if (threadIdx.x % ESPI_WARP == 0) parts[threadIdx.x / ESPI_WARP] = own;
+    __syncthreads();
+    own = parts[0];
+    for (int warp = 1; warp < WARPS; warp++) own = merge(own, parts[warp]);
+    return own;
+}
+
+__global__ void __launch_bounds__(THREADS)
+    row_statistics(float *lp, float *entropy, float *lse, const bf16 *tile, const int32_t *target, const int64_t *kept_offsets,
+                   const int32_t *kept, int64_t stride, int64_t vocab, logit_terms terms) {
+    const bf16 *row = tile + blockIdx.x * stride;
+    const partial p = row_partial(row, vocab, list_of(kept_offsets, kept, blockIdx.x), terms);
+    if (threadIdx.x > 0) return;
+    const float log_sum = p.most + logf(p.sum);
+    const int64_t y = target[blockIdx.x];
+    lse[blockIdx.x] = log_sum;
+    entropy[blockIdx.x] = log_sum - p.sum_z / p.sum;
+    lp[blockIdx.x] = logit(terms, espi_value(row[y]), y) - log_sum;
+}
+
+/* Where in the list the first id stands that is not below v. */
+__device__ int64_t find_id(const id_list &list, int64_t v) {
+    int64_t low = 0, high = list.n;
+    while (low < high) {
+        const int64_t middle = (low + high) / 2;
+        if (list.ids[middle] < v)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+/* The gradient of the products in their place. */
+__global__ void __launch_bounds__(THREADS)
+    row_gradient(bf16 *tile, const int32_t *target, const float *g, const float *e, const float *lse, const float *entropy,
+                 const int64_t *kept_offsets, const int32_t *kept, int64_t stride, int64_t vocab, logit_terms terms) {
+    bf16 *row = tile + blockIdx.x * stride;
+    const id_list list = list_of(kept_offsets, kept, blockIdx.x);
+    const float gain = g[blockIdx.x], spread = e ? e[blockIdx.x] : 0, log_sum = lse[blockIdx.x], h = spread != 0 ? entropy[blockIdx.x] : 0;
+    const float factor = terms.logit_scale * terms.inverse_temperature;
+    const int64_t y = target[blockIdx.x];
+    for (int64_t first = (static_cast<int64_t>(blockIdx.y) * THREADS + threadIdx.x) * VECTOR; first < vocab;
+         first += static_cast<int64_t>(gridDim.y) * THREADS * VECTOR) {
+        bf16x8 v = *reinterpret_cast<const bf16x8 *>(row + first);
+        int64_t next = list.n > 0 ? find_id(list, first) : 0;
+#pragma unroll
+        for (int j = 0; j < VECTOR; j++) {
+            if (first + j >= vocab) continue;
+            if (list.n > 0) {
+                const bool is_kept = next < list.n && list.ids[next] == first + j;
+                next += is_kept;
+                if (!is_kept) {
+                    espi_store(&v.at[j], 0);
+                    continue;
+                }
+            }
+            const float z = logit(terms, espi_value(v.at[j]), first + j), log_p = z - log_sum, p = expf(log_p);
+            float d = gain * ((first + j == y ? 1 : 0) - p);
+            if (spread != 0) d -= spread * p * (log_p + h);
+            d *= factor;
+            if (terms.softcap != 0) {
+                const float bent = z / (terms.inverse_temperature * terms.softcap);
+                d *= 1 - bent * bent;
+            }
+            espi_store(&v.at[j], d);
+        }
+        *reinterpret_cast<bf16x8 *>(row + first) = v;
+    }
+}
+
+/* Rows named by an index into consecutive rows, or (scatter) back. */
+__global__ void __launch_bounds__(COPY_THREADS) copy_rows(bf16 *to, const bf16 *from, const int32_t *rows, int64_t hidden, bool scatter) {
+    const int64_t dense = blockIdx.x * hidden, named = rows[blockIdx.x] * hidden;
+    for (int64_t h = threadIdx.x; h < hidden; h += COPY_THREADS) to[(scatter ? named : dense) + h] = from[(scatter ? dense : named) + h];
+}
+
+__global__ void __launch_bounds__(COPY_THREADS)
+    copy_vectors(bf16x8 *to, const bf16x8 *from, const int32_t *rows, int64_t hidden, bool scatter) {
+    const int64_t dense = blockIdx.x * hidden, named = rows[blockIdx.x] * hidden;
+    for (int64_t h = threadIdx.x; h < hidden; h += COPY_THREADS) to[(scatter ? named : dense) + h] = from[(scatter ? dense : named) + h];
+}
+
+__global__ void __launch_bounds__(COPY_THREADS) finish_logits(float *logits, int64_t n, int64_t vocab, logit_terms terms) {
+    const int64_t i = static_cast<int64_t>(blockIdx.x) * COPY_THREADS + threadIdx.x;
+    if (i < n) logits[i] = logit(terms, logits[i], i % vocab);
+}
+
+/* The largest z, of equal ones the lowest id. */
+__device__ int64_t largest(const bf16 *row, int64_t vocab, const logit_terms &terms) {
+    __shared__ float best_z[WARPS];
+    __shared__ int best_id[WARPS];
+    float z_most = -INFINITY;
+    int id = INT32_MAX;
+    for (int64_t v = threadIdx.x; v < vocab; v += THREADS) {
+        const float z = logit(terms, espi_value(row[v]), v);
+        if (z > z_most) {
+            z_most = z;
+            id = static_cast<int>(v);
+        }
+    }
+    for (int other = ESPI_WARP / 2; other > 0; other /= 2) {
+        const float z = __shfl_xor_sync(0xffffffffu, z_most, other);
+        const int v = __shfl_xor_sync(0xffffffffu, id, other);
+        if (z > z_most || (z == z_most && v < id)) {
+            z_most = z;
+            id = v;
+        }
+    }
+    if (threadIdx.x % ESPI_WARP == 0) {
+        best_z[threadIdx.x / ESPI_WARP] = z_most;
+        best_id[threadIdx.x / ESPI_WARP] = id;
+    }
+    __syncthreads();
+    for (int warp = 0; warp < WARPS; warp++) {
+        if (best_z[warp] > z_most || (best_z[warp] == z_most && best_id[warp] < id)) {
+            z_most = best_z[warp];
+            id = best_id[warp];
+        }
+    }
+    return id < vocab ? id : 0;
+}
+
+/* The first of n entries (those of the list, or the vocabulary) whose cumulative probability passes the uniform; rounding may leave none, then
+ * the last that has any probability.  Each warp sums a stretch of them; the warp whose stretch reaches the uniform walks it. */
+__device__ int64_t inverse_cdf(const bf16 *row, int64_t n, const int32_t *ids, const logit_terms &terms, float lse, double uniform) {
+    __shared__ double sums[WARPS];
+    __shared__ int lasts[WARPS], found;
+    const int warp = static_cast<int>(threadIdx.x) / ESPI_WARP, lane = static_cast<int>(threadIdx.x) % ESPI_WARP;
+    const int64_t stretch = (n + WARPS - 1) / WARPS, first = warp * stretch, end = min(first + stretch, n);
+    const auto probability = [&](int64_t at) {
+        const int64_t id = ids ? ids[at] : at;
+        return expf(logit(terms, espi_value(row[id]), id) - lse);
+    };
+    double sum = 0;
+    int last = 0;
+    for (int64_t at = first + lane; at < end; at += ESPI_WARP) {
+        const float p = probability(at);
+        sum += p;
+        if (p > 0) last = static_cast<int>(at);
+    }
+    sum = espi_warp_sum(sum);
+    last = __reduce_max_sync(0xffffffffu, last);
+    if (lane == 0) {
+        sums[warp] = sum;
+        lasts[warp] = last;
+    }
+    if (threadIdx.x == 0) found = INT32_MAX;
+    __syncthreads();
+    double below = 0;
+    for (int w = 0; w < warp; w++) below += sums[w];
+    const bool reaches = below <= uniform && below + sums[warp] > uniform;
+    for (int64_t at = first; reaches && at < end; at += ESPI_WARP) {
+        double up_to = at + lane < end ? probability(at + lane) : 0;
+        for (int by = 1; by < ESPI_WARP; by *= 2) {
+            const double under = __shfl_up_sync(0xffffffffu, up_to, by);
+            if (lane >= by) up_to += under;
+        }
+        const unsigned passed = __ballot_sync(0xffffffffu, at + lane < end && below + up_to > uniform);
+        if (passed) {
+            if (lane == 0) atomicMin(&found, static_cast<int>(at) + __ffs(static_cast<int>(passed)) - 1);
+            break;
+        }
+        below += __shfl_sync(0xffffffffu, up_to, ESPI_WARP - 1);
+    }
+    __syncthreads();
+    int64_t chosen = found;
+    if (chosen >= n) {
+        chosen = 0;
+        for (int w = 0; w < WARPS; w++) chosen = max(chosen, static_cast<int64_t>(lasts[w]));
+    }
+    return ids ? ids[chosen] : chosen;
+}
+
+/* ---- What a filter leaves: the first of the entries ordered by z, of equal ones the lower id first ---- */
+
+/* Larger for a larger z. */
+__device__ uint32_t key_of(float z) {
+    const uint32_t bits = __float_as_uint(z);
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+/* A cut of that order: the entries of a larger key, and the first `ties` of those that have the key itself. */
+struct cut {
+    uint32_t key;
+    int64_t ties;
+};
+
+/* The sum over the row of value(key, z), in every thread. */
+template <typename T, typename F> __device__ T row_sum(const bf16 *row, int64_t vocab, const logit_terms &terms, F value) {
+    T sum = 0;
+    for (int64_t v = threadIdx.x; v < vocab; v += THREADS) {
+        const float z = logit(terms, espi_value(row[v]), v);
+        sum += value(key_of(z), z);
+    }
+    return espi_block_sum<THREADS>(sum);
+}
+
+/* The largest key that is enough; enough(0) must hold, and with a key every smaller one is. */
+template <typename F> __device__ uint32_t largest_key(F enough) {
+    uint32_t key = 0;
+    for (uint32_t bit = 0x80000000u; bit > 0; bit /= 2)
+        if (enough(key | bit)) key |= bit;
+    return key;
+}
+
+__device__ cut cut_of(const bf16 *row, int64_t vocab, const espi_head_filter &filter, float most, const logit_terms &terms) {
+    cut c = {0, vocab};
+    if (filter.top_k > 0) {
+        const auto reach = [&](uint32_t least) {
+            return row_sum<int>(row, vocab, terms, [=](uint32_t key, float) { return key >= least ? 1 : 0; });
+        };
+        c.key = largest_key([&](uint32_t key) { return reach(key) >= filter.top_k; });
+        c.ties = filter.top_k - (c.key == UINT32_MAX ? 0 : reach(c.key + 1));
+    }
+    if (filter.top_p > 0) {
+        /* The mass from `least` up, of what the first cut left. */
+        const auto mass = [&](uint32_t least) {
+            double sum = row_sum<double>(row, vocab, terms, [=](uint32_t key, float z) {
+                return key >= least && key > c.key ? static_cast<double>(expf(z - most)) : 0.0;
+            });
+            if (c.key >= least) {
+                const double tie = row_sum<double>(
+                    row, vocab, terms, [=](uint32_t key, float z) { return key == c.key ? static_cast<double>(expf(z - most)) : 0.0; });
+                const int n = row_sum<int>(row, vocab, terms, [=](uint32_t key, float) { return key == c.key ? 1 : 0; });
+                if (n > 0) sum += tie / n * static_cast<double>(min(static_cast<int64_t>(n), c.ties));
+            }
+            return sum;
+        };
+        const double wanted = filter.top_p * mass(0);
+        const uint32_t key = largest_key([&](uint32_t least) { return mass(least) >= wanted; });
+        const double above = key == UINT32_MAX ? 0 : mass(key + 1);
+        const int n = row_sum<int>(row, vocab, terms, [=](uint32_t other, float) { return other == key ? 1 : 0; });
+        const double each =
+            n > 0 ? row_sum<double>(row, vocab, terms,
+                                    [=](uint32_t other, float z) { return other == key ? static_cast<double>(expf(z - most)) : 0.0; }) /
+                        n
+                  : 0;
+        const int64_t most_ties = key == c.key ? min(c.ties, static_cast<int64_t>(n)) : n;
+        const int64_t ties = each > 0 ? static_cast<int64_t>(ceil((wanted - above) / each)) : most_ties;
+        c = {key, min(max(ties, static_cast<int64_t>(1)), most_ties)};
+    }
+    return c;
+}
+
+/* Lists in order the ids that a filter leaves; their number, and no more than `room` are written. */
+__device__ int64_t list_left(int32_t *kept, int64_t room, const bf16 *row, int64_t vocab, const espi_head_filter &filter, float most,
+                             const logit_terms &terms) {
+    __shared__ int32_t list[THREADS], equal[THREADS];
+    const cut c = cut_of(row, vocab, filter, most, terms);
+    const float least = static_cast<float>(filter.min_p);
+    int64_t ties = c.ties, left = 0;
+    const auto z_of = [&](int64_t v) { return logit(terms, espi_value(row[v]), v); };
+    const auto is_likely = [&](float z) { return z == most || !(filter.min_p > 0) || expf(z - most) >= least; };
+    for (int64_t first = 0; first < vocab; first += THREADS) {
+        /* Those at the key first: which of them are among the first `ties`? */
+        const int n_equal = espi_list<THREADS>(equal, first, vocab, [&](int64_t v) { return key_of(z_of(v)) == c.key; });
+        const int64_t last = ties <= 0 ? -1 : n_equal <= ties ? INT32_MAX : equal[ties - 1];
+        ties -= n_equal;
+        const int n = espi_list<THREADS>(list, first, vocab, [&](int64_t v) {
+            const float z = z_of(v);
+            const uint32_t key = key_of(z);
+            return is_likely(z) && (key > c.key || (key == c.key && v <= last));
+        });
+        if (static_cast<int>(threadIdx.x) < n && left + threadIdx.x < room) kept[left + threadIdx.x] = list[threadIdx.x];
+        left += n;
+    }
+    __syncthreads();
+    return left;
+}
+
+struct sample_terms {
+    bool greedy;
+    espi_head_filter filter;
+    int32_t *kept, *kept_count; /* NULL: no filter */
+    int64_t kept_most;
+};
+
+__global__ void __launch_bounds__(THREADS) sample_rows(int32_t *token, float *lp, const bf16 *tile, const double *uniform,
+                                                       sample_terms sample, int64_t stride, int64_t vocab, logit_terms terms) {
+    const bf16 *row = tile + blockIdx.x * stride;
+    partial p = row_partial(row, vocab, {nullptr, 0}, terms);
+    id_list list = {nullptr, 0};
+    if (sample.kept) {
+        int32_t *kept = sample.kept + blockIdx.x * sample.kept_most;
+        const int64_t left = list_left(kept, sample.kept_most, row, vocab, sample.filter, p.most, terms);
+        if (threadIdx.x == 0) sample.kept_count[blockIdx.x] = left > sample.kept_most ? -1 : static_cast<int32_t>(left);
+        if (left > sample.kept_most) return;
+        list = {kept, left};
+        p = row_partial(row, vocab, list, terms);
+    }
+    const float log_sum = p.most + logf(p.sum);
+    const int64_t id = sample.greedy ? largest(row, vocab, terms)
+                                     : inverse_cdf(row, list.n > 0 ? list.n : vocab, list.ids, terms, log_sum, uniform[blockIdx.x]);
+    if (threadIdx.x > 0) return;
+    token[blockIdx.x] = static_cast<int32_t>(id);
+    lp[blockIdx.x] = logit(terms, espi_value(row[id]), id) - log_sum;
+}
+
+/* ---- Chunks ---- */
+
+int64_t tile_stride(const espi_head *head) {
+    return espi_ceil_div(head->w.rows, VECTOR) * VECTOR;
+}
+
+/* Chunks of equal size, as large as the tile allows. */
+int64_t chunk_rows(const espi_head *head) {
+    const int64_t fit = TILE_BYTES / (tile_stride(head) * static_cast<int64_t>(sizeof(bf16))) / CHUNK_STEP * CHUNK_STEP;
+    const int64_t least = CHUNK_STEP, most = fit > least ? fit : least;
+    if (head->n <= most) return head->n;
+    const int64_t even = espi_ceil_div(head->n, espi_ceil_div(head->n, most));
+    return espi_ceil_div(even, CHUNK_STEP) * CHUNK_STEP;
+}
+
+/* The arrays of a chunk; x is the rows' hidden states, and after the tile is made, their gradient. */
+struct chunk {
+    int64_t first, count;
+    bf16 *tile, *x;
+};
+
+size_t chunk_room(const espi_head *head) {
+    const int64_t rows = chunk_rows(head);
+    return espi_room(rows * tile_stride(head), sizeof(bf16)) + espi_room(rows * head->w.cols, sizeof(bf16));
+}
+
+chunk chunk_at(const espi_exec *exec, const espi_head *head, int64_t first) {
+    char *scratch = static_cast<char *>(exec->scratch);
+    const int64_t rows = chunk_rows(head), left = head->n - first;
+    chunk c = {first, left < rows ? left : rows, nullptr, nullptr};
+    c.tile = espi_cut<bf16>(&scratch, rows * tile_stride(head));
+    c.x = espi_cut<bf16>(&scratch, rows * head->w.cols);
+    return c;
+}
+
+esp_status copy(const espi_exec *exec, bf16 *to, const bf16 *from, const int32_t *rows, int64_t hidden, int64_t count, bool scatter) {
+    const cudaStream_t stream = espi_cuda_of(exec)->stream;
+    const unsigned blocks = static_cast<unsigned>(count);
+    if (espi_vectors(hidden, to, from))
+        copy_vectors<<<blocks, COPY_THREADS, 0, stream>>>(reinterpret_cast<bf16x8 *>(to), reinterpret_cast<const bf16x8 *>(from), rows,
+                                                          hidden / VECTOR, scatter);
+    else
+        copy_rows<<<blocks, COPY_THREADS, 0, stream>>>(to, from, rows, hidden, scatter);
+    return ESPI_CUDA_LAUNCHED("rows of the head");
+}
+
+/* The products of a chunk's hidden states with the weight's rows. */
+esp_status make_products(const espi_exec *exec, const espi_head *head, const chunk *c, void *out, esp_dtype dtype, int64_t stride) {
+    ESPI_TRY(copy(exec, c->x, static_cast<const bf16 *>(head->hidden), head->rows + c->first, head->w.cols, c->count, false));
+    espi_product p = {};
+    p.d = out;
+    p.dtype = dtype;
+    p.stride = stride;
+    p.a = espi_rows_of(c->x, ESP_BF16, head->w.cols);
+    p.b = espi_transpose_of(head->w.data, head->w.dtype, head->w.cols);
+    p.m = c->count;
+    p.n = head->w.rows;
+    p.k = head->w.cols;
+    p.alpha = 1;
+    return espi_product_cuda(exec, &p);
+}
+
+esp_status make_tile(const espi_exec *exec, const espi_head *head, const chunk *c) {
+    return make_products(exec, head, c, c->tile, ESP_BF16, tile_stride(head));
+}
+
+/* Offsets stay those into the list of all rows. */
+const int64_t *kept_from(const espi_head *head, const chunk *c) {
+    return head->kept_offsets ? head->kept_offsets + c->first : nullptr;
+}
+
+/* Statistics of a chunk; the arrays are of all rows. */
+esp_status make_statistics(const espi_exec *exec, const espi_head *head, const chunk *c, void *lp, void *entropy, void *lse) {
+    row_statistics<<<static_cast<unsigned>(c->count), THREADS, 0, espi_cuda_of(exec)->stream>>>(
+        static_cast<float *>(lp) + c->first, static_cast<float *>(entropy) + c->first, static_cast<float *>(lse) + c->first, c->tile,
+        head->target + c->first, kept_from(head, c), head->kept, tile_stride(head), head->w.rows, terms_of(head));
+    return ESPI_CUDA_LAUNCHED("statistics of the head");
+}
+
+const float *from(const void *array, const chunk *c) {
+    return array ? static_cast<const float *>(array) + c->first : nullptr;
+}
+
+/* From the tile and the coefficients to d_hidden. */
+esp_status make_gradient(const espi_exec *exec, const espi_head *head, const chunk *c, void *d_hidden, const void *g, const void *e,
+                         const void *lse, const void *entropy) {
+    const int64_t stride = tile_stride(head);
+    const unsigned columns = c->count < espi_cuda_of(exec)->sms ? 8 : 1; /* blocks of a row, where there are few rows */
+    row_gradient<<<dim3(static_cast<unsigned>(c->count), columns), THREADS, 0, espi_cuda_of(exec)->stream>>>(
+        c->tile, head->target + c->first, from(g, c), from(e, c), from(lse, c), from(entropy, c), kept_from(head, c), head->kept, stride,
+        head->w.rows, terms_of(head));
+    ESPI_TRY(ESPI_CUDA_LAUNCHED("gradient of the head's logits"));
+    espi_product p = {};
+    p.d = c->x;
+    p.dtype = ESP_BF16;
+    p.stride = p.n = head->w.cols;
+    p.a = espi_rows_of(c->tile, ESP_BF16, stride);
+    p.b = espi_rows_of(head->w.data, head->w.dtype, head->w.cols);
+    p.m = c->count;
+    p.k = head->w.rows;
+    p.alpha = 1;
+    ESPI_TRY(espi_product_cuda(exec, &p));
+    const int32_t *to = (head->d_rows ? head->d_rows : head->rows) + c->first;
+    return copy(exec, static_cast<bf16 *>(d_hidden), c->x, to, head->w.cols, c->count, true);
+}
+
+void CUDART_CB call_back(void *user) {
+    const espi_cuda_call *call = static_cast<const espi_cuda_call *>(user);
+    if (call->cuda->callback_status != ESP_OK) return; /* of an earlier chunk; reported by the next wait */
+    call->cuda->callback_status = call->coef(call->user, call->first, call->count);
+}
+
+/* The record of a call: that of an equal one, or a new one. */
+esp_status take_call(espi_cuda_call **out, espi_cuda *cuda, const espi_head_fused *a, const chunk *c) {
+    for (espi_cuda_call *call = cuda->calls; call; call = call->next) {
+        if (call->coef != a->coef || call->user != a->coef_user || call->first != c->first || call->count != c->count) continue;
+        *out = call;
+        return ESP_OK;
+    }
+    espi_cuda_call *call = static_cast<espi_cuda_call *>(malloc(sizeof *call));
+    if (!call) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for the record of a callback (%zu bytes)", sizeof *call);
+    *call = {cuda->calls, cuda, a->coef, a->coef_user, c->first, c->count};
+    cuda->calls = call;
+    *out = call;
+    return ESP_OK;
+}
+
+/* Between the statistics and the gradient of a chunk: what the loss makes of them, on the host. */
+esp_status make_coefficients(const espi_exec *exec, const espi_head_fused *a, const chunk *c) {
+    espi_cuda *cuda = espi_cuda_of(exec);
+    const size_t bytes = static_cast<size_t>(c->count) * sizeof(float);
+    float *lp = static_cast<float *>(a->host.lp) + c->first, *entropy = static_cast<float *>(a->host.entropy) + c->first;
+    const float *g = static_cast<const float *>(a->host.g) + c->first, *e = static_cast<const float *>(a->host.e) + c->first;
+    espi_cuda_call *call;
+    ESPI_TRY(take_call(&call, cuda, a, c));
+    ESPI_CUDA_TRY(cudaMemcpyAsync(lp, from(a->lp, c), bytes, cudaMemcpyDeviceToHost, cuda->stream));
+    ESPI_CUDA_TRY(cudaMemcpyAsync(entropy, from(a->entropy, c), bytes, cudaMemcpyDeviceToHost, cuda->stream));
+    ESPI_CUDA_TRY(cudaLaunchHostFunc(cuda->stream, call_back, call));
+    ESPI_CUDA_TRY(cudaMemcpyAsync(static_cast<float *>(a->g) + c->first, g, bytes, cudaMemcpyHostToDevice, cuda->stream));
+    ESPI_CUDA_TRY(cudaMemcpyAsync(static_cast<float *>(a->e) + c->first, e, bytes, cudaMemcpyHostToDevice, cuda->stream));
+    return ESP_OK;
+}
+
+} // namespace
+
+void espi_cuda_calls_free(espi_cuda *cuda) {
+    while (cuda->calls) {
+        espi_cuda_call *call = cuda->calls;
+        cuda->calls = call->next;
+        free(call);
+    }
+}
+
+size_t espi_head_stats_scratch_cuda(const espi_exec *exec, const espi_head_stats *a) {
+    (void)exec;
+    return chunk_room(&a->head);
+}
+
+esp_status espi_head_stats_cuda(const espi_exec *exec, const espi_head_stats *a) {
+    for (int64_t first = 0; first < a->head.n; first += chunk_rows(&a->head)) {
+        const chunk c = chunk_at(exec, &a->head, first);
+        ESPI_TRY(make_tile(exec, &a->head, &c));
+        ESPI_TRY(make_statistics(exec, &a->head, &c, a->lp, a->entropy, a->lse));
+    }
+    return ESP_OK;
+}
+
+size_t espi_head_grad_scratch_cuda(const espi_exec *exec, const espi_head_grad *a) {
+    (void)exec;
+    return chunk_room(&a->head);
+}
+
+esp_status espi_head_grad_cuda(const espi_exec *exec, const espi_head_grad *a) {
+    for (int64_t first = 0; first < a->head.n; first += chunk_rows(&a->head)) {
+        const chunk c = chunk_at(exec, &a->head, first);
+        ESPI_TRY(make_tile(exec, &a->head, &c));
+        ESPI_TRY(make_gradient(exec, &a->head, &c, a->d_hidden, a->g, a->e, a->lse, a->entropy));
+    }
+    return ESP_OK;
+}
+
+size_t espi_head_fused_scratch_cuda(const espi_exec *exec, const espi_head_fused *a) {
+    (void)exec;
+    return chunk_room(&a->head);
+}
+
+esp_status espi_head_fused_cuda(const espi_exec *exec, const espi_head_fused *a) {
+    for (int64_t first = 0; first < a->head.n; first += chunk_rows(&a->head)) {
+        const chunk c = chunk_at(exec, &a->head, first);
+        ESPI_TRY(make_tile(exec, &a->head, &c));
+        ESPI_TRY(make_statistics(exec, &a->head, &c, a->lp, a->entropy, a->lse));
+        ESPI_TRY(make_coefficients(exec, a, &c));
+        ESPI_TRY(make_gradient(exec, &a->head, &c, a->d_hidden, a->g, a->e, a->lse, a->entropy));
+    }
+    return ESP_OK;
+}
+
+size_t espi_head_logits_scratch_cuda(const espi_exec *exec, const espi_head_logits *a) {
+    (void)exec;
+    return espi_room(a->head.n * a->head.w.cols, sizeof(bf16));
+}
+
+esp_status espi_head_logits_cuda(const espi_exec *exec, const espi_head_logits *a) {
+    const int64_t n = a->head.n * a->head.w.rows;
+    if (n == 0) return ESP_OK;
+    const chunk all = {0, a->head.n, nullptr, static_cast<bf16 *>(exec->scratch)};
+    ESPI_TRY(make_products(exec, &a->head, &all, a->logits, ESP_F32, a->head.w.rows));
+    finish_logits<<<espi_blocks(n, COPY_THREADS), COPY_THREADS, 0, espi_cuda_of(exec)->stream>>>(static_cast<float *>(a->logits), n,
+                                                                                                 a->head.w.rows, terms_of(&a->head));
+    return ESPI_CUDA_LAUNCHED("logits");
+}
+
+size_t espi_head_sample_scratch_cuda(const espi_exec *exec, const espi_head_sample *a) {
+    (void)exec;
+    return chunk_room(&a->head);
+}
+
+esp_status espi_head_sample_cuda(const espi_exec *exec, const espi_head_sample *a) {
+    for (int64_t first = 0; first < a->head.n; first += chunk_rows(&a->head)) {
+        const chunk c = chunk_at(exec, &a->head, first);
+        ESPI_TRY(make_tile(exec, &a->head, &c));
+        sample_terms sample = {a->head.temperature == 0, a->filter, nullptr, nullptr, a->kept_most};
+        if (a->kept) {
+            sample.kept = a->kept + c.first * a->kept_most;
+            sample.kept_count = a->kept_count + c.first;
+        }
+        sample_rows<<<static_cast<unsigned>(c.count), THREADS, 0, espi_cuda_of(exec)->stream>>>(
+            a->token + c.first, static_cast<float *>(a->lp) + c.first, c.tile, a->uniform + c.first, sample, tile_stride(&a->head),
+            a->head.w.rows, terms_of(&a->head));
+        ESPI_TRY(ESPI_CUDA_LAUNCHED("sample"));
+    }
+    return ESP_OK;
+}
