@@ -99,6 +99,7 @@ typedef struct espi_rollout_source {
     const char *name; /* "sampler", "file", "server" */
     void *self;
     bool own_prompts; /* a file: prompts, completions and rewards are its own; of a request only n_prompts and samples count */
+    bool routes;      /* it can record routed experts */
     bool exact;       /* its log-probabilities are the trainer's to the bit, so they may stand for the old policy's */
     /* r [out]: an empty batch, filled in with at most n_prompts groups; fewer only when groups were lost (the trainer counts them) */
     esp_status (*generate)(void *self, espi_rollouts *r, const espi_rollout_request *request);

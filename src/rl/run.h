@@ -24,9 +24,11 @@ typedef struct espi_sequence {
     const uint8_t *mask;                      /* [n_completion] 0 = no part of the loss; NULL = all are */
     int32_t n_counted;                        /* how many are */
     const float *sampler, *old, *ref, *ratio; /* [n_prompt + n_completion] */
+    const uint8_t *routes;                    /* [n_prompt + n_completion] tokens of espi_packed.route_width bytes */
+    const int64_t *kept_offsets;              /* [n_prompt + n_completion + 1] into the rollouts' kept_ids */
     double advantage;
-    int64_t row; /* of the rollouts; -1: SFT */
-    bool skip;   /* its gradient is exactly zero */
+    int64_t row, group; /* of the rollouts; -1: SFT.  Neighbours of one group may share their prompt */
+    bool skip;          /* its gradient is exactly zero */
 } espi_sequence;
 
 typedef enum espi_phase {
@@ -39,7 +41,7 @@ typedef enum espi_phase {
 typedef struct espi_step_sums {
     double loss, policy_loss, kl, entropy, ratio, clip_low, clip_high, abs_g, diff_mean, diff_max; /* per-token ones: times tokens */
     double clip_low_least, clip_high_most;                                                         /* over the micro-batches */
-    double tokens, tokens_skipped, diff_tokens, grad_norm, lr;
+    double tokens, tokens_skipped, diff_tokens, grad_norm, lr, route_flips, routes_replayed;
     double seconds_sample, seconds_reward, seconds_logprob, seconds_forward, seconds_backward, seconds_optim, seconds_sync;
 } espi_step_sums;
 
@@ -53,11 +55,21 @@ typedef struct espi_correction_stats {
 
 /* Arrays of one micro-batch, token-aligned. */
 typedef struct espi_packed {
-    int64_t capacity;
-    int32_t *tokens, *cu;
+    int64_t capacity, most_seqs; /* most_seqs: shared prompts included */
+    int32_t *tokens, *cu, *prefix_of;
     uint8_t *mask;
     float *advantage, *sampler, *old, *ref, *ratio;
-    float *out; /* what a log-probability pass gives */
+    float *out;                 /* what a log-probability pass gives */
+    bool share;                 /* a group's prompt is one sequence, and its completions stand behind it */
+    uint8_t *routes, *recorded; /* [capacity, route_width]; NULL: no replay, or nothing to record */
+    int64_t route_width;        /* bytes of a token: layers * top_k of one or two bytes */
+    int64_t *kept_offsets;
+    int32_t *kept_ids;
+    int64_t kept_capacity;
+    /* Of the sequences that were packed: which of those given, and where prompt and completion begin. */
+    int64_t n;
+    int64_t *which;           /* [rows] */
+    int32_t *prompt, *middle; /* [rows] */
 } espi_packed;
 
 /* Copies of the adapter's tensors, in the host's memory; NULL: none. */
@@ -178,7 +190,9 @@ esp_status espi_update_reserve(size_t *bytes, esp_trainer *t, bool take);
 esp_status espi_update_create(esp_trainer *t);
 void espi_update_free(esp_trainer *t);
 /* Packs sequences from *next on, as many as fit, those to be skipped left out unless `all`.  batch.n_seqs = 0: none is left. */
-esp_batch espi_pack(esp_trainer *t, const espi_sequence *sequences, int64_t n, int64_t *next, bool all);
+esp_status espi_pack(esp_batch *batch, esp_trainer *t, const espi_sequence *sequences, int64_t n, int64_t *next, bool all);
+/* Room for the routes that the rollouts have. */
+esp_status espi_update_routes(esp_trainer *t);
 /* One optimiser step on sequences[0..n_sequences). */
 esp_status espi_update(esp_trainer *t);
 

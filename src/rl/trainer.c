@@ -234,7 +234,8 @@ static void next_lines(esp_trainer *t) {
                                           .n_completion = task->n_answer,
                                           .mask = task->answer_mask,
                                           .n_counted = task->n_counted,
-                                          .row = -1};
+                                          .row = -1,
+                                          .group = -1};
     }
 }
 

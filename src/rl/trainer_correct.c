@@ -62,32 +62,53 @@ void espi_snapshot_free(esp_trainer *t) {
 
 /* ---- passes ---- */
 
-/* Log-probabilities of all completions under the model as it is now. */
-static esp_status pass(esp_trainer *t, espi_sequence *all, float *logprob) {
+/* What a pass chose becomes the routes of the rows it was made of; a row's last token is never fed back and stays native. */
+static void keep_routes(esp_trainer *t, const espi_sequence *all) {
+    espi_rollouts *r = &t->rollouts;
+    const espi_packed *p = &t->packed;
+    const int64_t w = p->route_width;
+    for (int64_t i = 0; i < p->n; i++) {
+        const espi_sequence *s = &all[p->which[i]];
+        uint8_t *to = r->routes + r->offsets[s->row] * w;
+        memcpy(to, p->recorded + p->prompt[i] * w, (size_t)(s->n_prompt * w));
+        memcpy(to + s->n_prompt * w, p->recorded + p->middle[i] * w, (size_t)((s->n_completion - 1) * w));
+    }
+}
+
+/* Log-probabilities of all completions under the model as it is now; record: and the experts it chose. */
+static esp_status pass(esp_trainer *t, espi_sequence *all, float *logprob, bool record) {
     const espi_rollouts *r = &t->rollouts;
-    for (int64_t next = 0, first = 0; next < r->shape.rows; first = next) {
-        const esp_batch batch = espi_pack(t, all, r->shape.rows, &next, true);
+    for (int64_t next = 0; next < r->shape.rows;) {
+        esp_batch batch;
         esp_tensor hidden;
+        ESPI_TRY(espi_pack(&batch, t, all, r->shape.rows, &next, true));
+        if (record) {
+            batch.record_experts = t->packed.recorded;
+            batch.routed_bytes = (int32_t)r->shape.route_bytes;
+            batch.n_routed = batch.n_tokens * r->shape.layers * r->shape.top_k;
+        }
         ESPI_TRY(esp_model_forward_only(t->model, &batch, &hidden));
         ESPI_TRY(esp_model_logprob(t->model, &batch, &hidden, t->c.temperature, t->packed.out, NULL));
-        for (int64_t i = first; i < next; i++) {
-            const size_t bytes = (size_t)(r->offsets[i + 1] - r->offsets[i]) * sizeof *logprob;
-            memcpy(logprob + r->offsets[i], t->packed.out + t->packed.cu[i - first], bytes);
+        for (int64_t i = 0; i < t->packed.n; i++) {
+            const espi_sequence *s = &all[t->packed.which[i]];
+            float *to = logprob + r->offsets[s->row] + s->n_prompt;
+            memcpy(to, t->packed.out + t->packed.middle[i], (size_t)s->n_completion * sizeof *logprob);
         }
+        if (record) keep_routes(t, all);
     }
     return ESP_OK;
 }
 
 static esp_status base_pass(esp_trainer *t, espi_sequence *all) {
     ESPI_TRY(esp_model_adapter_enable(t->model, false));
-    const esp_status status = pass(t, all, t->rollouts.ref_logprob);
+    const esp_status status = pass(t, all, t->rollouts.ref_logprob, false);
     ESPI_TRY(esp_model_adapter_enable(t->model, true));
     return status;
 }
 
 static esp_status snapshot_pass(esp_trainer *t, espi_sequence *all) {
     ESPI_TRY(each_tensor(t, exchange));
-    const esp_status status = pass(t, all, t->rollouts.ref_logprob);
+    const esp_status status = pass(t, all, t->rollouts.ref_logprob, false);
     ESPI_TRY(each_tensor(t, exchange));
     return status;
 }
@@ -110,11 +131,24 @@ static bool sampler_is_complete(const espi_rollouts *r) {
     return true;
 }
 
+/* Columns for routes, all native so far. */
+static esp_status widen_for_routes(espi_rollouts *r, const esp_model_info *info) {
+    espi_rollouts wide;
+    espi_rollouts_shape shape = r->shape;
+    shape.layers = info->layers;
+    shape.top_k = info->top_k;
+    shape.route_bytes = info->experts <= ESPI_ROUTE_NATIVE_U8 ? 1 : 2;
+    ESPI_TRY(espi_rollouts_widen(&wide, r, &shape));
+    *r = wide;
+    return ESP_OK;
+}
+
 static esp_status old_logprobs(esp_trainer *t, espi_sequence *all) {
     espi_rollouts *r = &t->rollouts;
+    const bool record = t->c.replay == ESP_REPLAY_R2;
     r->has_old = t->slices > 1 || corrects(&t->c);
     if (!r->has_old) return ESP_OK;
-    if (!t->source.exact || !sampler_is_complete(r)) return pass(t, all, r->old_logprob);
+    if (!t->source.exact || !sampler_is_complete(r) || record) return pass(t, all, r->old_logprob, record);
     /* The policy that sampled is the one before the first update: its log-probabilities are the old ones, to the bit. */
     memcpy(r->old_logprob, r->sampler_logprob, (size_t)r->shape.tokens * sizeof *r->old_logprob);
     return ESP_OK;
@@ -218,14 +252,17 @@ static void correction(esp_trainer *t) {
 static esp_status correct(esp_trainer *t, espi_sequence *all) {
     espi_rollouts *r = &t->rollouts;
     const double start = espi_seconds();
+    ESPI_TRY(espi_update_routes(t));
     for (int64_t i = 0; i < r->shape.rows; i++) {
         all[i] = espi_sequence_of(r, i);
         all[i].mask = NULL;
         all[i].sampler = all[i].old = all[i].ref = all[i].ratio = NULL;
+        if (t->c.replay == ESP_REPLAY_R2) all[i].routes = NULL; /* what is recorded is native */
     }
+    ESPI_TRY(old_logprobs(t, all));
+    for (int64_t i = 0; i < r->shape.rows; i++) all[i].routes = NULL; /* another policy has routes of its own */
     r->has_ref = needs_reference(t);
     if (r->has_ref) ESPI_TRY(t->c.reference == ESP_REFERENCE_BASE ? base_pass(t, all) : snapshot_pass(t, all));
-    ESPI_TRY(old_logprobs(t, all));
     if (r->has_old) correction(t);
     t->sums.seconds_logprob += espi_seconds() - start;
     return ESP_OK;
@@ -234,6 +271,7 @@ static esp_status correct(esp_trainer *t, espi_sequence *all) {
 esp_status espi_correct(esp_trainer *t) {
     espi_sequence *all = NULL;
     t->correction = (espi_correction_stats){NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN};
+    if (t->c.replay == ESP_REPLAY_R2) ESPI_TRY(widen_for_routes(&t->rollouts, &t->info));
     ESPI_TRY(espi_take_array(&all, t->rollouts.shape.rows, sizeof *all));
     const esp_status status = correct(t, all);
     free(all);

@@ -235,6 +235,7 @@ static void add_grpo(json_t *line, const esp_trainer *t, const esp_step_stats *s
         {"completions/clipped_ratio", l.clipped},
         {"sampling/sampling_logp_difference/mean", s->diff_mean / s->diff_tokens},
         {"sampling/sampling_logp_difference/max", s->diff_tokens > 0 ? s->diff_max : NAN},
+        {"moe/route_flip_rate", s->route_flips / s->routes_replayed},
         {"skip/zero_adv_frac", s->tokens_skipped / all},
         {"rollout/generation", (double)t->generation},
         {"rollout/calls", (double)t->tries},

@@ -171,7 +171,7 @@ static esp_status ask(esp_trainer *t, espi_rollouts *r, espi_prompts *p, int64_t
                                           .seed = t->c.seed,
                                           .step = (uint32_t)(t->step + 1),
                                           .version = t->step,
-                                          .routes = t->c.replay == ESP_REPLAY_R3,
+                                          .routes = t->c.replay == ESP_REPLAY_R3 || (t->c.replay == ESP_REPLAY_DEFAULT && t->source.routes),
                                           .deadline = t->c.rollout_timeout > 0 ? espi_seconds() + (double)t->c.rollout_timeout : 0};
     ESPI_TRY(t->source.generate(t->source.self, r, &request));
     return check_answer(t, r, n);
@@ -439,8 +439,11 @@ espi_sequence espi_sequence_of(const espi_rollouts *r, int64_t row) {
                        .old = r->has_old ? r->old_logprob + first : NULL,
                        .ref = r->has_ref ? r->ref_logprob + first : NULL,
                        .ratio = r->has_ratio ? r->is_ratio + first : NULL,
+                       .routes = r->routes ? r->routes + first * r->shape.layers * r->shape.top_k * r->shape.route_bytes : NULL,
+                       .kept_offsets = r->kept_offsets ? r->kept_offsets + first : NULL,
                        .advantage = r->advantage[row],
-                       .row = row};
+                       .row = row,
+                       .group = row / r->shape.group_size};
     for (int32_t k = 0; k < s.n_completion; k++) s.n_counted += s.mask[k];
     return s;
 }

@@ -8,11 +8,27 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* A group's prompt runs once, unless a router loss counts every token that it sees. */
+static bool shares_prompts(const esp_trainer *t) {
+    const esp_model_config *m = &t->model->options;
+    return t->c.kind == ESP_TRAIN_GRPO && !t->c.no_shared_prompts && m->router_aux_coef == 0 && m->router_z_coef == 0;
+}
+
+/* Most tokens of a step. */
+static int64_t step_tokens(const esp_trainer *t) {
+    if (!shares_prompts(t)) return t->rows * t->longest;
+    return t->c.prompts_per_step * (t->longest - t->c.max_new_tokens) + t->rows * t->c.max_new_tokens;
+}
+
 /* Most tokens of one micro-batch. */
 static int64_t batch_capacity(const esp_trainer *t) {
-    const int64_t all = t->rows * t->longest, asked = t->c.micro_batch_tokens;
+    const int64_t all = step_tokens(t), asked = t->c.micro_batch_tokens;
     if (asked == 0 || asked > all) return all;
     return asked > t->longest ? asked : t->longest;
+}
+
+static int64_t most_sequences(const esp_trainer *t) {
+    return t->rows + (shares_prompts(t) ? t->c.prompts_per_step : 0);
 }
 
 /* Bytes of a micro-batch of this shape; take: and makes room for it. */
@@ -41,7 +57,8 @@ esp_status espi_update_reserve(size_t *bytes, esp_trainer *t, bool take) {
     esp_model *m = t->model;
     const int64_t capacity = batch_capacity(t);
     /* Few long sequences have most rows in the loss head, many short ones most borders. */
-    const int32_t n_seqs[2] = {1, (int32_t)(t->rows < capacity ? t->rows : capacity)};
+    const int64_t most = most_sequences(t);
+    const int32_t n_seqs[2] = {1, (int32_t)(most < capacity ? most : capacity)};
     *bytes = 0;
     for (int i = 0; i < 2; i++) {
         ESPI_TRY(candidate(bytes, m, capacity, n_seqs[i], take));
@@ -58,7 +75,7 @@ esp_status espi_update_reserve(size_t *bytes, esp_trainer *t, bool take) {
 /* Two settings speak of the batch of one forward, as in TRL; cutting the step would silently make another objective of them. */
 static esp_status check_cut(const esp_trainer *t, int64_t capacity) {
     const esp_objective *o = &t->c.objective;
-    const int64_t all = t->rows * t->longest;
+    const int64_t all = step_tokens(t);
     if (t->c.kind != ESP_TRAIN_GRPO || capacity == all) return ESP_OK;
     if (o->loss == ESP_LOSS_BNPO)
         return ESPI_FAIL(
@@ -73,17 +90,34 @@ static esp_status check_cut(const esp_trainer *t, int64_t capacity) {
                      t->c.micro_batch_tokens, (double)o->top_entropy_quantile, (long long)all);
 }
 
+/* Room for the routes of a micro-batch, once it is known that there are any. */
+esp_status espi_update_routes(esp_trainer *t) {
+    espi_packed *p = &t->packed;
+    const espi_rollouts_shape *s = &t->rollouts.shape;
+    if (s->route_bytes == 0) return ESP_OK;
+    p->route_width = s->layers * s->top_k * s->route_bytes;
+    if (!p->routes) ESPI_TRY(espi_take_array(&p->routes, p->capacity * p->route_width, 1));
+    return p->recorded ? ESP_OK : espi_take_array(&p->recorded, p->capacity * p->route_width, 1);
+}
+
 esp_status espi_update_create(esp_trainer *t) {
     espi_packed *p = &t->packed;
     const int64_t n = batch_capacity(t);
     ESPI_TRY(check_cut(t, n));
     p->capacity = n;
+    p->most_seqs = most_sequences(t);
+    p->share = shares_prompts(t);
     ESPI_TRY(espi_take_array(&t->sequences, t->rows, sizeof *t->sequences));
     ESPI_TRY(espi_take_array(&t->groups, t->rows * t->c.steps_per_generation, sizeof *t->groups));
     ESPI_TRY(espi_take_array(&p->tokens, n, sizeof *p->tokens));
-    ESPI_TRY(espi_take_array(&p->cu, t->rows + 1, sizeof *p->cu));
+    ESPI_TRY(espi_take_array(&p->cu, p->most_seqs + 1, sizeof *p->cu));
+    ESPI_TRY(espi_take_array(&p->prefix_of, p->most_seqs, sizeof *p->prefix_of));
     ESPI_TRY(espi_take_array(&p->mask, n, sizeof *p->mask));
-    ESPI_TRY(espi_take_array(&p->advantage, t->rows, sizeof *p->advantage));
+    ESPI_TRY(espi_take_array(&p->advantage, p->most_seqs, sizeof *p->advantage));
+    ESPI_TRY(espi_take_array(&p->kept_offsets, n + 1, sizeof *p->kept_offsets));
+    ESPI_TRY(espi_take_array(&p->which, t->rows, sizeof *p->which));
+    ESPI_TRY(espi_take_array(&p->prompt, t->rows, sizeof *p->prompt));
+    ESPI_TRY(espi_take_array(&p->middle, t->rows, sizeof *p->middle));
     float **const scalars[] = {&p->sampler, &p->old, &p->ref, &p->ratio, &p->out};
     for (int i = 0; i < ESPI_COUNT(scalars); i++) ESPI_TRY(espi_take_array(scalars[i], n, sizeof(float)));
     return ESP_OK;
@@ -91,46 +125,99 @@ esp_status espi_update_create(esp_trainer *t) {
 
 void espi_update_free(esp_trainer *t) {
     espi_packed *p = &t->packed;
-    free(t->sequences);
-    free(t->groups);
-    free(p->tokens);
-    free(p->cu);
-    free(p->mask);
-    free(p->advantage);
-    free(p->sampler);
-    free(p->old);
-    free(p->ref);
-    free(p->ratio);
-    free(p->out);
+    void *const arrays[] = {t->sequences,    t->groups,   p->tokens, p->cu,     p->prefix_of, p->mask,   p->advantage,
+                            p->sampler,      p->old,      p->ref,    p->ratio,  p->out,       p->routes, p->recorded,
+                            p->kept_offsets, p->kept_ids, p->which,  p->prompt, p->middle};
+    for (int i = 0; i < ESPI_COUNT(arrays); i++) free(arrays[i]);
 }
 
-static void put(espi_packed *p, int32_t seq, const espi_sequence *s) {
-    const int32_t begin = p->cu[seq], middle = begin + s->n_prompt, n = s->n_prompt + s->n_completion;
+/* Tokens first .. first+n-1 of a sequence, at the end of what is packed; counted: they are its completion. */
+static esp_status put_tokens(esp_trainer *t, int32_t at, const espi_sequence *s, int32_t first, int32_t n, bool counted) {
+    espi_packed *p = &t->packed;
     const struct {
         float *to;
         const float *from;
     } scalars[] = {{p->sampler, s->sampler}, {p->old, s->old}, {p->ref, s->ref}, {p->ratio, s->ratio}};
-    memcpy(p->tokens + begin, s->tokens, (size_t)n * sizeof *p->tokens);
-    memset(p->mask + begin, 0, (size_t)s->n_prompt);
-    memset(p->mask + middle, 1, (size_t)s->n_completion);
-    if (s->mask) memcpy(p->mask + middle, s->mask, (size_t)s->n_completion);
+    memcpy(p->tokens + at, s->tokens + first, (size_t)n * sizeof *p->tokens);
+    memset(p->mask + at, counted, (size_t)n);
+    if (counted && s->mask) memcpy(p->mask + at, s->mask, (size_t)n);
     for (int i = 0; i < ESPI_COUNT(scalars); i++)
-        if (scalars[i].from) memcpy(scalars[i].to + begin, scalars[i].from, (size_t)n * sizeof(float));
-    p->advantage[seq] = (float)s->advantage;
-    p->cu[seq + 1] = begin + n;
+        if (scalars[i].from) memcpy(scalars[i].to + at, scalars[i].from + first, (size_t)n * sizeof(float));
+    if (s->routes) memcpy(p->routes + at * p->route_width, s->routes + first * p->route_width, (size_t)(n * p->route_width));
+    if (!s->kept_offsets) return ESP_OK;
+    const int64_t begin = s->kept_offsets[first], kept = s->kept_offsets[first + n] - begin, there = p->kept_offsets[at];
+    if (there + kept > p->kept_capacity) {
+        const int64_t capacity = 2 * (there + kept);
+        int32_t *grown = realloc(p->kept_ids, (size_t)capacity * sizeof *grown);
+        if (!grown) return ESPI_FAIL(ESP_ERR_MEMORY, "trainer: no memory for %lld kept ids", (long long)capacity);
+        p->kept_ids = grown;
+        p->kept_capacity = capacity;
+    }
+    if (kept > 0) memcpy(p->kept_ids + there, t->rollouts.kept_ids + begin, (size_t)kept * sizeof *p->kept_ids);
+    for (int32_t k = 0; k < n; k++) p->kept_offsets[at + k + 1] = there + s->kept_offsets[first + k + 1] - begin;
+    return ESP_OK;
 }
 
-esp_batch espi_pack(esp_trainer *t, const espi_sequence *sequences, int64_t n, int64_t *next, bool all) {
+/* Where sequences go: the packed ones, and the group whose prompt stands there to be used, with its number. */
+typedef struct packing {
+    int32_t n_seqs, prefix;
+    int64_t group;
+} packing;
+
+static esp_status put(esp_trainer *t, packing *to, const espi_sequence *s, int64_t which) {
     espi_packed *p = &t->packed;
-    int32_t n_seqs = 0;
+    const bool shared = p->share && s->group >= 0;
+    if (shared && to->group != s->group) {
+        const int32_t at = p->cu[to->n_seqs];
+        ESPI_TRY(put_tokens(t, at, s, 0, s->n_prompt, false));
+        p->prefix_of[to->n_seqs] = -1;
+        p->advantage[to->n_seqs] = 0;
+        to->group = s->group;
+        to->prefix = to->n_seqs++;
+        p->cu[to->n_seqs] = at + s->n_prompt;
+    }
+    const int32_t at = p->cu[to->n_seqs], middle = shared ? at : at + s->n_prompt;
+    if (!shared) ESPI_TRY(put_tokens(t, at, s, 0, s->n_prompt, false));
+    ESPI_TRY(put_tokens(t, middle, s, s->n_prompt, s->n_completion, true));
+    p->which[p->n] = which;
+    p->prompt[p->n] = shared ? p->cu[to->prefix] : at;
+    p->middle[p->n++] = middle;
+    p->prefix_of[to->n_seqs] = shared ? to->prefix : -1;
+    p->advantage[to->n_seqs++] = (float)s->advantage;
+    p->cu[to->n_seqs] = middle + s->n_completion;
+    return ESP_OK;
+}
+
+esp_status espi_pack(esp_batch *batch, esp_trainer *t, const espi_sequence *sequences, int64_t n, int64_t *next, bool all) {
+    espi_packed *p = &t->packed;
+    packing to = {.group = -1};
+    p->n = 0;
     p->cu[0] = 0;
-    for (; *next < n && n_seqs < t->rows; ++*next) {
+    bool routes = false, kept = false;
+    for (; *next < n && p->n < t->rows; ++*next) {
         const espi_sequence *s = &sequences[*next];
         if (s->skip && !all) continue;
-        if (p->cu[n_seqs] + s->n_prompt + s->n_completion > p->capacity) break;
-        put(p, n_seqs++, s);
+        const bool follows = p->share && s->group >= 0 && to.group == s->group;
+        if (p->cu[to.n_seqs] + (follows ? 0 : s->n_prompt) + s->n_completion > p->capacity) break;
+        if (to.n_seqs + 2 > p->most_seqs && !follows && p->share) break;
+        ESPI_TRY(put(t, &to, s, *next));
+        routes = s->routes != NULL;
+        kept = s->kept_offsets != NULL;
     }
-    return ESP_BATCH(.tokens = p->tokens, .cu_seqlens = p->cu, .n_tokens = p->cu[n_seqs], .n_seqs = n_seqs, .loss_mask = p->mask);
+    const espi_rollouts_shape *shape = &t->rollouts.shape;
+    *batch = ESP_BATCH(.tokens = p->tokens, .cu_seqlens = p->cu, .n_tokens = p->cu[to.n_seqs], .n_seqs = to.n_seqs, .loss_mask = p->mask,
+                       .prefix_of = p->share ? p->prefix_of : NULL);
+    if (routes) {
+        batch->routed_experts = p->routes;
+        batch->routed_bytes = (int32_t)shape->route_bytes;
+        batch->n_routed = batch->n_tokens * shape->layers * shape->top_k;
+    }
+    if (kept) {
+        batch->kept_offsets = p->kept_offsets;
+        batch->kept_ids = p->kept_ids;
+        batch->n_kept = p->kept_offsets[batch->n_tokens];
+    }
+    return ESP_OK;
 }
 
 static void add_stats(espi_step_sums *sums, const esp_grpo_stats *s) {
@@ -180,6 +267,10 @@ static esp_status accumulate(esp_trainer *t, esp_batch *batch) {
     esp_tensor hidden, d_hidden;
     const double start = espi_seconds();
     ESPI_TRY(esp_model_forward(t->model, batch, &hidden));
+    int64_t flips, replayed;
+    ESPI_TRY(esp_model_route_flips(t->model, &flips, &replayed));
+    t->sums.route_flips += (double)flips;
+    t->sums.routes_replayed += (double)replayed;
     const double forwarded = espi_seconds();
     ESPI_TRY(loss(t, batch, &hidden, &d_hidden));
     ESPI_TRY(esp_model_backward(t->model, batch, &d_hidden));
@@ -214,12 +305,14 @@ static void control_entropy(esp_trainer *t) {
 }
 
 esp_status espi_update(esp_trainer *t) {
-    double step_tokens = 0;
-    for (int64_t i = 0; i < t->n_sequences; i++) step_tokens += t->sequences[i].n_counted;
+    double counted = 0;
+    for (int64_t i = 0; i < t->n_sequences; i++) counted += t->sequences[i].n_counted;
+    ESPI_TRY(espi_update_routes(t));
     for (int64_t next = 0; next < t->n_sequences;) {
-        esp_batch batch = espi_pack(t, t->sequences, t->n_sequences, &next, false);
+        esp_batch batch;
+        ESPI_TRY(espi_pack(&batch, t, t->sequences, t->n_sequences, &next, false));
         if (batch.n_seqs == 0) break;
-        batch.step_tokens = step_tokens;
+        batch.step_tokens = counted;
         batch.step_seqs = (double)t->n_sequences;
         ESPI_TRY(accumulate(t, &batch));
     }

@@ -427,6 +427,25 @@ Test(options, a_snapshot_pass_changes_no_parameter) {
     demo_free(&e);
 }
 
+/* ---- routing replay ---- */
+
+/* R2: the first update goes the way of the pass that recorded it; later ones are held to it while the router itself would turn off. */
+Test(options, r2_replays_the_routes_of_the_old_policy) {
+    esp_trainer_config c = small(6);
+    c.replay = ESP_REPLAY_R2;
+    c.updates_per_batch = 6;
+    c.no_skip = true;
+    c.adamw = ESP_ADAMW_CONFIG(.lr = 0.03f);
+    demo d = demo_trainer(&c);
+    run(&d, 1);
+    const espi_step_sums *s = &d.trainer->sums;
+    cr_assert(s->routes_replayed > 0 && s->route_flips == 0, "%g of %g", s->route_flips, s->routes_replayed);
+    cr_assert_eq(s->ratio, s->tokens);
+    run(&d, 6);
+    cr_assert(s->route_flips > 0 && s->route_flips < s->routes_replayed, "%g of %g", s->route_flips, s->routes_replayed);
+    demo_free(&d);
+}
+
 /* ---- entropy ---- */
 
 Test(options, the_entropy_controller_steps_towards_its_target) {

@@ -195,6 +195,26 @@ Test(trainer, micro_batches_change_nothing) {
     esp_trainer_config whole = small(NULL, NULL, 5), cut = whole;
     cut.micro_batch_tokens = 40;
     same_gradients(&whole, &cut);
+    whole.no_shared_prompts = cut.no_shared_prompts = true;
+    same_gradients(&whole, &cut);
+}
+
+Test(trainer, shared_prompts_change_nothing_but_the_tokens_of_a_forward) {
+    esp_trainer_config shared = small(NULL, NULL, 5), repeated = shared;
+    repeated.no_shared_prompts = true;
+    same_gradients(&shared, &repeated);
+    demo a = demo_trainer(&shared), b = demo_trainer(&repeated);
+    OK(espi_trainer_sample(a.trainer));
+    OK(espi_trainer_sample(b.trainer));
+    int64_t next = 0, prompts = 0;
+    esp_batch x, y;
+    OK(espi_pack(&x, a.trainer, a.trainer->sequences, a.trainer->n_sequences, &next, true));
+    cr_assert_eq(next, 16);
+    OK(espi_pack(&y, b.trainer, b.trainer->sequences, b.trainer->n_sequences, (next = 0, &next), true));
+    for (int64_t g = 0; g < 4; g++) prompts += 3 * a.trainer->sequences[4 * g].n_prompt;
+    cr_assert(x.n_seqs == 20 && y.n_seqs == 16 && x.n_tokens == y.n_tokens - prompts);
+    demo_free(&a);
+    demo_free(&b);
 }
 
 /* One step of one update, and the first of two. */
@@ -349,7 +369,7 @@ Test(trainer, entropy_quantile_needs_the_step_in_one_forward) {
     c.objective.top_entropy_quantile = 0.5f;
     demo d = demo_trainer(&c);
     run(&d, 1);
-    const int64_t all = d.trainer->rows * d.trainer->longest;
+    const int64_t all = d.trainer->packed.capacity;
     demo_free(&d);
     c.micro_batch_tokens = (int32_t)all;
     d = demo_trainer(&c);
