@@ -111,6 +111,7 @@ static const option options[] = {
     {"replay", CHOICE, ANY, T(replay), GRPO, replays,
      "experts that training takes: default|none (its own)|r2 (of the old policy's pass)|r3 (the sampler's)"},
     {"no_shared_prompts", FLAG, ANY, T(no_shared_prompts), GRPO, NULL, "every completion runs its prompt itself"},
+    {"no_kl_on_zero_adv", FLAG, ANY, T(no_kl_on_zero_adv), GRPO, NULL, "groups without an advantage have no KL term either"},
     {"top_k", I32, NOT_NEGATIVE, T(top_k), GRPO, NULL, "training samples among the k likeliest tokens; 0 = all (0)"},
     {"top_p", REAL, POSITIVE, T(top_p), GRPO, NULL, "among the likeliest that add up to p (1)"},
     {"min_p", REAL, NOT_NEGATIVE, T(min_p), GRPO, NULL, "among those at least so likely as this share of the likeliest (0)"},

@@ -107,7 +107,9 @@ typedef struct esp_trainer_config {
     int32_t keep_checkpoints; ///< the last so many are kept as out_dir/checkpoint-STEP.h5; default 0: checkpoint.h5 only.  At most 64
     float rollout_timeout;    ///< seconds for one generation call; 0 = none
     float reward_timeout;     ///< seconds for all rewards of one batch; what is late is NaN and counted; 0 = none
-    bool no_shared_prompts;   ///< every sequence runs its prompt itself
+    bool no_shared_prompts; ///< every sequence runs its prompt itself.  So it is, too, when a router loss is on: that counts tokens as they
+                            ///< are run
+    bool no_kl_on_zero_adv; ///< groups without any advantage have no KL term either, so they may be skipped with beta > 0 as well
     esp_stop_fn stop;
     void *stop_user;
 } esp_trainer_config;

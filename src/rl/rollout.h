@@ -88,8 +88,8 @@ typedef struct espi_rollout_request {
     uint64_t seed;
     uint32_t step;
     int64_t position; /* groups that this run asked for before: where a file goes on */
-    int64_t version; /* of the adapter as it is now */
-    bool routes;     /* record routed experts; a source that cannot fails with ESP_ERR_UNSUPPORTED */
+    int64_t version;  /* of the adapter as it is now */
+    bool routes;      /* record routed experts; a source that cannot fails with ESP_ERR_UNSUPPORTED */
     double
         deadline; /* espi_seconds() at which it must have returned; 0 = none.  Passed: ESP_ERR_COMM, naming what was awaited, or the groups that are there */
 } espi_rollout_request;

@@ -41,6 +41,7 @@ typedef enum espi_phase {
 typedef struct espi_step_sums {
     double loss, policy_loss, kl, entropy, ratio, clip_low, clip_high, abs_g, diff_mean, diff_max; /* per-token ones: times tokens */
     double clip_low_least, clip_high_most;                                                         /* over the micro-batches */
+    double aux_loss, forward_tokens; /* times tokens of the forwards, and those */
     double tokens, tokens_skipped, diff_tokens, grad_norm, lr, route_flips, routes_replayed;
     double seconds_sample, seconds_reward, seconds_logprob, seconds_forward, seconds_backward, seconds_optim, seconds_sync;
 } espi_step_sums;
@@ -120,6 +121,7 @@ struct esp_trainer {
     int64_t *groups;          /* order of the generation's groups in its slices */
     espi_packed packed;
     espi_step_sums sums;
+    int64_t *load, *load_part; /* [experts] token-expert pairs of the step's forwards, over all layers; of one forward */
     espi_correction_stats correction;
     espi_snapshot snapshot;
     double entropy_coef; /* the controller's, or the objective's */

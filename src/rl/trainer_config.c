@@ -249,6 +249,9 @@ static esp_status check_objective_pairs(const esp_trainer_config *c) {
 static esp_status check_reference_pairs(const esp_trainer_config *c) {
     if (c->ref_sync_every > 0 && c->reference != ESP_REFERENCE_SNAPSHOT)
         return pair("ref_sync_every", "reference base", "the frozen base has nothing to be synced; set reference snapshot");
+    if (c->no_kl_on_zero_adv && c->objective.beta == 0)
+        return pair("no_kl_on_zero_adv", "beta 0", "there is no KL term to leave out; set beta");
+    if (c->no_kl_on_zero_adv && c->no_skip) return pair("no_kl_on_zero_adv", "no_skip", "their KL term is left out by skipping them");
     if (c->ref_sync_every > 0 && c->objective.beta == 0)
         return pair("ref_sync_every", "beta 0", "nothing pulls towards the reference; set beta");
     return ESP_OK;

@@ -205,6 +205,22 @@ static void add_numbers(json_t *line, const entry *numbers, int n) {
     for (int i = 0; i < n; i++) json_object_set_new(line, numbers[i].key, number(numbers[i].value));
 }
 
+/* Load shares of the experts times their number, less 1: 0 is balance. */
+static void add_load(json_t *line, const esp_trainer *t) {
+    const double experts = (double)t->info.experts;
+    double all = 0, low = INFINITY, high = -INFINITY, sum = 0;
+    for (int64_t e = 0; e < t->info.experts; e++) all += (double)t->load[e];
+    for (int64_t e = 0; e < t->info.experts; e++) {
+        const double violation = (double)t->load[e] / all * experts - 1;
+        low = fmin(low, violation);
+        high = fmax(high, violation);
+        sum += fabs(violation);
+    }
+    const entry numbers[] = {{"moe/max_vio", high}, {"moe/min_vio", low}, {"moe/avg_vio", sum / experts}};
+    add_numbers(line, numbers, all > 0 ? ESPI_COUNT(numbers) : 0);
+    if (t->model->options.router_aux_coef != 0) json_object_set_new(line, "aux_loss", number(t->sums.aux_loss / t->sums.forward_tokens));
+}
+
 /* Numbers of a GRPO step.  Shares of tokens are over all of them: a skipped one is not clipped. */
 static void add_grpo(json_t *line, const esp_trainer *t, const esp_step_stats *stats) {
     const espi_step_sums *s = &t->sums;
@@ -335,6 +351,7 @@ esp_status espi_log_step(esp_trainer *t, const esp_step_stats *stats) {
         if (t->rollouts.has_old) add_correction(line, &t->correction);
         if (strcmp(t->source.name, "server") == 0) add_server(line, t);
     }
+    add_load(line, t);
     if (!isnan(stats->eval_sampled)) add_evaluation(line, stats->eval_sampled, stats->eval_greedy);
     json_object_set_new(line, "mem/peak_bytes", json_integer((json_int_t)t->model->ctx->peak));
     add_times(line, t, stats);

@@ -414,8 +414,9 @@ void espi_rollout_free(esp_trainer *t) {
 static bool may_skip(const esp_trainer *t) {
     const esp_objective *o = &t->c.objective;
     const esp_model_config *m = &t->model->options;
-    return !t->c.no_skip && o->beta == 0 && o->entropy_coef == 0 && t->c.entropy_target == 0 && m->router_aux_coef == 0 &&
-           m->router_z_coef == 0 && o->loss != ESP_LOSS_BNPO && (o->top_entropy_quantile == 0 || o->top_entropy_quantile == 1);
+    return !t->c.no_skip && (o->beta == 0 || t->c.no_kl_on_zero_adv) && o->entropy_coef == 0 && t->c.entropy_target == 0 &&
+           m->router_aux_coef == 0 && m->router_z_coef == 0 && o->loss != ESP_LOSS_BNPO &&
+           (o->top_entropy_quantile == 0 || o->top_entropy_quantile == 1);
 }
 
 /* The order in which the groups of this generation come in this round. */

@@ -162,6 +162,8 @@ static int set_run(json_t *root, const esp_trainer *t, const espi_adamw_settings
         {"order", c->order},
         {"replay", c->replay},
         {"top_k", c->top_k},
+        {"no_shared_prompts", c->no_shared_prompts},
+        {"no_kl_on_zero_adv", c->no_kl_on_zero_adv},
         {"train_lines", t->train.n},
         {"layers", t->info.layers},
         {"hidden", t->info.hidden},

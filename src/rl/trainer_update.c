@@ -1,5 +1,6 @@
 /* The second half of a step: sequences become micro-batches, those gradients, and these one optimiser step.  Every micro-batch is divided
  * by the counts of the whole step, so that how it is cut does not matter. */
+#include "contract/decoder.h"
 #include "core/decimal.h"
 #include "models/passes.h"
 #include "rl/run.h"
@@ -109,6 +110,8 @@ esp_status espi_update_create(esp_trainer *t) {
     p->share = shares_prompts(t);
     ESPI_TRY(espi_take_array(&t->sequences, t->rows, sizeof *t->sequences));
     ESPI_TRY(espi_take_array(&t->groups, t->rows * t->c.steps_per_generation, sizeof *t->groups));
+    ESPI_TRY(espi_take_array(&t->load, t->info.experts, sizeof *t->load));
+    ESPI_TRY(espi_take_array(&t->load_part, t->info.experts, sizeof *t->load_part));
     ESPI_TRY(espi_take_array(&p->tokens, n, sizeof *p->tokens));
     ESPI_TRY(espi_take_array(&p->cu, p->most_seqs + 1, sizeof *p->cu));
     ESPI_TRY(espi_take_array(&p->prefix_of, p->most_seqs, sizeof *p->prefix_of));
@@ -125,9 +128,9 @@ esp_status espi_update_create(esp_trainer *t) {
 
 void espi_update_free(esp_trainer *t) {
     espi_packed *p = &t->packed;
-    void *const arrays[] = {t->sequences,    t->groups,   p->tokens, p->cu,     p->prefix_of, p->mask,   p->advantage,
-                            p->sampler,      p->old,      p->ref,    p->ratio,  p->out,       p->routes, p->recorded,
-                            p->kept_offsets, p->kept_ids, p->which,  p->prompt, p->middle};
+    void *const arrays[] = {t->load,   t->load_part, t->sequences,    t->groups,   p->tokens, p->cu,     p->prefix_of,
+                            p->mask,   p->advantage, p->sampler,      p->old,      p->ref,    p->ratio,  p->out,
+                            p->routes, p->recorded,  p->kept_offsets, p->kept_ids, p->which,  p->prompt, p->middle};
     for (int i = 0; i < ESPI_COUNT(arrays); i++) free(arrays[i]);
 }
 
@@ -262,15 +265,29 @@ static esp_status loss(esp_trainer *t, esp_batch *batch, const esp_tensor *hidde
     return ESP_OK;
 }
 
+/* What the routers did in the last forward. */
+static esp_status note_routing(esp_trainer *t) {
+    int64_t flips, replayed;
+    const int64_t experts = t->info.experts;
+    ESPI_TRY(esp_model_route_flips(t->model, &flips, &replayed));
+    t->sums.route_flips += (double)flips;
+    t->sums.routes_replayed += (double)replayed;
+    ESPI_TRY(espi_ctx_get(t->model->ctx, t->load_part, t->model->saved->router_counts, (size_t)experts * sizeof *t->load_part));
+    for (int64_t e = 0; e < experts; e++) t->load[e] += t->load_part[e];
+    t->sums.forward_tokens += (double)t->model->saved->tokens;
+    if (t->model->options.router_aux_coef == 0) return ESP_OK;
+    double aux, z;
+    ESPI_TRY(esp_model_router_losses(t->model, &aux, &z));
+    t->sums.aux_loss += aux * (double)t->model->saved->tokens;
+    return ESP_OK;
+}
+
 /* The gradient of one micro-batch. */
 static esp_status accumulate(esp_trainer *t, esp_batch *batch) {
     esp_tensor hidden, d_hidden;
     const double start = espi_seconds();
     ESPI_TRY(esp_model_forward(t->model, batch, &hidden));
-    int64_t flips, replayed;
-    ESPI_TRY(esp_model_route_flips(t->model, &flips, &replayed));
-    t->sums.route_flips += (double)flips;
-    t->sums.routes_replayed += (double)replayed;
+    ESPI_TRY(note_routing(t));
     const double forwarded = espi_seconds();
     ESPI_TRY(loss(t, batch, &hidden, &d_hidden));
     ESPI_TRY(esp_model_backward(t->model, batch, &d_hidden));
@@ -308,6 +325,7 @@ esp_status espi_update(esp_trainer *t) {
     double counted = 0;
     for (int64_t i = 0; i < t->n_sequences; i++) counted += t->sequences[i].n_counted;
     ESPI_TRY(espi_update_routes(t));
+    memset(t->load, 0, (size_t)t->info.experts * sizeof *t->load);
     for (int64_t next = 0; next < t->n_sequences;) {
         esp_batch batch;
         ESPI_TRY(espi_pack(&batch, t, t->sequences, t->n_sequences, &next, false));

@@ -34,6 +34,8 @@ Test(options, pairs_that_make_no_sense_are_refused_by_name) {
         {"entropy_max", "entropy_target 0", GRPO(.entropy_max = 0.1f)},
         {"order normalize_then_sum", "scale other than group", GRPO(.order = ESP_NORMALIZE_THEN_SUM)},
         {"ref_sync_every", "reference base", GRPO(.ref_sync_every = 3, .objective = {.beta = 0.1f})},
+        {"no_kl_on_zero_adv", "beta 0", GRPO(.no_kl_on_zero_adv = true)},
+        {"no_kl_on_zero_adv", "no_skip", GRPO(.no_kl_on_zero_adv = true, .no_skip = true, .objective = {.beta = 0.1f})},
         {"ref_sync_every", "beta 0", GRPO(.ref_sync_every = 3, .reference = ESP_REFERENCE_SNAPSHOT)},
         {"correction_level sequence", "correction none", GRPO(.correction_level = ESP_IS_SEQUENCE)},
         {"correction_high", "correction none", GRPO(.correction_high = 2)},
@@ -403,6 +405,46 @@ Test(options, references_are_base_snapshot_and_last_sync) {
     OK(esp_trainer_create(&d.trainer, d.model, d.tokenizer, &c));
     OK(esp_trainer_step(d.trainer, &s));
     cr_assert_gt(s.kl, 0);
+    demo_free(&d);
+}
+
+static int same_for_all(void *user, const esp_reward_batch *batch, float *reward) {
+    (void)user;
+    for (int64_t i = 0; i < batch->n; i++) reward[i] = 1;
+    return 0;
+}
+
+/* Without any advantage only the KL term pulls, unless it is told not to. */
+Test(options, kl_pulls_on_groups_without_advantage_unless_told_not_to) {
+    const esp_reward reward = {.name = "same", .fn = same_for_all, .weight = 1};
+    for (int off = 0; off < 2; off++) {
+        esp_trainer_config c = small(1);
+        c.rewards = &reward;
+        c.n_rewards = 1;
+        c.objective.beta = 0.1f;
+        c.no_kl_on_zero_adv = off;
+        demo d = demo_model(5, true);
+        OK(esp_trainer_create(&d.trainer, d.model, d.tokenizer, &c));
+        esp_step_stats s = ESP_STEP_STATS_INIT;
+        OK(esp_trainer_step(d.trainer, &s));
+        cr_expect_eq(s.grad_norm == 0, off == 1, "no_kl_on_zero_adv %d: |grad| %g", off, s.grad_norm);
+        cr_expect_eq(d.trainer->sums.tokens == 0, off == 1);
+        demo_free(&d);
+    }
+}
+
+/* Balanced or not, the load adds up: every token of a step's forward goes to K experts in every layer. */
+Test(options, the_routers_load_is_that_of_the_steps_tokens) {
+    esp_trainer_config c = small(1);
+    c.no_skip = true;
+    c.micro_batch_tokens = 60;
+    c.no_shared_prompts = true;
+    demo d = demo_trainer(&c);
+    run(&d, 1);
+    int64_t tokens = 0, load = 0;
+    for (int64_t i = 0; i < d.trainer->n_sequences; i++) tokens += d.trainer->sequences[i].n_prompt + d.trainer->sequences[i].n_completion;
+    for (int64_t e = 0; e < d.trainer->info.experts; e++) load += d.trainer->load[e];
+    cr_assert_eq(load, tokens * d.trainer->info.top_k * d.trainer->info.layers);
     demo_free(&d);
 }
 
