@@ -2,6 +2,7 @@
  * Rounds are interleaved: each round times every case once, and the figures are medians over the rounds. */
 #include "cases.h"
 #include "espalier/espalier.h"
+#include "measure.h"
 
 #include <getopt.h>
 #include <jansson.h>
@@ -11,7 +12,7 @@
 #include <string.h>
 #include <time.h>
 
-enum { MAX_ROUNDS = 101, MAX_CASES = 256, LINE = 160 };
+enum { MAX_CASES = 256 };
 
 static const shape shapes[] = {
     {"demo, training step", 1800, 128, 8, 2, 64, 8, 64, 4, 2, 64, ROUTE_RANDOM, ESP_NF4, ESP_F32, .renormalise = true},
@@ -52,30 +53,6 @@ static const struct {
 #include "kernels/ops.def"
 #undef ESPI_OP
 };
-
-static double clock_seconds(clockid_t clock) {
-    struct timespec t;
-    clock_gettime(clock, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-/* One thread: its processor time, which busy neighbours disturb least; several: the time that passes. */
-static clockid_t stopwatch = CLOCK_THREAD_CPUTIME_ID;
-
-static double now(void) {
-    return clock_seconds(stopwatch);
-}
-
-static void die(const char *what) {
-    fprintf(stderr, "esp_bench: %s: %s\n", what, esp_last_error());
-    exit(1);
-}
-
-static void *allocate(size_t bytes) {
-    void *p = aligned_alloc(64, (bytes + 64) / 64 * 64);
-    if (!p) die("out of memory");
-    return p;
-}
 
 /* Multiply-adds of the matrix products of one call, or 0: the op moves memory. */
 static double products_of(espi_op_id op, const any_args *a, const shape *s) {
@@ -190,18 +167,6 @@ static double copy_roof(char *to, const char *from, size_t bytes) {
     return 2.0 * (double)bytes / (now() - start);
 }
 
-static int by_value(const void *a, const void *b) {
-    const double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
-static double median(const double *values, int n) {
-    double sorted[MAX_ROUNDS];
-    memcpy(sorted, values, (size_t)n * sizeof *sorted);
-    qsort(sorted, (size_t)n, sizeof *sorted, by_value);
-    return sorted[n / 2];
-}
-
 static const espi_backend *find_backend(const char *name) {
     for (const espi_backend *const *b = espi_backends_cpu; *b; b++)
         if ((*b)->available() && (!name || strcmp((*b)->name, name) == 0)) return *b;
@@ -285,25 +250,10 @@ static void run_model(model_run *run, const char *backend, int threads, int roun
     free(cu);
 }
 
-static const char *cpu_name(void) {
-    static char line[LINE];
-    FILE *f = fopen("/proc/cpuinfo", "r");
-    while (f && fgets(line, sizeof line, f)) {
-        char *value = strchr(line, ':');
-        if (strncmp(line, "model name", 10) != 0 || !value) continue;
-        line[strcspn(line, "\n")] = '\0';
-        fclose(f);
-        return value + 2;
-    }
-    if (f) fclose(f);
-    return "unknown";
-}
-
 static void write_json(const char *path, const char *commit, const char *backend, int threads, const bench_case *cases, int n, double fma,
                        double copy, const model_run *run) {
     char date[LINE];
-    const time_t today = time(NULL);
-    strftime(date, sizeof date, "%Y-%m-%dT%H:%M:%SZ", gmtime(&today));
+    date_now(date);
     json_t *list = json_array();
     for (int i = 0; i < n; i++)
         json_array_append_new(list, json_pack("{s:s, s:s, s:f, s:f, s:f}", "op", cases[i].op, "shape", cases[i].shape, "seconds",
