@@ -1,0 +1,493 @@
+/* Every op of ops.def on the GPU, over a table of shapes, against the double reference: its own program, for it needs neither Criterion nor
+ * the rest of the library.  Exit status 77: no GPU.   test_cuda_ops [OP]
+ *
+ * The inputs marked act in ops.h are rounded to bf16 first, for all three: the double reference says what is right, the float reference with
+ * its results rounded to bf16 how far a plain implementation in bf16 is from it, and the GPU may err by twice that and a floor:
+ *  - results in bf16: 2^-9 of the largest, for where a plain implementation adds several products it rounds each;
+ *  - results in f32 that are made of bf16 products (gradients of branches, the head's rows) are measured against the reference rounded to bf16
+ *    too, since the products' operands are;
+ *  - other results in f32: as tests/kernels/conformance.c.
+ * Each call is made twice and must give the same bits, leave its inputs as they are, and write nowhere else. */
+#include "cases.h"
+
+#include "espalier/status.h"
+#include "kernels/plain.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+extern const espi_backend espi_backend_cuda;
+
+#define FLOOR 1e-6
+#define RESIDUE 1e-2
+#define BF16_FLOOR 0x1p-9
+#define GAP ((size_t)256)
+#define GAP_BYTE 0xA5
+#define MEMORY ((size_t)256 << 20)
+enum { SKIPPED = 77 };
+
+/* T, H, E, K, I, R, V, Hq, Hk, D. */
+static const shape shapes[] = {
+    {"no token", 0, 16, 4, 2, 16, 4, 33, 4, 2, 16, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .extras = true},
+    {"one token", 1, 64, 8, 2, 32, 8, 97, 4, 2, 64, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .extras = true},
+    {"ones", 1, 1, 1, 1, 1, 1, 1, 1, 1, 2, ROUTE_RANDOM, ESP_NF4, ESP_F32, .extras = false},
+    {"two tokens, odd all over", 2, 15, 3, 2, 7, 3, 31, 3, 1, 6, ROUTE_RANDOM, ESP_FP4, ESP_BF16, .nested = true, .renormalise = true},
+    {"15", 15, 15, 4, 2, 15, 4, 65, 4, 4, 64, ROUTE_RANDOM, ESP_NF4, ESP_F32, .in_place = true, .decode = true},
+    {"16", 16, 16, 8, 2, 16, 8, 64, 4, 2, 16, ROUTE_RANDOM, ESP_FP4, ESP_F32, .extras = true, .in_place = true},
+    {"17", 17, 17, 5, 3, 17, 5, 67, 6, 2, 128, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .extras = true, .decode = true},
+    {"31", 31, 31, 6, 1, 33, 2, 127, 2, 1, 30, ROUTE_SKEWED, ESP_NF4, ESP_F16, .nested = true},
+    {"33", 33, 33, 6, 6, 31, 16, 129, 2, 2, 34, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .renormalise = true, .in_place = true},
+    {"64", 64, 64, 8, 4, 32, 16, 256, 8, 2, 64, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .renormalise = true, .extras = true},
+    {"65", 65, 65, 8, 2, 65, 17, 257, 5, 5, 12, ROUTE_SKEWED, ESP_FP4, ESP_F32, .extras = true},
+    {"dense", 130, 128, 16, 4, 96, 16, 520, 8, 2, 128, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .renormalise = true, .extras = true},
+    {"dense, f32 weights", 70, 96, 16, 4, 64, 8, 320, 4, 4, 64, ROUTE_RANDOM, ESP_NF4, ESP_F32, .bias = true, .extras = true},
+    {"dense, large", 300, 512, 64, 8, 384, 32, 2056, 16, 2, 128, ROUTE_SKEWED, ESP_NF4, ESP_BF16, .renormalise = true},
+    {"dense, no branch, in place", 257, 256, 32, 4, 200, 0, 1000, 8, 8, 64, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .in_place = true},
+    {"experts without tokens", 20, 32, 8, 2, 48, 4, 100, 4, 1, 8, ROUTE_EMPTY, ESP_NF4, ESP_BF16, .renormalise = true},
+    {"all on one", 37, 48, 4, 1, 24, 4, 50, 4, 2, 64, ROUTE_ONE, ESP_NF4, ESP_BF16, .extras = true, .decode = true},
+    {"plain bf16", 19, 40, 4, 2, 20, 4, 70, 4, 2, 20, ROUTE_RANDOM, ESP_Q_NONE, ESP_BF16, .renormalise = true},
+    {"plain f16", 18, 24, 4, 2, 12, 4, 70, 4, 2, 18, ROUTE_SKEWED, ESP_Q_NONE, ESP_F16, .extras = true},
+    {"plain f32", 21, 40, 4, 3, 20, 3, 70, 4, 2, 22, ROUTE_EMPTY, ESP_Q_NONE, ESP_F32, .extras = true},
+    {"many blocks, double quantisation", 9, 256, 3, 2, 80, 8, 90, 2, 1, 64, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .nested = true,
+     .extras = true},
+    {"long rows", 5, 1304, 2, 1, 130, 4, 700, 2, 1, 128, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .renormalise = true, .extras = true},
+    {"many tokens", 3100, 8, 4, 2, 6, 2, 20, 2, 1, 4, ROUTE_SKEWED, ESP_NF4, ESP_BF16, .renormalise = true, .extras = true},
+    {"long sequences", 330, 16, 4, 2, 8, 2, 40, 2, 1, 128, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .extras = true},
+    {"as gpt-oss", 150, 64, 8, 4, 32, 8, 136, 8, 1, 64, ROUTE_RANDOM, ESP_MXFP4, ESP_BF16, AS_GPT_OSS, .window = 8, .extras = true},
+    {"as gpt-oss, decode", 17, 64, 5, 3, 96, 5, 67, 8, 1, 64, ROUTE_SKEWED, ESP_MXFP4, ESP_BF16, AS_GPT_OSS, .window = 3, .extras = true,
+     .decode = true, .in_place = true},
+    {"as gpt-oss, no token", 0, 32, 4, 2, 32, 4, 33, 4, 2, 64, ROUTE_RANDOM, ESP_MXFP4, ESP_BF16, AS_GPT_OSS, .window = 2, .extras = true},
+    {"mxfp4, long rows", 6, 160, 3, 1, 288, 17, 40, 2, 1, 64, ROUTE_ONE, ESP_MXFP4, ESP_F32, .window = 1, .extras = true},
+    {"window and sinks", 150, 16, 4, 2, 8, 2, 40, 3, 1, 18, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .bias = true, .sinks = true, .window = 33},
+    {"a window of one block", 150, 16, 4, 2, 8, 2, 40, 4, 2, 64, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .window = 64, .clamped = true},
+    {"a window beyond a block", 160, 16, 4, 2, 8, 2, 40, 6, 2, 128, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .window = 70, .sinks = true},
+    {"a window wider than all", 40, 16, 4, 2, 8, 2, 40, 4, 2, 64, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .window = 1000, .interleaved = true},
+    {"sigmoid, renormalised", 65, 33, 9, 3, 17, 4, 100, 4, 2, 20, ROUTE_RANDOM, ESP_NF4, ESP_BF16, SIGMOID_RULE, .renormalise = true,
+     .extras = true},
+    {"sigmoid, biased", 300, 40, 8, 2, 24, 4, 100, 2, 2, 8, ROUTE_RANDOM, ESP_FP4, ESP_F32, SIGMOID_RULE, .bias = true},
+    {"scaled softmax", 20, 40, 6, 2, 24, 4, 100, 2, 2, 64, ROUTE_RANDOM, ESP_Q_NONE, ESP_BF16, .scaling = 3, .bias = true, .extras = true},
+    {"clamped, interleaved, odd", 19, 21, 4, 2, 37, 3, 60, 2, 1, 6, ROUTE_SKEWED, ESP_FP4, ESP_F32, AS_GPT_OSS, .nested = true},
+    {"shared prefixes", 300, 16, 4, 2, 8, 2, 40, 6, 2, 64, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .shared = true, .repeated = true},
+    {"shared prefixes, odd", 120, 16, 4, 2, 8, 2, 40, 3, 1, 18, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .shared = true, .decode = true},
+    {"shared prefixes, window", 449, 16, 4, 2, 8, 2, 40, 4, 2, 128, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .shared = true, .sinks = true,
+     .window = 65},
+    {"shared prefixes, one token each", 8, 16, 4, 2, 8, 2, 40, 2, 2, 64, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .shared = true, .window = 1},
+    {"forced and filtered", 66, 32, 8, 2, 16, 4, 100, 2, 1, 64, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .forced = true, .filtered = true,
+     .extras = true},
+    {"top-k alone", 33, 144, 4, 1, 12, 4, 272, 2, 2, 8, ROUTE_ONE, ESP_NF4, ESP_BF16, .filtered = true, .extras = true},
+    {"min-p alone", 200, 24, 4, 2, 12, 4, 131, 2, 2, 8, ROUTE_EMPTY, ESP_NF4, ESP_F16, .filtered = true},
+    {"top-p alone", 40, 64, 16, 4, 16, 4, 1032, 2, 2, 8, ROUTE_SKEWED, ESP_NF4, ESP_BF16, .filtered = true, .forced = true},
+};
+
+static int failures;
+
+#define FAIL(...) (failures++, printf("FAIL " __VA_ARGS__), putchar('\n'), fflush(stdout))
+
+static bool is_one_of(const char *name, const char *const *names) {
+    while (*names && strcmp(name, *names) != 0) names++;
+    return *names != NULL;
+}
+
+/* Whether an array of the problem's own dtype is marked act in ops.h. */
+static bool is_act(espi_op_id op, const char *name) {
+    static const char *const reals[] = {"rstd",   "d_w",     "cos",      "sin",        "lse",          "a",        "b",  "d_a",     "d_b",
+                                        "logits", "weight",  "d_weight", "row_weight", "d_row_weight", "d_logits", "lp", "entropy", "g",
+                                        "e",      "d_table", "d_sinks",  NULL};
+    return op != ESPI_OP_sumsq && op != ESPI_OP_adamw && op != ESPI_OP_adamw8 && !is_one_of(name, reals);
+}
+
+/* Results in f32 that are made of bf16 products. */
+static bool is_of_products(espi_op_id op, const char *name) {
+    static const char *const grads[] = {"d_a", "d_b", "d_row_weight", NULL}, *const rows[] = {"lp", "entropy", "lse", "g", "e", NULL};
+    const bool is_head = op == ESPI_OP_head_stats || op == ESPI_OP_head_fused || op == ESPI_OP_head_sample;
+    return is_one_of(name, grads) || (is_head && is_one_of(name, rows)) || (op == ESPI_OP_router_bwd && strcmp(name, "d_w") == 0);
+}
+
+static double rounded(double value) {
+    return espi_bf16_value(espi_bf16_bits((float)value));
+}
+
+static void round_field(field *f) {
+    for (int64_t i = 0; i < f->count; i++) field_set(f, i, rounded(field_get(f, i)));
+}
+
+/* Of the problem's own dtype: another in the float problem than in the double one. */
+static bool is_own(const problem *single, const problem *twice, int i) {
+    return single->fields[i].dtype == ESP_F32 && twice->fields[i].dtype == ESP_F64;
+}
+
+static void round_inputs(problem *p, const problem *single, const problem *twice) {
+    for (int i = 0; i < p->n_fields; i++) {
+        if (p->fields[i].role == ROLE_OUT || !is_own(single, twice, i) || !is_act(p->op, p->fields[i].name)) continue;
+        round_field(&p->fields[i]);
+        field_settle(&p->fields[i]);
+    }
+}
+
+static void run_reference(problem *p, const espi_backend *backend) {
+    const char *refusal = NULL, *name = "";
+    const esp_status status = op_cases[p->op].run(backend, p, 1, &refusal);
+    const char *damage = problem_damage(p, &name);
+    if (status == ESP_OK && !refusal && !damage) return;
+    fprintf(stderr, "the reference does not run %s, shape %s: %s\n", op_cases[p->op].name, p->shape.name, esp_last_error());
+    exit(1);
+}
+
+/* ---- On the GPU: all arrays of a call in one image, with gaps that nobody may write to ---- */
+
+static void *gpu;
+static unsigned char *memory, *image, *result, *pinned; /* memory: on the GPU */
+
+typedef struct placed {
+    size_t at[FIELDS], bytes[FIELDS], scratch, end;
+} placed;
+
+static size_t padded(size_t bytes) {
+    return (bytes + GAP - 1) / GAP * GAP;
+}
+
+/* The arrays as the GPU wants them. */
+static bool lay_out(placed *l, const problem *p, const problem *single, const problem *twice) {
+    l->end = GAP;
+    for (int i = 0; i < p->n_fields; i++) {
+        const field *f = &p->fields[i];
+        const bool act = is_own(single, twice, i) && is_act(p->op, f->name);
+        l->at[i] = l->end;
+        l->bytes[i] = (size_t)f->count * (act ? 2 : esp_dtype_size(f->dtype));
+        l->end += padded(l->bytes[i]) + GAP;
+        if (l->end > MEMORY) return false;
+        memset(image + l->at[i] - GAP, GAP_BYTE, l->end - l->at[i] + GAP);
+        if (!act) memcpy(image + l->at[i], f->data, l->bytes[i]);
+        for (int64_t k = 0; act && k < f->count; k++) ((uint16_t *)(image + l->at[i]))[k] = espi_bf16_bits((float)field_get(f, k));
+    }
+    l->scratch = l->end;
+    return true;
+}
+
+/* Every pointer to an array of the problem becomes one to its place on the GPU; inv_freq is read on the host. */
+static void point_to_gpu(any_args *args, const problem *p, const placed *l) {
+    for (size_t word = 0; word < sizeof *args / sizeof(void *); word++) {
+        void *pointer;
+        memcpy(&pointer, (char *)args + word * sizeof pointer, sizeof pointer);
+        for (int i = 0; i < p->n_fields; i++) {
+            if (p->fields[i].data != pointer || strcmp(p->fields[i].name, "inv_freq") == 0) continue;
+            pointer = memory + l->at[i];
+            memcpy((char *)args + word * sizeof pointer, &pointer, sizeof pointer);
+            break;
+        }
+    }
+}
+
+/* The coefficients' function reads and writes the problem's arrays; the GPU, pinned ones. */
+typedef struct relay {
+    problem *p;
+    esp_status (*coef)(void *user, int64_t first, int64_t count);
+    espi_head_host pinned, own;
+} relay;
+
+static esp_status relay_coefficients(void *user, int64_t first, int64_t count) {
+    const relay *r = user;
+    const size_t at = (size_t)first, bytes = (size_t)count * sizeof(float);
+    memcpy((float *)r->own.lp + at, (const float *)r->pinned.lp + at, bytes);
+    memcpy((float *)r->own.entropy + at, (const float *)r->pinned.entropy + at, bytes);
+    const esp_status status = r->coef(r->p, first, count);
+    memcpy((float *)r->pinned.g + at, (const float *)r->own.g + at, bytes);
+    memcpy((float *)r->pinned.e + at, (const float *)r->own.e + at, bytes);
+    return status;
+}
+
+/* NULL: it ran, or failed with *status. */
+static const char *call(espi_op_id op, any_args *args, placed *l, esp_status *status) {
+    espi_exec exec = {.device = gpu, .threads = 1, .scratch = memory + l->scratch};
+    const espi_device *device = espi_backend_cuda.device;
+    size_t bytes = 0;
+    switch (op) {
+#define ESPI_OP(name, type)                                                                                                                \
+    case ESPI_OP_##name:                                                                                                                   \
+        if (!espi_backend_cuda.name.run) return "no such kernel";                                                                          \
+        if (espi_backend_cuda.name.refuse && espi_backend_cuda.name.refuse(&args->name))                                                   \
+            return espi_backend_cuda.name.refuse(&args->name);                                                                             \
+        bytes = espi_backend_cuda.name.scratch ? espi_backend_cuda.name.scratch(&exec, &args->name) : 0;                                   \
+        break;
+#include "kernels/ops.def"
+#undef ESPI_OP
+    case ESPI_OP_COUNT:
+        break;
+    }
+    l->end = l->scratch + padded(bytes) + GAP;
+    if (l->end > MEMORY) return "more memory than this test has";
+    memset(image + l->scratch, 0xFF, bytes);
+    memset(image + l->scratch + bytes, GAP_BYTE, l->end - l->scratch - bytes);
+    *status = device->put(gpu, memory, image, l->end);
+    if (*status != ESP_OK) return NULL;
+    switch (op) {
+#define ESPI_OP(name, type)                                                                                                                \
+    case ESPI_OP_##name:                                                                                                                   \
+        *status = espi_backend_cuda.name.run(&exec, &args->name);                                                                          \
+        break;
+#include "kernels/ops.def"
+#undef ESPI_OP
+    case ESPI_OP_COUNT:
+        break;
+    }
+    if (*status == ESP_OK) *status = device->get(gpu, result, memory, l->end);
+    for (size_t b = l->scratch + bytes; *status == ESP_OK && b < l->end; b++)
+        if (result[b] != GAP_BYTE) FAIL("%s: wrote %zu bytes behind its scratch of %zu", op_cases[op].name, b - l->scratch - bytes, bytes);
+    return NULL;
+}
+
+/* Runs the problem on the GPU and leaves its results in the problem's arrays; false: not taken. */
+static bool run_on_gpu(problem *p, const problem *single, const problem *twice) {
+    placed l;
+    relay r = {.p = p};
+    any_args args = p->args;
+    esp_status status = ESP_OK;
+    if (!lay_out(&l, p, single, twice)) return false;
+    point_to_gpu(&args, p, &l);
+    if (p->op == ESPI_OP_head_fused) {
+        const size_t n = padded((size_t)args.head_fused.head.n * sizeof(float));
+        r.own = p->args.head_fused.host;
+        r.coef = p->args.head_fused.coef;
+        args.head_fused.host = r.pinned = (espi_head_host){pinned, pinned + n, pinned + 2 * n, pinned + 3 * n};
+        args.head_fused.coef = relay_coefficients;
+        args.head_fused.coef_user = &r;
+    }
+    p->coef_next = 0;
+    const char *refusal = call(p->op, &args, &l, &status);
+    if (refusal) {
+        printf("%s, shape %s: not taken: %s\n", op_cases[p->op].name, p->shape.name, refusal);
+        return false;
+    }
+    if (status != ESP_OK) {
+        FAIL("%s, shape %s: status %d, %s", op_cases[p->op].name, p->shape.name, (int)status, esp_last_error());
+        if (status == ESP_ERR_DEVICE) exit(1); /* nothing runs after that */
+        return false;
+    }
+    for (int i = 0; i < p->n_fields; i++) {
+        field *f = &p->fields[i];
+        if (f->role == ROLE_IN && memcmp(result + l.at[i], image + l.at[i], l.bytes[i]) != 0)
+            FAIL("%s, shape %s: input %s changed", op_cases[p->op].name, p->shape.name, f->name);
+        for (size_t b = 0; b < padded(l.bytes[i]) - l.bytes[i] + GAP; b++) {
+            if (result[l.at[i] + l.bytes[i] + b] == GAP_BYTE) continue;
+            FAIL("%s, shape %s: wrote %zu bytes behind array %s of %zu", op_cases[p->op].name, p->shape.name, b, f->name, l.bytes[i]);
+            break;
+        }
+        const bool act = is_own(single, twice, i) && is_act(p->op, f->name);
+        if (f->role == ROLE_IN) continue;
+        if (!act) memcpy(f->data, result + l.at[i], l.bytes[i]);
+        for (int64_t k = 0; act && k < f->count; k++) field_set(f, k, espi_bf16_value(((const uint16_t *)(result + l.at[i]))[k]));
+    }
+    return true;
+}
+
+/* ---- Comparing ---- */
+
+typedef struct difference {
+    double error;
+    int64_t at;
+} difference;
+
+static difference difference_of(const field *got, const field *want, bool round) {
+    difference d = {0, 0};
+    double largest = 0;
+    for (int64_t i = 0; i < want->count; i++) {
+        const double value = field_get(got, i), difference = fabs((round ? rounded(value) : value) - field_get(want, i));
+        if (isnan(difference)) return (struct difference){difference, i};
+        if (difference > d.error) d = (struct difference){difference, i};
+        largest = fmax(largest, fabs(field_get(want, i)));
+    }
+    if (largest > RESIDUE) d.error /= largest;
+    return d;
+}
+
+static double floor_of(const shape *s) {
+    return fmax(FLOOR, 0x1p-24 * sqrt((double)(s->tokens * s->top_k)));
+}
+
+static void compare(const problem *got, const problem *plain, const problem *want) {
+    for (int i = 0; i < want->n_fields; i++) {
+        const field *g = &got->fields[i], *w = &want->fields[i];
+        const bool own = is_own(plain, want, i), act = own && is_act(want->op, w->name), loose = own && is_of_products(want->op, w->name);
+        const bool is_float = w->dtype == ESP_F32 || w->dtype == ESP_F64;
+        if (w->role == ROLE_IN) continue;
+        const difference d = difference_of(g, w, false);
+        double limit = w->dtype == ESP_U8 ? 1 : 0, error = d.error;
+        if (is_float)
+            limit = 2 * difference_of(&plain->fields[i], w, act || loose).error + (act || loose ? BF16_FLOOR : floor_of(&want->shape));
+        if (w->dtype == ESP_U8)
+            for (int64_t k = error = 0; k < w->count; k++) error = fmax(error, fabs(field_get(g, k) - field_get(w, k)));
+        if (!(error <= limit))
+            FAIL("%s, shape %s, array %s: error %.3g beyond %.3g; element %lld of %lld is %.9g, expected %.9g", op_cases[want->op].name,
+                 want->shape.name, w->name, error, limit, (long long)d.at, (long long)w->count, field_get(g, d.at), field_get(w, d.at));
+    }
+}
+
+/* A draw is right when it is one from the distribution of the reference's logits, up to the rounding of logits to bf16. */
+typedef struct drawn {
+    const problem *p;
+    const field *z;
+    int64_t vocab, row;
+    double slack; /* of a logit */
+} drawn;
+
+static double z_of(const drawn *d, int64_t v) {
+    return field_get(d->z, d->row * d->vocab + v);
+}
+
+static void check_draw(const drawn *d, const int32_t *ids, int64_t n, int64_t token, double lp, double uniform, bool greedy) {
+    double most = -INFINITY, sum = 0, below = 0, up_to = 0;
+    bool is_listed = false;
+    for (int64_t j = 0; j < n; j++) most = fmax(most, z_of(d, ids ? ids[j] : j));
+    for (int64_t j = 0; j < n; j++) {
+        const int64_t v = ids ? ids[j] : j;
+        const double p = exp(z_of(d, v) - most);
+        sum += p;
+        if (v < token) below += p;
+        if (v <= token) up_to += p;
+        is_listed = is_listed || v == token;
+    }
+    const double want = token >= 0 && token < d->vocab ? z_of(d, token) - most - log(sum) : NAN;
+    if (!is_listed || !(fabs(lp - want) <= 2 * d->slack))
+        FAIL("head_sample, shape %s, row %lld: token %lld has lp %g, expected %g", d->p->shape.name, (long long)d->row, (long long)token,
+             lp, want);
+    else if (greedy ? z_of(d, token) < most - 2 * d->slack : uniform < below / sum - 2 * d->slack || uniform > up_to / sum + 2 * d->slack)
+        FAIL("head_sample, shape %s, row %lld: token %lld of [%g, %g] for uniform %g", d->p->shape.name, (long long)d->row,
+             (long long)token, below / sum, up_to / sum, uniform);
+}
+
+/* What the filter left are the most likely ids, as many as it says. */
+static void check_left(const drawn *d, const espi_head_filter *f, const int32_t *left, int64_t n) {
+    double least = INFINITY, most = -INFINITY, sum = 0, mass = 0, out = -INFINITY;
+    for (int64_t v = 0; v < d->vocab; v++) most = fmax(most, z_of(d, v));
+    for (int64_t v = 0, j = 0; v < d->vocab; v++) {
+        const bool is_left = j < n && left[j] == v;
+        j += is_left;
+        sum += exp(z_of(d, v) - most);
+        if (!is_left) {
+            out = fmax(out, z_of(d, v));
+            continue;
+        }
+        least = fmin(least, z_of(d, v));
+        mass += exp(z_of(d, v) - most);
+    }
+    bool right = n > 0 && out <= least + 2 * d->slack;
+    for (int64_t j = 1; j < n; j++) right = right && left[j] > left[j - 1];
+    if (f->top_k) right = right && n <= f->top_k && (f->top_p > 0 || f->min_p > 0 || n == f->top_k);
+    if (f->min_p > 0) right = right && exp(least - most) >= f->min_p * (1 - 4 * d->slack);
+    if (f->top_p > 0 && !f->top_k && !(f->min_p > 0))
+        right = right && mass >= (f->top_p - 2 * d->slack) * sum && mass - exp(least - most) <= (f->top_p + 2 * d->slack) * sum;
+    if (!right)
+        FAIL("head_sample, shape %s, row %lld: the filter left %lld ids down to z = %g of %g, without one of %g; their mass is %g",
+             d->p->shape.name, (long long)d->row, (long long)n, least, most, out, mass / sum);
+}
+
+static void check_sample(problem *got, const shape *s) {
+    problem logits, single;
+    problem_build(&logits, ESPI_OP_head_logits, s, ESP_F64, &espi_backend_ref);
+    problem_build(&single, ESPI_OP_head_logits, s, ESP_F32, &espi_backend_ref);
+    round_inputs(&logits, &single, &logits);
+    const espi_head_sample *a = &got->args.head_sample;
+    if (a->head.temperature == 0) logits.args.head_logits.head.temperature = 1;
+    run_reference(&logits, &espi_backend_ref64);
+    drawn d = {got, field_find(&logits, "logits"), s->vocab, 0, 0};
+    for (int64_t i = 0; i < d.z->count; i++) d.slack = fmax(d.slack, fabs(field_get(d.z, i)) * 0x1p-8 + 1e-5);
+    for (; d.row < a->head.n; d.row++) {
+        const int32_t *left = a->kept ? a->kept + d.row * a->kept_most : NULL;
+        const int64_t n = a->kept ? a->kept_count[d.row] : s->vocab;
+        if (left) check_left(&d, &a->filter, left, n);
+        check_draw(&d, left, n, a->token[d.row], ((const float *)a->lp)[d.row], a->uniform[d.row], a->head.temperature == 0);
+    }
+    problem_free(&logits);
+    problem_free(&single);
+}
+
+static void expect_same_bits(const problem *a, const problem *b) {
+    for (int i = 0; i < a->n_fields; i++) {
+        const size_t bytes = (size_t)a->fields[i].count * esp_dtype_size(a->fields[i].dtype);
+        if (memcmp(a->fields[i].data, b->fields[i].data, bytes) != 0)
+            FAIL("%s, shape %s, array %s: not the same bits again", op_cases[a->op].name, a->shape.name, a->fields[i].name);
+    }
+}
+
+static bool conform(espi_op_id op, const shape *s) {
+    problem want, plain, got, again;
+    problem_build(&want, op, s, ESP_F64, &espi_backend_ref);
+    problem_build(&plain, op, s, ESP_F32, &espi_backend_ref);
+    problem_build(&got, op, s, ESP_F32, &espi_backend_ref);
+    problem_build(&again, op, s, ESP_F32, &espi_backend_ref);
+    problem *const all[] = {&want, &plain, &got, &again};
+    for (int i = 0; i < 4; i++) round_inputs(all[i], &plain, &want);
+    const bool taken = run_on_gpu(&got, &plain, &want);
+    if (taken) {
+        run_reference(&want, &espi_backend_ref64);
+        run_reference(&plain, &espi_backend_ref);
+        if (op == ESPI_OP_head_sample)
+            check_sample(&got, s);
+        else
+            compare(&got, &plain, &want);
+        if (run_on_gpu(&again, &plain, &want)) expect_same_bits(&got, &again);
+    }
+    for (int i = 0; i < 4; i++) problem_free(all[i]);
+    return taken;
+}
+
+/* Not a number in, a failure out at the next wait, and none after it. */
+static void router_reports_nan(void) {
+    for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++) {
+        if (strcmp(shapes[s].name, "dense") != 0) continue;
+        problem p, twice;
+        problem_build(&p, ESPI_OP_router_fwd, &shapes[s], ESP_F32, &espi_backend_ref);
+        problem_build(&twice, ESPI_OP_router_fwd, &shapes[s], ESP_F64, &espi_backend_ref);
+        field_set(field_find(&p, "x"), 100, NAN);
+        placed l;
+        any_args args = p.args;
+        esp_status status = ESP_OK;
+        lay_out(&l, &p, &p, &twice);
+        point_to_gpu(&args, &p, &l);
+        call(p.op, &args, &l, &status);
+        if (status != ESP_ERR_NONFINITE) FAIL("router_fwd: a logit that is not finite gives status %d", (int)status);
+        status = espi_backend_cuda.device->wait(gpu);
+        if (status != ESP_OK) FAIL("router_fwd: a failure is reported twice");
+        problem_free(&p);
+        problem_free(&twice);
+    }
+}
+
+static bool set_up(void) {
+    const espi_device *device = espi_backend_cuda.device;
+    image = malloc(MEMORY);
+    result = malloc(MEMORY);
+    void *at, *host;
+    if (!image || !result || device->start(&gpu) != ESP_OK) return false;
+    if (device->alloc(gpu, MEMORY, &at) != ESP_OK || device->alloc_host(gpu, (size_t)1 << 20, &host) != ESP_OK) return false;
+    memory = at;
+    pinned = host;
+    return true;
+}
+
+int main(int argc, char **argv) {
+    if (!espi_backend_cuda.available()) {
+        puts("no GPU");
+        return SKIPPED;
+    }
+    if (!set_up()) {
+        printf("no start: %s\n", esp_last_error());
+        return 1;
+    }
+    for (int op = 0; op < ESPI_OP_COUNT; op++) {
+        if (argc > 1 && strcmp(argv[1], op_cases[op].name) != 0) continue;
+        const int before = failures;
+        int taken = 0;
+        for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++) taken += conform((espi_op_id)op, &shapes[s]);
+        printf("%-16s %2d shapes, %d failures\n", op_cases[op].name, taken, failures - before);
+        fflush(stdout);
+    }
+    if (argc == 1) router_reports_nan();
+    espi_backend_cuda.device->stop(gpu);
+    free(image);
+    free(result);
+    printf("%d failures\n", failures);
+    return failures > 0;
+}
