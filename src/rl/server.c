@@ -53,7 +53,8 @@ typedef struct server {
     published *published; /* ascending versions */
     int32_t n_published;
     espi_server_counts counts;
-    uint32_t runs; /* of the HTTP layer so far: keys the jitter */
+    bool offers_routes; /* its completions come with routed experts */
+    uint32_t runs;      /* of the HTTP layer so far: keys the jitter */
 } server;
 
 static double deadline_of(const server *s, double asked) {
@@ -410,13 +411,43 @@ static esp_status request_all(groups *gs, const espi_rollout_request *q, double 
     return espi_http_run(s->http, gs->calls, gs->n, &limits, take_reply, gs);
 }
 
+/* A server that was started again since the adapter was loaded knows none of its names.  The newest is then loaded once more. */
+static esp_status load_again(bool *again, server *s, const groups *gs, double deadline) {
+    json_t *data;
+    char name[NAME_MAX], why[ESPI_HTTP_WHY];
+    *again = false;
+    for (int64_t i = 0; i < gs->n; i++) *again |= gs->calls[i].code == 404;
+    if (!*again) return ESP_OK;
+    snprintf(why, sizeof why, "%s", esp_last_error());
+    snprintf(name, sizeof name, "%s", newest(s)->name);
+    ESPI_TRY(list_models(s, &data, deadline));
+    *again = !listed(data, name);
+    json_decref(data);
+    if (!*again) return ESPI_FAIL(ESP_ERR_ARG, "%s", why);
+    espi_log(s->model->ctx, ESP_LOG_WARN, "%s has forgotten adapter %s, as if started again: loading it once more", s->c.url, name);
+    return load(s, name, deadline);
+}
+
+/* Requests for all groups; all of them anew where the server had lost the adapter. */
+static esp_status request_with_adapter(groups *gs, const espi_rollout_request *q, double deadline) {
+    server *s = gs->server;
+    bool again = false;
+    ESPI_TRY(take_groups(gs, s, q->n_prompts));
+    const esp_status status = request_all(gs, q, deadline);
+    if (status != ESP_ERR_ARG) return status;
+    const esp_status reloaded = load_again(&again, s, gs, deadline);
+    if (reloaded != ESP_OK || !again) return reloaded != ESP_OK ? reloaded : status;
+    free_groups(gs);
+    ESPI_TRY(take_groups(gs, s, q->n_prompts));
+    return request_all(gs, q, deadline);
+}
+
 static esp_status generate_by(server *s, espi_rollouts *r, const espi_rollout_request *q, groups *gs) {
     const double deadline = deadline_of(s, q->deadline);
     int64_t kept = 0;
     ESPI_TRY(check_request(s, q));
     ESPI_TRY(publish_by(s, q->version, deadline));
-    ESPI_TRY(take_groups(gs, s, q->n_prompts));
-    const esp_status status = request_all(gs, q, deadline);
+    const esp_status status = request_with_adapter(gs, q, deadline);
     if (status != ESP_OK && (!s->c.drop_lost || status == ESP_ERR_MEMORY || status == ESP_ERR_INTERNAL)) return status;
     char why[ESPI_HTTP_WHY];
     snprintf(why, sizeof why, "%s",
@@ -431,7 +462,7 @@ static esp_status generate_by(server *s, espi_rollouts *r, const espi_rollout_re
 }
 
 static esp_status generate(void *self, espi_rollouts *r, const espi_rollout_request *request) {
-    groups gs = {0};
+    groups gs = {.server = self};
     const esp_status status = generate_by(self, r, request, &gs);
     free_groups(&gs);
     return status;
@@ -573,7 +604,7 @@ static esp_status probe(server *s, groups *gs, double deadline) {
     }
     const espi_http_limits limits = {.deadline = deadline, .all_or_none = true, .step = s->runs++, .awaited = "the probe's completions"};
     ESPI_TRY(espi_http_run(s->http, gs->calls, gs->n, &limits, take_reply, gs));
-    s->counts.routes = gs->groups[0].reply.offers_routes;
+    s->offers_routes = gs->groups[0].reply.offers_routes;
     ESPI_TRY(esp_model_adapter_enable(s->model, true));
     ESPI_TRY(measure(&d, s->model, gs, temperature));
     return judge_distances(s, &d, (double)temperature);
@@ -681,7 +712,8 @@ esp_status espi_server_open(espi_rollout_source *source, esp_model *model, const
         close_server(s);
         return ESPI_FAIL(status, "%s", why);
     }
-    *source = (espi_rollout_source){.name = "server", .self = s, .generate = generate, .publish = publish, .close = close_server};
+    *source = (espi_rollout_source){
+        .name = "server", .self = s, .routes = s->offers_routes, .generate = generate, .publish = publish, .close = close_server};
     return ESP_OK;
 }
 

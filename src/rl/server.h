@@ -31,7 +31,6 @@ typedef struct espi_server_counts {
     int64_t groups, lost, stale; /* asked for; never came; came from a version beyond max_staleness.  The last two are not in any batch */
     int64_t retries;             /* tries beyond the first, of all requests */
     double logprob_difference;   /* mean |server's - ours| of the opening's probe */
-    bool routes;                 /* its completions come with routed experts */
 } espi_server_counts;
 
 /* Looks at the server's health, its model and context, publishes the adapter, and compares log-probabilities: all before the first rollout.

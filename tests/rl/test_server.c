@@ -238,6 +238,24 @@ Test(server, a_load_whose_answer_is_lost_counts_as_loaded, .timeout = 60) {
     bench_free(&b);
 }
 
+Test(server, a_server_started_again_gets_the_adapter_again, .timeout = 60) {
+    for (int drop = 0; drop < 2; drop++) {
+        bench b = bench_make(NULL, NULL, 1);
+        espi_rollouts r;
+        b.config.drop_lost = drop;
+        OK(bench_open(&b));
+        const espi_rollout_request q = request_of(0, 1);
+        mock_tell(&b.mock, "/mock/forget", "{}");
+        OK(generate(&b, &r, &q));
+        check_groups(&r, &q, 0);
+        cr_assert(distance(&r, b.demo.model, 1) <= 1e-6);
+        cr_assert_eq(mock_count(&b.mock, "loads"), 2);
+        cr_assert_eq(counts_of(&b).lost, 0);
+        espi_rollouts_free(&r);
+        bench_free(&b);
+    }
+}
+
 Test(server, an_older_version_serves_as_long_as_it_may, .timeout = 60) {
     bench b = bench_make(NULL, NULL, 1);
     espi_rollouts r;
@@ -444,7 +462,7 @@ Test(server, routed_experts_are_those_of_the_forward, .timeout = 60) {
     espi_rollouts r;
     OK(bench_open(&b));
     OK(bench_open(&without));
-    cr_assert(counts_of(&b).routes && !counts_of(&without).routes);
+    cr_assert(b.source.routes && !without.source.routes);
     espi_rollout_request q = request_of(0, 1);
     q.routes = true;
     OK(generate(&b, &r, &q));

@@ -8,8 +8,8 @@ typedef struct place {
     char dir[ESPI_PATH_MAX], adapters[ESPI_PATH_MAX], out[ESPI_PATH_MAX];
 } place;
 
-static place place_make(void) {
-    place p = {.mock = mock_start(DEMO_MODEL, NULL)};
+static place place_make(const char *option) {
+    place p = {.mock = mock_start(DEMO_MODEL, option, NULL)};
     scratch_make(p.dir);
     OK(espi_path_join(p.adapters, p.dir, "adapters"));
     OK(espi_path_join(p.out, p.dir, "out"));
@@ -59,7 +59,7 @@ static double metric(const place *p, const char *name) {
 }
 
 Test(server_trainer, it_trains_on_what_the_server_writes, .timeout = 60) {
-    place p = place_make();
+    place p = place_make(NULL);
     esp_trainer_config c = config_of(&p, 3);
     c.out_dir = p.out;
     demo d = demo_trainer(&c);
@@ -107,7 +107,7 @@ static float *six_steps(place *p, bool broken, int64_t *n) {
 }
 
 Test(server_trainer, a_server_that_dies_costs_nothing_but_time, .timeout = 60) {
-    place p = place_make(), q = place_make();
+    place p = place_make(NULL), q = place_make(NULL);
     int64_t n, m;
     float *straight = six_steps(&p, false, &n), *broken = six_steps(&q, true, &m);
     cr_assert_eq(n, m);
@@ -118,8 +118,22 @@ Test(server_trainer, a_server_that_dies_costs_nothing_but_time, .timeout = 60) {
     place_free(&q);
 }
 
+Test(server_trainer, routes_are_replayed_where_the_server_gives_them, .timeout = 60) {
+    for (int gives = 0; gives < 2; gives++) {
+        place p = place_make(gives ? "--routes" : NULL);
+        esp_trainer_config c = config_of(&p, 2);
+        c.out_dir = p.out;
+        demo d = demo_trainer(&c);
+        OK(esp_trainer_step(d.trainer, NULL));
+        cr_assert_eq(d.trainer->rollouts.routes != NULL, gives);
+        if (gives) cr_assert_eq(metric(&p, "moe/route_flip_rate"), 0);
+        demo_free(&d);
+        place_free(&p);
+    }
+}
+
 Test(server_trainer, lost_groups_shrink_the_step, .timeout = 60) {
-    place p = place_make();
+    place p = place_make(NULL);
     esp_trainer_config c = config_of(&p, 2);
     c.out_dir = p.out;
     c.server_drop_lost = true;
@@ -167,7 +181,7 @@ Test(server_trainer, pairs_of_options_that_make_no_sense) {
 
 #ifdef ESP_GRPO
 Test(server_trainer, the_program_trains_with_a_server, .timeout = 60) {
-    place p = place_make();
+    place p = place_make(NULL);
     char command[4 * ESPI_PATH_MAX];
     snprintf(command, sizeof command,
              "%s --model %s --train %s --steps 2 --prompts-per-step 2 --group-size 4 --server %s --server-adapter-dir %s --out %s",

@@ -6,6 +6,7 @@
  * It prints "port N" and serves until its standard input ends, so it never outlives the test that started it.
  *   POST /mock/misbehave {"kind":K, "count":n, "seconds":s}     the next n requests that K fits
  *   POST /mock/random {"rate":p, "seed":s, "kinds":[K,..]}      that share of all requests
+ *   POST /mock/forget {}                                        all adapters, as a restart does
  *   GET  /mock/stats                                            what was asked and what was done
  * As vLLM: the distribution that log-probabilities are of is stated at the start (--processed: with the temperature), parameters of sampling
  * that a request leaves out would come from elsewhere (here: it is refused), and an adapter that takes the name of another is answered for
@@ -464,6 +465,16 @@ static answer unload(const json_t *root) {
     return text(200, "Success");
 }
 
+/* As a server that was started again. */
+static answer forget_adapters(void) {
+    for (int i = 0; i < MOST_ADAPTERS; i++) {
+        free(mock.adapters[i].values);
+        free(mock.left[i].values);
+        mock.adapters[i] = mock.left[i] = (adapter){0};
+    }
+    return text(200, "forgotten");
+}
+
 static answer list_models(void) {
     json_t *data = json_array();
     json_array_append_new(data, json_pack("{s:s, s:s, s:I, s:s, s:n}", "id", BASE, "object", "model", "max_model_len",
@@ -545,6 +556,8 @@ static answer serve(const char *method, const char *url, const request *r, const
         out = misbehave(root);
     } else if (strcmp(url, "/mock/random") == 0) {
         out = misbehave_at_random(root);
+    } else if (strcmp(url, "/mock/forget") == 0) {
+        out = forget_adapters();
     } else if (!completions && !loads && !unloads) {
         out = failure(404, "Not Found");
     } else {
