@@ -17,7 +17,7 @@ static bool shares_prompts(const esp_trainer *t) {
 
 /* Most tokens of a step. */
 static int64_t step_tokens(const esp_trainer *t) {
-    if (!shares_prompts(t)) return t->rows * t->longest;
+    if (!shares_prompts(t) || t->source.own_prompts) return t->rows * t->longest;
     return t->c.prompts_per_step * (t->longest - t->c.max_new_tokens) + t->rows * t->c.max_new_tokens;
 }
 
