@@ -436,6 +436,9 @@ typedef struct espi_head_filter {
     int64_t top_k;       /* at most V; 0 = all */
     double top_p, min_p; /* in (0,1); 0 = all */
 } espi_head_filter;
+static inline bool espi_filters(const espi_head_filter *f) {
+    return f->top_k != 0 || f->top_p != 0 || f->min_p != 0;
+}
 
 /* Draws from softmax(z), or from the softmax over what the filter left, by inverse CDF in ascending id order with the caller's uniforms;
  * temperature 0 takes the largest logit of temperature 1 (lowest id on ties; no filter).  lp is bit-equal to what head_stats gives for that

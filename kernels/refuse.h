@@ -36,10 +36,9 @@ static inline const char *espi_refuse_router_fwd(const espi_router_fwd *a) {
 
 static inline const char *espi_refuse_head_sample(const espi_head_sample *a) {
     const espi_head_filter *f = &a->filter;
-    const bool any = f->top_k != 0 || f->top_p != 0 || f->min_p != 0;
+    const bool any = espi_filters(f);
     if (f->top_k < 0 || f->top_k > a->head.w.rows) return "a filter keeps fewer than none or more tokens than the vocabulary has";
     if (!(f->top_p >= 0 && f->top_p < 1) || !(f->min_p >= 0 && f->min_p < 1)) return "a filter's share of the probability is not in [0,1)";
-    if (any != (a->kept != NULL) || any != (a->kept_count != NULL)) return "a filter and room for the ids that it leaves go together";
     if (any && a->head.temperature == 0) return "the largest logit is drawn without a filter";
     if (any && (a->kept_most < 1 || f->top_k > a->kept_most)) return "a filter keeps more tokens than there is room for";
     return espi_mat_refusal(&a->head.w);

@@ -414,7 +414,7 @@ static int64_t list_length(const espi_head_sample *a) {
 
 size_t ESPI_CPU(espi_head_sample_scratch)(const espi_exec *exec, const espi_head_sample *a) {
     (void)exec;
-    return a->kept ? (size_t)(a->head.n * list_length(a)) * sizeof(candidate) : 0;
+    return espi_filters(&a->filter) ? (size_t)(a->head.n * list_length(a)) * sizeof(candidate) : 0;
 }
 
 /* How many of the sorted list the filter leaves; sum: of e^(z - largest) over the vocabulary. */
@@ -493,7 +493,7 @@ esp_status ESPI_CPU(espi_head_sample)(const espi_exec *exec, const espi_head_sam
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
     for (int64_t first = 0; first < head.n; first += HEAD_ROWS) {
         const int64_t m = cpu_min(head.n - first, HEAD_ROWS);
-        if (a->kept)
+        if (espi_filters(&a->filter))
             block_filtered(exec, a, first, m);
         else
             block_sample(&head, greedy, first, m, a);

@@ -164,7 +164,7 @@ static int64_t list_length(const espi_head_sample *a) {
 
 size_t ESPI_REF_NAME(espi_head_sample_scratch)(const espi_exec *exec, const espi_head_sample *a) {
     (void)exec;
-    return a->kept ? (size_t)list_length(a) * sizeof(candidate) : 0;
+    return espi_filters(&a->filter) ? (size_t)list_length(a) * sizeof(candidate) : 0;
 }
 
 /* The largest entries of row i, largest first, ties in order of ids; returns how many there are. */
@@ -215,7 +215,7 @@ esp_status ESPI_REF_NAME(espi_head_sample)(const espi_exec *exec, const espi_hea
     for (int64_t i = 0; i < head.n; i++) {
         entries of = {NULL, head.w.rows};
         double lse = stats_of(&head, i, &of).lse;
-        if (a->kept) {
+        if (espi_filters(&a->filter)) {
             of = filtered(exec->scratch, a, i, lse);
             if (of.n == 0) continue;
             lse = stats_of(&head, i, &of).lse;
