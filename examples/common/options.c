@@ -67,6 +67,8 @@ static const choice targets[] = {{"q", ESP_LORA_Q},
 static const option options[] = {
     {"model", TEXT, ANY, S(model_dir), BOTH, NULL, "Hugging Face folder of the model; required"},
     {"train", TEXT, ANY, T(train_file), BOTH, NULL, "JSONL with \"prompt\" and \"answer\"; required"},
+    {"rollouts", TEXT, ANY, T(rollouts), GRPO, NULL, "HDF5 file of rollouts, or a folder of them, to train on instead of --train"},
+    {"save_rollouts", TEXT, ANY, T(save_rollouts), GRPO, NULL, "folder that gets each generation as a file, as --rollouts reads it"},
     {"eval", TEXT, ANY, T(eval_file), BOTH, NULL, "JSONL of the same form to measure exact answers on"},
     {"out", TEXT, ANY, T(out_dir), BOTH, NULL, "folder for metrics, completions, plot, checkpoint and adapter"},
     {"resume", TEXT, ANY, T(resume_dir), BOTH, NULL, "folder of an earlier run to go on from, or a checkpoint file in one"},
@@ -534,7 +536,8 @@ outcome settings_read(settings *s, esp_trainer_kind kind, int argc, char **argv)
     *s = (settings){.file = NULL};
     outcome fine = read_layers(s, kind, argc, argv);
     if (fine == OUTCOME_RUN && !s->model_dir) fine = wrong("--model: got nothing, expected a Hugging Face folder (--help lists all)");
-    if (fine == OUTCOME_RUN && !s->trainer.train_file) fine = wrong("--train: got nothing, expected a JSONL file (--help lists all)");
+    if (fine == OUTCOME_RUN && !s->trainer.train_file && !s->trainer.rollouts)
+        fine = wrong("--train: got nothing, expected a JSONL file (--help lists all)");
     s->model.seed = s->trainer.seed;
     return fine == OUTCOME_RUN ? open_rewards(s) : fine;
 }

@@ -46,9 +46,10 @@ typedef enum esp_trainer_kind { ESP_TRAIN_SFT = 1, ESP_TRAIN_GRPO = 2 } esp_trai
 /// train, eval, out, resume; kind is the program, rewards are the built-in ones).
 typedef struct esp_trainer_config {
     size_t struct_size;
-    esp_trainer_kind kind;      ///< required
-    const char *train_file;     ///< JSONL; required.  A line has "prompt" and "answer", "messages" (the chat format of the model's family),
-                                ///< "prompt_ids" and "answer_ids" or "answer"; for SFT also "text", or "ids" and "mask"
+    esp_trainer_kind kind; ///< required
+    const char *
+        train_file; ///< JSONL; required but with `rollouts`.  A line has "prompt" and "answer", "messages" (the chat format of the model's family),
+                    ///< "prompt_ids" and "answer_ids" or "answer"; for SFT also "text", or "ids" and "mask"
     const char *eval_file;      ///< JSONL of the same form; NULL = no evaluation
     const char *out_dir;        ///< metrics.jsonl, completions.jsonl, checkpoint.h5, adapter/; NULL = nothing is written
     const char *resume_dir;     ///< an out_dir to go on from, or a checkpoint file in one; NULL = start afresh
@@ -107,6 +108,9 @@ typedef struct esp_trainer_config {
     int32_t keep_checkpoints; ///< the last so many are kept as out_dir/checkpoint-STEP.h5; default 0: checkpoint.h5 only.  At most 64
     float rollout_timeout;    ///< seconds for one generation call; 0 = none
     float reward_timeout;     ///< seconds for all rewards of one batch; what is late is NaN and counted; 0 = none
+    const char *rollouts; ///< HDF5 file of rollouts, or folder of such files in the order of their names, instead of train_file: prompts,
+                          ///< completions and rewards come from there (names and weights of `rewards` must be those of the file)
+    const char *save_rollouts; ///< folder that gets each generation as rollouts-NUMBER.h5, as `rollouts` reads it; NULL = none
     bool no_shared_prompts; ///< every sequence runs its prompt itself.  So it is, too, when a router loss is on: that counts tokens as they
                             ///< are run
     bool no_kl_on_zero_adv; ///< groups without any advantage have no KL term either, so they may be skipped with beta > 0 as well

@@ -2,6 +2,7 @@
  *   trainer.c          create, step
  *   trainer_config.c   defaults, presets, pairs that make no sense
  *   trainer_rollout.c  prompts -> completions -> rewards -> advantages, try after try
+ *   trainer_files.c    rollouts from files, and into files
  *   trainer_correct.c  log-probabilities of other policies, and what the loss makes of their distance
  *   trainer_update.c   sequences -> micro-batches -> gradients -> one optimiser step
  *   trainer_eval.c     evaluation, early stop, the best adapter
@@ -86,6 +87,7 @@ struct esp_trainer {
     const esp_tokenizer *tokenizer;
     esp_trainer_config c; /* defaults filled in; its strings are not kept */
     char *out_dir;        /* NULL: nothing is written */
+    char *save_rollouts;  /* folder; NULL: they are not kept */
     espi_lock *lock;      /* on out_dir */
     esp_reward *rewards;  /* [c.n_rewards], names owned; the overlong penalty is the last where there is one */
     double *weights;
@@ -177,6 +179,12 @@ typedef struct espi_prompts {
 esp_status espi_prompts_take(espi_prompts *p, int64_t n, int64_t longest);
 void espi_prompts_add(espi_prompts *p, int64_t i, const espi_task *task, int64_t line, uint32_t key);
 void espi_prompts_free(espi_prompts *p);
+
+/* trainer_files.c */
+/* The source of `rollouts`; settles t->longest. */
+esp_status espi_files_source(esp_trainer *t);
+/* The generation that is ready, into the folder of save_rollouts, if there is one. */
+esp_status espi_files_save(const esp_trainer *t);
 
 /* trainer_correct.c */
 esp_status espi_snapshot_take(esp_trainer *t);

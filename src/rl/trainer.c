@@ -39,27 +39,34 @@ static esp_status read_tasks(esp_trainer *t) {
                                   .vocab = t->info.vocab,
                                   .scored = grpo,
                                   .chat = {.format = t->model->config.family->chat, .no_thinking = t->c.no_thinking}};
-    ESPI_TRY(espi_tasks_read(&t->train, t->c.train_file, &options));
+    if (!t->c.rollouts) ESPI_TRY(espi_tasks_read(&t->train, t->c.train_file, &options));
     options.scored = true;
     if (t->c.eval_file) ESPI_TRY(espi_tasks_read(&t->eval, t->c.eval_file, &options));
     t->rows = (int64_t)t->c.prompts_per_step * (grpo ? t->c.group_size : 1);
     t->longest = grpo ? t->train.longest_prompt + t->c.max_new_tokens : t->train.longest_line;
+    if (t->c.rollouts) ESPI_TRY(espi_files_source(t));
     if (t->longest > t->info.max_position)
         return ESPI_FAIL(ESP_ERR_ARG, "%s: its longest sequence has %lld tokens%s, expected at most the model's context of %lld",
-                         t->c.train_file, (long long)t->longest, grpo ? " with max_new_tokens" : "", (long long)t->info.max_position);
+                         t->c.rollouts ? t->c.rollouts : t->c.train_file, (long long)t->longest,
+                         grpo && !t->c.rollouts ? " with max_new_tokens" : "", (long long)t->info.max_position);
     if (t->rows > INT32_MAX / t->longest)
         return ESPI_FAIL(ESP_ERR_ARG, "a step of %lld sequences of up to %lld tokens, expected at most %d tokens: lower prompts_per_step",
                          (long long)t->rows, (long long)t->longest, INT32_MAX);
     return ESP_OK;
 }
 
+/* Training draws its own completions. */
+static bool samples(const esp_trainer *t) {
+    return t->c.kind == ESP_TRAIN_GRPO && !t->c.rollouts;
+}
+
 static bool needs_sampler(const esp_trainer *t) {
-    return t->c.kind == ESP_TRAIN_GRPO || t->eval.n > 0;
+    return samples(t) || t->eval.n > 0;
 }
 
 /* Rows of one generation decode together when it serves one step; larger ones come in waves. */
 static esp_sampler_config sampler_config(const esp_trainer *t) {
-    const bool grpo = t->c.kind == ESP_TRAIN_GRPO;
+    const bool grpo = samples(t);
     const int32_t train = grpo ? t->train.longest_prompt : 0, eval = t->eval.longest_prompt;
     return ESP_SAMPLER_CONFIG(.max_sequences = grpo ? (int32_t)t->rows : SFT_EVAL_SEQUENCES,
                               .max_length = (train > eval ? train : eval) + t->c.max_new_tokens);
@@ -116,17 +123,19 @@ static esp_status build(esp_trainer *t, const esp_trainer_config *config) {
         ESPI_TRY(espi_dir_make(t->out_dir));
         ESPI_TRY(espi_lock_take(&t->lock, t->out_dir));
     }
+    if (t->save_rollouts) ESPI_TRY(espi_dir_make(t->save_rollouts));
     ESPI_TRY(read_tasks(t));
     ESPI_TRY(espi_take_array(&t->order, t->train.n, sizeof *t->order));
     ESPI_TRY(espi_update_create(t));
     ESPI_TRY(take_memory(t));
-    if (t->c.kind == ESP_TRAIN_GRPO && !t->c.server) espi_sampler_source(&t->source, t->sampler, t->model);
+    if (samples(t) && !t->c.server) espi_sampler_source(&t->source, t->sampler, t->model);
     ESPI_TRY(esp_model_zero_grad(t->model));
     if (t->c.reference == ESP_REFERENCE_SNAPSHOT) ESPI_TRY(espi_snapshot_take(t));
     ESPI_TRY(restore(t));
     if (t->c.server) ESPI_TRY(espi_server_source(t));
     /* The caller's strings and list need not outlive the call. */
     t->c.train_file = t->c.eval_file = t->c.out_dir = t->c.resume_dir = NULL;
+    t->c.rollouts = t->c.save_rollouts = NULL;
     t->c.server = t->c.server_model = t->c.server_adapter_dir = t->c.server_adapter_path = NULL;
     return ESP_OK;
 }
@@ -167,6 +176,7 @@ void esp_trainer_destroy(esp_trainer *trainer) {
     free(trainer->weights);
     free(trainer->order);
     free(trainer->out_dir);
+    free(trainer->save_rollouts);
     espi_lock_free(trainer->lock);
     free(trainer);
 }

@@ -321,6 +321,16 @@ static esp_status check_server_pairs(const esp_trainer_config *c) {
     return ESP_OK;
 }
 
+static esp_status check_file_pairs(const esp_trainer_config *c) {
+    if (c->kind != ESP_TRAIN_GRPO && (c->rollouts || c->save_rollouts))
+        return pair(c->rollouts ? "rollouts" : "save_rollouts", "supervised fine-tuning", "it has none; leave it out");
+    if (!c->rollouts) return ESP_OK;
+    if (c->train_file) return pair("rollouts", "train", "a file brings its own prompts; set one of them");
+    if (c->server) return pair("rollouts", "server", "completions come from one place; set one of them");
+    if (c->resample_tries > 0) return pair("rollouts", "resample_tries", "a file has no other prompts to give; set it to 0");
+    return ESP_OK;
+}
+
 static esp_status check_evaluation_pairs(const esp_trainer_config *c) {
     if (c->early_stop > 0 && !c->eval_file) return pair("early_stop", "no eval", "there is no evaluation to judge by; set eval");
     if (c->keep_best && !c->eval_file) return pair("keep_best", "no eval", "there is no evaluation to judge by; set eval");
@@ -350,6 +360,7 @@ static esp_status check(esp_trainer_config *c) {
     ESPI_TRY(check_enums(c));
     ESPI_TRY(check_numbers(c));
     ESPI_TRY(check_evaluation_pairs(c));
+    ESPI_TRY(check_file_pairs(c));
     ESPI_TRY(settle_objective(c));
     if (c->kind == ESP_TRAIN_SFT) return check_sft(c);
     if (c->group_size < 2)
@@ -405,12 +416,13 @@ esp_status espi_trainer_settle(esp_trainer *t, const esp_trainer_config *config)
     ESPI_TRY(espi_struct_read(c, sizeof *c, config, "esp_trainer_config"));
     if (c->kind != ESP_TRAIN_SFT && c->kind != ESP_TRAIN_GRPO)
         return ESPI_FAIL(ESP_ERR_ARG, "kind: got %d, expected ESP_TRAIN_SFT or ESP_TRAIN_GRPO", (int)c->kind);
-    if (!c->train_file) return ESPI_FAIL(ESP_ERR_ARG, "train_file is NULL, expected the path of a JSONL file");
+    if (!c->train_file && !c->rollouts) return ESPI_FAIL(ESP_ERR_ARG, "train_file is NULL, expected the path of a JSONL file");
     fill_defaults(c);
     ESPI_TRY(check(c));
     if (c->adamw.struct_size == 0) c->adamw.struct_size = sizeof c->adamw;
     t->slices = (int64_t)c->updates_per_batch * c->steps_per_generation;
     t->entropy_coef = espi_decimal(c->objective.entropy_coef);
     ESPI_TRY(take_rewards(t));
+    if (c->save_rollouts) ESPI_TRY(copy_text(&t->save_rollouts, c->save_rollouts));
     return c->out_dir ? copy_text(&t->out_dir, c->out_dir) : ESP_OK;
 }

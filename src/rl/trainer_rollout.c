@@ -150,6 +150,7 @@ static esp_status check_answer(const esp_trainer *t, const espi_rollouts *r, int
 }
 
 static esp_status ask(esp_trainer *t, espi_rollouts *r, espi_prompts *p, int64_t n) {
+    const int64_t position = t->cursor;
     ESPI_TRY(espi_prompts_take(p, n, t->train.longest_prompt));
     for (int64_t i = 0; i < n && !t->source.own_prompts; i++) {
         int64_t line;
@@ -170,10 +171,12 @@ static esp_status ask(esp_trainer *t, espi_rollouts *r, espi_prompts *p, int64_t
                                           .min_p = t->c.min_p,
                                           .seed = t->c.seed,
                                           .step = (uint32_t)(t->step + 1),
+                                          .position = position,
                                           .version = t->step,
                                           .routes = t->c.replay == ESP_REPLAY_R3 || (t->c.replay == ESP_REPLAY_DEFAULT && t->source.routes),
                                           .deadline = t->c.rollout_timeout > 0 ? espi_seconds() + (double)t->c.rollout_timeout : 0};
     ESPI_TRY(t->source.generate(t->source.self, r, &request));
+    if (t->source.own_prompts) t->cursor += n;
     return check_answer(t, r, n);
 }
 
@@ -317,7 +320,7 @@ static int64_t count_spread(const espi_rollouts *r) {
 static int64_t missing(const esp_trainer *t) {
     const int64_t wanted = groups_wanted(t);
     if (t->tries == 0) return wanted;
-    if (t->tries > t->c.resample_tries) return 0;
+    if (t->tries > t->c.resample_tries || t->source.own_prompts) return 0;
     return wanted - count_spread(&t->rollouts);
 }
 
@@ -381,7 +384,8 @@ static esp_status complete(esp_trainer *t) {
     t->slice = 0;
     t->generation++;
     t->phase = ESPI_PHASE_READY;
-    return espi_rollout_ready(t);
+    ESPI_TRY(espi_rollout_ready(t));
+    return espi_files_save(t);
 }
 
 esp_status espi_rollout_ready(esp_trainer *t) {
