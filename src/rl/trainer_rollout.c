@@ -320,7 +320,7 @@ static int64_t count_spread(const espi_rollouts *r) {
 static int64_t missing(const esp_trainer *t) {
     const int64_t wanted = groups_wanted(t);
     if (t->tries == 0) return wanted;
-    if (t->tries > t->c.resample_tries || t->source.own_prompts) return 0;
+    if (t->tries > t->c.resample_tries) return 0;
     return wanted - count_spread(&t->rollouts);
 }
 

@@ -10,23 +10,6 @@ static esp_trainer_config small(const char *out, const char *resume, int64_t ste
                               .seed = 5, .prompts_per_step = 4, .group_size = 4, .checkpoint_every = 1000);
 }
 
-/* Adapter and moments of both are the same bits. */
-static void same_state(const demo *a, const demo *b) {
-    for (int64_t i = 0; i < esp_model_param_count(a->model); i++) {
-        esp_param x = ESP_PARAM_INIT, y = ESP_PARAM_INIT;
-        OK(esp_model_param_get(a->model, i, &x));
-        OK(esp_model_param_get(b->model, i, &y));
-        const esp_tensor view = esp_tensor_view(x.data, x.dtype, x.rank, x.dims);
-        cr_assert_eq(memcmp(x.data, y.data, (size_t)esp_tensor_count(&view) * esp_dtype_size(x.dtype)), 0, "%s differs", x.name);
-    }
-    for (int64_t i = 0; i < esp_optim_array_count(a->trainer->optim); i++) {
-        esp_optim_array x = ESP_OPTIM_ARRAY_INIT, y = ESP_OPTIM_ARRAY_INIT;
-        OK(esp_optim_array_get(a->trainer->optim, i, &x));
-        OK(esp_optim_array_get(b->trainer->optim, i, &y));
-        cr_assert_eq(memcmp(x.data, y.data, (size_t)x.count * esp_dtype_size(x.dtype)), 0, "%s differs", x.name);
-    }
-}
-
 /* metrics.jsonl without what a clock says; free() it. */
 static char *timeless(const char *dir) {
     char path[512], *text;
@@ -41,7 +24,7 @@ static char *timeless(const char *dir) {
 
 /* Both runs ended alike and told the same; frees them and removes their folders. */
 static void same_runs(demo *a, demo *b, const char *dir_a, const char *dir_b) {
-    same_state(a, b);
+    demo_same_state(a, b);
     char *x = timeless(dir_a), *y = timeless(dir_b);
     cr_assert_str_eq(x, y);
     free(x);

@@ -73,6 +73,23 @@ static inline void demo_free(demo *d) {
     esp_ctx_destroy(d->ctx);
 }
 
+/* Adapter and moments of both are the same bits. */
+static inline void demo_same_state(const demo *a, const demo *b) {
+    for (int64_t i = 0; i < esp_model_param_count(a->model); i++) {
+        esp_param x = ESP_PARAM_INIT, y = ESP_PARAM_INIT;
+        OK(esp_model_param_get(a->model, i, &x));
+        OK(esp_model_param_get(b->model, i, &y));
+        const esp_tensor view = esp_tensor_view(x.data, x.dtype, x.rank, x.dims);
+        cr_assert_eq(memcmp(x.data, y.data, (size_t)esp_tensor_count(&view) * esp_dtype_size(x.dtype)), 0, "%s differs", x.name);
+    }
+    for (int64_t i = 0; i < esp_optim_array_count(a->trainer->optim); i++) {
+        esp_optim_array x = ESP_OPTIM_ARRAY_INIT, y = ESP_OPTIM_ARRAY_INIT;
+        OK(esp_optim_array_get(a->trainer->optim, i, &x));
+        OK(esp_optim_array_get(b->trainer->optim, i, &y));
+        cr_assert_eq(memcmp(x.data, y.data, (size_t)x.count * esp_dtype_size(x.dtype)), 0, "%s differs", x.name);
+    }
+}
+
 /* A folder of the test's own under the system's temporary one. */
 static inline void demo_folder(char path[256], const char *name) {
     snprintf(path, 256, "%s/espalier-%ld-%s", getenv("TMPDIR") ? getenv("TMPDIR") : "/tmp", (long)getpid(), name);
