@@ -59,7 +59,8 @@ static esp_status decode_base64(uint8_t **out, size_t *bytes, const char *text, 
 
 typedef struct npy {
     const uint8_t *data;
-    int width; /* bytes of an element */
+    size_t bytes;
+    int width; /* of an element, in bytes */
     bool sign;
     long long dims[3];
 } npy;
@@ -101,15 +102,7 @@ static esp_status read_npy(npy *out, const uint8_t *file, size_t bytes) {
         return ESPI_FAIL(ESP_ERR_FORMAT, "routed_experts: a .npy header \"%.120s\", expected integers of three dimensions in C order",
                          header);
     out->data = file + before + length;
-    const size_t left = bytes - before - length;
-    size_t need = (size_t)out->width;
-    for (int d = 0; d < 3; d++) {
-        if (out->dims[d] < 0 || (out->dims[d] > 0 && need > SIZE_MAX / (size_t)out->dims[d])) need = SIZE_MAX;
-        if (need != SIZE_MAX) need *= (size_t)out->dims[d];
-    }
-    if (need != left)
-        return ESPI_FAIL(ESP_ERR_FORMAT, "routed_experts: %zu bytes of ids for (%lld, %lld, %lld), expected %zu", left, out->dims[0],
-                         out->dims[1], out->dims[2], need);
+    out->bytes = bytes - before - length;
     return ESP_OK;
 }
 
@@ -135,7 +128,8 @@ static esp_status copy_routes(espi_reply *reply, const npy *a, int32_t row, cons
             "choice %d: routed_experts have the shape (%lld, %lld, %lld), expected (%lld, %lld, %lld): every token but the last, "
             "every layer, every choice of an expert",
             row, a->dims[0], a->dims[1], a->dims[2], (long long)rows, (long long)m->layers, (long long)m->top_k);
-    const size_t token = (size_t)(m->layers * m->top_k);
+    const size_t token = (size_t)(m->layers * m->top_k), need = (size_t)rows * token * (size_t)a->width;
+    if (a->bytes != need) return ESPI_FAIL(ESP_ERR_FORMAT, "choice %d: %zu bytes of routed_experts, expected %zu", row, a->bytes, need);
     uint8_t *to = reply->routes + (size_t)row * (size_t)(want->n_prompt + want->max_new_tokens) * token * (size_t)want->route_bytes;
     for (size_t i = 0; i < (size_t)rows * token; i++) {
         const size_t layer = i % token / (size_t)m->top_k, choice = i % (size_t)m->top_k;

@@ -234,6 +234,11 @@ Test(server, a_load_whose_answer_is_lost_counts_as_loaded, .timeout = 60) {
         espi_rollouts_free(&r);
     }
     cr_assert_eq(counts_of(&b).published, 5);
+    mock_plan(&b.mock, "none", 1, 0);
+    mock_plan(&b.mock, "dropped-after", 1, 0); /* an unload */
+    OK(b.source.publish(b.source.self, 9));
+    cr_assert_eq(counts_of(&b).unloaded, 5, "%lld", (long long)counts_of(&b).unloaded);
+    cr_assert_eq(scratch_count(b.dir), 1);
     cr_assert_eq(mock_count(&b.mock, "stale"), 0);
     bench_free(&b);
 }
@@ -379,7 +384,7 @@ static const struct {
     {"wrong-prompt", "the server cut or changed the prompt"},
     {"short-routes", "routed_experts have the shape"},
     {"bad-route", "routed_experts say expert 8 for token"},
-    {"torn-routes", "bytes of ids for"},
+    {"torn-routes", "bytes of routed_experts, expected"},
 };
 
 Test(server, every_breach_of_the_contract_has_its_sentence, .timeout = 60) {
@@ -506,6 +511,7 @@ Test(server, a_lost_group_is_dropped_or_fails_the_step, .timeout = 60) {
             FAILS(ESP_ERR_ARG, "no group of 3 came: ", generate(&b, &r, &q));
         } else {
             FAILS(ESP_ERR_ARG, "refuses with 400: the engine does not want this", generate(&b, &r, &q));
+            cr_assert_eq(mock_count(&b.mock, "completions"), 4 + 2, "the third is not asked for any more");
         }
         bench_free(&b);
     }

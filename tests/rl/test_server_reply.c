@@ -150,12 +150,12 @@ Test(server_reply, routed_experts_that_are_not) {
         size_t n, width;
     } wrong[] = {{"shape (2, 2, 2), expected (3, 2, 2)", "<i4", "False", "(2, 2, 2)", chosen, 8, 4},
                  {"shape (3, 1, 2), expected (3, 2, 2)", "<i4", "False", "(3, 1, 2)", chosen, 6, 4},
-                 {"bytes of ids for (3, 2, 2), expected 48", "<i4", "False", "(3, 2, 2)", chosen, 11, 4},
+                 {"bytes of routed_experts, expected 48", "<i4", "False", "(3, 2, 2)", chosen, 11, 4},
                  {"expected integers of three dimensions in C order", "<f4", "False", "(3, 2, 2)", chosen, 12, 4},
                  {"expected integers of three dimensions in C order", ">i4", "False", "(3, 2, 2)", chosen, 12, 4},
                  {"expected integers of three dimensions in C order", "<i4", "True", "(3, 2, 2)", chosen, 12, 4},
                  {"expected integers of three dimensions in C order", "<i4", "False", "(6, 2)", chosen, 12, 4},
-                 {"(4611686018427387904, 4, 2), expected", "<i8", "False", "(4611686018427387904, 4, 2)", chosen, 12, 8},
+                 {"shape (4611686018427387904, 4, 2), expected", "<i8", "False", "(4611686018427387904, 4, 2)", chosen, 12, 8},
                  {"say expert 300 for token 0 in layer 1", "<i4", "False", "(3, 2, 2)", beyond, 12, 4},
                  {"say expert -1 for token 0 in layer 1", "<i4", "False", "(3, 2, 2)", below, 12, 4},
                  {"say expert 9 twice for token 1 in layer 1", "<i4", "False", "(3, 2, 2)", twice, 12, 4}};

@@ -58,6 +58,24 @@ static double metric(const place *p, const char *name) {
     return value;
 }
 
+static void check_plan(const demo *d) {
+    size_t planned, peak;
+    OK(esp_trainer_memory(d->trainer, &planned, &peak));
+    cr_assert_eq(planned, peak, "planned %zu, measured %zu", planned, peak);
+}
+
+Test(server_trainer, the_plan_has_room_for_the_probe, .timeout = 60) {
+    place p = place_make(NULL);
+    esp_trainer_config c = config_of(&p, 1);
+    c.prompts_per_step = 1;
+    c.group_size = c.max_new_tokens = 2;
+    demo d = demo_trainer(&c);
+    OK(esp_trainer_step(d.trainer, NULL));
+    check_plan(&d);
+    demo_free(&d);
+    place_free(&p);
+}
+
 Test(server_trainer, it_trains_on_what_the_server_writes, .timeout = 60) {
     place p = place_make(NULL);
     esp_trainer_config c = config_of(&p, 3);
@@ -74,9 +92,7 @@ Test(server_trainer, it_trains_on_what_the_server_writes, .timeout = 60) {
     cr_assert_eq(metric(&p, "server/adapters_published"), 3);
     cr_assert_eq(metric(&p, "server/groups_lost"), 0);
     cr_assert_eq(mock_count(&p.mock, "answered"), 3 * 3 + 4, "three steps of three groups, and the probe");
-    size_t planned, peak;
-    OK(esp_trainer_memory(d.trainer, &planned, &peak));
-    cr_assert_eq(planned, peak, "planned %zu, measured %zu", planned, peak);
+    check_plan(&d);
     demo_free(&d);
     cr_assert_eq(scratch_count(p.adapters), 0);
     place_free(&p);
@@ -101,6 +117,7 @@ static float *six_steps(place *p, bool broken, int64_t *n) {
         for (int64_t step = 4; step <= 6; step++) OK(esp_trainer_step(d.trainer, NULL));
     }
     cr_assert_eq(esp_trainer_steps_done(d.trainer), 6);
+    cr_assert_eq(metric(p, "server/adapters_published"), broken ? 3 : 6);
     float *values = values_of(d.model, n);
     demo_free(&d);
     return values;
