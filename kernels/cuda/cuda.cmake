@@ -41,9 +41,10 @@ set(cuda_sources
 add_library(espalier_cuda OBJECT ${cuda_sources})
 target_include_directories(espalier_cuda PRIVATE include src .)
 target_include_directories(espalier_cuda SYSTEM PRIVATE ${CUDAToolkit_INCLUDE_DIRS})
+# No C++ run-time library is linked: no exceptions, no guards of function-local objects.
 target_compile_options(
   espalier_cuda
-  PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra,-Wno-missing-field-initializers,-fvisibility=hidden>"
+  PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra,-Wno-missing-field-initializers,-fvisibility=hidden,-fno-exceptions,-fno-rtti,-fno-threadsafe-statics>"
           "$<$<COMPILE_LANGUAGE:CUDA>:-Xptxas=-warn-spills,-warn-lmem-usage>"
           "$<$<AND:$<COMPILE_LANGUAGE:CUDA>,$<BOOL:${ESPALIER_WERROR}>>:-Werror=all-warnings>")
 set(espalier_cuda_objects $<TARGET_OBJECTS:espalier_cuda>)

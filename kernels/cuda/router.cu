@@ -43,6 +43,16 @@ __global__ void __launch_bounds__(THREADS) split(bf16 *parts, const float *w, in
     }
 }
 
+/* The same as two, the larger again behind them. */
+__global__ void __launch_bounds__(THREADS) split_in_two(bf16 *parts, const void *w, esp_dtype dtype, int64_t n) {
+    const int64_t i = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
+    if (i >= n) return;
+    const float value = espi_plain_cuda(w, dtype, i);
+    const bf16 head = __float2bfloat16(value);
+    parts[i] = parts[2 * n + i] = head;
+    espi_store(parts + n + i, value - espi_value(head));
+}
+
 /* The larger rank, and of equal ones the lower index. */
 struct candidate {
     float rank;
@@ -165,7 +175,8 @@ __global__ void __launch_bounds__(THREADS) add_statistics(int64_t *counts, doubl
     if (counts) counts[e] += count;
 }
 
-/* A warp a token: the gradient of its logits, all losses together; in bf16 too, where a product wants it so. */
+/* A warp a token: the gradient of its logits, all losses together.  narrowed: what the product wants of it, a sum of two in bf16, the larger
+ * part twice ([T, 3 E]): times the parts of the weight as split_in_two orders them. */
 __global__ void __launch_bounds__(WARPS *ESPI_WARP)
     logits_grad(float *d_logits, bf16 *narrowed, const float *d_weight, const float *logits, const float *lse, const float *weight,
                 const int32_t *idx, const int64_t *aux_counts, float aux_coef, float z_coef, int64_t tokens, int experts, int top_k,
@@ -192,7 +203,11 @@ __global__ void __launch_bounds__(WARPS *ESPI_WARP)
             d += weight[t * top_k + k] * (d_weight[t * top_k + k] - shared) * (rule.sigmoid ? sigmoid(-z[e]) : 1);
         }
         d_logits[t * experts + e] = d;
-        if (narrowed) espi_store(narrowed + t * experts + e, d);
+        if (!narrowed) continue;
+        const bf16 head = __float2bfloat16(d);
+        bf16 *to = narrowed + t * 3 * experts + e;
+        to[0] = to[experts] = head;
+        espi_store(to + 2 * experts, d - espi_value(head));
     }
 }
 
@@ -355,7 +370,7 @@ esp_status espi_router_fwd_cuda(const espi_exec *exec, const espi_router_fwd *a)
 
 size_t espi_router_bwd_scratch_cuda(const espi_exec *exec, const espi_router_bwd *a) {
     (void)exec;
-    return espi_room(a->tokens * a->w.rows, sizeof(bf16)) + espi_room(a->w.rows * a->w.cols, sizeof(bf16));
+    return espi_room(3 * a->tokens * a->w.rows, sizeof(bf16)) + espi_room(3 * a->w.rows * a->w.cols, sizeof(bf16));
 }
 
 esp_status espi_router_bwd_cuda(const espi_exec *exec, const espi_router_bwd *a) {
@@ -364,38 +379,35 @@ esp_status espi_router_bwd_cuda(const espi_exec *exec, const espi_router_bwd *a)
     if (a->tokens == 0) return ESP_OK;
     const cudaStream_t stream = espi_cuda_of(exec)->stream;
     char *scratch = static_cast<char *>(exec->scratch);
-    bf16 *narrowed = espi_cut<bf16>(&scratch, a->tokens * experts);
-    const bool dense = has_vectors(&a->w, a->x) && espi_aligned16(a->d_x) && a->w.dtype != ESP_F16;
+    bf16 *narrowed = espi_cut<bf16>(&scratch, 3 * a->tokens * experts), *w = espi_cut<bf16>(&scratch, 3 * experts * hidden);
+    const bool dense = has_vectors(&a->w, a->x) && espi_aligned16(a->d_x);
     logits_grad<<<espi_blocks(a->tokens, WARPS), WARPS * ESPI_WARP, 0, stream>>>(
         static_cast<float *>(a->d_logits), dense ? narrowed : nullptr, static_cast<const float *>(a->d_weight),
         static_cast<const float *>(a->logits), static_cast<const float *>(a->lse), static_cast<const float *>(a->weight), a->idx,
         a->aux_counts, static_cast<float>(a->aux_coef), static_cast<float>(a->z_coef), a->tokens, static_cast<int>(experts),
         static_cast<int>(a->top_k), terms_of(&a->rule));
     ESPI_TRY(ESPI_CUDA_LAUNCHED("gradient of the router's logits"));
-    const void *d_logits = dense ? static_cast<const void *>(narrowed) : a->d_logits, *w = a->w.data;
-    const esp_dtype dtype = dense ? ESP_BF16 : ESP_F32;
-    esp_dtype w_dtype = a->w.dtype;
-    if (dense && w_dtype == ESP_F32) {
-        bf16 *narrow_w = espi_cut<bf16>(&scratch, experts * hidden);
-        ESPI_TRY(espi_narrow_cuda(exec, narrow_w, w, experts * hidden));
-        w = narrow_w;
-        w_dtype = ESP_BF16;
-    }
     espi_product d_x = {};
     d_x.d = a->d_x;
     d_x.dtype = ESP_BF16;
     d_x.stride = d_x.n = hidden;
-    d_x.a = espi_rows_of(d_logits, dtype, experts);
-    d_x.b = espi_rows_of(w, w_dtype, hidden);
+    d_x.a = espi_rows_of(a->d_logits, ESP_F32, experts);
+    d_x.b = espi_rows_of(a->w.data, a->w.dtype, hidden);
     d_x.m = a->tokens;
     d_x.k = experts;
     d_x.alpha = d_x.beta = 1;
+    if (dense) {
+        split_in_two<<<espi_blocks(experts * hidden, THREADS), THREADS, 0, stream>>>(w, a->w.data, a->w.dtype, experts * hidden);
+        d_x.k = 3 * experts;
+        d_x.a = espi_rows_of(narrowed, ESP_BF16, d_x.k);
+        d_x.b = espi_rows_of(w, ESP_BF16, hidden);
+    }
     ESPI_TRY(espi_product_cuda(exec, &d_x));
     if (!a->d_w) return ESP_OK;
     espi_product d_w = d_x;
     d_w.d = a->d_w;
     d_w.dtype = ESP_F32;
-    d_w.a = espi_transpose_of(d_logits, dtype, experts);
+    d_w.a = dense ? espi_transpose_of(narrowed, ESP_BF16, 3 * experts) : espi_transpose_of(a->d_logits, ESP_F32, experts);
     d_w.b = espi_rows_of(a->x, ESP_BF16, hidden);
     d_w.m = experts;
     d_w.k = a->tokens;

@@ -5,7 +5,7 @@
  * its results rounded to bf16 how far a plain implementation in bf16 is from it, and the GPU may err by twice that and a floor:
  *  - results in bf16: 2^-9 of the largest, for where a plain implementation adds several products it rounds each;
  *  - results in f32 that are made of bf16 products (gradients of branches, the head's rows) are measured against the reference rounded to bf16
- *    too, since the products' operands are;
+ *    too, since the products' operands are; for the head, whose logits are in bf16, against one whose logits are rounded;
  *  - other results in f32: as tests/kernels/conformance.c.
  * Each call is made twice and must give the same bits, leave its inputs as they are, and write nowhere else. */
 #include "cases.h"
@@ -95,7 +95,7 @@ static bool is_act(espi_op_id op, const char *name) {
     static const char *const reals[] = {"rstd",   "d_w",     "cos",      "sin",        "lse",          "a",        "b",  "d_a",     "d_b",
                                         "logits", "weight",  "d_weight", "row_weight", "d_row_weight", "d_logits", "lp", "entropy", "g",
                                         "e",      "d_table", "d_sinks",  NULL};
-    return op != ESPI_OP_sumsq && op != ESPI_OP_adamw && op != ESPI_OP_adamw8 && !is_one_of(name, reals);
+    return op != ESPI_OP_zero && op != ESPI_OP_sumsq && op != ESPI_OP_adamw && op != ESPI_OP_adamw8 && !is_one_of(name, reals);
 }
 
 /* Results in f32 that are made of bf16 products. */
@@ -303,7 +303,7 @@ static difference difference_of(const field *got, const field *want, bool round)
 }
 
 static double floor_of(const shape *s) {
-    return fmax(FLOOR, 0x1p-24 * sqrt((double)(s->tokens * s->top_k)));
+    return fmax(FLOOR, 0x1p-24 * sqrt(fmax((double)(s->tokens * s->top_k), (double)s->hidden)));
 }
 
 static void compare(const problem *got, const problem *plain, const problem *want) {
@@ -322,6 +322,95 @@ static void compare(const problem *got, const problem *plain, const problem *wan
             FAIL("%s, shape %s, array %s: error %.3g beyond %.3g; element %lld of %lld is %.9g, expected %.9g", op_cases[want->op].name,
                  want->shape.name, w->name, error, limit, (long long)d.at, (long long)w->count, field_get(g, d.at), field_get(w, d.at));
     }
+}
+
+/* ---- The head as a plain implementation in bf16 has it: exact, but for logits that are rounded before anything is made of them ---- */
+
+static double finished(const espi_head *head, double product, int64_t v) {
+    if (head->bias) product += head->bias[v];
+    product *= head->logit_scale;
+    if (head->softcap != 0) product = head->softcap * tanh(product / head->softcap);
+    return product / head->temperature;
+}
+
+static bool is_kept(const espi_head *head, int64_t i, int64_t v) {
+    if (!head->kept_offsets || head->kept_offsets[i] == head->kept_offsets[i + 1]) return true;
+    for (int64_t j = head->kept_offsets[i]; j < head->kept_offsets[i + 1]; j++)
+        if (head->kept[j] == v) return true;
+    return false;
+}
+
+/* Rounded products of row i, finished; d: their gradient where g, e say so, or NULL. */
+static void plain_row(double *z, double *lp, double *entropy, double *lse, const problem *products, const espi_head *head, int64_t i) {
+    const int64_t vocab = head->w.rows;
+    double most = -INFINITY, sum = 0, sum_z = 0;
+    for (int64_t v = 0; v < vocab; v++) {
+        z[v] = is_kept(head, i, v) ? finished(head, rounded(field_get(field_find((problem *)products, "logits"), i * vocab + v)), v)
+                                   : -INFINITY;
+        most = fmax(most, z[v]);
+    }
+    for (int64_t v = 0; v < vocab; v++) {
+        if (z[v] == -INFINITY) continue;
+        sum += exp(z[v] - most);
+        sum_z += z[v] * exp(z[v] - most);
+    }
+    *lse = most + log(sum);
+    *entropy = *lse - sum_z / sum;
+    *lp = z[head->target[i]] - *lse;
+}
+
+static void plain_gradient(field *d_hidden, const double *z, const espi_head *head, int64_t i, double g, double e, double lse,
+                           double entropy) {
+    const int64_t hidden = head->w.cols, to = head->d_rows ? head->d_rows[i] : head->rows[i];
+    for (int64_t h = 0; h < hidden; h++) field_set(d_hidden, to * hidden + h, 0);
+    for (int64_t v = 0; v < head->w.rows; v++) {
+        if (z[v] == -INFINITY) continue;
+        const double p = exp(z[v] - lse), bent = head->softcap != 0 ? head->temperature * z[v] / head->softcap : 0;
+        double d = g * ((v == head->target[i]) - p) - (e != 0 ? e * p * (z[v] - lse + entropy) : 0);
+        d = rounded(d * head->logit_scale / head->temperature * (1 - bent * bent));
+        for (int64_t h = 0; h < hidden; h++) {
+            const double w = espi_plain_value(head->w.data, head->w.dtype, v * hidden + h);
+            field_set(d_hidden, to * hidden + h, field_get(d_hidden, to * hidden + h) + d * w);
+        }
+    }
+}
+
+/* Puts that into the results of a head_stats, head_grad or head_fused problem (in double), for `compare` to measure. */
+static void plain_head(problem *p) {
+    const espi_head *head = p->op == ESPI_OP_head_stats   ? &p->args.head_stats.head
+                            : p->op == ESPI_OP_head_grad  ? &p->args.head_grad.head
+                            : p->op == ESPI_OP_head_fused ? &p->args.head_fused.head
+                                                          : NULL;
+    if (!head || head->n == 0) return;
+    problem products, single;
+    problem_build(&products, ESPI_OP_head_logits, &p->shape, ESP_F64, &espi_backend_ref);
+    problem_build(&single, ESPI_OP_head_logits, &p->shape, ESP_F32, &espi_backend_ref);
+    round_inputs(&products, &single, &products);
+    espi_head *raw = &products.args.head_logits.head;
+    raw->bias = NULL;
+    raw->temperature = raw->logit_scale = 1;
+    raw->softcap = 0;
+    run_reference(&products, &espi_backend_ref64);
+    double *z = malloc((size_t)head->w.rows * sizeof *z);
+    for (int64_t i = 0; z && i < head->n; i++) {
+        double lp, entropy, lse;
+        plain_row(z, &lp, &entropy, &lse, &products, head, i);
+        if (p->op != ESPI_OP_head_grad) {
+            field_set(field_find(p, "lp"), i, lp);
+            field_set(field_find(p, "entropy"), i, entropy);
+            field_set(field_find(p, "lse"), i, lse);
+        }
+        if (p->op == ESPI_OP_head_stats) continue;
+        const bool is_fused = p->op == ESPI_OP_head_fused;
+        if (is_fused && i == 0) p->coef_next = 0;
+        if (is_fused) p->args.head_fused.coef(p, i, 1);
+        const field *e = is_fused || p->shape.extras ? field_find(p, "e") : NULL;
+        plain_gradient(field_find(p, "d_hidden"), z, head, i, field_get(field_find(p, "g"), i), e ? field_get(e, i) : 0,
+                       field_get(field_find(p, "lse"), i), e ? field_get(field_find(p, "entropy"), i) : 0);
+    }
+    free(z);
+    problem_free(&products);
+    problem_free(&single);
 }
 
 /* A draw is right when it is one from the distribution of the reference's logits, up to the rounding of logits to bf16. */
@@ -423,6 +512,7 @@ static bool conform(espi_op_id op, const shape *s) {
     if (taken) {
         run_reference(&want, &espi_backend_ref64);
         run_reference(&plain, &espi_backend_ref);
+        plain_head(&plain);
         if (op == ESPI_OP_head_sample)
             check_sample(&got, s);
         else
