@@ -238,7 +238,7 @@ static void note_use(esp_model *model) {
     if (model->arena.main.high > model->ctx->activations_used) model->ctx->activations_used = model->arena.main.high;
 }
 
-static esp_status reserve(esp_model *model, const esp_batch *shape, bool training) {
+esp_status espi_model_reserve(esp_model *model, const esp_batch *shape, bool training) {
     espi_extent need;
     ESPI_TRY(espi_batch_bytes(&need, model, shape, training));
     const espi_extent have = model->room.extent;
@@ -260,7 +260,7 @@ esp_status esp_model_reserve(esp_model *model, int64_t n_tokens, int32_t n_seqs,
     if (n_tokens < n_seqs || n_seqs < 0)
         return ESPI_FAIL(ESP_ERR_ARG, "esp_model_reserve: got %lld tokens in %d sequences, expected at least one token each",
                          (long long)n_tokens, n_seqs);
-    return reserve(model, &ESP_BATCH(.n_tokens = n_tokens, .n_seqs = n_seqs), training);
+    return espi_model_reserve(model, &ESP_BATCH(.n_tokens = n_tokens, .n_seqs = n_seqs), training);
 }
 
 /* Makes room for a forward of this batch, and forgets the last one. */
@@ -268,7 +268,7 @@ static esp_status forward_begin(esp_model *model, const esp_batch *batch, bool t
     model->route_flips = NULL;
     ESPI_TRY(check_batch(model, batch));
     ESPI_TRY(espi_routes_check(&model->routes_replayed, model, batch));
-    ESPI_TRY(reserve(model, batch, training));
+    ESPI_TRY(espi_model_reserve(model, batch, training));
     model->saved_valid = false;
     espi_arena_release(&model->arena, (espi_mark){0});
     espi_routes_begin(model, batch);

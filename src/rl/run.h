@@ -120,6 +120,7 @@ struct esp_trainer {
 
     espi_sequence *sequences; /* [rows] */
     int64_t n_sequences;      /* of this step */
+    int64_t most_kept;        /* ids that the request's filters leave for a token; 0 = there are none */
     int64_t *groups;          /* order of the generation's groups in its slices */
     espi_packed packed;
     espi_step_sums sums;

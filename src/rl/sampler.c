@@ -5,7 +5,7 @@
 
 #include <stdlib.h>
 
-enum { DEFAULT_SEQUENCES = 128, DEFAULT_LENGTH_CAP = 4096, DEFAULT_KEPT_CAP = 1024 };
+enum { DEFAULT_SEQUENCES = 128, DEFAULT_LENGTH_CAP = 4096 };
 
 static int64_t kv_width(const esp_model *model) {
     return model->config.kv_heads * model->config.head_dim;
@@ -136,7 +136,7 @@ static esp_status read_config(esp_sampler *s, const esp_sampler_config *config) 
                          c.max_sequences, c.max_length, c.max_kept, (long long)context);
     s->sequences = c.max_sequences ? c.max_sequences : DEFAULT_SEQUENCES;
     s->length = c.max_length ? c.max_length : (context < DEFAULT_LENGTH_CAP ? context : DEFAULT_LENGTH_CAP);
-    s->kept_most = c.max_kept ? c.max_kept : DEFAULT_KEPT_CAP;
+    s->kept_most = c.max_kept ? c.max_kept : ESPI_SAMPLER_KEPT;
     if (s->kept_most > m->vocab) s->kept_most = m->vocab;
     s->record = c.record_routes;
     s->completion = c.max_new_tokens;

@@ -5,6 +5,9 @@
 #include "contract/decoder.h"
 #include "espalier/sampler.h"
 
+/* Default of max_kept, where the vocabulary is larger. */
+#define ESPI_SAMPLER_KEPT 1024
+
 /* The arrays of one pass.  Everything of a pass lies in one block; the rooms' scratch comes behind it. */
 typedef struct espi_sampler_arrays {
     int32_t *ids, *positions;                                  /* [pass_tokens] */

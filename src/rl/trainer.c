@@ -1,6 +1,7 @@
 /* The trainer: creation, the step, evaluation. */
 #include "models/passes.h"
 #include "rl/run.h"
+#include "rl/sampler.h"
 #include "rl/server.h"
 
 #include <math.h>
@@ -69,12 +70,21 @@ static esp_sampler_config sampler_config(const esp_trainer *t) {
     const bool grpo = samples(t);
     const int32_t train = grpo ? t->train.longest_prompt : 0, eval = t->eval.longest_prompt;
     return ESP_SAMPLER_CONFIG(.max_sequences = grpo ? (int32_t)t->rows : SFT_EVAL_SEQUENCES,
-                              .max_length = (train > eval ? train : eval) + t->c.max_new_tokens);
+                              .max_length = (train > eval ? train : eval) + t->c.max_new_tokens, .max_kept = (int32_t)t->most_kept,
+                              .record_routes = grpo && !t->c.server && t->c.replay != ESP_REPLAY_NONE && t->c.replay != ESP_REPLAY_R2);
+}
+
+/* Without top_k as many as the sampler holds by default. */
+static int64_t most_kept(const esp_trainer *t) {
+    const int64_t vocab = t->info.vocab, most = t->c.top_k > 0 ? t->c.top_k : ESPI_SAMPLER_KEPT;
+    const bool filtered = t->c.kind == ESP_TRAIN_GRPO && (t->c.top_k > 0 || t->c.top_p != 1 || t->c.min_p > 0);
+    return !filtered ? 0 : most < vocab ? most : vocab;
 }
 
 /* What the run will take, known before any of it is taken; then takes it. */
 static esp_status take_memory(esp_trainer *t) {
     esp_ctx *ctx = t->model->ctx;
+    t->most_kept = most_kept(t);
     const esp_sampler_config sampler = sampler_config(t);
     size_t optim, activations, cache = 0;
     if (t->c.server) ESPI_TRY(espi_server_reserve(t->model));

@@ -33,11 +33,12 @@ static int64_t most_sequences(const esp_trainer *t) {
 }
 
 /* Bytes of a micro-batch of this shape; take: and makes room for it. */
-static esp_status candidate(size_t *most, esp_model *model, int64_t tokens, int32_t n_seqs, bool take) {
+static esp_status candidate(size_t *most, const esp_trainer *t, int64_t tokens, int32_t n_seqs, bool take) {
+    const esp_batch shape = ESP_BATCH(.n_tokens = tokens, .n_seqs = n_seqs, .n_kept = tokens * t->most_kept);
     espi_extent room;
-    ESPI_TRY(espi_activation_bytes(&room, model, tokens, n_seqs, true));
+    ESPI_TRY(espi_batch_bytes(&room, t->model, &shape, true));
     if (room.main > *most) *most = room.main;
-    return take ? esp_model_reserve(model, tokens, n_seqs, true) : ESP_OK;
+    return take ? espi_model_reserve(t->model, &shape, true) : ESP_OK;
 }
 
 /* The largest number of tokens of which `kept` layers stay whole under the activation budget, between low and high. */
@@ -62,12 +63,12 @@ esp_status espi_update_reserve(size_t *bytes, esp_trainer *t, bool take) {
     const int32_t n_seqs[2] = {1, (int32_t)(most < capacity ? most : capacity)};
     *bytes = 0;
     for (int i = 0; i < 2; i++) {
-        ESPI_TRY(candidate(bytes, m, capacity, n_seqs[i], take));
+        ESPI_TRY(candidate(bytes, t, capacity, n_seqs[i], take));
         /* Under a budget a smaller batch may keep a layer that a larger one runs again, and need more. */
         for (int64_t kept = 1; m->options.activation_budget > 0 && kept <= m->config.layers; kept++) {
             int64_t tokens;
             ESPI_TRY(largest_keeping(&tokens, m, kept, n_seqs[i], capacity));
-            ESPI_TRY(candidate(bytes, m, tokens, n_seqs[i], take));
+            ESPI_TRY(candidate(bytes, t, tokens, n_seqs[i], take));
         }
     }
     return ESP_OK;
