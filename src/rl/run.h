@@ -130,6 +130,7 @@ struct esp_trainer {
     double entropy_coef; /* the controller's, or the objective's */
     bool entropy_acts;   /* the controller's: the last entropy was at or below its target */
 
+    bool started;      /* the evaluation before the first step is told and judged */
     int64_t eval_step; /* of the cached result, -1 = none */
     double eval_sampled, eval_greedy;
     double best;                                     /* sampled accuracy; negative: none yet */

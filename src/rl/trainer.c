@@ -284,10 +284,11 @@ esp_status espi_trainer_update(esp_trainer *t, esp_step_stats *stats) {
 }
 
 static esp_status step(esp_trainer *t, esp_step_stats *stats) {
-    if (t->step == 0 && t->phase == ESPI_PHASE_EMPTY && t->eval.n > 0 && t->eval_step != 0) {
+    if (!t->started && t->eval.n > 0) {
         ESPI_TRY(evaluate_and_judge(t, stats));
         if (t->out_dir) ESPI_TRY(espi_log_start(t));
     }
+    t->started = true;
     if (t->c.kind == ESP_TRAIN_SFT) {
         next_lines(t);
     } else {

@@ -26,6 +26,7 @@ enum {
     S_RESAMPLED,
     S_HAS_ROLLOUTS,
     S_ENTROPY_ACTS,
+    S_STARTED,
     S_BEST_STEP,
     S_WORSE,
     S_METRICS_BYTES,
@@ -259,6 +260,7 @@ static esp_status write_list(esp_trainer *t, list *l, const char *path, char *co
                               [S_RESAMPLED] = t->resampled,
                               [S_HAS_ROLLOUTS] = has_rollouts,
                               [S_ENTROPY_ACTS] = t->entropy_acts,
+                              [S_STARTED] = t->started,
                               [S_BEST_STEP] = t->best_step,
                               [S_WORSE] = t->worse,
                               [S_METRICS_BYTES] = espi_log_file_bytes(t->metrics),
@@ -410,6 +412,7 @@ static void adopt(esp_trainer *t, const int64_t *s, const double *reals) {
     t->lost = s[S_LOST];
     t->resampled = s[S_RESAMPLED];
     t->entropy_acts = s[S_ENTROPY_ACTS] != 0;
+    t->started = s[S_STARTED] != 0;
     t->best_step = s[S_BEST_STEP];
     t->worse = s[S_WORSE];
     t->n_kept = s[S_N_KEPT];

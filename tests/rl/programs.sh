@@ -52,6 +52,13 @@ grep -q -e "--shuffle-rewards" "$work/out" && say "espalier-sft offers rewards"
     echo '{"steps": "2"}' >"$work/c.json" && refused "steps: got another type, expected a whole number" $model $prompts --config "$work/c.json"
     echo '{"steps": 2' >"$work/c.json" && refused "c.json:" $model $prompts --config "$work/c.json"
 
+    # The evaluation before the first step has a line of its own.
+    "$grpo" $model $prompts --eval "$source/examples/tasks/mix-eval.jsonl" --steps 1 --prompts-per-step 2 --eval-samples 1 --keep-best \
+        --out "$work/evaluated" >"$work/out" 2>&1 || say "an evaluated run fails"
+    has "^before: sampled exact 0" "evaluation" && has "result: before_sampled=0.[0-9]* before_greedy=0.[0-9]* after_sampled=0" "evaluation"
+    [ "$(grep -c '"step":0' "$work/evaluated/metrics.jsonl")" = 1 ] || say "not one line of metrics for step 0"
+    [ -f "$work/evaluated/adapter-best/adapter_model.safetensors" ] || say "no best adapter"
+
     # A config's preset lies under its other keys, and those under the line; the whole range of seeds.
     echo '{"preset": "dapo", "resample_tries": 1, "seed": "18446744073709551615", "reward": ["exact", "0.2*match"]}' >"$work/c.json"
     "$grpo" $model $prompts --config "$work/c.json" --epsilon-high 0.3 --dry-run >"$work/out" 2>&1 || say "--dry-run fails"

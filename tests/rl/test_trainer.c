@@ -105,6 +105,15 @@ Test(trainer, resume_before_a_generation_call) {
     resume_after(small(NULL, NULL, 3), 1, ESPI_PHASE_EMPTY, "unsampled");
 }
 
+/* The evaluation before the first step is told once. */
+Test(trainer, resume_before_the_first_step) {
+    esp_trainer_config c = small(NULL, NULL, 2);
+    c.eval_file = DEMO_EVAL;
+    c.eval_samples = 1;
+    c.eval_every = 2;
+    resume_after(c, 0, ESPI_PHASE_EMPTY, "unbegun");
+}
+
 static esp_trainer_config everything(void) {
     esp_trainer_config c = small(NULL, NULL, 6);
     c.updates_per_batch = 2;
@@ -206,6 +215,7 @@ Test(trainer, first_update_has_ratio_one_and_the_samplers_logprobs) {
         for (int mu = 1; mu <= 2; mu++) {
             esp_trainer_config c = small(NULL, NULL, 5);
             c.updates_per_batch = mu;
+            c.adamw = ESP_ADAMW_CONFIG(.lr = 0.01f);
             c.objective.loss = (esp_loss_type)loss;
             c.objective.level = loss == ESP_LOSS_LUSPO ? ESP_IS_SEQUENCE : ESP_IS_TOKEN;
             c.no_skip = true;
@@ -217,6 +227,15 @@ Test(trainer, first_update_has_ratio_one_and_the_samplers_logprobs) {
             cr_assert_eq(s->ratio, s->tokens, "%s", esp_loss_type_name(c.objective.loss));
             cr_assert_eq(s->diff_max, 0);
             cr_assert_eq(s->clip_low + s->clip_high, 0);
+            /* The second update on the same rollouts sees how far the first has gone. */
+            if (mu == 2) {
+                esp_step_stats stats = ESP_STEP_STATS_INIT;
+                OK(espi_trainer_update(d.trainer, &stats));
+                OK(espi_trainer_sample(d.trainer));
+                OK(espi_update(d.trainer));
+                cr_assert_neq(s->ratio, s->tokens, "%s", esp_loss_type_name(c.objective.loss));
+                cr_assert_gt(s->diff_max, 0);
+            }
             demo_free(&d);
         }
 }
