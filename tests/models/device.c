@@ -1,0 +1,205 @@
+/* A model on a device: host code touches none of the device's memory (the fake device faults when it does), every value is put where an op
+ * reads it, the bits are those of the reference, the plan is exact, and nothing is taken once a model has run. */
+#include "core/status.h"
+#include "espalier/adapter.h"
+#include "espalier/optim.h"
+#include "espalier/plan.h"
+#include "espalier/sampler.h"
+#include "fake.h"
+#include "models/model.h"
+#include "scratch.h"
+
+#include <criterion/criterion.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef struct form {
+    const char *folder;
+    bool packing;
+    esp_model_config config;
+} form;
+
+/* Every family and every way of being stored. */
+static const form forms[] = {
+    {"q3a/model", false, {.struct_size = sizeof(esp_model_config), .lora_rank = 4}},
+    {"q3a/model", true, {.struct_size = sizeof(esp_model_config), .lora_rank = 4, .double_quant = true, .train_router = true}},
+    {"q3a/model", false, {.struct_size = sizeof(esp_model_config), .lora_rank = 4, .double_quant = true}},
+    {"q3a/model", false, {.struct_size = sizeof(esp_model_config), .lora_rank = 4, .experts = ESP_Q_NONE}},
+    {"q3a/model_nf4", true, {.struct_size = sizeof(esp_model_config), .lora_rank = 4}},
+    {"q3a/model_nf4_dq", true, {.struct_size = sizeof(esp_model_config), .lora_rank = 4, .double_quant = true}},
+    {"q3b/model", true, {.struct_size = sizeof(esp_model_config), .lora_rank = 4, .activation_budget = 20000}},
+    {"q3c/model", false, {.struct_size = sizeof(esp_model_config), .lora_rank = 4, .experts = ESP_FP4}},
+    {"q3c/model_fused", true, {.struct_size = sizeof(esp_model_config), .lora_rank = 4}},
+    {"vla/model", true, {.struct_size = sizeof(esp_model_config), .lora_rank = 4, .experts = ESP_MXFP4}},
+    {"ol/model", true, {.struct_size = sizeof(esp_model_config), .lora_rank = 4}},
+    {"go1/model", true, {.struct_size = sizeof(esp_model_config), .lora_rank = 4}},
+    {"go2/model", true, {.struct_size = sizeof(esp_model_config), .lora_rank = 4, .train_router = true}},
+    {"mx/model", true, {.struct_size = sizeof(esp_model_config), .lora_rank = 4}},
+    {"vl/model", true, {.struct_size = sizeof(esp_model_config), .lora_rank = 4}},
+    {"vla/model_transposed", false, {.struct_size = sizeof(esp_model_config), .lora_rank = 4}},
+    {"gla/model", true, {.struct_size = sizeof(esp_model_config), .lora_rank = 4}},
+    {"glb/model", false, {.struct_size = sizeof(esp_model_config), .lora_rank = 4}},
+};
+
+enum { TOKENS = 11, NEW = 5 };
+static const int32_t ids[TOKENS] = {3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5}, borders[] = {0, 4, 11};
+
+/* What one run gives, in host memory. */
+typedef struct results {
+    float *params, *grads;
+    int64_t n;
+    double loss, aux, z;
+    float logprob[TOKENS], entropy[TOKENS];
+    int32_t tokens[2 * NEW], lengths[2];
+    float sampled[2 * NEW];
+    esp_memory memory;
+    esp_plan plan;
+} results;
+
+static void read_params(esp_model *model, float *data, float *grad) {
+    int64_t at = 0;
+    for (int64_t i = 0; i < esp_model_param_count(model); i++) {
+        esp_param p = ESP_PARAM_INIT;
+        OK(esp_model_param_get(model, i, &p));
+        const esp_tensor view = esp_tensor_view(p.data, p.dtype, p.rank, p.dims);
+        const size_t bytes = (size_t)esp_tensor_count(&view) * sizeof(float);
+        if (data) OK(espi_ctx_get(model->ctx, data + at, p.data, bytes));
+        if (grad) OK(espi_ctx_get(model->ctx, grad + at, p.grad, bytes));
+        at += esp_tensor_count(&view);
+    }
+}
+
+static void look(void *user, const char *name, int64_t layer, const esp_tensor *t) {
+    (void)name, (void)layer;
+    double *sum = user;
+    int64_t n = 1;
+    for (int i = 0; i < t->rank; i++) n *= t->dims[i];
+    for (int64_t i = 0; i < n; i++)
+        *sum += t->dtype == ESP_F32 ? (double)((const float *)t->data)[i] : (double)((const int32_t *)t->data)[i];
+}
+
+static double step(esp_model *model, const esp_batch *batch, double *loss) {
+    esp_tensor hidden, d_hidden;
+    double seen = 0;
+    OK(esp_model_set_probe(model, look, &seen));
+    OK(esp_model_forward(model, batch, &hidden));
+    OK(esp_model_cross_entropy(model, batch, &hidden, loss, &d_hidden));
+    OK(esp_model_backward(model, batch, &d_hidden));
+    OK(esp_model_set_probe(model, NULL, NULL));
+    return seen;
+}
+
+static void run(results *r, esp_ctx *ctx, const form *f) {
+    char dir[ESPI_PATH_MAX], saved[ESPI_PATH_MAX];
+    const esp_batch batch = ESP_BATCH(.tokens = ids, .cu_seqlens = borders, .n_tokens = TOKENS, .n_seqs = 2);
+    const esp_adamw_config adamw = ESP_ADAMW_CONFIG(.lr = 0.01f, .eight_bit = f->packing);
+    esp_model *model;
+    esp_optim *optim;
+    esp_sampler *sampler;
+    esp_tensor hidden;
+    *r = (results){.memory = ESP_MEMORY_INIT, .plan = {.struct_size = sizeof(esp_plan)}};
+    snprintf(dir, sizeof dir, "%s/tests/golden/data/%s", ESP_SOURCE_DIR, f->folder);
+    OK(esp_plan_folder(&r->plan, ctx, dir, &f->config, &adamw, TOKENS, 2));
+    OK(esp_model_load(&model, ctx, dir, &f->config));
+    OK(esp_adamw_create(&optim, model, &adamw));
+    OK(esp_model_reserve(model, TOKENS, 2, true));
+    for (int i = 0; i < 2; i++) {
+        r->z += step(model, &batch, &r->loss); /* the sum of all that probes see, for now */
+        OK(esp_optim_step(optim));
+    }
+    (void)step(model, &batch, &r->loss);
+    OK(esp_ctx_memory(ctx, &r->memory));
+    double aux, z;
+    OK(esp_model_router_losses(model, &aux, &z));
+    r->aux = aux;
+    r->z += z;
+    esp_model_info info = {.struct_size = sizeof info};
+    OK(esp_model_info_get(model, &info));
+    r->n = info.adapter_parameters;
+    r->params = calloc((size_t)r->n, sizeof(float));
+    r->grads = calloc((size_t)r->n, sizeof(float));
+    read_params(model, NULL, r->grads);
+    OK(esp_model_forward_only(model, &batch, &hidden));
+    OK(esp_model_logprob(model, &batch, &hidden, 0.7f, r->logprob, r->entropy));
+    OK(esp_sampler_create(&sampler, model, &ESP_SAMPLER_CONFIG(.max_sequences = 2, .max_length = 16)));
+    OK(esp_sampler_generate(sampler,
+                            &ESP_GENERATE_CONFIG(.prompts = ids, .cu_prompts = borders, .n_prompts = 2, .max_new_tokens = NEW, .seed = 3),
+                            r->tokens, r->sampled, r->lengths, NULL));
+    esp_sampler_destroy(sampler);
+    /* Saved, spoilt, loaded. */
+    scratch_make(saved);
+    OK(esp_model_save_adapter(model, saved));
+    OK(esp_optim_step(optim));
+    OK(esp_model_load_adapter(model, saved));
+    read_params(model, r->params, NULL);
+    scratch_remove(saved);
+    esp_optim_destroy(optim);
+    esp_model_destroy(model);
+}
+
+static void free_results(results *r) {
+    free(r->params);
+    free(r->grads);
+}
+
+Test(device, every_family_has_the_bits_of_the_reference) {
+    for (int i = 0; i < ESPI_COUNT(forms); i++) {
+        const form *f = &forms[i];
+        esp_ctx *plain, *device;
+        results want, got;
+        OK(esp_ctx_create(&plain, &ESP_CTX_CONFIG(.backend = "ref", .threads = 2)));
+        OK(fake_ctx(&device, &ESP_CTX_CONFIG(.threads = 2)));
+        fake_set_packing(f->packing);
+        run(&want, plain, f);
+        run(&got, device, f);
+        cr_expect_eq(got.n, want.n);
+        cr_expect(memcmp(got.params, want.params, (size_t)want.n * sizeof(float)) == 0, "%s: parameters", f->folder);
+        cr_expect(memcmp(got.grads, want.grads, (size_t)want.n * sizeof(float)) == 0, "%s: gradients", f->folder);
+        cr_expect(got.loss == want.loss && got.aux == want.aux && got.z == want.z, "%s: loss %g %g %g, expected %g %g %g", f->folder,
+                  got.loss, got.aux, got.z, want.loss, want.aux, want.z);
+        cr_expect(memcmp(got.logprob, want.logprob, sizeof want.logprob) == 0, "%s: log-probabilities", f->folder);
+        cr_expect(memcmp(got.entropy, want.entropy, sizeof want.entropy) == 0, "%s: entropies", f->folder);
+        cr_expect(memcmp(got.tokens, want.tokens, sizeof want.tokens) == 0, "%s: sampled tokens", f->folder);
+        cr_expect(memcmp(got.sampled, want.sampled, sizeof want.sampled) == 0, "%s: their log-probabilities", f->folder);
+        /* The plan of the device holds there, to the byte. */
+        cr_expect_eq(got.memory.live, got.plan.total, "%s: %zu bytes live, planned %zu", f->folder, got.memory.live, got.plan.total);
+        cr_expect_eq(got.memory.peak, got.plan.peak, "%s: peak of %zu bytes, planned %zu", f->folder, got.memory.peak, got.plan.peak);
+        cr_expect_gt(got.memory.pinned, 0);
+        free_results(&want);
+        free_results(&got);
+        esp_ctx_destroy(plain);
+        esp_ctx_destroy(device);
+    }
+}
+
+/* After the first step of a shape nothing more is taken, and the host waits as rarely as it can: for the loss and for the norm. */
+Test(device, nothing_is_taken_once_set_up) {
+    char dir[ESPI_PATH_MAX];
+    const esp_batch batch = ESP_BATCH(.tokens = ids, .cu_seqlens = borders, .n_tokens = TOKENS, .n_seqs = 2);
+    esp_ctx *ctx;
+    esp_model *model;
+    esp_optim *optim;
+    esp_tensor hidden, d_hidden;
+    double loss;
+    snprintf(dir, sizeof dir, "%s/tests/golden/data/q3a/model", ESP_SOURCE_DIR);
+    OK(fake_ctx(&ctx, NULL));
+    OK(esp_model_load(&model, ctx, dir, NULL));
+    OK(esp_adamw_create(&optim, model, NULL));
+    fake_counts before = {0};
+    for (int i = 0; i < 3; i++) {
+        if (i == 1) before = fake_counted(ctx);
+        OK(esp_model_forward(model, &batch, &hidden));
+        OK(esp_model_cross_entropy(model, &batch, &hidden, &loss, &d_hidden));
+        OK(esp_model_backward(model, &batch, &d_hidden));
+        OK(esp_optim_step(optim));
+    }
+    const fake_counts after = fake_counted(ctx);
+    cr_expect_eq(after.allocations, before.allocations, "%lld allocations in two steps",
+                 (long long)(after.allocations - before.allocations));
+    cr_expect_eq(after.pinned, before.pinned);
+    cr_expect_leq(after.gets + after.waits, before.gets + before.waits + 4, "%lld waits in two steps",
+                  (long long)(after.gets + after.waits - before.gets - before.waits));
+    esp_optim_destroy(optim);
+    esp_model_destroy(model);
+    esp_ctx_destroy(ctx);
+}

@@ -1,0 +1,436 @@
+/* See fake.h.  Memory is mapped page by page and protected while no op runs; new memory is filled with NaN. */
+#define _DEFAULT_SOURCE /* MAP_ANONYMOUS */
+
+#include "fake.h"
+
+#include "core/status.h"
+#include "espalier/quant.h"
+#include "quant/quant.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+enum { REGIONS = 512 };
+
+typedef struct region {
+    unsigned char *p; /* mapping */
+    size_t bytes;     /* of it */
+} region;
+
+typedef struct call call;
+typedef struct fake {
+    region regions[REGIONS];
+    fake_counts counts;
+    bool recording;
+    call *first, *last; /* of the present recording */
+} fake;
+
+/* A recorded op or zeroing. */
+struct call {
+    call *next;
+    esp_status (*run)(const espi_exec *exec, const void *args);
+    espi_exec exec;
+    void *args;
+};
+
+static bool packing;
+
+void fake_set_packing(bool on) {
+    packing = on;
+}
+
+static void protect(fake *f, int mode) {
+    for (int i = 0; i < REGIONS; i++)
+        if (f->regions[i].p) (void)mprotect(f->regions[i].p, f->regions[i].bytes, mode);
+}
+
+static void unlock(fake *f) {
+    protect(f, PROT_READ | PROT_WRITE);
+}
+
+static void lock(fake *f) {
+    protect(f, PROT_NONE);
+}
+
+static esp_status fake_start(void **device) {
+    *device = calloc(1, sizeof(fake));
+    return *device ? ESP_OK : ESPI_FAIL(ESP_ERR_MEMORY, "no memory for a fake device");
+}
+
+static void fake_stop(void *device) {
+    free(device);
+}
+
+static size_t whole_pages(size_t bytes) {
+    const size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    return (bytes + page - 1) / page * page;
+}
+
+static esp_status fake_alloc(void *device, size_t bytes, void **out) {
+    fake *f = device;
+    if (f->recording) return ESPI_FAIL(ESP_ERR_STATE, "memory wanted while recording");
+    for (int i = 0; i < REGIONS; i++) {
+        region *r = &f->regions[i];
+        if (r->p) continue;
+        r->bytes = whole_pages(bytes);
+        r->p = mmap(NULL, r->bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (r->p == MAP_FAILED) {
+            r->p = NULL;
+            return ESPI_FAIL(ESP_ERR_MEMORY, "%zu bytes wanted of a fake device", bytes);
+        }
+        memset(r->p, 0xff, r->bytes);
+        (void)mprotect(r->p, r->bytes, PROT_NONE);
+        f->counts.allocations++;
+        *out = r->p;
+        return ESP_OK;
+    }
+    return ESPI_FAIL(ESP_ERR_INTERNAL, "the fake device has %d regions, expected fewer wanted", REGIONS);
+}
+
+static void fake_free(void *device, void *p) {
+    fake *f = device;
+    for (int i = 0; i < REGIONS; i++) {
+        if (f->regions[i].p != p) continue;
+        (void)munmap(p, f->regions[i].bytes);
+        f->regions[i] = (region){0};
+    }
+}
+
+static esp_status fake_alloc_host(void *device, size_t bytes, void **out) {
+    fake *f = device;
+    f->counts.pinned++;
+    *out = aligned_alloc(64, (bytes + 63) / 64 * 64);
+    return *out ? ESP_OK : ESPI_FAIL(ESP_ERR_MEMORY, "%zu bytes wanted", bytes);
+}
+
+static void fake_free_host(void *device, void *p) {
+    (void)device;
+    free(p);
+}
+
+/* Runs it now, or keeps a copy of its arguments in the recording. */
+static esp_status queue(const espi_exec *exec, esp_status (*run)(const espi_exec *, const void *), const void *args, size_t bytes) {
+    fake *f = exec->device;
+    if (!f->recording) {
+        unlock(f);
+        const esp_status status = run(exec, args);
+        lock(f);
+        return status;
+    }
+    call *c = calloc(1, sizeof *c);
+    if (c) c->args = malloc(bytes);
+    if (!c || !c->args) {
+        free(c);
+        return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for a recording");
+    }
+    memcpy(c->args, args, bytes);
+    c->run = run;
+    c->exec = *exec;
+    *(f->last ? &f->last->next : &f->first) = c;
+    f->last = c;
+    return ESP_OK;
+}
+
+static esp_status run_zero(const espi_exec *exec, const void *args) {
+    (void)exec;
+    const espi_zero *a = args;
+    memset(a->out, 0, a->bytes);
+    return ESP_OK;
+}
+
+static esp_status fake_zero(void *device, void *p, size_t bytes) {
+    return queue(&(espi_exec){.device = device}, run_zero, &(espi_zero){.out = p, .bytes = bytes}, sizeof(espi_zero));
+}
+
+static esp_status not_recording(const fake *f, const char *what) {
+    return f->recording ? ESPI_FAIL(ESP_ERR_STATE, "%s while recording", what) : ESP_OK;
+}
+
+static esp_status fake_put(void *device, void *to, const void *from_host, size_t bytes) {
+    fake *f = device;
+    ESPI_TRY(not_recording(f, "a put"));
+    f->counts.puts++;
+    unsigned char *copy = malloc(bytes); /* the source is read while the device is locked: it is host memory or faults */
+    if (!copy) return ESPI_FAIL(ESP_ERR_MEMORY, "%zu bytes wanted", bytes);
+    memcpy(copy, from_host, bytes);
+    unlock(f);
+    memcpy(to, copy, bytes);
+    lock(f);
+    free(copy);
+    return ESP_OK;
+}
+
+static esp_status fake_get(void *device, void *to_host, const void *from, size_t bytes) {
+    fake *f = device;
+    ESPI_TRY(not_recording(f, "a get"));
+    f->counts.gets++;
+    unsigned char *copy = malloc(bytes);
+    if (!copy) return ESPI_FAIL(ESP_ERR_MEMORY, "%zu bytes wanted", bytes);
+    unlock(f);
+    memcpy(copy, from, bytes);
+    lock(f);
+    memcpy(to_host, copy, bytes);
+    free(copy);
+    return ESP_OK;
+}
+
+static esp_status fake_wait(void *device) {
+    fake *f = device;
+    ESPI_TRY(not_recording(f, "a wait"));
+    f->counts.waits++;
+    return ESP_OK;
+}
+
+static esp_status fake_record_begin(void *device) {
+    fake *f = device;
+    ESPI_TRY(not_recording(f, "a recording"));
+    f->recording = true;
+    f->first = f->last = NULL;
+    f->counts.recordings++;
+    return ESP_OK;
+}
+
+static esp_status fake_record_end(void *device, void **graph) {
+    fake *f = device;
+    if (!f->recording) return ESPI_FAIL(ESP_ERR_STATE, "a recording ends that never began");
+    f->recording = false;
+    *graph = f->first ? f->first : calloc(1, sizeof(call));
+    f->first = f->last = NULL;
+    return *graph ? ESP_OK : ESPI_FAIL(ESP_ERR_MEMORY, "no memory for a recording");
+}
+
+static esp_status fake_launch(void *device, void *graph) {
+    fake *f = device;
+    esp_status status = not_recording(f, "a launch");
+    f->counts.launches++;
+    unlock(f);
+    for (const call *c = graph; c && status == ESP_OK; c = c->next)
+        if (c->run) status = c->run(&c->exec, c->args);
+    lock(f);
+    return status;
+}
+
+static void fake_graph_free(void *device, void *graph) {
+    (void)device;
+    for (call *c = graph, *next; c; c = next) {
+        next = c->next;
+        free(c->args);
+        free(c);
+    }
+}
+
+static const espi_device fake_device = {
+    .start = fake_start,
+    .stop = fake_stop,
+    .alloc = fake_alloc,
+    .free = fake_free,
+    .alloc_host = fake_alloc_host,
+    .free_host = fake_free_host,
+    .zero = fake_zero,
+    .put = fake_put,
+    .get = fake_get,
+    .wait = fake_wait,
+    .record_begin = fake_record_begin,
+    .record_end = fake_record_end,
+    .launch = fake_launch,
+    .graph_free = fake_graph_free,
+};
+
+/* ---- experts ---- */
+
+static bool packs(const espi_stack *w) {
+    return packing && w->format != ESP_Q_NONE;
+}
+
+static size_t scales_bytes(const espi_stack *w) {
+    return (size_t)(w->parts * w->part_blocks) * (w->format == ESP_MXFP4 ? 1 : sizeof(float));
+}
+
+static size_t codes_bytes(const espi_stack *w) {
+    return ((size_t)w->parts * w->part_bytes + 63) / 64 * 64;
+}
+
+/* Codes with all bits turned, then the scales restored to one number a block. */
+static size_t fake_packed_bytes(const espi_stack *w) {
+    return packs(w) ? (codes_bytes(w) + scales_bytes(w) + 63) / 64 * 64 : 0;
+}
+
+typedef struct packed_args {
+    void *packed;
+    espi_stack one;
+} packed_args;
+
+static esp_status run_pack(const espi_exec *exec, const void *args) {
+    (void)exec;
+    const packed_args *a = args;
+    const espi_stack *w = &a->one;
+    unsigned char *to = a->packed;
+    for (size_t i = 0; i < (size_t)w->parts * w->part_bytes; i++) to[i] = (unsigned char)~((const unsigned char *)w->data)[i];
+    to += codes_bytes(w);
+    for (int64_t p = 0; p < w->parts; p++)
+        for (int64_t b = 0; b < w->part_blocks; b++) {
+            const int64_t i = p * w->part_blocks + b;
+            if (w->format == ESP_MXFP4)
+                to[i] = w->scales[i];
+            else
+                ((float *)(void *)to)[i] =
+                    w->absmax8
+                        ? espi_absmax_restore(w->map[w->absmax8[i]], w->nested[p * w->part_nested + b / ESPI_NESTED_BLOCK], w->offset[p])
+                        : w->absmax[i];
+        }
+    return ESP_OK;
+}
+
+static esp_status fake_pack(const espi_exec *exec, void *packed, const espi_stack *one) {
+    return queue(exec, run_pack, &(packed_args){packed, *one}, sizeof(packed_args));
+}
+
+/* The stack as the reference reads it; free() *memory. */
+static espi_stack unpacked(const espi_stack *w, void **memory) {
+    *memory = NULL;
+    if (!w->packed) return *w;
+    espi_stack raw = *w;
+    const size_t codes = (size_t)w->parts * w->part_bytes, scales = scales_bytes(w), experts = (size_t)w->experts;
+    unsigned char *all = malloc(experts * (codes + scales) + 64);
+    unsigned char *scale = all + (experts * codes + 63) / 64 * 64;
+    for (size_t e = 0; e < experts; e++) {
+        const unsigned char *from = (const unsigned char *)w->packed + e * fake_packed_bytes(w);
+        for (size_t i = 0; i < codes; i++) all[e * codes + i] = (unsigned char)~from[i];
+        memcpy(scale + e * scales, from + codes_bytes(w), scales);
+    }
+    raw.packed = NULL;
+    raw.data = all;
+    raw.absmax8 = NULL;
+    raw.scales = scale;
+    raw.absmax = (const float *)(const void *)scale;
+    *memory = all;
+    return raw;
+}
+
+static esp_status run_quantise(const espi_exec *exec, const void *args) {
+    (void)exec;
+    const espi_quantise *a = args;
+    const esp_mxfp4_rule rule = a->round_up ? ESP_MXFP4_ROUND_UP : ESP_MXFP4_OCP;
+    if (a->format == ESP_MXFP4) return esp_mxfp4_quantize(a->codes, a->scales, a->x, a->dtype, a->n, rule);
+    return esp_quantize(a->codes, a->absmax, a->x, a->dtype, a->n, ESPI_QBLOCK, a->format);
+}
+
+static esp_status fake_quantise(const espi_exec *exec, const espi_quantise *a) {
+    return queue(exec, run_quantise, a, sizeof *a);
+}
+
+/* ---- ops ---- */
+
+#define STACK_OP(op)                                                                                                                       \
+    static esp_status run_##op(const espi_exec *exec, const void *args) {                                                                  \
+        espi_##op a = *(const espi_##op *)args;                                                                                            \
+        void *memory;                                                                                                                      \
+        a.w = unpacked(&a.w, &memory);                                                                                                     \
+        const esp_status status = espi_backend_ref.op.run(exec, &a);                                                                       \
+        free(memory);                                                                                                                      \
+        return status;                                                                                                                     \
+    }
+STACK_OP(gate_up_fwd)
+STACK_OP(gate_up_bwd)
+STACK_OP(down_fwd)
+STACK_OP(down_bwd)
+
+/* The caller's function is host code: it sees host arrays, and a locked device. */
+typedef struct fused {
+    fake *device;
+    const espi_head_fused *a;
+} fused;
+
+static esp_status fused_coef(void *user, int64_t first, int64_t count) {
+    const fused *f = user;
+    const espi_head_fused *a = f->a;
+    const size_t at = (size_t)first, n = (size_t)count * sizeof(float);
+    memcpy((float *)a->host.lp + at, (float *)a->lp + at, n);
+    memcpy((float *)a->host.entropy + at, (float *)a->entropy + at, n);
+    lock(f->device);
+    const esp_status status = a->coef(a->coef_user, first, count);
+    unlock(f->device);
+    memcpy((float *)a->g + at, (float *)a->host.g + at, n);
+    memcpy((float *)a->e + at, (float *)a->host.e + at, n);
+    return status;
+}
+
+static esp_status run_head_fused(const espi_exec *exec, const void *args) {
+    espi_head_fused a = *(const espi_head_fused *)args;
+    fused f = {exec->device, args};
+    a.coef = fused_coef;
+    a.coef_user = &f;
+    return espi_backend_ref.head_fused.run(exec, &a);
+}
+
+#define ESPI_OP(op, args)                                                                                                                  \
+    static esp_status plain_##op(const espi_exec *exec, const void *a) {                                                                   \
+        return espi_backend_ref.op.run(exec, a);                                                                                           \
+    }
+#include "kernels/ops.def"
+#undef ESPI_OP
+
+/* Its own way of running, where an op has one. */
+static esp_status (*special(espi_op_id op))(const espi_exec *, const void *) {
+    switch (op) {
+    case ESPI_OP_gate_up_fwd:
+        return run_gate_up_fwd;
+    case ESPI_OP_gate_up_bwd:
+        return run_gate_up_bwd;
+    case ESPI_OP_down_fwd:
+        return run_down_fwd;
+    case ESPI_OP_down_bwd:
+        return run_down_bwd;
+    case ESPI_OP_head_fused:
+        return run_head_fused;
+    default:
+        return NULL;
+    }
+}
+
+#define ESPI_OP(op, args)                                                                                                                  \
+    static esp_status op_##op(const espi_exec *exec, const args *a) {                                                                      \
+        return queue(exec, special(ESPI_OP_##op) ? special(ESPI_OP_##op) : plain_##op, a, sizeof *a);                                      \
+    }                                                                                                                                      \
+    static size_t op_##op##_scratch(const espi_exec *exec, const args *a) {                                                                \
+        return espi_backend_ref.op.scratch ? espi_backend_ref.op.scratch(exec, a) : 0;                                                     \
+    }                                                                                                                                      \
+    static const char *op_##op##_refuse(const args *a) {                                                                                   \
+        return espi_backend_ref.op.refuse ? espi_backend_ref.op.refuse(a) : NULL;                                                          \
+    }
+#include "kernels/ops.def"
+#undef ESPI_OP
+
+static const espi_backend fake_backend = {
+    .name = "fake",
+    .real = ESP_F32,
+    .act = ESP_F32,
+    .device = &fake_device,
+    .quantise = fake_quantise,
+    .packed_bytes = fake_packed_bytes,
+    .pack = fake_pack,
+#define ESPI_OP(op, args) .op = {.run = op_##op, .scratch = op_##op##_scratch, .refuse = op_##op##_refuse},
+#include "kernels/ops.def"
+#undef ESPI_OP
+};
+
+esp_status fake_ctx(esp_ctx **ctx, const esp_ctx_config *config) {
+    esp_ctx_config settings = config ? *config : ESP_CTX_CONFIG(.log = NULL);
+    settings.backend = "ref";
+    ESPI_TRY(esp_ctx_create(ctx, &settings));
+    (*ctx)->backends[0] = &fake_backend;
+    (*ctx)->n_backends = 1;
+    (*ctx)->device_ops = &fake_device;
+    const esp_status status = fake_start(&(*ctx)->device);
+    if (status != ESP_OK) {
+        (*ctx)->device_ops = NULL;
+        esp_ctx_destroy(*ctx);
+    }
+    return status;
+}
+
+fake_counts fake_counted(const esp_ctx *ctx) {
+    return ((const fake *)ctx->device)->counts;
+}

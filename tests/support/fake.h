@@ -1,0 +1,21 @@
+/* A device of host memory for tests on a CPU: what it gives out faults when it is touched outside of an op, so host code that reads or
+ * writes tensor memory dies at the line that does it.  The ops are those of the reference, in f32, so results have the reference's bits. */
+#ifndef ESP_TEST_FAKE_H
+#define ESP_TEST_FAKE_H
+
+#include "core/ctx.h"
+#include "kernels/backend.h"
+
+/* Like esp_ctx_create with backend "ref", but on the fake device.  esp_ctx_destroy() it. */
+esp_status fake_ctx(esp_ctx **ctx, const esp_ctx_config *config);
+
+/* What the device was asked for since it was started. */
+typedef struct fake_counts {
+    int64_t allocations, puts, gets, waits, launches, recordings, pinned;
+} fake_counts;
+fake_counts fake_counted(const esp_ctx *ctx);
+
+/* Experts in 4 bits are kept packed, in a form that no op but those of the fake reads.  Before a model is loaded; off at first. */
+void fake_set_packing(bool on);
+
+#endif
