@@ -107,7 +107,10 @@ static void *plain_values(esp_dtype dtype, int64_t n, int kind, esp_qformat form
     for (int64_t i = 0; i < n; i++) {
         float v = value(kind, i);
         /* Values on and beside the thresholds, under a largest value of 1. */
-        if (on_thresholds && f->flat) v = i % 64 == 0 ? 1.0f : f->thresholds[draw() % 15];
+        if (on_thresholds && f->flat) {
+            const float t = f->thresholds[draw() % 15];
+            v = i % 64 == 0 || !isfinite(t) ? 1.0f : t;
+        }
         espi_plain_store(x, dtype, i, v);
     }
     return x;

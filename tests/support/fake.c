@@ -238,6 +238,128 @@ static const espi_device fake_device = {
     .graph_free = fake_graph_free,
 };
 
+/* ---- rounding ---- */
+
+static bool rounding;
+
+void fake_set_rounding(bool on) {
+    rounding = on;
+}
+
+static void round_all(void *p, int64_t n) {
+    float *x = p;
+    for (int64_t i = 0; x && i < n; i++) x[i] = espi_bf16_value(espi_bf16_bits(x[i]));
+}
+
+/* The outputs of each op that are activations. */
+static void round_outputs(espi_op_id op, const void *args) {
+#define ARGS(name) const espi_##name *a = args
+    switch (op) {
+    case ESPI_OP_embed_fwd: {
+        ARGS(embed_fwd);
+        round_all(a->out, a->tokens * a->table.cols);
+        break;
+    }
+    case ESPI_OP_add: {
+        ARGS(add);
+        round_all(a->out, a->n);
+        break;
+    }
+    case ESPI_OP_rmsnorm_fwd: {
+        ARGS(rmsnorm_fwd);
+        round_all(a->y, a->rows * a->n);
+        break;
+    }
+    case ESPI_OP_rmsnorm_bwd: {
+        ARGS(rmsnorm_bwd);
+        round_all(a->d_x, a->rows * a->n);
+        break;
+    }
+    case ESPI_OP_rope_fwd:
+    case ESPI_OP_rope_bwd: {
+        ARGS(rope);
+        round_all(a->x, a->tokens * a->heads * a->head_dim);
+        break;
+    }
+    case ESPI_OP_attention_fwd: {
+        ARGS(attention_fwd);
+        round_all(a->out, a->spans.tokens * a->heads * a->head_dim);
+        break;
+    }
+    case ESPI_OP_attention_bwd: {
+        ARGS(attention_bwd);
+        round_all(a->d_q, a->spans.tokens * a->heads * a->head_dim);
+        round_all(a->d_k, a->spans.tokens * a->kv_heads * a->head_dim);
+        round_all(a->d_v, a->spans.tokens * a->kv_heads * a->head_dim);
+        break;
+    }
+    case ESPI_OP_linear_fwd: {
+        ARGS(linear_fwd);
+        round_all(a->y, a->tokens * a->w.rows);
+        round_all(a->u, a->tokens * a->lora.r);
+        break;
+    }
+    case ESPI_OP_linear_bwd: {
+        ARGS(linear_bwd);
+        round_all(a->d_x, a->tokens * a->w.cols);
+        break;
+    }
+    case ESPI_OP_router_bwd: {
+        ARGS(router_bwd);
+        round_all(a->d_x, a->tokens * a->w.cols);
+        break;
+    }
+    case ESPI_OP_gate_up_fwd: {
+        ARGS(gate_up_fwd);
+        const int64_t rows = a->routing.tokens * a->routing.top_k;
+        round_all(a->gu, rows * a->w.rows);
+        round_all(a->act, rows * a->w.rows / 2);
+        round_all(a->u, rows * a->lora.r);
+        break;
+    }
+    case ESPI_OP_gate_up_bwd: {
+        ARGS(gate_up_bwd);
+        round_all(a->d_rows, a->routing.tokens * a->routing.top_k * a->w.cols);
+        break;
+    }
+    case ESPI_OP_swiglu_fwd: {
+        ARGS(swiglu_fwd);
+        round_all(a->act, a->rows * a->width);
+        break;
+    }
+    case ESPI_OP_swiglu_bwd: {
+        ARGS(swiglu_bwd);
+        round_all(a->d_gu, a->rows * a->width * 2);
+        break;
+    }
+    case ESPI_OP_down_fwd: {
+        ARGS(down_fwd);
+        const int64_t rows = a->routing.tokens * a->routing.top_k;
+        round_all(a->y, rows * a->w.rows);
+        round_all(a->u, rows * a->lora.r);
+        break;
+    }
+    case ESPI_OP_down_bwd: {
+        ARGS(down_bwd);
+        round_all(a->d_gu, a->routing.tokens * a->routing.top_k * a->w.cols * 2);
+        break;
+    }
+    case ESPI_OP_combine_fwd: {
+        ARGS(combine_fwd);
+        round_all(a->out, a->routing.tokens * a->hidden);
+        break;
+    }
+    case ESPI_OP_combine_bwd: {
+        ARGS(combine_bwd);
+        round_all(a->d_x, a->routing.tokens * a->hidden);
+        break;
+    }
+    default: /* statistics, or copies of what was rounded before */
+        break;
+    }
+#undef ARGS
+}
+
 /* ---- experts ---- */
 
 static bool packs(const espi_stack *w) {
@@ -329,6 +451,7 @@ static esp_status fake_quantise(const espi_exec *exec, const espi_quantise *a) {
         void *memory;                                                                                                                      \
         a.w = unpacked(&a.w, &memory);                                                                                                     \
         const esp_status status = espi_backend_ref.op.run(exec, &a);                                                                       \
+        if (rounding && status == ESP_OK) round_outputs(ESPI_OP_##op, args);                                                               \
         free(memory);                                                                                                                      \
         return status;                                                                                                                     \
     }
@@ -367,7 +490,9 @@ static esp_status run_head_fused(const espi_exec *exec, const void *args) {
 
 #define ESPI_OP(op, args)                                                                                                                  \
     static esp_status plain_##op(const espi_exec *exec, const void *a) {                                                                   \
-        return espi_backend_ref.op.run(exec, a);                                                                                           \
+        const esp_status status = espi_backend_ref.op.run(exec, a);                                                                        \
+        if (rounding && status == ESP_OK) round_outputs(ESPI_OP_##op, a);                                                                  \
+        return status;                                                                                                                     \
     }
 #include "kernels/ops.def"
 #undef ESPI_OP

@@ -18,4 +18,7 @@ fake_counts fake_counted(const esp_ctx *ctx);
 /* Experts in 4 bits are kept packed, in a form that no op but those of the fake reads.  Before a model is loaded; off at first. */
 void fake_set_packing(bool on);
 
+/* Every activation and gradient of one is rounded to bf16 as an op leaves it: the plain bf16 run that a GPU's errors are measured by. */
+void fake_set_rounding(bool on);
+
 #endif
