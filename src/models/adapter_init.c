@@ -85,6 +85,7 @@ void espi_adapter_bytes(size_t *parameters, size_t *gradients, esp_model *model,
 
 void espi_lora_draw(void *a, esp_dtype real, uint64_t seed, int64_t layer, int target, int64_t experts, int64_t r, int64_t in) {
     const double bound = 1.0 / sqrt((double)in);
+#pragma omp parallel for schedule(static) if (experts * r * in > (1 << 16))
     for (int64_t e = 0; e < experts; e++) {
         for (int64_t i = 0; i < r * in; i++) {
             const double u = espi_uniform(seed, ESPI_STREAM_LORA_INIT, (uint32_t)layer, (uint32_t)e, (uint32_t)target, (uint32_t)i);

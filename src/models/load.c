@@ -962,14 +962,13 @@ static esp_status load_all(espi_loader *loader) {
     return check_unused(loader);
 }
 
-static esp_status take_weights(espi_loader *loader) {
-    esp_model *model = loader->model;
+esp_status espi_model_take_weights(esp_model *model, float **map, float **lut) {
     size_t dense, experts;
-    lay_out(model, NULL, &dense, &experts, &loader->map, &loader->lut);
+    lay_out(model, NULL, &dense, &experts, map, lut);
     model->weights = (espi_block){.purpose = ESPI_MEM_WEIGHTS, .bytes = dense + experts};
     const esp_status status = espi_ctx_alloc(model->ctx, ESPI_MEM_WEIGHTS, dense + experts, &model->weights.p);
     if (status == ESP_OK)
-        lay_out(model, model->weights.p, &dense, &experts, &loader->map, &loader->lut);
+        lay_out(model, model->weights.p, &dense, &experts, map, lut);
     else
         model->weights = (espi_block){0};
     return status;
@@ -979,7 +978,7 @@ esp_status espi_model_load_weights(esp_model *model, const char *dir) {
     espi_loader loader;
     ESPI_TRY(espi_model_skeleton(model));
     esp_status status = espi_loader_open(&loader, model, dir);
-    if (status == ESP_OK) status = take_weights(&loader);
+    if (status == ESP_OK) status = espi_model_take_weights(model, &loader.map, &loader.lut);
     if (status == ESP_OK) status = load_all(&loader);
     if (status == ESP_OK) status = espi_ctx_wait(model->ctx);
     espi_loader_close(&loader);

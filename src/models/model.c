@@ -91,20 +91,24 @@ esp_status espi_rope_frequencies(double **inv_freq, const espi_config *c) {
     return ESP_OK;
 }
 
-static esp_status build(esp_model *m, const char *dir) {
-    const esp_model_config *o = &m->options;
-    ESPI_TRY(espi_model_load_weights(m, dir));
+esp_status espi_model_finish(esp_model *m) {
     ESPI_TRY(espi_rope_frequencies(&m->inv_freq, &m->config));
     if (m->ctx->device)
         ESPI_TRY(espi_ctx_put(m->ctx, (void *)m->rope_freq, m->inv_freq, (size_t)(m->config.rotary_dim / 2) * sizeof *m->inv_freq));
     else
         m->rope_freq = m->inv_freq;
     ESPI_TRY(espi_model_init_adapter(m));
-    ESPI_TRY(espi_decoder_saved_create(&m->saved, &m->config));
+    m->adapter_on = true;
+    return espi_decoder_saved_create(&m->saved, &m->config);
+}
+
+static esp_status build(esp_model *m, const char *dir) {
+    const esp_model_config *o = &m->options;
+    ESPI_TRY(espi_model_load_weights(m, dir));
+    ESPI_TRY(espi_model_finish(m));
     if (o->adapter_dir) ESPI_TRY(esp_model_load_adapter_as(m, o->adapter_dir, o->adapter_reading));
     m->options.adapter_dir = NULL; /* the caller's string need not outlive the call, nor what goes with it */
     m->options.adapter_reading = NULL;
-    m->adapter_on = true;
     return ESP_OK;
 }
 

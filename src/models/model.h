@@ -91,6 +91,12 @@ esp_status espi_weight_plan_make(espi_weight_plan *out, esp_ctx *ctx, const espi
 esp_status espi_model_skeleton(esp_model *model);
 void espi_model_skeleton_free(esp_model *model);
 
+/* models/load.c: the block of a skeleton's frozen weights, not yet filled.  map: the table of double quantisation, or NULL; lut: that of the
+ * experts' values where it lies on a device, or NULL. */
+esp_status espi_model_take_weights(esp_model *model, float **map, float **lut);
+/* models/model.c: all that a model has beside its weights. */
+esp_status espi_model_finish(esp_model *model);
+
 /* models/load.c: layers, embed, head, norms, stacks from the folder.  Peak = the weights + one staging buffer of <= 64 MiB. */
 esp_status espi_model_load_weights(esp_model *model, const char *dir);
 

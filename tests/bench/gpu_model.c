@@ -1,0 +1,265 @@
+/* esp_bench_gpu: seconds of whole SFT steps and of decoding on a GPU, random weights of a published shape, and what each op takes.
+ *   esp_bench_gpu CONFIG_DIR [experts=nf4|mxfp4] [tokens=2048] [sequences=2] [steps=10] [rank=16] [budget=MiB] [decode=ROWS] [profile=1]
+ * One line of JSON at the end. */
+#include "espalier/espalier.h"
+#include "kernels/backend.h"
+#include "random_model.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#define OK(call)                                                                                                                           \
+    do {                                                                                                                                   \
+        if ((call) != ESP_OK) {                                                                                                            \
+            fprintf(stderr, "%s: %s\n", #call, esp_last_error());                                                                          \
+            return 1;                                                                                                                      \
+        }                                                                                                                                  \
+    } while (0)
+
+static double now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static int ascending(const void *a, const void *b) {
+    const double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+static double median(double *x, int n) {
+    qsort(x, (size_t)n, sizeof *x, ascending);
+    return x[n / 2];
+}
+
+/* ---- what each op takes: the GPU is waited for around each one ---- */
+
+static const espi_backend *real;
+static espi_backend timed;
+static double op_seconds[ESPI_OP_COUNT];
+static int64_t op_calls[ESPI_OP_COUNT];
+static esp_ctx *timed_ctx;
+
+#define ESPI_OP(op, args)                                                                                                                  \
+    static esp_status timed_##op(const espi_exec *exec, const args *a) {                                                                   \
+        esp_status status = espi_ctx_wait(timed_ctx);                                                                                      \
+        const double start = now();                                                                                                        \
+        if (status == ESP_OK) status = real->op.run(exec, a);                                                                              \
+        if (status == ESP_OK) status = espi_ctx_wait(timed_ctx);                                                                           \
+        op_seconds[ESPI_OP_##op] += now() - start;                                                                                         \
+        op_calls[ESPI_OP_##op]++;                                                                                                          \
+        return status;                                                                                                                     \
+    }
+#include "kernels/ops.def"
+#undef ESPI_OP
+
+static void profile_begin(esp_ctx *ctx) {
+    real = ctx->backends[0];
+    timed = *real;
+    timed_ctx = ctx;
+#define ESPI_OP(op, args)                                                                                                                  \
+    if (real->op.run) timed.op.run = timed_##op;
+#include "kernels/ops.def"
+#undef ESPI_OP
+    ctx->backends[0] = &timed;
+    memset(op_seconds, 0, sizeof op_seconds);
+    memset(op_calls, 0, sizeof op_calls);
+}
+
+static void profile_end(esp_ctx *ctx, const char *what) {
+    static const char *const names[] = {
+#define ESPI_OP(op, args) #op,
+#include "kernels/ops.def"
+#undef ESPI_OP
+    };
+    double all = 0;
+    ctx->backends[0] = real;
+    for (int i = 0; i < ESPI_OP_COUNT; i++) all += op_seconds[i];
+    printf("%s, op by op: %.1f ms\n", what, 1e3 * all);
+    for (;;) {
+        int most = 0;
+        for (int i = 1; i < ESPI_OP_COUNT; i++)
+            if (op_seconds[i] > op_seconds[most]) most = i;
+        if (op_seconds[most] <= 0) break;
+        printf("  %-16s %5lld calls %9.3f ms %5.1f %%  %8.1f us each\n", names[most], (long long)op_calls[most], 1e3 * op_seconds[most],
+               100 * op_seconds[most] / all, 1e6 * op_seconds[most] / (double)op_calls[most]);
+        op_seconds[most] = 0;
+    }
+}
+
+/* ---- the runs ---- */
+
+typedef struct options {
+    const char *dir, *experts;
+    int64_t tokens, sequences, steps, rank, budget, decode, profile, eight_bit, prompt, new_tokens;
+} options;
+
+static bool number_option(int64_t *value, const char *argument, const char *name) {
+    const size_t n = strlen(name);
+    if (strncmp(argument, name, n) != 0 || argument[n] != '=') return false;
+    *value = strtoll(argument + n + 1, NULL, 10);
+    return true;
+}
+
+static bool read_options(options *o, int argc, char **argv) {
+    *o = (options){.experts = "nf4", .tokens = 2048, .sequences = 2, .steps = 10, .rank = 16, .prompt = 128, .new_tokens = 128};
+    if (argc < 2) return false;
+    o->dir = argv[1];
+    for (int i = 2; i < argc; i++) {
+        const struct {
+            const char *name;
+            int64_t *value;
+        } numbers[] = {{"tokens", &o->tokens}, {"sequences", &o->sequences}, {"steps", &o->steps},     {"rank", &o->rank},
+                       {"budget", &o->budget}, {"decode", &o->decode},       {"profile", &o->profile}, {"adam8", &o->eight_bit},
+                       {"prompt", &o->prompt}, {"new", &o->new_tokens}};
+        bool known = strncmp(argv[i], "experts=", 8) == 0;
+        if (known) o->experts = argv[i] + 8;
+        for (size_t k = 0; k < sizeof numbers / sizeof *numbers; k++)
+            known = known || number_option(numbers[k].value, argv[i], numbers[k].name);
+        if (!known) return false;
+    }
+    return o->steps <= 100;
+}
+
+static int one_step(esp_model *model, esp_optim *optim, const esp_batch *batch, double *loss, double times[4]) {
+    esp_tensor hidden, d_hidden;
+    const double start = now();
+    OK(esp_model_forward(model, batch, &hidden));
+    if (times) OK(espi_ctx_wait(model->ctx));
+    const double forward = now();
+    OK(esp_model_cross_entropy(model, batch, &hidden, loss, &d_hidden));
+    const double head = now();
+    OK(esp_model_backward(model, batch, &d_hidden));
+    if (times) OK(espi_ctx_wait(model->ctx));
+    const double backward = now();
+    OK(esp_optim_step(optim));
+    OK(espi_ctx_wait(model->ctx));
+    if (times) {
+        times[0] = forward - start;
+        times[1] = head - forward;
+        times[2] = backward - head;
+        times[3] = now() - backward;
+    }
+    return 0;
+}
+
+static int train(const options *o, esp_ctx *ctx, esp_model *model, char *json, size_t room) {
+    const int64_t n = o->tokens * o->sequences;
+    int32_t *ids = malloc((size_t)n * sizeof *ids), *cu = malloc((size_t)(o->sequences + 1) * sizeof *cu);
+    for (int64_t i = 0; i < n; i++) ids[i] = (int32_t)((uint64_t)i * 2654435761u % (uint64_t)(model->config.vocab / 2));
+    for (int64_t i = 0; i <= o->sequences; i++) cu[i] = (int32_t)(i * o->tokens);
+    const esp_batch batch = ESP_BATCH(.tokens = ids, .cu_seqlens = cu, .n_tokens = n, .n_seqs = (int32_t)o->sequences);
+    esp_optim *optim;
+    OK(esp_adamw_create(&optim, model, &ESP_ADAMW_CONFIG(.lr = 1e-4f, .eight_bit = o->eight_bit != 0)));
+    double seconds[100], parts[4] = {0}, loss = 0;
+    for (int i = 0; i < 2; i++)
+        if (one_step(model, optim, &batch, &loss, NULL)) return 1;
+    for (int i = 0; i < o->steps; i++) {
+        const double start = now();
+        if (one_step(model, optim, &batch, &loss, NULL)) return 1;
+        seconds[i] = now() - start;
+    }
+    if (one_step(model, optim, &batch, &loss, parts)) return 1;
+    esp_memory memory = ESP_MEMORY_INIT;
+    OK(esp_ctx_memory(ctx, &memory));
+    const double step = median(seconds, (int)o->steps);
+    printf("SFT step, %lld x %lld tokens, rank %lld: %.4f s (%.0f tokens/s), loss %.3f; forward %.4f, head %.4f, backward %.4f, optimiser "
+           "%.4f s\n",
+           (long long)o->sequences, (long long)o->tokens, (long long)o->rank, step, (double)n / step, loss, parts[0], parts[1], parts[2],
+           parts[3]);
+    printf("memory: peak %.2f GB; weights %.2f, adapter and gradients %.2f, optimiser %.2f, activations %.2f (used %.2f), pinned %.3f GB\n",
+           1e-9 * (double)memory.peak, 1e-9 * (double)memory.weights, 1e-9 * (double)memory.adapter, 1e-9 * (double)memory.optimizer,
+           1e-9 * (double)memory.activations, 1e-9 * (double)memory.activations_used, 1e-9 * (double)memory.pinned);
+    snprintf(
+        json, room,
+        "\"step_s\": %.5f, \"tokens_per_s\": %.0f, \"forward_s\": %.5f, \"head_s\": %.5f, \"backward_s\": %.5f, \"optimizer_s\": %.5f, "
+        "\"peak_gb\": %.3f, \"weights_gb\": %.3f, \"activations_gb\": %.3f",
+        step, (double)n / step, parts[0], parts[1], parts[2], parts[3], 1e-9 * (double)memory.peak, 1e-9 * (double)memory.weights,
+        1e-9 * (double)memory.activations);
+    if (o->profile) {
+        profile_begin(ctx);
+        const int failed = one_step(model, optim, &batch, &loss, NULL);
+        profile_end(ctx, "one SFT step");
+        if (failed) return 1;
+    }
+    esp_optim_destroy(optim);
+    free(ids);
+    free(cu);
+    return 0;
+}
+
+static int decode(const options *o, esp_ctx *ctx, esp_model *model, char *json, size_t room) {
+    const int32_t rows = (int32_t)o->decode, prompt = (int32_t)o->prompt, more = (int32_t)o->new_tokens;
+    int32_t *ids = malloc((size_t)(rows * prompt) * sizeof *ids), *cu = malloc((size_t)(rows + 1) * sizeof *cu);
+    int32_t *tokens = malloc((size_t)(rows * more) * sizeof *tokens), *lengths = malloc((size_t)rows * sizeof *lengths);
+    const int32_t no_stop = -1;
+    esp_sampler *sampler;
+    for (int32_t i = 0; i < rows * prompt; i++) ids[i] = (int32_t)((uint64_t)i * 2654435761u % (uint64_t)(model->config.vocab / 2));
+    for (int32_t i = 0; i <= rows; i++) cu[i] = i * prompt;
+    OK(esp_sampler_create(&sampler, model, &ESP_SAMPLER_CONFIG(.max_sequences = rows, .max_length = prompt + more)));
+    esp_generate_config request = ESP_GENERATE_CONFIG(.prompts = ids, .cu_prompts = cu, .n_prompts = rows, .max_new_tokens = 2,
+                                                      .stop_ids = &no_stop, .n_stop_ids = 1);
+    double first = 0, all = 0;
+    for (int i = 0; i < 2; i++) { /* the second time counts */
+        request.max_new_tokens = 1;
+        double start = now();
+        OK(esp_sampler_generate(sampler, &request, tokens, NULL, lengths, NULL));
+        first = now() - start;
+        request.max_new_tokens = more;
+        start = now();
+        OK(esp_sampler_generate(sampler, &request, tokens, NULL, lengths, NULL));
+        all = now() - start;
+    }
+    const double each = (all - first) / (more - 1);
+    printf("decode: %d rows of %d + %d tokens: %.3f ms a step (%.0f tokens/s), prefill and first token %.3f s\n", rows, prompt, more,
+           1e3 * each, (double)rows / each, first);
+    snprintf(json, room, "\"decode_rows\": %d, \"decode_step_s\": %.6f, \"decode_tokens_per_s\": %.0f, \"prefill_s\": %.4f", rows, each,
+             (double)rows / each, first);
+    if (o->profile) {
+        profile_begin(ctx);
+        request.max_new_tokens = 9;
+        OK(esp_sampler_generate(sampler, &request, tokens, NULL, lengths, NULL));
+        profile_end(ctx, "prefill and 8 decode steps");
+    }
+    esp_sampler_destroy(sampler);
+    free(ids);
+    free(cu);
+    free(tokens);
+    free(lengths);
+    return 0;
+}
+
+int main(int argc, char **argv) {
+    options o;
+    esp_ctx *ctx;
+    esp_model *model;
+    char trained[1024] = "\"step_s\": null", decoded[512] = "\"decode_rows\": 0";
+    if (!read_options(&o, argc, argv)) {
+        fprintf(stderr,
+                "usage: %s CONFIG_DIR [experts=nf4|mxfp4] [tokens=] [sequences=] [steps=] [rank=] [budget=MiB] [decode=ROWS] "
+                "[prompt=] [new=] [adam8=1] [profile=1]\n",
+                argv[0]);
+        return 2;
+    }
+    const esp_status made = esp_ctx_create(&ctx, &ESP_CTX_CONFIG(.backend = "cuda"));
+    if (made == ESP_ERR_UNSUPPORTED) {
+        printf("skipped: %s\n", esp_last_error());
+        return 77;
+    }
+    OK(made);
+    const double start = now();
+    OK(random_model(&model, ctx, o.dir,
+                    &ESP_MODEL_CONFIG(.experts = strcmp(o.experts, "mxfp4") == 0 ? ESP_MXFP4 : ESP_NF4, .lora_rank = (int)o.rank,
+                                      .activation_budget = (size_t)o.budget << 20)));
+    printf("%s: %lld layers, made in %.1f s\n", o.dir, (long long)model->config.layers, now() - start);
+    if (o.steps > 0 && train(&o, ctx, model, trained, sizeof trained)) return 1;
+    if (o.decode > 0 && decode(&o, ctx, model, decoded, sizeof decoded)) return 1;
+    printf("{\"config\": \"%s\", \"experts\": \"%s\", \"tokens\": %lld, \"sequences\": %lld, \"rank\": %lld, %s, %s}\n", o.dir, o.experts,
+           (long long)o.tokens, (long long)o.sequences, (long long)o.rank, trained, decoded);
+    esp_model_destroy(model);
+    esp_ctx_destroy(ctx);
+    return 0;
+}
