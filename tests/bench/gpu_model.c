@@ -220,9 +220,9 @@ static int decode(const options *o, esp_ctx *ctx, esp_model *model, char *json, 
              (double)rows / each, first);
     if (o->profile) {
         profile_begin(ctx);
-        request.max_new_tokens = 9;
+        request.max_new_tokens = more < 9 ? more : 9;
         OK(esp_sampler_generate(sampler, &request, tokens, NULL, lengths, NULL));
-        profile_end(ctx, "prefill and 8 decode steps");
+        profile_end(ctx, "prefill and up to 8 decode steps");
     }
     esp_sampler_destroy(sampler);
     free(ids);
