@@ -42,7 +42,7 @@ static esp_status positions_table(espi_pass *pass) {
     const espi_rope_table args = {.cos = cos,
                                   .sin = sin,
                                   .positions = pass->positions,
-                                  .inv_freq = pass->model->rope_freq,
+                                  .inv_freq = pass->model->inv_freq,
                                   .factor = c->rope_attention,
                                   .tokens = pass->tokens,
                                   .half = half};

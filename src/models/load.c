@@ -86,7 +86,6 @@ static void lay_out(esp_model *m, unsigned char *base, size_t *dense, size_t *ex
     *experts = 0;
     *map = m->options.double_quant ? place(&l, 256 * sizeof(float)) : NULL;
     *lut = device && m->options.experts != ESP_Q_NONE ? place(&l, 16 * sizeof(float)) : NULL;
-    m->rope_freq = device ? place(&l, (size_t)(c->rotary_dim / 2) * sizeof(double)) : NULL;
     place_mat(&l, &m->embed);
     if (c->tied_head)
         m->head = m->embed;

@@ -93,10 +93,6 @@ esp_status espi_rope_frequencies(double **inv_freq, const espi_config *c) {
 
 esp_status espi_model_finish(esp_model *m) {
     ESPI_TRY(espi_rope_frequencies(&m->inv_freq, &m->config));
-    if (m->ctx->device)
-        ESPI_TRY(espi_ctx_put(m->ctx, (void *)m->rope_freq, m->inv_freq, (size_t)(m->config.rotary_dim / 2) * sizeof *m->inv_freq));
-    else
-        m->rope_freq = m->inv_freq;
     ESPI_TRY(espi_model_init_adapter(m));
     m->adapter_on = true;
     return espi_decoder_saved_create(&m->saved, &m->config);

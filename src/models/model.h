@@ -59,8 +59,7 @@ struct esp_model {
     espi_mat embed, head; /* stored dtype [V,H]; the same matrix when tied */
     const float *final_norm;
     espi_layer *layers;
-    double *inv_freq;        /* [D/2] */
-    const double *rope_freq; /* the same where the ops read it */
+    double *inv_freq; /* [D/2], in host memory, where the op reads it */
 
     espi_block weights, adapter; /* two blocks of the context: all frozen bytes; parameters then gradients */
     esp_param *params;           /* the public view of the adapter, in canonical order: layer, then q k v o gate_up down, A before B */
