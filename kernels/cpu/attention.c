@@ -366,6 +366,12 @@ typedef struct score_grads {
     _Alignas(64) float p[QUERY_BLOCK][KEYS], d_s[QUERY_BLOCK][KEYS];
 } score_grads;
 
+/* Which gradients are formed: d_q, and d_k and d_v of the keys at places first .. end - 1. */
+typedef struct parts {
+    bool d_q;
+    int64_t first, end;
+} parts;
+
 /* From scores and dP, which are in p and d_s, to P and dS of entries first .. end - 1. */
 static void score_row(float p[KEYS], float d_s[KEYS], float scale, float lse, float delta, int64_t first, int64_t end) {
     exp_block(p, lse, end);
@@ -373,19 +379,19 @@ static void score_row(float p[KEYS], float d_s[KEYS], float scale, float lse, fl
 }
 
 /* A strip of queries that all see the whole block. */
-static void whole_strip(const espi_attention_bwd *a, const queries *q, float (*p)[KEYS], float (*d_s)[KEYS], const float *delta,
+static void whole_strip(const espi_attention_bwd *a, const queries *q, bool d_q, float (*p)[KEYS], float (*d_s)[KEYS], const float *delta,
                         int64_t first, int64_t block) {
     const int64_t at = q->element + first * q->stride, key = element(&q->places, block), stride = q->places.stride;
     const float *k = (const float *)a->k + key, *lse = (const float *)a->lse + q->row + first * q->heads;
     dot_tile(p, (const float *)a->q + at, q->stride, k, stride, q->dim, q->scale);
     dot_tile(d_s, (const float *)a->d_out + at, q->stride, (const float *)a->v + key, stride, q->dim, 1);
     for (int64_t i = 0; i < STRIP; i++) score_row(p[i], d_s[i], q->scale, lse[i * q->heads], delta[first + i], 0, KEYS);
-    add_strip((float *)a->d_q + at, q->stride, d_s[0], KEYS, 1, k, stride, KEYS, q->dim);
+    if (d_q) add_strip((float *)a->d_q + at, q->stride, d_s[0], KEYS, 1, k, stride, KEYS, q->dim);
 }
 
 /* Query i, which sees some of the block or nothing. */
-static void partial_row(const espi_attention_bwd *a, const queries *q, float p[KEYS], float d_s[KEYS], const float *delta, int64_t i,
-                        int64_t block) {
+static void partial_row(const espi_attention_bwd *a, const queries *q, bool d_q, float p[KEYS], float d_s[KEYS], const float *delta,
+                        int64_t i, int64_t block) {
     const int64_t at = q->element + i * q->stride;
     int64_t from, to;
     memset(p, 0, KEYS * sizeof *p);
@@ -396,12 +402,12 @@ static void partial_row(const espi_attention_bwd *a, const queries *q, float p[K
     dot_places(p + first, q, (const float *)a->q + at, a->k, from, to, q->scale);
     dot_places(d_s + first, q, (const float *)a->d_out + at, a->v, from, to, 1);
     score_row(p, d_s, q->scale, ((const float *)a->lse)[q->row + i * q->heads], delta[i], first, to - block);
-    add_places((float *)a->d_q + at, q, d_s + first, a->k, from, to);
+    if (d_q) add_places((float *)a->d_q + at, q, d_s + first, a->k, from, to);
 }
 
-/* What `count` queries from `first` on add to d_k and d_v of the block.  whole: each sees all of it. */
-static void key_grads(const espi_attention_bwd *a, const queries *q, const score_grads *s, int64_t first, int64_t count, int64_t block,
-                      bool whole) {
+/* What `count` queries from `first` on add to d_k and d_v of the block.  whole: each sees all of it, and all is wanted. */
+static void key_grads(const espi_attention_bwd *a, const queries *q, const parts *wanted, const score_grads *s, int64_t first,
+                      int64_t count, int64_t block, bool whole) {
     const int64_t at = q->element + first * q->stride, stride = q->places.stride;
     const float *x = (const float *)a->q + at, *d_out = (const float *)a->d_out + at;
     float *d_k = a->d_k, *d_v = a->d_v;
@@ -411,7 +417,8 @@ static void key_grads(const espi_attention_bwd *a, const queries *q, const score
         add_strip(d_v + key, stride, s->p[0] + j, 1, KEYS, d_out, q->stride, count, q->dim);
     }
     if (whole) return;
-    for (int64_t j = 0; j < KEYS && block + j < q->place + first + count; j++) {
+    const int64_t end = cpu_min(cpu_min(wanted->end, q->place + first + count) - block, KEYS);
+    for (int64_t j = wanted->first > block ? wanted->first - block : 0; j < end; j++) {
         const int64_t key = element(&q->places, block + j), before = block + j - (q->place + first);
         const int64_t skip = before > 0 ? before : 0; /* queries before the key do not see it */
         add_rows(d_k + key, s->d_s[skip] + j, KEYS, x + skip * q->stride, q->stride, count - skip, q->dim);
@@ -420,53 +427,92 @@ static void key_grads(const espi_attention_bwd *a, const queries *q, const score
 }
 
 /* Queries first .. first + count - 1 against the block at `block`. */
-static void block_grads(const espi_attention_bwd *a, const queries *q, const float *delta, int64_t first, int64_t count, int64_t block) {
+static void block_grads(const espi_attention_bwd *a, const queries *q, const parts *wanted, const float *delta, int64_t first,
+                        int64_t count, int64_t block) {
     score_grads s;
-    bool all_whole = true;
+    bool all_whole = wanted->first <= block && block + KEYS <= wanted->end;
     for (int64_t i = 0; i < count; i += STRIP) {
         const bool whole = count - i >= STRIP && sees_whole(q, first + i, STRIP, block);
         all_whole = all_whole && whole;
-        if (whole) whole_strip(a, q, s.p + i, s.d_s + i, delta, first + i, block);
-        for (int64_t j = i; !whole && j < cpu_min(count, i + STRIP); j++) partial_row(a, q, s.p[j], s.d_s[j], delta, first + j, block);
+        if (whole) whole_strip(a, q, wanted->d_q, s.p + i, s.d_s + i, delta, first + i, block);
+        for (int64_t j = i; !whole && j < cpu_min(count, i + STRIP); j++)
+            partial_row(a, q, wanted->d_q, s.p[j], s.d_s[j], delta, first + j, block);
     }
-    key_grads(a, q, &s, first, count, block, all_whole);
+    if (wanted->first < wanted->end) key_grads(a, q, wanted, &s, first, count, block, all_whole);
 }
 
-/* d_q of the queries, and what they add to d_k and d_v. */
-static void query_grads(const espi_attention_bwd *a, const queries *q) {
+static void query_grads(const espi_attention_bwd *a, const queries *q, const parts *wanted) {
+    const int64_t last = q->place + q->n, seen = first_seen(q->place + 1, q->window);
+    const int64_t from = wanted->d_q || wanted->first < seen ? seen : wanted->first, to = wanted->d_q ? last : cpu_min(last, wanted->end);
     float delta[QUERIES];
+    if (from >= to) return;
     for (int64_t i = 0; i < q->n; i++) {
         const int64_t at = q->element + i * q->stride;
         delta[i] = cpu_dot((const float *)a->d_out + at, (const float *)a->out + at, q->dim);
-        memset((float *)a->d_q + at, 0, (size_t)q->dim * sizeof(float));
+        if (wanted->d_q) memset((float *)a->d_q + at, 0, (size_t)q->dim * sizeof(float));
     }
-    for (int64_t block = first_seen(q->place + 1, q->window) / KEYS * KEYS; block < q->place + q->n; block += KEYS) {
+    for (int64_t block = from / KEYS * KEYS; block < to; block += KEYS) {
         for (int64_t first = 0; first < q->n; first += QUERY_BLOCK) {
             const int64_t count = cpu_min(QUERY_BLOCK, q->n - first);
             if (block < q->place + first + count && first_seen(q->place + first + 1, q->window) < block + KEYS)
-                block_grads(a, q, delta, first, count, block);
+                block_grads(a, q, wanted, delta, first, count, block);
         }
     }
 }
 
 /* The queries of one sequence in the heads that read a kv head. */
-static void sequence_grads(const espi_attention_bwd *a, int64_t seq, int64_t kv_head) {
+static void sequence_grads(const espi_attention_bwd *a, int64_t seq, int64_t kv_head, const parts *wanted) {
     const call c = CALL_OF(a);
-    const int64_t dim = c.dim, group = c.heads / c.kv_heads, begin = c.spans->cu_q[seq], end = c.spans->cu_q[seq + 1];
-    for (int64_t j = begin; j < end; j++) {
-        memset((float *)a->d_k + (j * c.kv_heads + kv_head) * dim, 0, (size_t)dim * sizeof(float));
-        memset((float *)a->d_v + (j * c.kv_heads + kv_head) * dim, 0, (size_t)dim * sizeof(float));
-    }
+    const int64_t group = c.heads / c.kv_heads, begin = c.spans->cu_q[seq], end = c.spans->cu_q[seq + 1];
     for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++) {
         for (int64_t i = begin; i < end; i += QUERIES) {
             const queries q = queries_of(&c, seq, i, cpu_min(end, i + QUERIES), head);
-            query_grads(a, &q);
+            query_grads(a, &q, wanted);
         }
     }
 }
 
-static bool has_prefix(const espi_spans *spans, int64_t seq) {
-    return spans->prefix_len && spans->prefix_len[seq] > 0;
+static void clear_keys(const espi_attention_bwd *a, int64_t kv_head, int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; j++) {
+        const int64_t at = (j * a->kv_heads + kv_head) * a->head_dim;
+        memset((float *)a->d_k + at, 0, (size_t)a->head_dim * sizeof(float));
+        memset((float *)a->d_v + at, 0, (size_t)a->head_dim * sizeof(float));
+    }
+}
+
+static int64_t prefix_of(const espi_spans *spans, int64_t seq) {
+    return spans->prefix_len ? spans->prefix_len[seq] : 0;
+}
+static bool uses(const espi_spans *spans, int64_t user, int64_t seq) {
+    return prefix_of(spans, user) > 0 && spans->prefix_start[user] == spans->cu_q[seq];
+}
+
+/* All gradients of a kv head of a sequence and, after it, of those that have it as their prefix, in their order. */
+static void family_grads(const espi_attention_bwd *a, int64_t seq, int64_t kv_head) {
+    const espi_spans *spans = &a->spans;
+    const parts all = {true, 0, INT64_MAX};
+    for (int64_t s = seq; s < spans->n_seqs; s++) {
+        if (s > seq && !uses(spans, s, seq)) continue;
+        clear_keys(a, kv_head, spans->cu_q[s], spans->cu_q[s + 1]);
+        sequence_grads(a, s, kv_head, &all);
+    }
+}
+
+/* d_q of a sequence's queries begin .. end - 1 in one head. */
+static void d_q_alone(const espi_attention_bwd *a, int64_t seq, int64_t head, int64_t begin, int64_t end) {
+    const call c = CALL_OF(a);
+    const queries q = queries_of(&c, seq, begin, end, head);
+    query_grads(a, &q, &(parts){.d_q = true});
+}
+
+/* d_k and d_v of a sequence's keys first .. end - 1, counted within it: its own queries', then those of its users. */
+static void keys_alone(const espi_attention_bwd *a, int64_t seq, int64_t kv_head, int64_t first, int64_t end) {
+    const espi_spans *spans = &a->spans;
+    const int64_t before = prefix_of(spans, seq);
+    clear_keys(a, kv_head, spans->cu_q[seq] + first, spans->cu_q[seq] + end);
+    sequence_grads(a, seq, kv_head, &(parts){.first = before + first, .end = before + end});
+    for (int64_t user = seq + 1; user < spans->n_seqs; user++)
+        if (uses(spans, user, seq)) sequence_grads(a, user, kv_head, &(parts){.first = first, .end = end});
 }
 
 /* d_sink_h -= sum over all queries, in order, of e^(sink - lse) delta. */
@@ -480,17 +526,49 @@ static void sink_grad(const espi_attention_bwd *a, int64_t head, int64_t tokens)
     ((float *)a->d_sinks)[head] -= (float)sum;
 }
 
+/* A kv head of a family is one task, unless the largest would keep the other threads waiting for longer than it takes to form the scores
+ * twice, once for the gradients of the queries and once for those of the keys: 7 products instead of 5. */
+static bool families_balance(const espi_attention_bwd *a, int threads) {
+    const espi_spans *spans = &a->spans;
+    double all = 0, largest = 0;
+    for (int64_t s = 0; s < spans->n_seqs; s++) {
+        double pairs = 0;
+        for (int64_t u = s; u < spans->n_seqs && prefix_of(spans, s) == 0; u++)
+            if (u == s || uses(spans, u, s)) pairs += (double)spans->k_len[u] * (double)(2 * prefix_of(spans, u) + spans->k_len[u]);
+        all += pairs * (double)a->kv_heads;
+        largest = pairs > largest ? pairs : largest;
+    }
+    return largest * threads <= 1.4 * all;
+}
+
+/* The same sums in the same order, in more tasks. */
+static void split_grads(const espi_attention_bwd *a, int threads) {
+    const espi_spans *spans = &a->spans;
+#pragma omp parallel num_threads(threads)
+    for (int64_t s = 0; s < spans->n_seqs; s++) {
+        const int64_t begin = spans->cu_q[s], n = spans->cu_q[s + 1] - begin, blocks = cpu_blocks(n, QUERIES);
+#pragma omp for schedule(dynamic, 1) nowait
+        for (int64_t task = 0; task < blocks * a->kv_heads; task++) {
+            const int64_t first = task / a->kv_heads * QUERIES;
+            keys_alone(a, s, task % a->kv_heads, first, cpu_min(n, first + QUERIES));
+        }
+#pragma omp for schedule(dynamic, 1) nowait
+        for (int64_t task = 0; task < blocks * a->heads; task++) {
+            const int64_t first = task / a->heads * QUERIES;
+            d_q_alone(a, s, task % a->heads, begin + first, begin + cpu_min(n, first + QUERIES));
+        }
+    }
+}
+
 esp_status ESPI_CPU(espi_attention_bwd)(const espi_exec *exec, const espi_attention_bwd *a) {
     const espi_spans *spans = &a->spans;
     const int threads = cpu_threads(exec, 3 * attention_work(spans, a->heads * a->head_dim));
-    /* A task is a kv head of a sequence and, after it, of those that have it as their prefix, in their order: it owns d_k and d_v there. */
+    if (families_balance(a, threads)) {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
-    for (int64_t task = 0; task < spans->n_seqs * a->kv_heads; task++) {
-        const int64_t seq = task / a->kv_heads, kv_head = task % a->kv_heads;
-        if (has_prefix(spans, seq)) continue;
-        sequence_grads(a, seq, kv_head);
-        for (int64_t user = seq + 1; user < spans->n_seqs; user++)
-            if (has_prefix(spans, user) && spans->prefix_start[user] == spans->cu_q[seq]) sequence_grads(a, user, kv_head);
+        for (int64_t task = 0; task < spans->n_seqs * a->kv_heads; task++)
+            if (prefix_of(spans, task / a->kv_heads) == 0) family_grads(a, task / a->kv_heads, task % a->kv_heads);
+    } else {
+        split_grads(a, threads);
     }
     for (int64_t head = 0; a->d_sinks && a->sinks && head < a->heads; head++) sink_grad(a, head, spans->tokens);
     return ESP_OK;
