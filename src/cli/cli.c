@@ -135,6 +135,12 @@ static bool read_choice(const char *text, const char *words, int *out) {
     return false;
 }
 
+static bool read_word(const char *text, espi_words *out) {
+    if (out->n == ESPI_MAX_WORDS) return false;
+    out->text[out->n++] = text;
+    return true;
+}
+
 static bool read_value(const espi_option *option, const char *text) {
     switch (option->kind) {
     case ESPI_OPTION_COUNT:
@@ -148,6 +154,8 @@ static bool read_value(const espi_option *option, const char *text) {
     case ESPI_OPTION_TEXT:
         *(const char **)option->out = text;
         return true;
+    case ESPI_OPTION_LIST:
+        return read_word(text, option->out);
     case ESPI_OPTION_FLAG:
         break;
     }

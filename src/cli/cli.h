@@ -14,8 +14,15 @@ typedef enum espi_option_kind {
     ESPI_OPTION_BYTES, /* size_t, with an optional K, M or G */
     ESPI_OPTION_REAL,  /* double */
     ESPI_OPTION_TEXT,  /* const char * */
+    ESPI_OPTION_LIST,  /* espi_words: the option may be given several times */
     ESPI_OPTION_CHOICE /* int: which of the words of `value`, "nf4|fp4|none" */
 } espi_option_kind;
+
+enum { ESPI_MAX_WORDS = 16 };
+typedef struct espi_words {
+    const char *text[ESPI_MAX_WORDS];
+    int32_t n;
+} espi_words;
 
 typedef struct espi_option {
     const char *name; /* with its dashes: "--tokens", "-o" */

@@ -9,8 +9,9 @@
 
 typedef struct generate_options {
     const char *dir, *prompt, *adapter;
-    int64_t max_new_tokens, samples, seed;
-    double temperature;
+    int64_t max_new_tokens, samples, seed, batch, top_k;
+    double temperature, top_p, min_p;
+    espi_words stops, stop_tokens;
     int experts;
 } generate_options;
 
@@ -21,6 +22,8 @@ typedef struct session {
     esp_tokenizer *tokenizer;
     esp_sampler *sampler;
     int32_t *prompt, *tokens, *lengths;
+    char **texts; /* [samples] of the samples that wait for those before them */
+    int64_t samples;
 } session;
 
 static void close_session(session *s) {
@@ -31,6 +34,8 @@ static void close_session(session *s) {
     free(s->prompt);
     free(s->tokens);
     free(s->lengths);
+    for (int64_t i = 0; s->texts && i < s->samples; i++) free(s->texts[i]);
+    free(s->texts);
 }
 
 static esp_status open_session(session *s, const generate_options *o) {
@@ -51,53 +56,60 @@ static esp_status encode_prompt(session *s, const char *text, int32_t *n) {
     return ESP_OK;
 }
 
-/* The first sample as it is drawn. */
-typedef struct stream {
-    const esp_tokenizer *tokenizer;
-    esp_decode_state state;
-} stream;
-
-static esp_status print_token(stream *s, int32_t id) {
-    char text[1024];
-    size_t bytes;
-    ESPI_TRY(esp_tokenizer_decode_next(s->tokenizer, &s->state, id, true, text, sizeof text, &bytes));
-    fwrite(text, 1, bytes, stdout);
-    fflush(stdout);
-    return ESP_OK;
+/* The first sample is printed as it is drawn, the others are kept until it is their turn. */
+static int take_text(void *user, int32_t row, const char *text, size_t bytes, bool last) {
+    session *s = user;
+    (void)last;
+    if (row == 0) {
+        fwrite(text, 1, bytes, stdout);
+        fflush(stdout);
+        return 0;
+    }
+    const size_t used = s->texts[row] ? strlen(s->texts[row]) : 0;
+    char *grown = realloc(s->texts[row], used + bytes + 1);
+    if (!grown) return 1;
+    memcpy(grown + used, text, bytes);
+    grown[used + bytes] = '\0';
+    s->texts[row] = grown;
+    return 0;
 }
 
-static int first_sample(void *user, int32_t row, int32_t index, int32_t id, float logprob) {
-    (void)index, (void)logprob;
-    return row == 0 && print_token(user, id) != ESP_OK;
-}
-
-static esp_status print_sample(const session *s, const generate_options *o, const int32_t *tokens, int32_t length) {
-    stream out = {.tokenizer = s->tokenizer};
-    printf("%s", o->prompt);
-    for (int32_t i = 0; i < length; i++) ESPI_TRY(print_token(&out, tokens[i]));
-    printf("\n");
+/* Ids of the tokens that are named; without any, the model's own end counts. */
+static esp_status stop_ids(int32_t ids[ESPI_MAX_WORDS], const session *s, const generate_options *o) {
+    for (int32_t i = 0; i < o->stop_tokens.n; i++) {
+        ids[i] = esp_tokenizer_id(s->tokenizer, o->stop_tokens.text[i]);
+        if (ids[i] < 0)
+            return ESPI_FAIL(ESP_ERR_ARG, "--stop-token: got '%s', expected one token of this model's tokenizer; for other text use --stop",
+                             o->stop_tokens.text[i]);
+    }
     return ESP_OK;
 }
 
 static esp_status generate(session *s, const generate_options *o) {
-    int32_t n;
+    int32_t n, ids[ESPI_MAX_WORDS];
     ESPI_TRY(open_session(s, o));
     ESPI_TRY(encode_prompt(s, o->prompt, &n));
-    const int64_t row = o->max_new_tokens;
+    ESPI_TRY(stop_ids(ids, s, o));
+    const int64_t row = o->max_new_tokens, together = o->batch ? o->batch : o->samples < 128 ? o->samples : 128;
     ESPI_TRY(esp_sampler_create(&s->sampler, s->model,
-                                &ESP_SAMPLER_CONFIG(.max_sequences = (int32_t)o->samples, .max_length = (int32_t)(n + row))));
+                                &ESP_SAMPLER_CONFIG(.max_sequences = (int32_t)together, .max_length = (int32_t)(n + row),
+                                                    .max_kept = (int32_t)o->top_k, .max_new_tokens = (int32_t)row, .max_prompts = 1)));
+    s->samples = o->samples;
+    s->texts = espi_cli_memory((size_t)o->samples * sizeof *s->texts);
     s->tokens = espi_cli_memory((size_t)(o->samples * row) * sizeof *s->tokens);
     s->lengths = espi_cli_memory((size_t)o->samples * sizeof *s->lengths);
     const int32_t cu[2] = {0, n};
-    stream first = {.tokenizer = s->tokenizer};
     const esp_generate_config config =
         ESP_GENERATE_CONFIG(.prompts = s->prompt, .cu_prompts = cu, .n_prompts = 1, .samples = (int32_t)o->samples,
                             .max_new_tokens = (int32_t)row, .temperature = (float)o->temperature, .greedy = o->temperature == 0,
-                            .seed = (uint64_t)o->seed, .on_token = first_sample, .on_token_user = &first);
+                            .seed = (uint64_t)o->seed, .top_k = (int32_t)o->top_k, .top_p = (float)o->top_p, .min_p = (float)o->min_p,
+                            .tokenizer = s->tokenizer, .stop_strings = o->stops.text, .n_stop_strings = o->stops.n,
+                            .stop_ids = o->stop_tokens.n > 0 ? ids : NULL, .n_stop_ids = o->stop_tokens.n, .on_text = take_text,
+                            .on_text_user = s);
     printf("%s", o->prompt);
     ESPI_TRY(esp_sampler_generate(s->sampler, &config, s->tokens, NULL, s->lengths, NULL));
     printf("\n");
-    for (int64_t i = 1; i < o->samples; i++) ESPI_TRY(print_sample(s, o, s->tokens + i * row, s->lengths[i]));
+    for (int64_t i = 1; i < o->samples; i++) printf("%s%s\n", o->prompt, s->texts[i] ? s->texts[i] : "");
     return ESP_OK;
 }
 
@@ -108,6 +120,12 @@ int espi_cli_generate(int argc, char **argv) {
         {"--adapter", ESPI_OPTION_TEXT, &o.adapter, "DIR", "a PEFT adapter folder"},
         {"--max-new-tokens", ESPI_OPTION_COUNT, &o.max_new_tokens, "N", "at most so many (64)"},
         {"--temperature", ESPI_OPTION_REAL, &o.temperature, "T", "0 = greedy (1)"},
+        {"--top-k", ESPI_OPTION_COUNT, &o.top_k, "K", "draw from the K most likely tokens only"},
+        {"--top-p", ESPI_OPTION_REAL, &o.top_p, "P", "... from the fewest that have P of the probability"},
+        {"--min-p", ESPI_OPTION_REAL, &o.min_p, "P", "... from those with at least P of the largest probability"},
+        {"--stop", ESPI_OPTION_LIST, &o.stops, "TEXT", "end before this text; may be given several times"},
+        {"--stop-token", ESPI_OPTION_LIST, &o.stop_tokens, "TOKEN", "end at this token instead of the model's; several times too"},
+        {"--batch", ESPI_OPTION_COUNT, &o.batch, "N", "so many continuations at a time (all, at most 128); changes no result"},
         {"--samples", ESPI_OPTION_COUNT, &o.samples, "N", "continuations, one a line (1)"},
         {"--seed", ESPI_OPTION_COUNT, &o.seed, "S", "of the draws (0)"},
         {"--experts", ESPI_OPTION_CHOICE, &o.experts, espi_cli_experts,
@@ -122,6 +140,8 @@ int espi_cli_generate(int argc, char **argv) {
     if (o.max_new_tokens < 1 || o.max_new_tokens > INT32_MAX / 2 || o.samples < 1 || o.samples > INT32_MAX)
         return espi_cli_misuse(&usage, "--max-new-tokens %" PRId64 " and --samples %" PRId64 " must be at least 1", o.max_new_tokens,
                                o.samples);
+    if (o.batch > INT32_MAX || o.top_k > INT32_MAX)
+        return espi_cli_misuse(&usage, "--batch %" PRId64 " and --top-k %" PRId64 " must be smaller", o.batch, o.top_k);
     if (o.temperature < 0) return espi_cli_misuse(&usage, "--temperature cannot be %g; expected 0 or more", o.temperature);
     session s = {0};
     esp_status status = generate(&s, &o);

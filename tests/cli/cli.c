@@ -199,6 +199,11 @@ Test(cli, generate_is_repeatable) {
     free(first.out);
     free(second.out);
     expect("generate " MIX " --prompt sdecbc= --max-new-tokens 4 --temperature 0", 0, "sdecbc=");
+    program_run few = espalier("generate " MIX " --prompt sdecbc= --max-new-tokens 8 --samples 3 --seed 5 --batch 2");
+    first = espalier(arguments);
+    cr_expect_str_eq(first.out, few.out);
+    free(few.out);
+    free(first.out);
     /* The same draws, alone or with others, and printed alike. */
     program_run one = espalier("generate " MIX " --prompt sdecbc= --max-new-tokens 8 --samples 1 --seed 5");
     first = espalier(arguments);
@@ -206,4 +211,32 @@ Test(cli, generate_is_repeatable) {
     cr_expect(strlen(one.out) > 0 && one.out[strlen(one.out) - 1] == '\n', "%s", one.out);
     free(one.out);
     free(first.out);
+}
+
+/* What ends a row is not printed, and one token alone is left of the most likely. */
+Test(cli, generate_filters_and_stops) {
+#define GENERATE "generate " MIX " --prompt sdecbc= --max-new-tokens 8 "
+    program_run greedy = espalier(GENERATE "--temperature 0"), one = espalier(GENERATE "--top-k 1 --seed 9");
+    cr_assert_eq(one.code, 0, "%s", one.out);
+    cr_expect_str_eq(greedy.out, one.out);
+    cr_assert_gt(strlen(greedy.out), strlen("sdecbc=") + 3, "%s", greedy.out);
+    char arguments[256], until[64];
+    const char *answer = greedy.out + strlen("sdecbc=");
+    snprintf(arguments, sizeof arguments, GENERATE "--temperature 0 --stop zz --stop %c%c", answer[2], answer[3]);
+    snprintf(until, sizeof until, "sdecbc=%.2s\n", answer);
+    program_run stopped = espalier(arguments);
+    cr_expect_str_eq(stopped.out, until);
+    snprintf(arguments, sizeof arguments, GENERATE "--temperature 0 --stop-token %c", answer[1]);
+    snprintf(until, sizeof until, "sdecbc=%.*s\n", answer[0] == answer[1] ? 0 : 1, answer);
+    program_run token = espalier(arguments);
+    cr_expect_str_eq(token.out, until);
+    free(greedy.out);
+    free(one.out);
+    free(stopped.out);
+    free(token.out);
+    expect(GENERATE "--top-p 0.5 --min-p 0.1 --samples 2", 0, "sdecbc=");
+    expect(GENERATE "--top-p 1.5", 1, "got top_k 0, top_p 1.5");
+    expect(GENERATE "--top-p 0.5 --temperature 0", 1, "got greedy with");
+    expect(GENERATE "--stop-token nosuch", 1, "--stop-token: got 'nosuch'");
+#undef GENERATE
 }

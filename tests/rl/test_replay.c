@@ -1,7 +1,7 @@
 /* Routing replay and kept ids on the training side: what was recorded comes back to the bit, and what was forced or filtered has the
  * gradients that differences say. */
 #include "espalier/espalier.h"
-#include "models/model.h"
+#include "models/passes.h"
 
 #include <criterion/criterion.h>
 #include <criterion/parameterized.h>
@@ -383,6 +383,34 @@ Test(replay, kept_ids_have_gradients, .timeout = 60) {
     keep_some(&k, &s.batch, 160);
     force_others(&s);
     check_gradients(&s, 301);
+    drop(&s);
+}
+
+/* What a plan says of kept ids holds them, to the byte: one byte less does not. */
+Test(replay, kept_ids_are_planned) {
+    static kept k;
+    subject s = make("q3a", NULL, &ESP_MODEL_CONFIG(.experts = ESP_NF4, .lora_rank = 2));
+    espi_head_rows rows;
+    espi_arena dry = espi_ctx_dry(s.ctx);
+    for (int32_t t = 0; t < TOKENS; t++)
+        for (int32_t v = 0; v < 64; v++) k.ids[t * 64 + v] = ids[t] < 64 ? v : ids[t] - 63 + v;
+    for (int32_t t = 0; t <= TOKENS; t++) k.offsets[t] = t * 64;
+    s.batch.loss_mask = (const uint8_t[TOKENS]){0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1}; /* as many rows as a plan has */
+    s.batch.cu_seqlens = (const int32_t[]){0, TOKENS};
+    s.batch.n_seqs = 1;
+    s.batch.n_kept = TOKENS * 64;
+    OK(espi_head_rows_make(&rows, s.model, &dry, &s.batch));
+    s.batch.kept_offsets = k.offsets;
+    s.batch.kept_ids = k.ids;
+    const size_t bytes = espi_arena_high(&dry).main;
+    cr_assert_gt(bytes, (size_t)s.batch.n_kept * sizeof(int32_t));
+    void *block = aligned_alloc(ESPI_ALIGN, bytes);
+    cr_assert_not_null(block);
+    espi_arena whole = espi_arena_over(block, bytes), short_of_one = espi_arena_over(block, bytes - 1);
+    OK(espi_head_rows_make(&rows, s.model, &whole, &s.batch));
+    cr_assert_eq(espi_arena_high(&whole).main, bytes);
+    FAILS(ESP_ERR_MEMORY, "", espi_head_rows_make(&rows, s.model, &short_of_one, &s.batch));
+    free(block);
     drop(&s);
 }
 

@@ -518,6 +518,7 @@ Test(sampler, the_trainer_sees_the_filtered_distribution) {
     demo d = demo_trainer(&ESP_TRAINER_CONFIG(.kind = ESP_TRAIN_GRPO, .train_file = DEMO_PROMPTS, .steps = 2, .seed = 5,
                                               .prompts_per_step = 4, .group_size = 4, .top_k = 12, .top_p = 0.95f));
     esp_memory memory = ESP_MEMORY_INIT;
+    cr_assert_eq(d.trainer->most_kept, 12, "room for the kept ids is planned");
     for (int i = 0; i < 2; i++) {
         OK(esp_trainer_step(d.trainer, NULL));
         cr_assert_gt(d.trainer->rollouts.shape.kept, d.trainer->rollouts.shape.tokens / 2);
