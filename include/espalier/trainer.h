@@ -165,8 +165,13 @@ ESP_API esp_status esp_trainer_save(esp_trainer *trainer);
 /// What the trainer planned to take and what was measured, model, optimiser and sampler included; equal.
 ESP_API esp_status esp_trainer_memory(const esp_trainer *trainer, size_t *planned_bytes, size_t *peak_bytes);
 
-/// Draws metrics.jsonl as an SVG: reward, accuracy, KL, entropy, length.
+/// Draws a run's curves over its steps as an SVG, in panels: reward, accuracy, KL, entropy, length, clipping, route flips, gradient norm,
+/// tokens a second, learning rate and what else metrics.jsonl has.  svg_file is replaced atomically, so it may be looked at while a run goes
+/// on: a last line that is not ended yet is left out, and so are nulls.
 ESP_API esp_status esp_plot_metrics(const char *metrics_file, const char *svg_file);
+/// The same for several runs, one curve each in every panel.  runs: their folders, or the metrics.jsonl in them.
+/// smooth: steps of the running mean that is drawn over each curve; 0 = a 25th of the longest run, negative = none
+ESP_API esp_status esp_plot_runs(const char *svg_file, const char *const *runs, int32_t n_runs, double smooth);
 
 #ifdef __cplusplus
 }

@@ -195,12 +195,15 @@ static int parse_option(const espi_usage *usage, int argc, char **argv, int *i) 
     return ESPI_EXIT_OK;
 }
 
-/* The i-th of the names that `usage` has for its operands; false behind the last. */
-static bool operand_name(char out[32], const espi_usage *usage, int i) {
-    const char *word = usage->operand;
+/* The i-th of the names that `usage` has for its operands; false behind the last, unless that ends in "..". */
+static bool operand_name(char out[32], bool *more, const espi_usage *usage, int i) {
+    const char *word = usage->operand, *next;
+    *more = false; /* behind the last */
     for (; i > 0 && word; i--) {
-        word = strchr(word, ' ');
-        if (word) word++;
+        next = strchr(word, ' ');
+        *more = !next && strstr(word, "..");
+        if (*more) break;
+        word = next ? next + 1 : NULL;
     }
     if (word) snprintf(out, 32, "%.*s", (int)strcspn(word, " "), word);
     return word;
@@ -214,17 +217,18 @@ bool espi_cli_parse(int *exit_code, const espi_usage *usage, int argc, char **ar
             return false;
         }
     char name[32];
+    bool more;
     int n = 0;
     for (int i = 2; i < argc; i++) {
         if (argv[i][0] == '-' && argv[i][1] != '\0')
             *exit_code = parse_option(usage, argc, argv, &i);
-        else if (!operand_name(name, usage, n))
+        else if (!operand_name(name, &more, usage, n))
             *exit_code = espi_cli_misuse(usage, "only %s is taken, '%s' is too many", usage->operand, argv[i]);
         else
             usage->operand_out[n++] = argv[i];
         if (*exit_code != ESPI_EXIT_OK) return false;
     }
-    if (!operand_name(name, usage, n)) return true;
+    if (!operand_name(name, &more, usage, n) || more) return true;
     *exit_code = espi_cli_misuse(usage, "%s is missing", name);
     return false;
 }

@@ -35,8 +35,8 @@ typedef struct espi_option {
 /* A subcommand as its help describes it. */
 typedef struct espi_usage {
     const char *command, *summary;
-    const char *operand;      /* "DIR", or several names with spaces between: each is required */
-    const char **operand_out; /* as many as there are names */
+    const char *operand;      /* "DIR", or several names with spaces between: each is required; a last one "RUN.." may come again */
+    const char **operand_out; /* as many as there are names, or zeroed room for argc of them */
     const espi_option *options;
     int n_options;
 } espi_usage;

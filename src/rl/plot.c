@@ -1,276 +1,350 @@
-/* Draws metrics.jsonl as an SVG of small panels.  Plain shapes and text, colours that read on light and on dark ground. */
+/* Draws the metrics.jsonl of one run, or of several for comparison, as an SVG of panels. */
+#include "rl/plot.h"
 #include "core/status.h"
 #include "espalier/trainer.h"
 #include "io/file.h"
 
 #include <jansson.h>
 #include <math.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #define MAX_METRICS ((size_t)1 << 30)
 #define MAX_CURVES 3
+#define MAX_REWARDS 8 /* functions with a curve of their own */
+#define MAX_RUNS 24
+#define MAX_SERIES 512
+#define LABEL 96
 #define COLUMNS 3
-#define PANEL_WIDTH 320
-#define PANEL_HEIGHT 210
-#define LEFT 48 /* of the plot's frame inside its panel */
-#define TOP 34
-#define RIGHT 12
-#define BOTTOM 34
+#define MARGIN 10
+#define LEGEND_LINE 20
+#define LARGEST 1e300 /* values beyond are not drawn: their differences are infinite */
 
-typedef struct curve {
-    const char *key, *label; /* label NULL: the panel has one curve and its title says it all */
-    const char *colour;
-    bool marks; /* measured now and then: points on a line */
-} curve;
+typedef struct named {
+    const char *key, *label;
+    bool marks;
+} named;
 
 typedef struct panel {
     const char *title;
-    curve curves[MAX_CURVES];
+    named curves[MAX_CURVES]; /* of several runs only the first one is compared */
+    const char *compared;     /* the title then; NULL: the same */
 } panel;
 
-#define BLUE "#3b82c4"
-#define ORANGE "#d9822b"
-#define GREEN "#3f9a5f"
-
 static const panel panels[] = {
-    {"reward", {{"reward", "mean", BLUE, false}, {"reward_std", "std in a group", ORANGE, false}}},
+    {"reward", {{"reward", "mean"}, {"reward_std", "std in a group"}}},
     {"accuracy (exact)",
-     {{"eval/sampled_exact", "eval, sampled", BLUE, true},
-      {"eval/greedy_exact", "eval, greedy", ORANGE, true},
-      {"exact", "training", GREEN, false}}},
-    {"KL to the base (nats a token)", {{"kl", NULL, BLUE, true}}},
-    {"entropy (nats a token)", {{"entropy", NULL, BLUE, false}}},
-    {"completion length (tokens)",
-     {{"completions/mean_length", "mean", BLUE, false}, {"completions/max_length", "longest", ORANGE, false}}},
-    {"groups without spread (share)", {{"frac_reward_zero_std", NULL, BLUE, false}}},
-    {"loss", {{"loss", NULL, BLUE, false}}},
-    {"gradient norm", {{"grad_norm", NULL, BLUE, false}}},
+     {{"eval/greedy_exact", "eval, greedy", true}, {"eval/sampled_exact", "eval, sampled", true}, {"exact", "training"}},
+     "accuracy (exact, greedy, evaluation)"},
+    {"KL to the reference (nats a token)", {{"kl", "", true}}},
+    {"entropy (nats a token)", {{"entropy", "entropy"}, {"entropy_coef", "coefficient"}}},
+    {"completion length (tokens)", {{"completions/mean_length", "mean"}, {"completions/max_length", "longest"}}},
+    {"completions cut at the limit (share)", {{"completions/clipped_ratio", ""}}},
+    {"clip ratio (share of tokens)", {{"clip_ratio/region_mean", "all"}, {"clip_ratio/low_mean", "low"}, {"clip_ratio/high_mean", "high"}}},
+    {"route flips (share)", {{"moe/route_flip_rate", ""}}},
+    {"sampler against trainer (nats)",
+     {{"sampling/sampling_logp_difference/mean", "mean difference"}, {"k3_kl", "k3"}},
+     "sampler against trainer (nats, mean)"},
+    {"groups without spread (share)", {{"frac_reward_zero_std", ""}}},
+    {"gradient norm", {{"grad_norm", ""}}},
+    {"loss", {{"loss", ""}}},
+    {"tokens a second", {{"tokens_per_second", ""}}},
+    {"seconds of a step", {{"step_time", "all"}, {"time/sample", "sampling"}, {"time/reward", "rewards"}}},
+    {"learning rate", {{"learning_rate", ""}}},
+    {"expert load over even load, less 1", {{"moe/max_vio", "highest"}, {"moe/min_vio", "lowest"}}, "highest expert load, less 1"},
 };
 
-/* One number of the file. */
-typedef struct point {
-    double x, y;
-} point;
+/* One key of the file. */
+typedef struct series {
+    char *key;
+    double *y; /* [lines so far] NaN = absent or null */
+    int64_t n; /* lines that y covers */
+} series;
 
-typedef struct points {
-    point *items;
-    int64_t n;
-} points;
+typedef struct run {
+    char label[LABEL];
+    double *step;
+    int64_t n, capacity;
+    series *series; /* [n_series] each with room for `capacity` lines */
+    int n_series;
+} run;
 
-/* The SVG while it is made. */
-typedef struct drawing {
-    char *text;
-    size_t used, capacity;
-    esp_status status;
-} drawing;
-
-static void put(drawing *d, const char *format, ...) __attribute__((format(printf, 2, 3)));
-static void put(drawing *d, const char *format, ...) {
-    char piece[1024];
-    va_list arguments;
-    va_start(arguments, format);
-    const int n = vsnprintf(piece, sizeof piece, format, arguments);
-    va_end(arguments);
-    if (d->status != ESP_OK || n <= 0) return;
-    const size_t bytes = (size_t)n < sizeof piece ? (size_t)n : sizeof piece - 1;
-    if (d->used + bytes + 1 > d->capacity) {
-        const size_t capacity = 2 * (d->used + bytes + 1) + 4096;
-        char *grown = realloc(d->text, capacity);
-        if (!grown) {
-            d->status = ESPI_FAIL(ESP_ERR_MEMORY, "plot: no memory for %zu bytes of SVG", capacity);
-            return;
-        }
-        d->text = grown;
-        d->capacity = capacity;
+static void free_run(run *r) {
+    for (int i = 0; i < r->n_series; i++) {
+        free(r->series[i].key);
+        free(r->series[i].y);
     }
-    memcpy(d->text + d->used, piece, bytes + 1);
-    d->used += bytes;
+    free(r->series);
+    free(r->step);
 }
 
-static esp_status parse(json_t **lines, char *text, const char *path) {
-    *lines = json_array();
-    if (!*lines) return ESPI_FAIL(ESP_ERR_MEMORY, "%s: no memory for its lines", path);
+/* ---- reading ---- */
+
+static esp_status no_memory(const char *path) {
+    return ESPI_FAIL(ESP_ERR_MEMORY, "%s: no memory for its curves", path);
+}
+
+static esp_status grow(run *r, const char *path) {
+    const int64_t capacity = 2 * r->capacity + 64;
+    double *step = realloc(r->step, (size_t)capacity * sizeof *step);
+    if (!step) return no_memory(path);
+    r->step = step;
+    for (int i = 0; i < r->n_series; i++) {
+        double *y = realloc(r->series[i].y, (size_t)capacity * sizeof *y);
+        if (!y) return no_memory(path);
+        r->series[i].y = y;
+    }
+    r->capacity = capacity;
+    return ESP_OK;
+}
+
+static series *find(const run *r, const char *key) {
+    for (int i = 0; i < r->n_series; i++)
+        if (strcmp(r->series[i].key, key) == 0) return &r->series[i];
+    return NULL;
+}
+
+static esp_status add_series(series **out, run *r, const char *key, const char *path) {
+    *out = NULL;
+    if (r->n_series == MAX_SERIES) return ESP_OK; /* no panel asks for that many names */
+    if (!r->series) r->series = calloc(MAX_SERIES, sizeof *r->series);
+    if (!r->series) return no_memory(path);
+    series *s = &r->series[r->n_series];
+    s->key = malloc(strlen(key) + 1);
+    s->y = malloc((size_t)r->capacity * sizeof *s->y);
+    r->n_series++;
+    if (!s->key || !s->y) return no_memory(path);
+    memcpy(s->key, key, strlen(key) + 1);
+    *out = s;
+    return ESP_OK;
+}
+
+/* Values up to line n that the key was absent from. */
+static void pad(series *s, int64_t n) {
+    while (s->n < n) s->y[s->n++] = NAN;
+}
+
+static esp_status add_line(run *r, const json_t *line, const char *path) {
+    const char *key;
+    json_t *value;
+    if (r->n == r->capacity) ESPI_TRY(grow(r, path));
+    json_object_foreach((json_t *)line, key, value) {
+        if (!json_is_number(value) || !(fabs(json_number_value(value)) < LARGEST)) continue;
+        series *s = find(r, key);
+        if (!s) ESPI_TRY(add_series(&s, r, key, path));
+        if (!s) continue;
+        pad(s, r->n);
+        s->y[s->n++] = json_number_value(value);
+    }
+    r->step[r->n++] = (double)json_integer_value(json_object_get(line, "step"));
+    return ESP_OK;
+}
+
+/* A last line without its end is one that is being written, or was when the run was killed. */
+static esp_status parse(run *r, char *text, const char *path) {
     int64_t number = 0;
     for (char *line = text, *end; *line; line = end) {
         const size_t length = strcspn(line, "\n");
-        end = line + length + (line[length] == '\n');
+        const bool ended = line[length] == '\n';
+        end = line + length + ended;
         number++;
         if (length == 0) continue;
-        json_error_t error;
-        json_t *object = json_loadb(line, length, 0, &error);
-        if (!json_is_object(object) || !json_is_integer(json_object_get(object, "step"))) {
-            json_decref(object);
+        json_t *object = json_loadb(line, length, 0, NULL);
+        const bool good = json_is_object(object) && json_is_integer(json_object_get(object, "step"));
+        const esp_status status = good ? add_line(r, object, path) : ESP_OK;
+        json_decref(object);
+        ESPI_TRY(status);
+        if (!good && ended)
             return ESPI_FAIL(ESP_ERR_FORMAT, "%s:%lld: got no JSON object with an integer \"step\", expected a trainer's metrics", path,
                              (long long)number);
-        }
-        if (json_array_append_new(*lines, object) != 0) return ESPI_FAIL(ESP_ERR_MEMORY, "%s: no memory for its lines", path);
     }
-    if (json_array_size(*lines) == 0) return ESPI_FAIL(ESP_ERR_FORMAT, "%s: no line, expected at least one step's metrics", path);
+    if (r->n == 0) return ESPI_FAIL(ESP_ERR_FORMAT, "%s: no line, expected at least one step's metrics", path);
+    for (int i = 0; i < r->n_series; i++) pad(&r->series[i], r->n);
     return ESP_OK;
 }
 
-static esp_status collect(points *p, const json_t *lines, const char *key) {
-    const size_t n = json_array_size(lines);
-    p->n = 0;
-    p->items = malloc(n * sizeof *p->items);
-    if (!p->items) return ESPI_FAIL(ESP_ERR_MEMORY, "plot: no memory for %zu points", n);
-    for (size_t i = 0; i < n; i++) {
-        const json_t *line = json_array_get(lines, i), *value = json_object_get(line, key);
-        if (json_is_number(value))
-            p->items[p->n++] = (point){(double)json_integer_value(json_object_get(line, "step")), json_number_value(value)};
-    }
-    return ESP_OK;
+/* A run's folder stands for the metrics.jsonl in it. */
+static esp_status read_run(run *r, const char *given) {
+    char path[ESPI_PATH_MAX], *text = NULL;
+    if (espi_dir_exists(given))
+        ESPI_TRY(espi_path_join(path, given, "metrics.jsonl"));
+    else if (snprintf(path, sizeof path, "%s", given) >= (int)sizeof path)
+        return ESPI_FAIL(ESP_ERR_ARG, "path %.60s..: longer than %d bytes, use a shorter one", given, ESPI_PATH_MAX - 1);
+    ESPI_TRY(espi_file_read_all(&text, NULL, path, MAX_METRICS));
+    const esp_status status = parse(r, text, path);
+    free(text);
+    return status;
 }
 
-/* The distance of about `count` round ticks over `span`. */
-static double tick_step(double span, int count) {
-    const double raw = span / count, power = pow(10, floor(log10(raw))), part = raw / power;
-    return power * (part <= 1 ? 1 : part <= 2 ? 2 : part <= 5 ? 5 : 10);
+/* ---- names of the runs ---- */
+
+/* The folder of .../NAME/metrics.jsonl or .../NAME/, else the file's own name. */
+static void label_run(char out[LABEL], const char *given) {
+    static const char usual[] = "metrics.jsonl";
+    size_t end = strlen(given);
+    while (end > 1 && given[end - 1] == '/') end--;
+    const size_t n = sizeof usual - 1;
+    if (end > n && strncmp(given + end - n, usual, n) == 0 && given[end - n - 1] == '/') end -= n + 1;
+    size_t first = end;
+    while (first > 0 && given[first - 1] != '/') first--;
+    snprintf(out, LABEL, "%.*s", (int)(end - first), given + first);
 }
 
-/* An axis: what it covers, and its round numbers. */
-typedef struct axis {
-    double low, high, step;
-} axis;
-
-static axis make_axis(double low, double high, int ticks) {
-    axis a = {low, high, 1};
-    if (!(high > low)) {
-        const double room = fabs(low) > 0 ? fabs(low) * 0.5 : 1;
-        a.low = low - room;
-        a.high = high + room;
-    }
-    a.step = tick_step(a.high - a.low, ticks);
-    a.low = floor(a.low / a.step + 1e-9) * a.step;
-    a.high = ceil(a.high / a.step - 1e-9) * a.step;
-    return a;
+static void label_runs(run *runs, const char *const *given, int n) {
+    bool same = false;
+    for (int i = 0; i < n; i++) label_run(runs[i].label, given[i]);
+    for (int i = 0; i < n; i++)
+        for (int j = 0; j < i; j++) same = same || strcmp(runs[i].label, runs[j].label) == 0;
+    for (int i = 0; i < n && same; i++) snprintf(runs[i].label, LABEL, "%s", given[i]);
 }
 
-static double place(const axis *a, double value, double from, double to) {
-    return from + (value - a->low) / (a->high - a->low) * (to - from);
+/* ---- panels ---- */
+
+/* What is drawn: the runs, and the page that grows downwards. */
+typedef struct page {
+    const run *runs;
+    int n_runs, drawn;
+    double top;
+    espi_plot_frame frame;
+    espi_svg svg;
+} page;
+
+static void add_panel(page *p, const char *title, const espi_curve *curves, int n) {
+    if (n == 0) return;
+    espi_svg_panel(&p->svg, title, curves, n, &p->frame, (p->drawn % COLUMNS) * ESPI_PANEL_WIDTH,
+                   p->top + (double)(p->drawn / COLUMNS) * ESPI_PANEL_HEIGHT);
+    p->drawn++;
 }
 
-static void draw_axes(drawing *d, const axis *x, const axis *y, double left, double top, double right, double bottom) {
-    for (double v = y->low; v <= y->high + y->step / 2; v += y->step) {
-        const double at = place(y, v, bottom, top);
-        put(d, "<path class=\"grid\" d=\"M%.1f %.1fH%.1f\"/><text class=\"tick\" x=\"%.1f\" y=\"%.1f\" text-anchor=\"end\">%g</text>\n",
-            left, at, right, left - 6, at + 3.5, fabs(v) < y->step * 1e-6 ? 0 : v);
-    }
-    for (double v = x->low; v <= x->high + x->step / 2; v += x->step) {
-        const double at = place(x, v, left, right);
-        put(d, "<path class=\"axis\" d=\"M%.1f %.1fv4\"/><text class=\"tick\" x=\"%.1f\" y=\"%.1f\" text-anchor=\"middle\">%g</text>\n", at,
-            bottom, at, bottom + 15, v);
-    }
-    put(d, "<path class=\"axis\" d=\"M%.1f %.1fV%.1fH%.1f\"/><text class=\"tick\" x=\"%.1f\" y=\"%.1f\" text-anchor=\"end\">step</text>\n",
-        left, top, bottom, right, right, bottom + 27);
+static int add_curve(espi_curve *curves, int n, const run *r, const char *key, const char *label, int colour, bool marks) {
+    const series *s = find(r, key);
+    if (!s) return n;
+    curves[n] = (espi_curve){.label = label, .colour = colour, .marks = marks, .x = r->step, .y = s->y, .n = r->n};
+    return n + 1;
 }
 
-static void draw_curve(drawing *d, const curve *c, const points *p, const axis *x, const axis *y, double left, double top, double right,
-                       double bottom) {
-    put(d, "<path fill=\"none\" stroke=\"%s\" stroke-width=\"1.8\" stroke-linejoin=\"round\" d=\"", c->colour);
-    for (int64_t i = 0; i < p->n; i++)
-        put(d, "%c%.1f %.1f", i ? 'L' : 'M', place(x, p->items[i].x, left, right), place(y, p->items[i].y, bottom, top));
-    put(d, "\"/>\n");
-    for (int64_t i = 0; i < p->n && (c->marks || p->n == 1); i++)
-        put(d, "<circle cx=\"%.1f\" cy=\"%.1f\" r=\"2.8\" fill=\"%s\"/>\n", place(x, p->items[i].x, left, right),
-            place(y, p->items[i].y, bottom, top), c->colour);
-}
-
-/* Names of the curves, each in its colour, at the right of the title's line. */
-static void draw_legend(drawing *d, const panel *p, const points *all, double right, double y) {
-    put(d, "<text class=\"legend\" x=\"%.1f\" y=\"%.1f\" text-anchor=\"end\">", right, y);
-    for (int c = 0; c < MAX_CURVES; c++)
-        if (all[c].n > 0 && p->curves[c].label) put(d, "<tspan dx=\"8\" fill=\"%s\">%s</tspan>", p->curves[c].colour, p->curves[c].label);
-    put(d, "</text>\n");
-}
-
-static void draw_panel(drawing *d, const panel *p, const points *all, double x0, double y0, double last_step) {
-    const double left = x0 + LEFT, top = y0 + TOP, right = x0 + PANEL_WIDTH - RIGHT, bottom = y0 + PANEL_HEIGHT - BOTTOM;
-    double low = INFINITY, high = -INFINITY;
-    for (int c = 0; c < MAX_CURVES; c++)
-        for (int64_t i = 0; i < all[c].n; i++) {
-            low = fmin(low, all[c].items[i].y);
-            high = fmax(high, all[c].items[i].y);
-        }
-    if (low > 0 && low < 0.6 * high) low = 0; /* a curve that falls to nearly nothing should be seen to */
-    const axis x = make_axis(0, last_step, 6), y = make_axis(low, high, 5);
-    put(d, "<text class=\"title\" x=\"%.1f\" y=\"%.1f\">%s</text>\n", x0 + LEFT, y0 + 14, p->title);
-    draw_legend(d, p, all, right, y0 + 27);
-    draw_axes(d, &x, &y, left, top, right, bottom);
-    for (int c = 0; c < MAX_CURVES; c++)
-        if (all[c].n > 0) draw_curve(d, &p->curves[c], &all[c], &x, &y, left, top, right, bottom);
-}
-
-/* All curves of one panel; n of a curve that is not in the file stays 0. */
-static esp_status collect_panel(points all[MAX_CURVES], bool *any, const panel *p, const json_t *lines) {
-    *any = false;
-    for (int c = 0; c < MAX_CURVES && p->curves[c].key; c++) {
-        ESPI_TRY(collect(&all[c], lines, p->curves[c].key));
-        *any = *any || all[c].n > 0;
-    }
-    return ESP_OK;
-}
-
-static esp_status draw(drawing *d, const json_t *lines, const char *path) {
-    const json_t *last = json_array_get(lines, json_array_size(lines) - 1);
-    const double last_step = (double)json_integer_value(json_object_get(last, "step"));
-    int drawn = 0;
-    for (int i = 0; i < ESPI_COUNT(panels); i++) {
-        points all[MAX_CURVES] = {{NULL, 0}};
-        bool any;
-        const esp_status status = collect_panel(all, &any, &panels[i], lines);
-        if (status == ESP_OK && any) {
-            draw_panel(d, &panels[i], all, (drawn % COLUMNS) * PANEL_WIDTH, (double)(drawn / COLUMNS) * PANEL_HEIGHT + 8, last_step);
-            drawn++;
-        }
-        for (int c = 0; c < MAX_CURVES; c++) free(all[c].items);
-        ESPI_TRY(status);
-    }
-    return drawn ? ESP_OK : ESPI_FAIL(ESP_ERR_FORMAT, "%s: none of the known metrics in it, expected a trainer's metrics.jsonl", path);
-}
-
-static int panels_present(const json_t *lines) {
+static void draw_one(page *p, const panel *panel) {
+    espi_curve curves[MAX_CURVES];
     int n = 0;
-    for (int i = 0; i < ESPI_COUNT(panels); i++) {
-        bool any = false;
-        size_t at;
-        json_t *line;
-        json_array_foreach((json_t *)lines, at, line) {
-            for (int c = 0; c < MAX_CURVES && panels[i].curves[c].key; c++)
-                any = any || json_is_number(json_object_get(line, panels[i].curves[c].key));
-        }
-        n += any;
-    }
-    return n;
+    for (int c = 0; c < MAX_CURVES && panel->curves[c].key; c++)
+        n = add_curve(curves, n, p->runs, panel->curves[c].key, panel->curves[c].label, c, panel->curves[c].marks);
+    add_panel(p, panel->title, curves, n);
 }
 
-static esp_status make_svg(drawing *d, const json_t *lines, const char *path) {
-    const int n = panels_present(lines), rows = (n + COLUMNS - 1) / COLUMNS;
-    put(d,
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 %d %d\" width=\"%d\" height=\"%d\" "
-        "font-family=\"system-ui,-apple-system,Helvetica,Arial,sans-serif\">\n",
-        COLUMNS * PANEL_WIDTH, rows * PANEL_HEIGHT + 8, COLUMNS * PANEL_WIDTH, rows * PANEL_HEIGHT + 8);
-    put(d, "<style>.title{font-size:13px;font-weight:600;fill:#6b7280}.tick{font-size:10px;fill:#7f8794}.legend{font-size:10px}"
-           ".grid{stroke:#888;stroke-opacity:.22}.axis{stroke:#888;fill:none}</style>\n");
-    ESPI_TRY(draw(d, lines, path));
-    put(d, "</svg>\n");
-    return d->status;
+static void draw_compared(page *p, const panel *panel) {
+    espi_curve curves[MAX_RUNS];
+    const named *c = &panel->curves[0];
+    int n = 0;
+    for (int i = 0; i < p->n_runs; i++) n = add_curve(curves, n, &p->runs[i], c->key, "", i, c->marks);
+    add_panel(p, panel->compared ? panel->compared : panel->title, curves, n);
+}
+
+/* "NAME" of "rewards/NAME/mean"; false: another key. */
+static bool reward_name(char out[LABEL], const char *key) {
+    static const char head[] = "rewards/", tail[] = "/mean";
+    const size_t n = strlen(key), least = sizeof head + sizeof tail - 2;
+    if (n <= least || strncmp(key, head, sizeof head - 1) != 0 || strcmp(key + n - (sizeof tail - 1), tail) != 0) return false;
+    snprintf(out, LABEL, "%.*s", (int)(n - least), key + sizeof head - 1);
+    return true;
+}
+
+static void draw_rewards(page *p) {
+    espi_curve curves[MAX_REWARDS];
+    char names[MAX_REWARDS][LABEL];
+    int n = 0;
+    for (int i = 0; i < p->runs->n_series && n < MAX_REWARDS; i++)
+        if (reward_name(names[n], p->runs->series[i].key)) n = add_curve(curves, n, p->runs, p->runs->series[i].key, names[n], n, false);
+    if (n > 1) add_panel(p, "rewards by function (mean)", curves, n);
+}
+
+/* Runs in their colours over the panels. */
+static void draw_runs(page *p) {
+    double x = MARGIN;
+    for (int i = 0; i < p->n_runs; i++) {
+        const double width = 34 + 7.2 * (double)strlen(p->runs[i].label);
+        if (i > 0 && x + width > COLUMNS * ESPI_PANEL_WIDTH) {
+            x = MARGIN;
+            p->top += LEGEND_LINE;
+        }
+        espi_svg_put(&p->svg, "<path d=\"M%.1f %.1fh18\"", x, p->top + 10);
+        espi_svg_stroke(&p->svg, i, 2.4, 1);
+        espi_svg_put(&p->svg, "/><text class=\"run\" x=\"%.1f\" y=\"%.1f\">", x + 24, p->top + 14);
+        espi_svg_text(&p->svg, p->runs[i].label);
+        espi_svg_put(&p->svg, "</text>\n");
+        x += width;
+    }
+    p->top += LEGEND_LINE;
+}
+
+static esp_status draw(page *p) {
+    p->top = MARGIN;
+    draw_runs(p);
+    for (int i = 0; i < ESPI_COUNT(panels); i++) {
+        if (p->n_runs > 1)
+            draw_compared(p, &panels[i]);
+        else
+            draw_one(p, &panels[i]);
+        if (i == 0 && p->n_runs == 1) draw_rewards(p);
+    }
+    return p->svg.status;
+}
+
+/* Steps that all runs lie in, and how much to smooth them. */
+static espi_plot_frame frame_of(const run *runs, int n, double smooth) {
+    espi_plot_frame f = {.first = 0, .last = 0};
+    for (int i = 0; i < n; i++) f.last = fmax(f.last, runs[i].step[runs[i].n - 1]);
+    f.smooth = smooth < 0 ? 0 : smooth > 0 ? smooth : f.last / 25;
+    return f;
+}
+
+/* The head goes before what was drawn, once its height is known. */
+static esp_status write_page(const page *p, const char *svg_file) {
+    const int width = COLUMNS * ESPI_PANEL_WIDTH, rows = (p->drawn + COLUMNS - 1) / COLUMNS;
+    const int height = (int)p->top + rows * ESPI_PANEL_HEIGHT + MARGIN;
+    espi_svg whole = {.status = ESP_OK};
+    espi_svg_put(&whole,
+                 "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 %d %d\" width=\"%d\" "
+                 "height=\"%d\" font-family=\"system-ui,-apple-system,Helvetica,Arial,sans-serif\">\n",
+                 width, height, width, height);
+    espi_svg_put(&whole,
+                 "<style>.title{font-size:13px;font-weight:600;fill:#6b7280}.tick{font-size:10px;fill:#7f8794}.legend{font-size:10px}"
+                 ".run{font-size:12px;fill:#6b7280}.grid{stroke:#888;stroke-opacity:.22}.axis{stroke:#888;fill:none}</style>\n");
+    for (size_t at = 0; at < p->svg.used; at += 1000) espi_svg_put(&whole, "%.1000s", p->svg.text + at);
+    espi_svg_put(&whole, "</svg>\n");
+    esp_status status = whole.status;
+    if (status == ESP_OK) status = espi_file_write_atomic(svg_file, whole.text, whole.used);
+    free(whole.text);
+    return status;
+}
+
+static esp_status plot(run *runs, const char *svg_file, const char *const *given, int n, double smooth) {
+    for (int i = 0; i < n; i++) ESPI_TRY(read_run(&runs[i], given[i]));
+    label_runs(runs, given, n);
+    page p = {.runs = runs, .n_runs = n, .frame = frame_of(runs, n, smooth)};
+    esp_status status = draw(&p);
+    if (status == ESP_OK && p.drawn == 0)
+        status = ESPI_FAIL(ESP_ERR_FORMAT, "%s: none of the known metrics in it, expected a trainer's metrics.jsonl", given[0]);
+    if (status == ESP_OK) status = write_page(&p, svg_file);
+    free(p.svg.text);
+    return status;
+}
+
+esp_status esp_plot_runs(const char *svg_file, const char *const *runs, int32_t n_runs, double smooth) {
+    if (!runs || !svg_file) return ESPI_FAIL(ESP_ERR_ARG, "esp_plot_runs: svg_file or runs is NULL, expected both");
+    if (n_runs < 1 || n_runs > MAX_RUNS) return ESPI_FAIL(ESP_ERR_ARG, "esp_plot_runs: got %d runs, expected 1 to %d", n_runs, MAX_RUNS);
+    for (int32_t i = 0; i < n_runs; i++)
+        if (!runs[i]) return ESPI_FAIL(ESP_ERR_ARG, "esp_plot_runs: runs[%d] is NULL, expected a path", i);
+    if (!isfinite(smooth)) return ESPI_FAIL(ESP_ERR_ARG, "esp_plot_runs: got smooth %g, expected steps, 0 or less", smooth);
+    run *read = calloc((size_t)n_runs, sizeof *read);
+    if (!read) return ESPI_FAIL(ESP_ERR_MEMORY, "plot: no memory for %d runs", n_runs);
+    const esp_status status = plot(read, svg_file, runs, n_runs, smooth);
+    for (int32_t i = 0; i < n_runs; i++) free_run(&read[i]);
+    free(read);
+    return status;
 }
 
 esp_status esp_plot_metrics(const char *metrics_file, const char *svg_file) {
     if (!metrics_file || !svg_file) return ESPI_FAIL(ESP_ERR_ARG, "esp_plot_metrics: a path is NULL, expected both");
-    char *text = NULL;
-    json_t *lines = NULL;
-    drawing d = {.status = ESP_OK};
-    ESPI_TRY(espi_file_read_all(&text, NULL, metrics_file, MAX_METRICS));
-    esp_status status = parse(&lines, text, metrics_file);
-    if (status == ESP_OK) status = make_svg(&d, lines, metrics_file);
-    if (status == ESP_OK) status = espi_file_write_atomic(svg_file, d.text, d.used);
-    json_decref(lines);
-    free(text);
-    free(d.text);
-    return status;
+    return esp_plot_runs(svg_file, &metrics_file, 1, 0);
 }

@@ -148,32 +148,3 @@ Test(rewards, text_of_a_completion) {
     free(text);
     esp_tokenizer_destroy(tokenizer);
 }
-
-static void plot_of(const char *metrics, esp_status expected, const char *words) {
-    char in[256], out[256], *svg;
-    demo_folder(in, "plot.jsonl");
-    demo_folder(out, "plot.svg");
-    OK(espi_file_write_atomic(in, metrics, strlen(metrics)));
-    if (expected == ESP_OK) {
-        OK(esp_plot_metrics(in, out));
-        OK(espi_file_read_all(&svg, NULL, out, (size_t)1 << 20));
-        cr_assert_not_null(strstr(svg, words), "no %s in the plot", words);
-        cr_assert_null(strstr(svg, "nan"));
-        cr_assert_null(strstr(svg, "inf"));
-        free(svg);
-        remove(out);
-    } else {
-        FAILS(expected, words, esp_plot_metrics(in, out));
-        cr_assert_not(espi_file_exists(out));
-    }
-    remove(in);
-}
-
-Test(plot, panels_of_what_there_is) {
-    plot_of("{\"step\":0,\"eval/sampled_exact\":0.25}\n{\"step\":1,\"reward\":0.5,\"kl\":null}\n", ESP_OK, ">reward<");
-    plot_of("{\"step\":1,\"loss\":0.0}\n{\"step\":2,\"loss\":0.0}\n", ESP_OK, ">loss<");
-    plot_of("{\"step\":0,\"loss\":1e-7}\n", ESP_OK, ">loss<");
-    plot_of("", ESP_ERR_FORMAT, "no line");
-    plot_of("{\"step\":1}\n", ESP_ERR_FORMAT, "none of the known metrics");
-    plot_of("{\"step\":1,\"loss\":1}\n{\"loss\":1}\n", ESP_ERR_FORMAT, "plot.jsonl:2:");
-}
