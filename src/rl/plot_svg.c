@@ -47,7 +47,7 @@ void espi_svg_text(espi_svg *svg, const char *text) {
     for (utf8proc_ssize_t n; *p; p += n > 0 ? n : 1) {
         utf8proc_int32_t c;
         n = utf8proc_iterate(p, -1, &c);
-        if (n < 1 || c < 0x20 || c == 0x7F || c == 0xFFFE || c == 0xFFFF)
+        if (c < 0x20 || c == 0x7F || c == 0xFFFE || c == 0xFFFF)
             espi_svg_put(svg, "?");
         else if (c == '&' || c == '<' || c == '>' || c == '"')
             espi_svg_put(svg, "&#%d;", (int)c);
