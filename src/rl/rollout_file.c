@@ -79,6 +79,7 @@ typedef struct reader {
     int64_t n_parts, groups, group_size, n_rewards;
     espi_rollout_file *file; /* of parts[open] */
     int64_t open;
+    bool routes; /* all files have them */
 } reader;
 
 static void close_reader(void *self) {
@@ -282,6 +283,7 @@ static esp_status check_part(reader *d, espi_rollout_summary *total, int64_t i, 
         return ESPI_FAIL(ESP_ERR_FORMAT, "%s: groups of %lld rows, expected %lld, as in %s", d->parts[i].path, (long long)s.group_size,
                          (long long)d->group_size, d->parts[0].path);
     d->group_size = s.group_size;
+    d->routes = (i == 0 || d->routes) && espi_rollout_file_has(d->file, ESPI_COLUMN_ROUTES);
     d->parts[i].first = d->groups;
     d->parts[i].groups = s.groups;
     d->groups += s.groups;
@@ -328,6 +330,7 @@ esp_status espi_file_source(espi_rollout_source *source, espi_rollout_summary *t
         close_reader(d);
         return status;
     }
-    *source = (espi_rollout_source){.name = "file", .self = d, .own_prompts = true, .generate = generate, .close = close_reader};
+    *source = (espi_rollout_source){
+        .name = "file", .self = d, .own_prompts = true, .routes = d->routes, .generate = generate, .close = close_reader};
     return ESP_OK;
 }

@@ -78,6 +78,22 @@ Test(recorded, with_resampling_masks_and_penalties) {
     replays(c, DEMO_MODEL, "masked");
 }
 
+/* Of a run whose sampler left ids out, and of one whose routes are taken from the old policy's pass, on another family. */
+Test(recorded, with_filters_and_with_routes) {
+    esp_trainer_config c = recording(NULL);
+    c.top_p = 0.9f;
+    c.top_k = 12;
+    replays(c, DEMO_MODEL, "filtered");
+    c = recording(NULL);
+    c.updates_per_batch = 2;
+    c.replay = ESP_REPLAY_R3;
+    replays(c, DEMO_GPT_OSS, "routes");
+    c.replay = ESP_REPLAY_R2;
+    replays(c, DEMO_MODEL, "old-routes");
+    c.replay = ESP_REPLAY_NONE;
+    replays(c, DEMO_MODEL, "native");
+}
+
 Test(recorded, a_run_on_files_resumes_to_the_bit) {
     char files[256], out[256];
     demo_folder(files, "files");
