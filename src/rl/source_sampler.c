@@ -37,7 +37,7 @@ static bool keep_ids(drawn *d, int64_t cell, const esp_drawn *one) {
     }
     d->kept_at[cell] = d->kept_used;
     d->n_kept[cell] = one->n_kept;
-    memcpy(d->kept + d->kept_used, one->kept, (size_t)one->n_kept * sizeof *d->kept);
+    if (one->n_kept > 0) memcpy(d->kept + d->kept_used, one->kept, (size_t)one->n_kept * sizeof *d->kept);
     d->kept_used += one->n_kept;
     return true;
 }
@@ -102,8 +102,9 @@ static void pack_kept(espi_rollouts *r, const drawn *d, int64_t row, int64_t *us
     const int64_t first = r->offsets[row], answer = first + r->n_prompt[row], cell = row * d->q->max_new_tokens;
     for (int64_t t = first; t < answer; t++) r->kept_offsets[t + 1] = *used;
     for (int32_t k = 0; k < d->lengths[row]; k++) {
-        memcpy(r->kept_ids + *used, d->kept + d->kept_at[cell + k], (size_t)d->n_kept[cell + k] * sizeof *r->kept_ids);
-        *used += d->n_kept[cell + k];
+        const int32_t n = d->n_kept[cell + k]; /* 0: the filter is none on this vocabulary */
+        if (n > 0) memcpy(r->kept_ids + *used, d->kept + d->kept_at[cell + k], (size_t)n * sizeof *r->kept_ids);
+        *used += n;
         r->kept_offsets[answer + k + 1] = *used;
     }
 }
