@@ -100,7 +100,7 @@ static const option options[] = {
     {"reference", CHOICE, ANY, T(reference), GRPO, references, "of the KL term: base (adapter off)|snapshot (adapter at the start) (base)"},
     {"ref_sync_every", I64, NOT_NEGATIVE, T(ref_sync_every), GRPO, NULL, "steps after which the snapshot is taken anew; 0 = never (0)"},
     {"correction", CHOICE, ANY, T(correction), GRPO, corrections,
-     "weight of a token by its distance from the sampler: none|tis|mis|icepop (with a server tis, else none)"},
+     "weight of a token by its distance from the sampler: none|tis|mis|icepop (tis with --server or --rollouts, else none)"},
     {"correction_level", CHOICE, ANY, T(correction_level), GRPO, levels, "its ratio is of a token or a sequence: token|sequence (token)"},
     {"correction_low", REAL, POSITIVE, T(correction_low), GRPO, NULL, "icepop's lower bound (0.5)"},
     {"correction_high", REAL, POSITIVE, T(correction_high), GRPO, NULL, "upper bound (tis 2, mis 3, icepop 5)"},

@@ -97,7 +97,7 @@ static void default_real(float *value, float standard) {
 }
 
 static void fill_correction(esp_trainer_config *c) {
-    if (c->correction == ESP_CORRECTION_DEFAULT) c->correction = c->server ? ESP_CORRECTION_TIS : ESP_CORRECTION_NONE;
+    if (c->correction == ESP_CORRECTION_DEFAULT) c->correction = c->server || c->rollouts ? ESP_CORRECTION_TIS : ESP_CORRECTION_NONE;
     if (c->correction == ESP_CORRECTION_TIS) default_real(&c->correction_high, 2);
     if (c->correction == ESP_CORRECTION_MIS) default_real(&c->correction_high, 3);
     if (c->correction == ESP_CORRECTION_ICEPOP) {

@@ -11,7 +11,11 @@
 #include <string.h>
 #include <xxhash.h>
 
-static const char *const corrections[] = {"none", "tis", "mis", "icepop"};
+static const char *const corrections[] = {[ESP_CORRECTION_DEFAULT] = "none",
+                                          [ESP_CORRECTION_NONE] = "none",
+                                          [ESP_CORRECTION_TIS] = "tis",
+                                          [ESP_CORRECTION_MIS] = "mis",
+                                          [ESP_CORRECTION_ICEPOP] = "icepop"};
 
 /* The run must not ask for more groups than there are. */
 static esp_status check_steps(const esp_trainer *t, const espi_rollout_summary *sum) {
