@@ -1,5 +1,6 @@
 /* Backward of decoder.  Twin: forward/decoder.c. */
 #include "contract/decoder.h"
+#include "core/record.h"
 
 /* The load-balancing loss is E * sum_e F_e P_e with means over all MoE layers and tokens at once; the z-loss is the mean of lse^2. */
 static void router_loss_terms(espi_pass *pass, double loss_share, const espi_decoder_saved *saved) {
@@ -12,15 +13,52 @@ static void router_loss_terms(espi_pass *pass, double loss_share, const espi_dec
     pass->z_coef = loss_share * model->options.router_z_coef / n;
 }
 
-esp_status espi_decoder_backward(esp_model *model, espi_arena *arena, const void *d_hidden, double loss_share, espi_decoder_saved *saved) {
+/* All of it is run from a recording. */
+typedef struct piece {
+    espi_pass *pass;
+    const espi_decoder_saved *saved;
+    const void *d_hidden;
+} piece;
+
+static esp_status run(void *user) {
+    const piece *p = user;
+    espi_pass *pass = p->pass;
+    const espi_decoder_saved *saved = p->saved;
+    const esp_model *model = pass->model;
+    espi_arena *arena = pass->arena;
     const espi_config *c = &model->config;
-    const int64_t t = saved->tokens;
+    const int64_t t = pass->tokens;
     const espi_mark all = espi_arena_mark(arena);
+    void *d;
+    ESPI_TRY(espi_take_act(pass, t * c->hidden, &d));
+    espi_probe(pass, "d_hidden", c->layers, p->d_hidden, t, c->hidden);
+    ESPI_TRY(espi_norm_backward(pass, d, p->d_hidden, NULL, saved->h[c->layers], saved->rstd, model->final_norm, t, c->hidden));
+    espi_probe(pass, "d_h", c->layers, d, t, c->hidden);
+    for (int64_t l = c->layers - 1; l >= 0; l--) {
+        const espi_mark mark = espi_arena_mark(arena);
+        espi_block_saved again = saved->blocks[l]; /* of a checkpointed layer only the routing is alive */
+        if (l < saved->first_kept) {
+            void *out; /* lands where h[l+1] stands already, with the same bits */
+            ESPI_TRY(espi_take_act(pass, t * c->hidden, &out));
+            pass->quiet = true;
+            ESPI_TRY(espi_block_forward(pass, l, out, saved->h[l], &again, true));
+            pass->quiet = false;
+        }
+        /* Below layer 0 there is only the frozen embedding: its gradient is formed for a probe alone. */
+        ESPI_TRY(espi_block_backward(pass, l, d, saved->h[l], &again, l > 0 || model->probe));
+        espi_arena_release(arena, mark);
+    }
+    ESPI_TRY(espi_embed_backward(pass, NULL, d)); /* frozen: no table to add to */
+    espi_arena_release(arena, all);
+    return ESP_OK;
+}
+
+esp_status espi_decoder_backward(esp_model *model, espi_arena *arena, const void *d_hidden, double loss_share, espi_decoder_saved *saved) {
     espi_pass pass = {
         .model = model,
         .ctx = model->ctx,
         .arena = arena,
-        .tokens = t,
+        .tokens = saved->tokens,
         .ids = saved->d_ids,
         .spans = espi_saved_spans(saved),
         .cos = saved->cos,
@@ -28,26 +66,6 @@ esp_status espi_decoder_backward(esp_model *model, espi_arena *arena, const void
         .adapter = saved->adapter,
     };
     router_loss_terms(&pass, loss_share, saved);
-    void *d;
-    ESPI_TRY(espi_take_act(&pass, t * c->hidden, &d));
-    espi_probe(&pass, "d_hidden", c->layers, d_hidden, t, c->hidden);
-    ESPI_TRY(espi_norm_backward(&pass, d, d_hidden, NULL, saved->h[c->layers], saved->rstd, model->final_norm, t, c->hidden));
-    espi_probe(&pass, "d_h", c->layers, d, t, c->hidden);
-    for (int64_t l = c->layers - 1; l >= 0; l--) {
-        const espi_mark mark = espi_arena_mark(arena);
-        espi_block_saved again = saved->blocks[l]; /* of a checkpointed layer only the routing is alive */
-        if (l < saved->first_kept) {
-            void *out; /* lands where h[l+1] stands already, with the same bits */
-            ESPI_TRY(espi_take_act(&pass, t * c->hidden, &out));
-            pass.quiet = true;
-            ESPI_TRY(espi_block_forward(&pass, l, out, saved->h[l], &again, true));
-            pass.quiet = false;
-        }
-        /* Below layer 0 there is only the frozen embedding: its gradient is formed for a probe alone. */
-        ESPI_TRY(espi_block_backward(&pass, l, d, saved->h[l], &again, l > 0 || model->probe));
-        espi_arena_release(arena, mark);
-    }
-    ESPI_TRY(espi_embed_backward(&pass, NULL, d)); /* frozen: no table to add to */
-    espi_arena_release(arena, all);
-    return ESP_OK;
+    piece p = {&pass, saved, d_hidden};
+    return espi_recorded(pass.ctx, arena, espi_pass_recordable(&pass), "backward", run, &p);
 }

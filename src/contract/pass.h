@@ -44,6 +44,11 @@ typedef struct espi_pass {
     double aux_coef, z_coef;
 } espi_pass;
 
+/* Whether the passes may be run from a recording: nobody looks on, and no route goes to or comes from the host on the way. */
+static inline bool espi_pass_recordable(const espi_pass *pass) {
+    return !pass->model->probe && !pass->routes.replay && !pass->routes.record;
+}
+
 /* `count` values of the dtype of statistics, or of activations. */
 static inline esp_status espi_take_real(espi_pass *pass, int64_t count, void *out) {
     return espi_arena_take(pass->arena, (size_t)count * pass->ctx->real_size, out);

@@ -23,6 +23,7 @@ typedef struct espi_pile {
 typedef struct espi_arena {
     espi_pile main, host; /* host is used when split only */
     bool dry, split;
+    bool idle; /* real places, but no op is run: see record.h */
 } espi_arena;
 
 /* How much memory an arena needs, or has. */

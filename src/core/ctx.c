@@ -2,6 +2,7 @@
 #define _DEFAULT_SOURCE /* madvise */
 
 #include "core/ctx.h"
+#include "core/record.h"
 #include "core/select.h"
 
 #include <omp.h>
@@ -73,6 +74,7 @@ esp_status esp_ctx_create(esp_ctx **ctx, const esp_ctx_config *config) {
 
 void esp_ctx_destroy(esp_ctx *ctx) {
     if (ctx == NULL) return;
+    espi_recordings_free(ctx);
     if (ctx->device != NULL) ctx->device_ops->stop(ctx->device);
     free(ctx);
 }

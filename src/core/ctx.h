@@ -41,7 +41,8 @@ struct esp_ctx {
     void *alloc_user;
     size_t live[ESPI_MEM_COUNT], total, peak;
     size_t activations_used, pinned;
-    unsigned char reported[256]; /* select.c: which op choices have been logged */
+    struct espi_recordings *recordings; /* record.h */
+    unsigned char reported[256];        /* select.c: which op choices have been logged */
 };
 
 /* `bytes` of zeroed memory aligned to ESPI_ALIGN.  All tensor memory of the library comes from here, so esp_ctx_memory() is exact.

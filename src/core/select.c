@@ -1,5 +1,6 @@
 /* Which backend runs an op: the dispatchers of every row of ops.def, and what a backend's name means. */
 #include "core/select.h"
+#include "core/record.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -61,7 +62,8 @@ static esp_status unsupported(const esp_ctx *ctx, espi_op_id op, const refusals 
             espi_exec exec = {.device = ctx->device, .threads = ctx->threads};                                                             \
             const espi_mark mark = espi_arena_mark(arena);                                                                                 \
             ESPI_TRY(espi_arena_take(arena, slot->scratch == NULL ? 0 : slot->scratch(&exec, a), &exec.scratch));                          \
-            esp_status status = arena->dry ? ESP_OK : slot->run(&exec, a);                                                                 \
+            if (arena->idle) espi_recorded_op(ctx, ESPI_OP_##name, a, sizeof *a, exec.scratch);                                            \
+            esp_status status = arena->dry || arena->idle ? ESP_OK : slot->run(&exec, a);                                                  \
             espi_arena_release(arena, mark);                                                                                               \
             return status;                                                                                                                 \
         }                                                                                                                                  \

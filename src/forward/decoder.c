@@ -1,5 +1,6 @@
 /* Forward of decoder.  Twin: backward/decoder.c. */
 #include "contract/decoder.h"
+#include "core/record.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -162,38 +163,79 @@ static esp_status take_statistics(espi_pass *pass, espi_decoder_saved *saved) {
     return ESP_OK;
 }
 
+/* What of a pass is run from a recording: all behind the batch. */
+typedef struct training_piece {
+    espi_pass *pass;
+    espi_decoder_saved *saved;
+} training_piece;
+
+static esp_status run_training(void *user) {
+    espi_pass *pass = ((training_piece *)user)->pass;
+    espi_decoder_saved *saved = ((training_piece *)user)->saved;
+    const espi_config *c = &pass->model->config;
+    const int64_t t = pass->tokens;
+    ESPI_TRY(positions_table(pass));
+    saved->cos = (void *)pass->cos;
+    saved->sin = (void *)pass->sin;
+    ESPI_TRY(espi_take_act(pass, t * c->hidden, &saved->hidden));
+    ESPI_TRY(espi_take_real(pass, t, &saved->rstd));
+    ESPI_TRY(espi_take_act(pass, t * c->hidden, &saved->h[0]));
+    ESPI_TRY(espi_embed_forward(pass, saved->h[0]));
+    for (int64_t l = 0; l < c->layers; l++) {
+        ESPI_TRY(espi_take_act(pass, t * c->hidden, &saved->h[l + 1]));
+        ESPI_TRY(espi_block_take_route(pass, l, &saved->blocks[l]));
+        const espi_mark mark = espi_arena_mark(pass->arena);
+        ESPI_TRY(espi_block_forward(pass, l, saved->h[l + 1], saved->h[l], &saved->blocks[l], false));
+        if (l < saved->first_kept) espi_arena_release(pass->arena, mark);
+    }
+    return final_norm(pass, saved->hidden, saved->rstd, saved->h[c->layers]);
+}
+
 esp_status espi_decoder_forward(esp_model *model, espi_arena *arena, const esp_batch *batch, espi_decoder_saved *saved) {
-    const espi_config *c = &model->config;
     const int64_t t = batch->n_tokens;
     espi_pass pass = {.model = model, .ctx = model->ctx, .arena = arena, .tokens = t, .adapter = model->adapter_on};
     saved->adapter = model->adapter_on;
     ESPI_TRY(take_batch(&pass, batch, saved));
     ESPI_TRY(take_statistics(&pass, saved));
     ESPI_TRY(take_routes(&pass, batch, &saved->route_flips));
-    ESPI_TRY(positions_table(&pass));
-    saved->cos = (void *)pass.cos;
-    saved->sin = (void *)pass.sin;
     ESPI_TRY(espi_decoder_first_kept(&saved->first_kept, model, t));
-    ESPI_TRY(espi_take_act(&pass, t * c->hidden, &saved->hidden));
-    ESPI_TRY(espi_take_real(&pass, t, &saved->rstd));
-    ESPI_TRY(espi_take_act(&pass, t * c->hidden, &saved->h[0]));
-    ESPI_TRY(espi_embed_forward(&pass, saved->h[0]));
-    for (int64_t l = 0; l < c->layers; l++) {
-        ESPI_TRY(espi_take_act(&pass, t * c->hidden, &saved->h[l + 1]));
-        ESPI_TRY(espi_block_take_route(&pass, l, &saved->blocks[l]));
-        const espi_mark mark = espi_arena_mark(arena);
-        ESPI_TRY(espi_block_forward(&pass, l, saved->h[l + 1], saved->h[l], &saved->blocks[l], false));
-        if (l < saved->first_kept) espi_arena_release(arena, mark);
-    }
-    ESPI_TRY(final_norm(&pass, saved->hidden, saved->rstd, saved->h[c->layers]));
+    training_piece piece = {&pass, saved};
+    ESPI_TRY(espi_recorded(pass.ctx, arena, espi_pass_recordable(&pass), "forward", run_training, &piece));
     saved->mark = espi_arena_mark(arena);
+    return ESP_OK;
+}
+
+/* A pass of which nothing is kept but its result. */
+typedef struct inference_piece {
+    espi_pass *pass;
+    void *hidden;
+} inference_piece;
+
+static esp_status run_inference(void *user) {
+    espi_pass *pass = ((inference_piece *)user)->pass;
+    espi_arena *arena = pass->arena;
+    const espi_config *c = &pass->model->config;
+    const espi_mark all = espi_arena_mark(arena);
+    void *h[2], *rstd;
+    ESPI_TRY(positions_table(pass));
+    ESPI_TRY(espi_take_act(pass, pass->tokens * c->hidden, &h[0]));
+    ESPI_TRY(espi_take_act(pass, pass->tokens * c->hidden, &h[1]));
+    ESPI_TRY(espi_take_real(pass, pass->tokens, &rstd));
+    ESPI_TRY(espi_embed_forward(pass, h[0]));
+    for (int64_t l = 0; l < c->layers; l++) {
+        espi_block_saved saved;
+        const espi_mark mark = espi_arena_mark(arena);
+        ESPI_TRY(espi_block_take_route(pass, l, &saved));
+        ESPI_TRY(espi_block_forward(pass, l, h[(l + 1) % 2], h[l % 2], &saved, false));
+        espi_arena_release(arena, mark);
+    }
+    ESPI_TRY(final_norm(pass, ((inference_piece *)user)->hidden, rstd, h[c->layers % 2]));
+    espi_arena_release(arena, all);
     return ESP_OK;
 }
 
 esp_status espi_decoder_extend(esp_model *model, espi_arena *arena, void *hidden, espi_kv_cache *cache, const espi_routes *routes,
                                const int32_t *ids, const int32_t *positions, const espi_spans *spans, int64_t tokens) {
-    const espi_config *c = &model->config;
-    const espi_mark all = espi_arena_mark(arena);
     espi_pass pass = {.model = model,
                       .ctx = model->ctx,
                       .arena = arena,
@@ -204,22 +246,8 @@ esp_status espi_decoder_extend(esp_model *model, espi_arena *arena, void *hidden
                       .cache = cache,
                       .routes = *routes,
                       .adapter = model->adapter_on};
-    void *h[2], *rstd;
-    ESPI_TRY(positions_table(&pass));
-    ESPI_TRY(espi_take_act(&pass, tokens * c->hidden, &h[0]));
-    ESPI_TRY(espi_take_act(&pass, tokens * c->hidden, &h[1]));
-    ESPI_TRY(espi_take_real(&pass, tokens, &rstd));
-    ESPI_TRY(espi_embed_forward(&pass, h[0]));
-    for (int64_t l = 0; l < c->layers; l++) {
-        espi_block_saved saved;
-        const espi_mark mark = espi_arena_mark(arena);
-        ESPI_TRY(espi_block_take_route(&pass, l, &saved));
-        ESPI_TRY(espi_block_forward(&pass, l, h[(l + 1) % 2], h[l % 2], &saved, false));
-        espi_arena_release(arena, mark);
-    }
-    ESPI_TRY(final_norm(&pass, hidden, rstd, h[c->layers % 2]));
-    espi_arena_release(arena, all);
-    return ESP_OK;
+    inference_piece piece = {&pass, hidden};
+    return espi_recorded(pass.ctx, arena, espi_pass_recordable(&pass), "inference", run_inference, &piece);
 }
 
 esp_status espi_decoder_forward_only(void **hidden, int64_t **flips, esp_model *model, espi_arena *arena, const esp_batch *batch) {

@@ -98,20 +98,13 @@ void espi_lora_draw(void *a, esp_dtype real, uint64_t seed, int64_t layer, int t
     }
 }
 
-/* A of one branch, drawn in host memory and brought to its place. */
-static esp_status draw(const esp_model *model, int64_t layer, int target, const branch *b) {
-    const esp_ctx *ctx = model->ctx;
-    const int64_t r = b->lora->r;
-    if (!ctx->device) {
-        espi_lora_draw((void *)b->lora->a, ctx->real, model->options.seed, layer, target, matrices(b), r, b->in);
-        return ESP_OK;
-    }
-    const size_t bytes = (size_t)(matrices(b) * r * b->in) * ctx->real_size;
-    void *a = malloc(bytes);
-    if (!a) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory to draw the adapter of %s (%zu bytes)", b->name, bytes);
-    espi_lora_draw(a, ctx->real, model->options.seed, layer, target, matrices(b), r, b->in);
-    const esp_status status = espi_ctx_put(model->ctx, (void *)b->lora->a, a, bytes);
-    free(a);
+esp_status espi_lora_draw_into(esp_ctx *ctx, void *a, uint64_t seed, int64_t layer, int target, int64_t experts, int64_t r, int64_t in) {
+    const size_t bytes = (size_t)(experts * r * in) * ctx->real_size;
+    void *drawn = ctx->device ? malloc(bytes) : a;
+    if (!drawn) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory to draw an adapter (%zu bytes)", bytes);
+    espi_lora_draw(drawn, ctx->real, seed, layer, target, experts, r, in);
+    const esp_status status = espi_ctx_put(ctx, a, drawn, bytes);
+    if (ctx->device) free(drawn);
     return status;
 }
 
@@ -158,7 +151,7 @@ esp_status espi_model_init_adapter(esp_model *model) {
         for (int i = 0; i < n; i++) {
             const int64_t r = b[i].lora->r;
             if (r == 0) continue;
-            ESPI_TRY(draw(model, l, i, &b[i]));
+            ESPI_TRY(espi_lora_draw_into(model->ctx, (void *)b[i].lora->a, model->options.seed, l, i, matrices(&b[i]), r, b[i].in));
             ESPI_TRY(describe(model, l, &b[i], 'A', r, b[i].in));
             ESPI_TRY(describe(model, l, &b[i], 'B', b[i].out, r));
         }

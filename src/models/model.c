@@ -1,4 +1,5 @@
 /* The model level of the public API: load, forward, losses that need nothing but the head, backward. */
+#include "core/record.h"
 #include "espalier/adapter.h"
 #include "models/passes.h"
 
@@ -132,6 +133,7 @@ static void free_block(esp_ctx *ctx, espi_block *block) {
 
 void esp_model_destroy(esp_model *model) {
     if (!model) return;
+    espi_recordings_free(model->ctx);
     free_block(model->ctx, &model->weights);
     free_block(model->ctx, &model->adapter);
     espi_room_free(&model->room, model->ctx);

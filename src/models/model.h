@@ -108,6 +108,8 @@ void espi_adapter_bytes(size_t *parameters, size_t *gradients, esp_model *model,
 void espi_adapter_names_free(esp_model *model);
 /* A of one target for `experts` experts (1 for attention): real [experts,r,in], uniform in +-1/sqrt(in). */
 void espi_lora_draw(void *a, esp_dtype real, uint64_t seed, int64_t layer, int target, int64_t experts, int64_t r, int64_t in);
+/* The same into tensor memory. */
+esp_status espi_lora_draw_into(esp_ctx *ctx, void *a, uint64_t seed, int64_t layer, int target, int64_t experts, int64_t r, int64_t in);
 
 /* io/adapter.c: rank, scale and targets that a PEFT folder states, before a model exists. */
 esp_status espi_adapter_read_spec(espi_lora_spec lora[ESPI_T_COUNT], float *alpha, bool *rslora, const char *dir, const espi_config *config,

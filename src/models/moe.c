@@ -40,8 +40,7 @@ static espi_stack shape(const esp_moe_config *o, int64_t rows, int64_t cols, int
                         .cols = cols,
                         .parts = parts,
                         .part_bytes = plain ? (size_t)n * sizeof(float) : ((size_t)n + 1) / 2,
-                        .part_blocks = plain ? 0 : (n + ESPI_QBLOCK - 1) / ESPI_QBLOCK,
-                        .lut = plain ? NULL : esp_quant_table(o->format)};
+                        .part_blocks = plain ? 0 : (n + ESPI_QBLOCK - 1) / ESPI_QBLOCK};
 }
 
 static void lay_stack(espi_stack *w, unsigned char *base, size_t *at) {
@@ -52,6 +51,9 @@ static void lay_stack(espi_stack *w, unsigned char *base, size_t *at) {
 
 static size_t lay_weights(esp_moe *moe, unsigned char *base) {
     size_t at = 0;
+    const float *lut = esp_quant_table(moe->options.format);
+    if (moe->model.ctx->device && lut) lut = piece(base, &at, 16 * sizeof(float));
+    moe->experts.gate_up.lut = moe->experts.down.lut = lut;
     moe->router.w.data = piece(base, &at, (size_t)(moe->options.experts * moe->options.hidden) * sizeof(float));
     lay_stack(&moe->experts.gate_up, base, &at);
     lay_stack(&moe->experts.down, base, &at);
@@ -93,12 +95,13 @@ static esp_status check(esp_moe_config *o) {
     return ESP_OK;
 }
 
-static void draw(esp_moe *moe) {
+static esp_status draw(esp_moe *moe) {
     const esp_moe_config *o = &moe->options;
-    if (o->lora_rank == 0) return;
-    espi_lora_draw((void *)moe->experts.lora_gate_up.a, moe->model.ctx->real, o->seed, 0, ESPI_T_GATE_UP, o->experts, o->lora_rank,
-                   o->hidden);
-    espi_lora_draw((void *)moe->experts.lora_down.a, moe->model.ctx->real, o->seed, 0, ESPI_T_DOWN, o->experts, o->lora_rank, o->width);
+    if (o->lora_rank == 0) return ESP_OK;
+    ESPI_TRY(espi_lora_draw_into(moe->model.ctx, (void *)moe->experts.lora_gate_up.a, o->seed, 0, ESPI_T_GATE_UP, o->experts, o->lora_rank,
+                                 o->hidden));
+    return espi_lora_draw_into(moe->model.ctx, (void *)moe->experts.lora_down.a, o->seed, 0, ESPI_T_DOWN, o->experts, o->lora_rank,
+                               o->width);
 }
 
 static esp_status build(esp_moe *moe) {
@@ -125,8 +128,9 @@ static esp_status build(esp_moe *moe) {
     ESPI_TRY(espi_ctx_alloc(ctx, moe->adapter.purpose, moe->adapter.bytes, &moe->adapter.p));
     lay_weights(moe, moe->weights.p);
     lay_adapter(moe, moe->adapter.p);
-    draw(moe);
-    return ESP_OK;
+    const espi_stack *w = &moe->experts.gate_up;
+    if (ctx->device && w->lut) ESPI_TRY(espi_ctx_put(ctx, (void *)w->lut, esp_quant_table(o->format), 16 * sizeof *w->lut));
+    return draw(moe);
 }
 
 esp_status esp_moe_create(esp_moe **moe, esp_ctx *ctx, const esp_moe_config *config) {
@@ -169,18 +173,25 @@ esp_status esp_moe_set_router(esp_moe *moe, const float *router) {
 }
 
 /* One matrix of one expert into its place in the stack. */
-static esp_status put(const espi_stack *w, int64_t e, int part, const float *x, const char *name) {
+static esp_status put(esp_ctx *ctx, const espi_stack *w, int64_t e, int part, const float *x, const char *name) {
     const int64_t n = w->rows / w->parts * w->cols, at = e * w->parts + part;
     for (int64_t i = 0; i < n; i++)
         if (!isfinite(x[i]))
             return ESPI_FAIL(ESP_ERR_NONFINITE, "%s of expert %lld, element %lld: got %g, expected a finite number", name, (long long)e,
                              (long long)i, (double)x[i]);
     unsigned char *data = (unsigned char *)w->data + (size_t)at * w->part_bytes;
-    if (w->format == ESP_Q_NONE) {
-        memcpy(data, x, (size_t)n * sizeof *x);
-        return ESP_OK;
-    }
-    return esp_quantize(data, (float *)w->absmax + at * w->part_blocks, x, ESP_F32, n, ESPI_QBLOCK, w->format);
+    if (w->format == ESP_Q_NONE) return espi_ctx_put(ctx, data, x, (size_t)n * sizeof *x);
+    float *absmax = (float *)w->absmax + at * w->part_blocks;
+    if (!ctx->device) return esp_quantize(data, absmax, x, ESP_F32, n, ESPI_QBLOCK, w->format);
+    const size_t scales = (size_t)w->part_blocks * sizeof *absmax;
+    float *made = malloc(scales + w->part_bytes);
+    if (!made) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory to quantise %s (%zu bytes)", name, scales + w->part_bytes);
+    uint8_t *codes = (uint8_t *)(made + w->part_blocks);
+    esp_status status = esp_quantize(codes, made, x, ESP_F32, n, ESPI_QBLOCK, w->format);
+    if (status == ESP_OK) status = espi_ctx_put(ctx, absmax, made, scales);
+    if (status == ESP_OK) status = espi_ctx_put(ctx, data, codes, w->part_bytes);
+    free(made);
+    return status;
 }
 
 esp_status esp_moe_set_expert(esp_moe *moe, int64_t e, const float *gate, const float *up, const float *down) {
@@ -188,9 +199,9 @@ esp_status esp_moe_set_expert(esp_moe *moe, int64_t e, const float *gate, const 
     if (e < 0 || e >= moe->options.experts)
         return ESPI_FAIL(ESP_ERR_ARG, "expert: got %lld, expected 0 to %lld", (long long)e, (long long)moe->options.experts - 1);
     moe->is_set[e] = 0; /* until all three are in: a failure must not leave a mixture */
-    ESPI_TRY(put(&moe->experts.gate_up, e, 0, gate, "gate"));
-    ESPI_TRY(put(&moe->experts.gate_up, e, 1, up, "up"));
-    ESPI_TRY(put(&moe->experts.down, e, 0, down, "down"));
+    ESPI_TRY(put(moe->model.ctx, &moe->experts.gate_up, e, 0, gate, "gate"));
+    ESPI_TRY(put(moe->model.ctx, &moe->experts.gate_up, e, 1, up, "up"));
+    ESPI_TRY(put(moe->model.ctx, &moe->experts.down, e, 0, down, "down"));
     moe->is_set[e] = 1;
     return ESP_OK;
 }

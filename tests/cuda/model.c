@@ -122,19 +122,19 @@ static void fill_ids(int32_t *ids, const esp_model *model) {
     for (int i = 0; i < TOKENS; i++) ids[i] = (int32_t)((i * 7 + i * i * 3) % (model->config.vocab / 2));
 }
 
-/* routes: those to replay, or NULL: the run's own are kept. */
-static void run(results *r, esp_model *model, const results *routes) {
+/* routes: those to replay, or NULL: the run's own are kept, or, when free_routes, nobody asks. */
+static void run(results *r, esp_model *model, const results *routes, bool free_routes) {
     const espi_config *c = &model->config;
     int32_t ids[TOKENS];
     fill_ids(ids, model);
     const int64_t n_routed = TOKENS * c->layers * c->top_k;
     *r = (results){.memory = ESP_MEMORY_INIT, .plan = {.struct_size = sizeof(esp_plan)}, .routes_bytes = (size_t)n_routed};
     r->routes = calloc((size_t)n_routed + 1, 1);
-    esp_batch batch =
-        ESP_BATCH(.tokens = ids, .cu_seqlens = borders, .n_tokens = TOKENS, .n_seqs = SEQS, .n_routed = n_routed, .routed_bytes = 1);
+    esp_batch batch = ESP_BATCH(.tokens = ids, .cu_seqlens = borders, .n_tokens = TOKENS, .n_seqs = SEQS,
+                                .n_routed = free_routes ? 0 : n_routed, .routed_bytes = free_routes ? 0 : 1);
     if (routes)
         batch.routed_experts = routes->routes;
-    else
+    else if (!free_routes)
         batch.record_experts = r->routes;
     esp_tensor hidden, d_hidden;
     float logprob[TOKENS];
@@ -253,6 +253,40 @@ static void sampled(const form *f, esp_model *model) {
     esp_sampler_destroy(sampler);
 }
 
+/* ---- recordings and allocations ---- */
+
+static espi_device counted;
+static int64_t allocations;
+
+static esp_status counting_alloc(void *device, size_t bytes, void **out) {
+    allocations++;
+    return espi_backends_gpu[0]->device->alloc(device, bytes, out);
+}
+
+static esp_status counting_alloc_host(void *device, size_t bytes, void **out) {
+    allocations++;
+    return espi_backends_gpu[0]->device->alloc_host(device, bytes, out);
+}
+
+/* The first time a shape comes its passes run as they are, the second time they are recorded, from the third on only launched. */
+static void recorded(const form *f, esp_model *model) {
+    enum { RUNS = 4 };
+    results r[RUNS];
+    int64_t before = 0;
+    counted = *model->ctx->device_ops;
+    counted.alloc = counting_alloc;
+    counted.alloc_host = counting_alloc_host;
+    model->ctx->device_ops = &counted;
+    for (int i = 0; i < RUNS; i++) {
+        if (i == 1) before = allocations;
+        run(&r[i], model, NULL, true);
+        EXPECT(i == 0 || same_bits(&r[0], &r[i]), "%s: run %d has other bits than the plain one", f->folder, i);
+    }
+    EXPECT(allocations == before, "%s: %lld allocations after the first step", f->folder, (long long)(allocations - before));
+    for (int i = 0; i < RUNS; i++) free_results(&r[i]);
+    model->ctx->device_ops = espi_backends_gpu[0]->device;
+}
+
 static void one_form(const form *f) {
     esp_ctx *exact_ctx, *plain_ctx, *gpu_ctx;
     results exact, plain, gpu, again;
@@ -267,20 +301,21 @@ static void one_form(const form *f) {
     esp_model *exact_model = load(exact_ctx, f), *plain_model = load(plain_ctx, f), *gpu_model = load(gpu_ctx, f);
     if (!exact_model || !plain_model || !gpu_model) return;
     round_weights(plain_model);
-    run(&exact, exact_model, NULL);
+    run(&exact, exact_model, NULL, false);
     fake_set_rounding(true);
-    run(&plain, plain_model, &exact);
+    run(&plain, plain_model, &exact, false);
     fake_set_rounding(false);
     OK(esp_model_reserve(gpu_model, TOKENS, SEQS, true));
-    run(&gpu, gpu_model, &exact);
+    run(&gpu, gpu_model, &exact, false);
     EXPECT(gpu.memory.live + plan.optimizer == plan.total, "%s: %zu bytes live, planned %zu", f->folder, gpu.memory.live,
            plan.total - plan.optimizer);
-    run(&again, gpu_model, &exact);
+    run(&again, gpu_model, &exact, false);
     EXPECT(same_bits(&gpu, &again), "%s: two runs differ", f->folder);
     within(f->folder, "hidden", gpu.hidden, plain.hidden, exact.hidden, exact.n_hidden);
     within(f->folder, "logprob", gpu.logprob, plain.logprob, exact.logprob, TOKENS);
     gradients_within(f->folder, gpu_model, gpu.grads, plain.grads, exact.grads);
     sampled(f, gpu_model);
+    recorded(f, gpu_model);
     free_results(&exact);
     free_results(&plain);
     free_results(&gpu);

@@ -2,6 +2,7 @@
  * reads it, the bits are those of the reference, the plan is exact, and nothing is taken once a model has run. */
 #include "core/status.h"
 #include "espalier/adapter.h"
+#include "espalier/moe.h"
 #include "espalier/optim.h"
 #include "espalier/plan.h"
 #include "espalier/sampler.h"
@@ -202,4 +203,95 @@ Test(device, nothing_is_taken_once_set_up) {
     esp_optim_destroy(optim);
     esp_model_destroy(model);
     esp_ctx_destroy(ctx);
+}
+
+/* One step, by what it gives: the loss, and every gradient. */
+static double grads_of(esp_model *model, const esp_batch *batch, float *grads) {
+    esp_tensor hidden, d_hidden;
+    double loss;
+    OK(esp_model_zero_grad(model));
+    OK(esp_model_forward(model, batch, &hidden));
+    OK(esp_model_cross_entropy(model, batch, &hidden, &loss, &d_hidden));
+    OK(esp_model_backward(model, batch, &d_hidden));
+    read_params(model, NULL, grads);
+    return loss;
+}
+
+/* The second time that a batch of one shape comes its passes are recorded, from then on launched: with the bits of a plain run, whatever
+ * tokens it has, also after batches of another shape. */
+Test(device, recordings_have_the_bits_of_plain_runs) {
+    char dir[ESPI_PATH_MAX];
+    int32_t other[TOKENS];
+    const int32_t one[] = {0, TOKENS}, *cuts[] = {borders, borders, borders, one, borders, one, one, borders};
+    const int32_t seqs[] = {2, 2, 2, 1, 2, 1, 1, 2};
+    esp_ctx *plain, *device;
+    esp_model *want_model, *got_model;
+    snprintf(dir, sizeof dir, "%s/tests/golden/data/q3a/model", ESP_SOURCE_DIR);
+    OK(esp_ctx_create(&plain, &ESP_CTX_CONFIG(.backend = "ref")));
+    OK(fake_ctx(&device, NULL));
+    OK(esp_model_load(&want_model, plain, dir, NULL));
+    OK(esp_model_load(&got_model, device, dir, NULL));
+    esp_model_info info = {.struct_size = sizeof info};
+    OK(esp_model_info_get(want_model, &info));
+    const size_t n = (size_t)info.adapter_parameters;
+    float *want = calloc(n, sizeof *want), *got = calloc(n, sizeof *got);
+    for (int i = 0; i < ESPI_COUNT(cuts); i++) {
+        for (int j = 0; j < TOKENS; j++) other[j] = (ids[j] + 3 * i) % 50;
+        const esp_batch batch = ESP_BATCH(.tokens = other, .cu_seqlens = cuts[i], .n_tokens = TOKENS, .n_seqs = seqs[i]);
+        const double want_loss = grads_of(want_model, &batch, want), got_loss = grads_of(got_model, &batch, got);
+        cr_expect_eq(got_loss, want_loss, "step %d: loss %g, expected %g", i, got_loss, want_loss);
+        cr_expect(memcmp(got, want, n * sizeof *want) == 0, "step %d: gradients", i);
+    }
+    const fake_counts counts = fake_counted(device);
+    cr_expect_eq(counts.recordings, 4, "%lld recordings, expected forward and backward of two shapes", (long long)counts.recordings);
+    cr_expect_eq(counts.launches, 2 * (4 + 2), "%lld launches", (long long)counts.launches);
+    free(want);
+    free(got);
+    esp_model_destroy(want_model);
+    esp_model_destroy(got_model);
+    esp_ctx_destroy(plain);
+    esp_ctx_destroy(device);
+}
+
+/* The block level: the caller's tensors lie on the device too. */
+Test(device, a_block_has_the_bits_of_the_reference) {
+    enum { T = 5, H = 64, E = 4, I = 64, R = 2 };
+    static float x[T * H], weights[3][I * H], router[E * H], out[2][T * H], d_x[2][T * H], d_b[2][E * R * H];
+    for (int i = 0; i < T * H; i++) x[i] = (float)((i * 37 % 101) - 50) / 50;
+    for (int i = 0; i < E * H; i++) router[i] = (float)((i * 53 % 97) - 48) / 97;
+    for (int side = 0; side < 2; side++) {
+        esp_ctx *ctx;
+        esp_moe *moe;
+        esp_moe_memory sizes = ESP_MOE_MEMORY_INIT;
+        void *there[4], *saved, *scratch, *grad;
+        int64_t n;
+        OK(side ? fake_ctx(&ctx, NULL) : esp_ctx_create(&ctx, &ESP_CTX_CONFIG(.backend = "ref")));
+        OK(esp_moe_create(&moe, ctx, &ESP_MOE_CONFIG(.hidden = H, .experts = E, .width = I, .top_k = 2, .lora_rank = R, .seed = 4)));
+        OK(esp_moe_set_router(moe, router));
+        for (int e = 0; e < E; e++) {
+            for (int m = 0; m < 3; m++)
+                for (int i = 0; i < I * H; i++) weights[m][i] = (float)(((i + 11 * e + 7 * m) * 29 % 61) - 30) / 200;
+            OK(esp_moe_set_expert(moe, e, weights[0], weights[1], weights[2]));
+        }
+        OK(esp_moe_sizes(moe, T, &sizes));
+        for (int i = 0; i < 3; i++) OK(espi_ctx_alloc(ctx, ESPI_MEM_ACTIVATIONS, sizeof x, &there[i]));
+        OK(espi_ctx_alloc(ctx, ESPI_MEM_ACTIVATIONS, sizes.saved, &saved));
+        OK(espi_ctx_alloc(ctx, ESPI_MEM_ACTIVATIONS, sizes.scratch, &scratch));
+        OK(espi_ctx_put(ctx, there[0], x, sizeof x));
+        OK(esp_moe_forward(moe, there[1], there[0], T, saved, scratch));
+        OK(espi_ctx_get(ctx, out[side], there[1], sizeof x));
+        OK(esp_moe_backward(moe, there[2], there[1], there[0], T, saved, scratch));
+        OK(espi_ctx_get(ctx, d_x[side], there[2], sizeof x));
+        OK(esp_moe_param_get(moe, ESP_MOE_DOWN_B, NULL, &grad, &n));
+        cr_assert_eq(n, E * R * H);
+        OK(espi_ctx_get(ctx, d_b[side], grad, sizeof d_b[side]));
+        for (int i = 0; i < 3; i++) espi_ctx_free(ctx, ESPI_MEM_ACTIVATIONS, there[i], sizeof x);
+        espi_ctx_free(ctx, ESPI_MEM_ACTIVATIONS, saved, sizes.saved);
+        espi_ctx_free(ctx, ESPI_MEM_ACTIVATIONS, scratch, sizes.scratch);
+        esp_moe_destroy(moe);
+        esp_ctx_destroy(ctx);
+    }
+    cr_expect(memcmp(out[0], out[1], sizeof x) == 0);
+    cr_expect(memcmp(d_x[0], d_x[1], sizeof x) == 0);
+    cr_expect(memcmp(d_b[0], d_b[1], sizeof d_b[0]) == 0);
 }
