@@ -19,7 +19,7 @@
 #define MOST_CHILDREN 1024
 #define DEFAULT_DEADLINE 60.0
 #define LONGEST_LINE ((size_t)1 << 20)
-#define MOST_STARTS 3   /* of one child for one batch, the first not counted */
+#define MOST_STARTS 3   /* of one child in a row without an answer */
 #define MOST_SILENT 3   /* batches in a row without a single answer */
 #define GRACE_SECONDS 2 /* between the end of a child's input and its kill, at the end of the run */
 #define SHOWN 80        /* characters of a bad line that are quoted */
@@ -38,7 +38,7 @@ typedef struct child {
     bytes input, output;
     size_t sent;
     int64_t first, end, open; /* its rows of the batch, and how many of them are not answered */
-    int64_t starts;           /* in this batch, beside the first */
+    int64_t starts;           /* since its last answer, in this batch */
     bool started;             /* ever */
 } child;
 
@@ -250,6 +250,7 @@ static void take_reply(scoring *s, child *k, const json_t *reply, int64_t row) {
     s->bad += good ? 0 : 1;
     s->answers += good ? 1 : 0;
     s->c->proved = s->c->proved || good;
+    k->starts = good ? 0 : k->starts;
     settle(s, k, row, good ? reward : NAN);
     const char *key;
     json_t *value;

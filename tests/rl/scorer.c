@@ -1,7 +1,10 @@
 /* A reward command for tests: the reward is the length of the completion in bytes.  Arguments say what goes wrong, and at which length:
  *   die=L  garbage=L  stray=L (an id that nobody asked about)  twice=L  sleep=L  null=L  text=L  none=L  huge=L
- *   again=L (answers by id, two times)  late=L (one answer more, 0.1 s later)  dieover=L (at every length above)  close=L (stops reading, answers no more, lives on for a while)  silent=0  swap=1 (pairs in reverse,
- *   by id)  report=1 (its signals and open descriptors, on standard error)  pad=N (bytes of padding in each reply)  hello=1 (a banner)  half=1 (an extra scalar) */
+ *   again=L (answers by id, two times)  late=L (one answer more, 0.1 s later)
+ *   dieeven=1 (at every even length)  dieover=L (at every length above)
+ *   close=L (stops reading, answers no more, lives on for a while)  silent=0  swap=1 (pairs in reverse, by id)
+ *   report=1 (its signals and open descriptors, on standard error)  pad=N (bytes of padding in each reply)
+ *   hello=1 (a banner)  half=1 (an extra scalar) */
 #include <fcntl.h>
 #include <jansson.h>
 #include <stdlib.h>
@@ -47,7 +50,8 @@ static void reply(long id, long length) {
 
 /* What goes wrong at this length, before the reply; true: there is none. */
 static int misbehave(long id, long length) {
-    if (length == option("die") || (option("dieover") >= 0 && length > option("dieover"))) exit(1);
+    if (length == option("die") || (option("dieover") >= 0 && length > option("dieover")) || (option("dieeven") > 0 && length % 2 == 0))
+        exit(1);
     if (length == option("sleep")) sleep(100);
     if (length == option("close")) {
         close(STDIN_FILENO);

@@ -164,6 +164,11 @@ Test(reward_command, a_child_that_dies_costs_one_row_and_a_restart) {
     lengths_but(&s, 9, ROWS(1, 2, 3, 4, 5, 6, 7, 8));
     counts(&s, 0, 3, 0);
     scorer_free(&s);
+    s = scorer_make("", SCORER "dieeven=1", 0); /* often, but with answers in between */
+    score(&s, rows(15));
+    lengths_but(&s, 15, ROWS(1, 3, 5, 7, 9, 11, 13));
+    counts(&s, 0, 7, 0);
+    scorer_free(&s);
 }
 
 Test(reward_command, an_answer_too_many_is_noticed) {
