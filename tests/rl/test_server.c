@@ -571,6 +571,11 @@ Test(server, a_thousand_steps_against_a_server_on_a_bad_day, .timeout = 170) {
     bench b = bench_make(NULL, NULL, 1);
     espi_rollouts r;
     b.config.retries = 12;
+    if (access("/dev/shm", W_OK) == 0) { /* a thousand adapters flushed to a disk would be most of the time */
+        scratch_remove(b.dir);
+        snprintf(b.dir, sizeof b.dir, "/dev/shm/espalier-test-XXXXXX");
+        cr_assert_not_null(mkdtemp(b.dir));
+    }
     OK(bench_open(&b));
     mock_tell(
         &b.mock, "/mock/random",
