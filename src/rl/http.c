@@ -43,7 +43,7 @@ int64_t espi_http_retries(const espi_http *http) {
 #include <stdio.h>
 
 #define CONNECT_SECONDS 10.0
-#define POLL_SECONDS 1.0               /* the longest sleep between two looks at the clock */
+#define POLL_SECONDS 0.2               /* the longest sleep between two looks at the clock */
 #define MOST_BYTES ((size_t)256 << 20) /* of an answer */
 #define QUOTE 400                      /* bytes of a server's message in a sentence */
 
@@ -418,6 +418,11 @@ static void pass_deadline(run *r) {
     }
 }
 
+static void give_up(run *r) {
+    for (int64_t i = 0; i < r->n; i++)
+        if (r->progress[i].state != DONE) close_call(r, i, ESP_ERR_CALLBACK, "given up: the run was asked to stop");
+}
+
 static esp_status drive(run *r) {
     CURLM *multi = r->http->multi;
     while (r->open > 0 && !r->over) {
@@ -426,6 +431,10 @@ static esp_status drive(run *r) {
         int running;
         if (deadline > 0 && now >= deadline) {
             pass_deadline(r);
+            return ESP_OK;
+        }
+        if (r->limits->stop && r->limits->stop(r->limits->stop_user) != 0) {
+            give_up(r);
             return ESP_OK;
         }
         if (deadline > 0) next = fmin(next, deadline);

@@ -44,8 +44,10 @@ typedef struct espi_http_call {
 typedef esp_status (*espi_http_answer)(void *user, int64_t index, const char *body, size_t bytes);
 
 typedef struct espi_http_limits {
-    double deadline;     /* espi_seconds() at which the run is over whatever is missing; 0 = each call has its tries */
-    bool all_or_none;    /* end at the first call that fails for good */
+    double deadline;         /* espi_seconds() at which the run is over whatever is missing; 0 = each call has its tries */
+    bool all_or_none;        /* end at the first call that fails for good */
+    int (*stop)(void *user); /* asked while the run waits: non-zero ends it; NULL = nobody */
+    void *stop_user;
     uint32_t step;       /* keys the jitter's draws */
     const char *awaited; /* what the run is for, in a deadline's sentence: "completions of step 12" */
 } espi_http_limits;
@@ -53,7 +55,7 @@ typedef struct espi_http_limits {
 /* Sends all calls, in order, and comes back when each is accepted or has failed.  Try again: no connection, a connection that broke, no answer
  * in time, 5xx, 408, 425, 429, an answer that the verdict calls ESP_ERR_FORMAT.  Every other status is final, the server's message quoted.
  * Returns ESP_OK when all calls were accepted, else the status and the sentence of the first that was not: ESP_ERR_COMM no answer or none in
- * time, ESP_ERR_ARG the server refuses the request, ESP_ERR_FORMAT the last answer broke the contract. */
+ * time, ESP_ERR_ARG the server refuses the request, ESP_ERR_FORMAT the last answer broke the contract, ESP_ERR_CALLBACK stop was asked for. */
 esp_status espi_http_run(espi_http *http, espi_http_call *calls, int64_t n, const espi_http_limits *limits, espi_http_answer answer,
                          void *user);
 

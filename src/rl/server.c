@@ -89,7 +89,8 @@ static esp_status ask(server *s, espi_http_call *call, const char *path, json_t 
     if (lacks) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for a request to %s", path);
     answer a = {.is_json = root != NULL};
     *call = (espi_http_call){.path = path, .body = text};
-    const espi_http_limits limits = {.deadline = deadline, .all_or_none = true, .step = s->runs++, .awaited = awaited};
+    const espi_http_limits limits = {
+        .stop = s->c.stop, .stop_user = s->c.stop_user, .deadline = deadline, .all_or_none = true, .step = s->runs++, .awaited = awaited};
     const esp_status status = espi_http_run(s->http, call, 1, &limits, keep_answer, &a);
     free(text);
     call->body = NULL;
@@ -407,7 +408,12 @@ static esp_status request_all(groups *gs, const espi_rollout_request *q, double 
         ESPI_TRY(fill_call(gs, i, adapter->name, (double)q->temperature, seed, q->step, q->group_ids[i]));
     }
     snprintf(awaited, sizeof awaited, "the completions of step %u", q->step);
-    const espi_http_limits limits = {.deadline = deadline, .all_or_none = !s->c.drop_lost, .step = s->runs++, .awaited = awaited};
+    const espi_http_limits limits = {.stop = s->c.stop,
+                                     .stop_user = s->c.stop_user,
+                                     .deadline = deadline,
+                                     .all_or_none = !s->c.drop_lost,
+                                     .step = s->runs++,
+                                     .awaited = awaited};
     return espi_http_run(s->http, gs->calls, gs->n, &limits, take_reply, gs);
 }
 
@@ -448,7 +454,8 @@ static esp_status generate_by(server *s, espi_rollouts *r, const espi_rollout_re
     ESPI_TRY(check_request(s, q));
     ESPI_TRY(publish_by(s, q->version, deadline));
     const esp_status status = request_with_adapter(gs, q, deadline);
-    if (status != ESP_OK && (!s->c.drop_lost || status == ESP_ERR_MEMORY || status == ESP_ERR_INTERNAL)) return status;
+    if (status != ESP_OK && (!s->c.drop_lost || status == ESP_ERR_MEMORY || status == ESP_ERR_INTERNAL || status == ESP_ERR_CALLBACK))
+        return status;
     char why[ESPI_HTTP_WHY];
     snprintf(why, sizeof why, "%s",
              status == ESP_OK ? "all came from older versions of the adapter than max_staleness allows" : esp_last_error());
@@ -602,7 +609,12 @@ static esp_status probe(server *s, groups *gs, double deadline) {
                                                .model = m};
         ESPI_TRY(fill_call(gs, p, newest(s)->name, (double)temperature, seed_of(s->c.seed, UINT32_MAX, (uint32_t)p), UINT32_MAX, p));
     }
-    const espi_http_limits limits = {.deadline = deadline, .all_or_none = true, .step = s->runs++, .awaited = "the probe's completions"};
+    const espi_http_limits limits = {.stop = s->c.stop,
+                                     .stop_user = s->c.stop_user,
+                                     .deadline = deadline,
+                                     .all_or_none = true,
+                                     .step = s->runs++,
+                                     .awaited = "the probe's completions"};
     ESPI_TRY(espi_http_run(s->http, gs->calls, gs->n, &limits, take_reply, gs));
     s->offers_routes = gs->groups[0].reply.offers_routes;
     ESPI_TRY(esp_model_adapter_enable(s->model, true));
@@ -691,6 +703,7 @@ static esp_status open_server(server *s, const espi_server_config *config) {
 static void close_server(void *self) {
     server *s = self;
     const double deadline = espi_seconds() + CLOSE_SECONDS;
+    s->c.stop = NULL; /* who stops wants this done too */
     for (int32_t i = 0; i < s->n_published; i++)
         if (unload(s, s->published[i].name, deadline) != ESP_OK)
             espi_log(s->model->ctx, ESP_LOG_WARN, "adapter %s stays loaded: %s", s->published[i].name, esp_last_error());
@@ -742,6 +755,8 @@ esp_status espi_server_source(esp_trainer *t) {
                                        .temperature = c->temperature,
                                        .longest = t->longest,
                                        .version = t->step,
-                                       .seed = c->seed};
+                                       .seed = c->seed,
+                                       .stop = c->stop,
+                                       .stop_user = c->stop_user};
     return espi_server_open(&t->source, t->model, &config);
 }

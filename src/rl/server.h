@@ -23,6 +23,8 @@ typedef struct espi_server_config {
     int64_t longest;          /* most tokens of a prompt and its completion */
     int64_t version;          /* of the adapter as it is now */
     uint64_t seed;
+    int (*stop)(void *user); /* asked while anything is awaited: non-zero ends it with ESP_ERR_CALLBACK; NULL = nobody */
+    void *stop_user;
 } espi_server_config;
 
 /* What has happened since the opening. */

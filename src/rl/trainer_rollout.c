@@ -329,17 +329,23 @@ static esp_status join(esp_trainer *t, espi_rollouts *fresh) {
     return espi_rollouts_append(&t->rollouts, fresh);
 }
 
-/* One call, scored, joined to what is there. */
-static esp_status gather(esp_trainer *t, int64_t n) {
+/* One call, scored, joined to what is there.  *stopped: the source failed while the run was asked to stop.  After any failure the same lines
+ * are asked for again. */
+static esp_status gather(esp_trainer *t, int64_t n, bool *stopped) {
     espi_rollouts fresh = {0};
     espi_prompts p = {0};
+    const int64_t position = t->cursor;
+    esp_status status = publish(t);
     const double start = espi_seconds();
-    esp_status status = ask(t, &fresh, &p, n);
+    if (status == ESP_OK) status = ask(t, &fresh, &p, n);
     const double sampled = espi_seconds();
+    *stopped = status != ESP_OK && espi_stop_asked(t);
     espi_prompts_free(&p);
     if (status == ESP_OK) t->lost += n - (fresh.shape.rows > 0 ? fresh.shape.rows / fresh.shape.group_size : 0);
     if (status == ESP_OK && fresh.shape.rows > 0) status = join(t, &fresh);
     espi_rollouts_free(&fresh);
+    if (status != ESP_OK) t->cursor = position;
+    if (*stopped) return ESP_OK;
     ESPI_TRY(status);
     t->sums.seconds_sample += sampled - start;
     t->sums.seconds_reward += espi_seconds() - sampled;
@@ -400,9 +406,9 @@ esp_status espi_rollout_make(esp_trainer *t) {
         t->tries = t->lost = t->resampled = 0;
     }
     for (int64_t n; (n = missing(t)) > 0;) {
-        if (espi_stop_asked(t)) return ESP_OK;
-        ESPI_TRY(publish(t));
-        ESPI_TRY(gather(t, n));
+        bool stopped = espi_stop_asked(t);
+        if (!stopped) ESPI_TRY(gather(t, n, &stopped));
+        if (stopped) return ESP_OK;
     }
     return espi_stop_asked(t) ? ESP_OK : complete(t);
 }

@@ -3,6 +3,8 @@
 #include "program.h"
 #include "scratch.h"
 
+#include <pthread.h>
+
 typedef struct place {
     mock mock;
     char dir[ESPI_PATH_MAX], adapters[ESPI_PATH_MAX], out[ESPI_PATH_MAX];
@@ -98,18 +100,56 @@ Test(server_trainer, it_trains_on_what_the_server_writes, .timeout = 60) {
     place_free(&p);
 }
 
-/* The values after six steps: in one run, or with a server that dies in the middle of step 4, and another trainer and server that go on. */
-static float *six_steps(place *p, bool broken, int64_t *n) {
+typedef enum breaking { STRAIGHT, KILLED, STOPPED } breaking;
+
+static void *kill_soon(void *user) {
+    const mock *m = user;
+    nanosleep(&(struct timespec){0, 300000000}, NULL);
+    kill(m->pid, SIGKILL);
+    return NULL;
+}
+
+/* As of a signal's handler, whose signal comes 0.3 s after it is armed. */
+typedef struct stopper {
+    double armed; /* 0 = not */
+} stopper;
+
+static int stop_soon(void *user) {
+    const stopper *s = user;
+    return s->armed > 0 && espi_seconds() - s->armed > 0.3;
+}
+
+/* The values after six steps: in one run; or with one whose fourth generation is broken off while the server is at it, because the server dies or
+ * because the run is to stop, and another trainer and server that go on. */
+static float *six_steps(place *p, breaking broken, int64_t *n) {
     esp_trainer_config c = config_of(p, 6);
     c.out_dir = p->out;
     c.server_retries = 1;
+    stopper stop = {0};
+    c.stop = stop_soon;
+    c.stop_user = &stop;
     demo d = demo_trainer(&c);
     for (int64_t step = 1; step <= (broken ? 3 : 6); step++) OK(esp_trainer_step(d.trainer, NULL));
     if (broken) {
-        mock_stop(&p->mock);
-        FAILS(ESP_ERR_COMM, "given up after 2 tries: http://127.0.0.1:", esp_trainer_step(d.trainer, NULL));
+        const double start = espi_seconds();
+        mock_plan(&p->mock, "none", 2, 0); /* a version is loaded, another unloaded */
+        mock_plan(&p->mock, "slow", 1, 20);
+        if (broken == KILLED) {
+            pthread_t killer;
+            cr_assert_eq(pthread_create(&killer, NULL, kill_soon, &p->mock), 0);
+            FAILS(ESP_ERR_COMM, "given up after 2 tries: http://127.0.0.1:", esp_trainer_step(d.trainer, NULL));
+            pthread_join(killer, NULL);
+        } else {
+            esp_step_stats stats = ESP_STEP_STATS_INIT;
+            stop.armed = espi_seconds();
+            OK(esp_trainer_step(d.trainer, &stats));
+            cr_assert(stats.interrupted);
+        }
+        cr_assert(espi_seconds() - start < 5, "%.1f s", espi_seconds() - start);
         OK(esp_trainer_save(d.trainer));
         demo_free(&d);
+        stop.armed = 0;
+        mock_stop(&p->mock);
         p->mock = mock_start(DEMO_MODEL, NULL);
         c.server = p->mock.url;
         c.resume_dir = p->out;
@@ -123,16 +163,17 @@ static float *six_steps(place *p, bool broken, int64_t *n) {
     return values;
 }
 
-Test(server_trainer, a_server_that_dies_costs_nothing_but_time, .timeout = 60) {
-    place p = place_make(NULL), q = place_make(NULL);
-    int64_t n, m;
-    float *straight = six_steps(&p, false, &n), *broken = six_steps(&q, true, &m);
-    cr_assert_eq(n, m);
-    cr_assert_eq(memcmp(straight, broken, (size_t)n * sizeof *straight), 0);
-    free(straight);
-    free(broken);
-    place_free(&p);
-    place_free(&q);
+Test(server_trainer, a_generation_broken_off_costs_nothing_but_time, .timeout = 60) {
+    float *values[3];
+    int64_t n[3];
+    for (int i = STRAIGHT; i <= STOPPED; i++) {
+        place p = place_make(NULL);
+        values[i] = six_steps(&p, (breaking)i, &n[i]);
+        cr_assert_eq(n[i], n[0]);
+        cr_assert_eq(memcmp(values[i], values[0], (size_t)n[0] * sizeof *values[0]), 0, "broken off in way %d", i);
+        place_free(&p);
+    }
+    for (int i = STRAIGHT; i <= STOPPED; i++) free(values[i]);
 }
 
 Test(server_trainer, routes_are_replayed_where_the_server_gives_them, .timeout = 60) {
