@@ -146,7 +146,7 @@ ESP_API esp_status esp_model_set_probe(esp_model *model, esp_probe_fn fn, void *
 ESP_API esp_status esp_model_reserve(esp_model *model, int64_t n_tokens, int32_t n_seqs, bool training);
 
 /// Load-balancing loss and z-loss of the last forward, over all MoE layers and tokens (formats-and-numerics 4.9), not yet times their
-/// coefficients.  A balanced router has load-balancing loss K.
+/// coefficients.  Tokens count as they run: those of a shared prompt (esp_batch.prefix_of) once.  A balanced router has load-balancing loss K.
 ESP_API esp_status esp_model_router_losses(esp_model *model, double *aux_loss, double *z_loss);
 
 /// Of the last forward, with routing replay: how many pairs of a token and a layer were replayed, and how many of those the router would

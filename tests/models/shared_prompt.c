@@ -384,12 +384,21 @@ Test(shared_prompt, leaving_out_a_group_of_zero_advantage) {
     }
 }
 
-/* Central differences of the loss by every stride-th parameter. */
+#define AUX 0.02
+#define Z 0.01
+static double loss_with_router(subject *s, packed *p, const esp_objective *objective) {
+    esp_tensor d_hidden;
+    double aux, z;
+    const double loss = loss_of(s, p, objective, &d_hidden);
+    OK(esp_model_router_losses(s->model, &aux, &z));
+    return loss + AUX * aux + Z * z;
+}
+
+/* Central differences of the loss, router losses included, by every stride-th parameter. */
 static void check_differences(int model, const esp_objective *objective, int64_t stride) {
     static packed p;
     const double h = 1e-5;
-    esp_tensor d_hidden;
-    subject s = load(model, "ref64", 1, ESP_MODEL_CONFIG(0));
+    subject s = load(model, "ref64", 1, ESP_MODEL_CONFIG(.router_aux_coef = AUX, .router_z_coef = Z));
     pack(&p, &layouts[3], true, 0, GROUPS);
     accumulate(&s, &p, objective);
     gradients all = gradients_of(&s);
@@ -402,9 +411,9 @@ static void check_differences(int model, const esp_objective *objective, int64_t
         for (int64_t j = i % stride; j < all.count[i]; j += stride) {
             const double before = data[j];
             data[j] = before + h;
-            const double up = loss_of(&s, &p, objective, &d_hidden);
+            const double up = loss_with_router(&s, &p, objective);
             data[j] = before - h;
-            const double down = loss_of(&s, &p, objective, &d_hidden);
+            const double down = loss_with_router(&s, &p, objective);
             data[j] = before;
             worst = fmax(worst, fabs((up - down) / (2 * h) - all.values[i][j]));
         }
