@@ -180,7 +180,8 @@ static const option options[] = {
     {"activation_budget", BYTES, NOT_NEGATIVE, M(activation_budget), BOTH, NULL, "bytes of saved activations; 0 = no bound (0)"},
     {"router_aux_coef", REAL, ANY, M(router_aux_coef), BOTH, NULL, "load-balancing loss (0)"},
     {"router_z_coef", REAL, ANY, M(router_z_coef), BOTH, NULL, "router z-loss (0)"},
-    {"backend", TEXT, ANY, C(backend), BOTH, NULL, "auto|cpu|ref (auto)"},
+    {"device", TEXT, ANY, S(device), BOTH, NULL, "cuda|cpu|auto: a GPU where one is usable (cpu)"},
+    {"backend", TEXT, ANY, C(backend), BOTH, NULL, "auto|cpu|ref, instead of a device (auto)"},
     {"threads", I32, NOT_NEGATIVE, C(threads), BOTH, NULL, "0 = OMP_NUM_THREADS or all cores (0)"},
     {"memory_limit", BYTES, NOT_NEGATIVE, C(memory_limit), BOTH, NULL, "bytes; 0 = none (0)"},
 };
@@ -538,6 +539,8 @@ outcome settings_read(settings *s, esp_trainer_kind kind, int argc, char **argv)
     if (fine == OUTCOME_RUN && !s->model_dir) fine = wrong("--model: got nothing, expected a Hugging Face folder (--help lists all)");
     if (fine == OUTCOME_RUN && !s->trainer.train_file && !s->trainer.rollouts)
         fine = wrong("--train: got nothing, expected a JSONL file (--help lists all)");
+    if (fine == OUTCOME_RUN && s->device && s->ctx.backend) fine = wrong("--device and --backend: got both, expected one");
+    if (fine == OUTCOME_RUN && s->device) s->ctx.backend = strcmp(s->device, "auto") == 0 ? "any" : s->device;
     s->model.seed = s->trainer.seed;
     return fine == OUTCOME_RUN ? open_rewards(s) : fine;
 }

@@ -17,6 +17,7 @@ typedef struct settings {
     const char *preset;
     const char *plot_file; /* drawn anew while the run goes on */
     bool dry_run;
+    const char *device; /* cuda, cpu, auto: a GPU where one is usable */
     esp_ctx_config ctx;
     esp_model_config model;
     esp_trainer_config trainer;

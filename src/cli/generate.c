@@ -8,7 +8,7 @@
 #include <string.h>
 
 typedef struct generate_options {
-    const char *dir, *prompt, *adapter;
+    const char *dir, *prompt, *adapter, *device;
     int64_t max_new_tokens, samples, seed, batch, top_k;
     double temperature, top_p, min_p;
     espi_words stops, stop_tokens;
@@ -39,7 +39,7 @@ static void close_session(session *s) {
 }
 
 static esp_status open_session(session *s, const generate_options *o) {
-    ESPI_TRY(esp_ctx_create(&s->ctx, NULL));
+    ESPI_TRY(esp_ctx_create(&s->ctx, &ESP_CTX_CONFIG(.backend = o->device && strcmp(o->device, "auto") == 0 ? "any" : o->device)));
     ESPI_TRY(esp_tokenizer_load(&s->tokenizer, o->dir));
     ESPI_TRY(esp_model_load(&s->model, s->ctx, o->dir,
                             &ESP_MODEL_CONFIG(.experts = espi_cli_format(o->experts), .adapter_dir = o->adapter,
@@ -128,6 +128,7 @@ int espi_cli_generate(int argc, char **argv) {
         {"--batch", ESPI_OPTION_COUNT, &o.batch, "N", "so many continuations at a time (all, at most 128); changes no result"},
         {"--samples", ESPI_OPTION_COUNT, &o.samples, "N", "continuations, one a line (1)"},
         {"--seed", ESPI_OPTION_COUNT, &o.seed, "S", "of the draws (0)"},
+        {"--device", ESPI_OPTION_TEXT, &o.device, "NAME", "cuda, cpu, or auto: a GPU where one is usable (cpu)"},
         {"--experts", ESPI_OPTION_CHOICE, &o.experts, espi_cli_experts,
          "how frozen experts are held (auto: MXFP4 as it is, others as nf4)"},
     };

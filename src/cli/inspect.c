@@ -4,6 +4,7 @@
 #include "core/status.h"
 #include "io/file.h"
 #include "io/safetensors.h"
+#include "kernels/backend.h"
 #include "models/family.h"
 
 #include <inttypes.h>
@@ -203,6 +204,14 @@ static void print_rules(const espi_config *c) {
     if (c->shared_width > 0) printf("shared expert     width %" PRId64 "\n", c->shared_width);
 }
 
+/* Where a model could run beside this machine's processor. */
+static void print_devices(void) {
+    const espi_backend *const *gpu = espi_backends_gpu;
+    if (!*gpu) printf("GPU               none in this build\n");
+    for (; *gpu; gpu++)
+        printf("GPU               %s: %s\n", (*gpu)->name, (*gpu)->available() ? (*gpu)->describe() : "none that is usable here");
+}
+
 static void print_text(const inventory *v) {
     const espi_config *c = &v->config;
     printf("family            %s\n", c->family->name);
@@ -226,6 +235,7 @@ static void print_text(const inventory *v) {
     printf("%-16s %16" PRId64 " %8" PRId64 " %16" PRIu64 "\n\n", "total", parameters, tensors, bytes);
     printf("loaded, %-9s %zu bytes: dense %zu, experts %zu\n", loaded_form(v), v->plan.dense_weights + v->plan.expert_weights,
            v->plan.dense_weights, v->plan.expert_weights);
+    print_devices();
 }
 
 int espi_cli_inspect(int argc, char **argv) {

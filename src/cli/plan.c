@@ -49,7 +49,7 @@ int espi_cli_plan(int argc, char **argv) {
         {"--double-quant", ESPI_OPTION_FLAG, &o.model.double_quant, NULL, "block scales through 8 bits"},
         {"--8bit-adam", ESPI_OPTION_FLAG, &o.adamw.eight_bit, NULL, "moments in 8 bits"},
         {"--activation-budget", ESPI_OPTION_BYTES, &o.model.activation_budget, "BYTES", "saved activations; K, M, G allowed (no bound)"},
-        {"--backend", ESPI_OPTION_TEXT, &o.backend, "NAME", "cpu, ref or ref64 (auto)"},
+        {"--backend", ESPI_OPTION_TEXT, &o.backend, "NAME", "cpu, cuda, ref or ref64 (auto)"},
     };
     const espi_usage usage = {"plan",  "Memory of one training step by part, and its peak.  Reads config.json, no weights.",
                               "DIR",   &o.dir,

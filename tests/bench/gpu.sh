@@ -1,0 +1,102 @@
+#!/bin/bash
+# Everything that needs a GPU, in under 9 minutes of its time: tests, sanitizers on small shapes, benchmarks.
+#   tests/bench/gpu.sh pack BUILD DIR     where the compiler is: builds for the H100/H200 and puts all that a run needs into DIR
+#   DIR/gpu.sh run RESULTS                where the GPU is (needs nothing else but the driver and CUDA's libraries): RESULTS/gpu-*.json
+#   tests/bench/gpu.sh all BUILD RESULTS  both, on one machine
+# A planted bug must fail some line of `run`: tests/cuda/planted.md lists them.
+set -u
+here=$(cd "$(dirname "$0")" && pwd)
+programs="tests/cuda/test_cuda_device tests/cuda/test_cuda_model tests/cuda/test_cuda_ops tests/bench/esp_bench_gpu
+    tests/bench/esp_bench_gpu_experts tests/bench/esp_bench_gpu_ops espalier"
+folders="q3a/model q3a/model_nf4 q3a/model_nf4_dq q3b/model q3c/model ol/model go1/model go2/model mx/model vl/model vla/model gla/model
+    glb/model"
+
+pack() { # BUILD DIR
+    root=$(cd "$here/../.." && pwd)
+    cmake -S "$root" -B "$1" -DCMAKE_BUILD_TYPE=Release -DESPALIER_CUDA=ON -DESPALIER_DNNL=OFF -DESPALIER_CBLAS=OFF -DESPALIER_CURL=OFF \
+        -DCMAKE_CUDA_ARCHITECTURES=90a-real >/dev/null || exit 1
+    for program in $programs; do targets="${targets-} $(basename "$program" | sed 's/^espalier$/espalier_cli/')"; done
+    # shellcheck disable=SC2086  # a list of words
+    cmake --build "$1" --parallel --target $targets || exit 1
+    mkdir -p "$2/lib" "$2/data" "$2/configs"
+    for program in $programs; do
+        cp "$1/$program" "$2/" && strip "$2/$(basename "$program")"
+        ldd "$1/$program" | awk '/=> \//{ print $3 }' |
+            grep -vE '/(libc|libm|libpthread|libdl|librt|libresolv|libstdc\+\+|libgcc_s)\.so' | xargs -r -I{} cp -nL {} "$2/lib/"
+    done
+    for folder in $folders; do mkdir -p "$2/data/$folder" && cp "$root/tests/golden/data/$folder"/* "$2/data/$folder/"; done
+    cp -r "$root"/tests/cli/configs/{qwen3-30b-a3b,gpt-oss-20b} "$2/configs/"
+    cp "$here/gpu.sh" "$2/"
+    git -C "$root" describe --always --dirty --abbrev=7 --match '' >"$2/commit"
+}
+
+failed=0
+# step NAME SECONDS COMMAND..: its output to RESULTS/gpu-NAME.log, and one line of how it went.
+step() {
+    name=$1 limit=$2
+    shift 2
+    begin=$SECONDS
+    timeout "$limit" stdbuf -oL "$@" >"$results/gpu-$name.log" 2>&1
+    status=$?
+    [ $status = 0 ] || [ $status = 77 ] || failed=1
+    printf '%-28s %s in %d s\n' "$name" "$([ $status = 0 ] && echo passed || echo "exit status $status")" $((SECONDS - begin))
+}
+
+# record NAME COMMAND..: the JSON lines that the step of that name printed, with what they are of.
+record() {
+    name=$1
+    shift
+    {
+        printf '{\n "commit": "%s",\n "device": "%s",\n "date": "%s",\n "command": "%s",\n "results": [\n' "$(cat "$here/commit")" "$device" \
+            "$(date -u +%Y-%m-%dT%H:%M:%SZ)" "$*"
+        grep '^{' "$results/gpu-$name.log" | sed '$!s/$/,/; s/^/  /'
+        printf ' ]\n}\n'
+    } >"$results/gpu-$name.json"
+}
+
+# bench NAME SECONDS COMMAND..
+bench() {
+    step "$@"
+    shift
+    shift
+    record "$name" "$@"
+}
+
+run() { # RESULTS
+    cd "$here" || exit 1
+    results=$1
+    mkdir -p "$results"
+    export LD_LIBRARY_PATH=$here/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+    device=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1)
+    [ -n "$device" ] || { echo "no GPU here: nvidia-smi names none"; exit 77; }
+    chmod +x ./*
+    step device 60 ./test_cuda_device
+    step ops 120 ./test_cuda_ops
+    step experts 90 ./esp_bench_gpu_experts check
+    step model 120 ./test_cuda_model data
+    for tool in memcheck racecheck initcheck; do
+        step $tool-model 60 compute-sanitizer --tool $tool --error-exitcode 9 --report-api-errors no ./test_cuda_model data q3c
+    done
+    for shape in "qwen3-30b-a3b nf4" "gpt-oss-20b mxfp4"; do
+        set -- $shape
+        bench "$1" 90 ./esp_bench_gpu "configs/$1" "experts=$2" adam8=1 decode=64
+        bench "$1-4x2048" 60 ./esp_bench_gpu "configs/$1" "experts=$2" adam8=1 sequences=4 steps=5
+        step "experts-$1" 60 ./esp_bench_gpu_experts time "$1" "$2" 512 2048 4096 16384
+    done
+    bench ops-times 90 ./esp_bench_gpu_ops
+    echo "$SECONDS s of the GPU's time"
+    exit $failed
+}
+
+case ${1-} in
+pack) pack "$2" "$3" ;;
+run) run "$2" ;;
+all)
+    pack "$2" "$2/gpu"
+    exec "$2/gpu/gpu.sh" run "$(mkdir -p "$3" && cd "$3" && pwd)"
+    ;;
+*)
+    sed -n '2,6p' "$0"
+    exit 2
+    ;;
+esac
