@@ -109,7 +109,7 @@ typedef struct esp_trainer_config {
     float rollout_timeout;    ///< seconds for one generation call; 0 = none
     float reward_timeout;     ///< seconds for all rewards of one batch; what is late is NaN and counted; 0 = none
     const char *rollouts; ///< HDF5 file of rollouts, or folder of such files in the order of their names, instead of train_file: prompts,
-                          ///< completions and rewards come from there (names and weights of `rewards` must be those of the file)
+                          ///< completions and rewards (names and number of `rewards` must be the file's) or advantages, taken as they are
     const char *save_rollouts; ///< folder that gets each generation as rollouts-NUMBER.h5, as `rollouts` reads it; NULL = none
     bool no_shared_prompts; ///< every sequence runs its prompt itself.  So it is, too, when a router loss is on: that counts tokens as they
                             ///< are run

@@ -348,7 +348,8 @@ static esp_status check_all(scan *s) {
 esp_status espi_rollout_file_check(espi_rollout_summary *summary, const espi_rollout_file *file, const espi_rollout_limits *limits) {
     scan s = {.f = file, .path = espi_rollout_file_path(file), .e = espi_rollout_file_extent(file), .limits = limits, .sum = summary};
     const int64_t version = espi_rollout_file_facts(file)->adapter_version;
-    *summary = (espi_rollout_summary){.rows = s.e->rows, .tokens = s.e->tokens, .first_version = -1, .last_version = -1};
+    *summary =
+        (espi_rollout_summary){.rows = s.e->rows, .tokens = s.e->tokens, .rewards = s.e->rewards, .first_version = -1, .last_version = -1};
     const esp_status status = check_all(&s);
     if (status == ESP_OK && !espi_rollout_file_has(file, ESPI_COLUMN_LOSS_MASK))
         for (int64_t i = 0; i < s.e->rows; i++) summary->counted += s.offsets[i + 1] - s.offsets[i] - s.n_prompt[i];

@@ -259,6 +259,7 @@ static void add_summary(espi_rollout_summary *total, const espi_rollout_summary 
         *total = *s;
         return;
     }
+    if (s->rewards == 0) total->rewards = 0;
     total->rows += s->rows;
     total->groups += s->groups;
     total->tokens += s->tokens;

@@ -28,6 +28,7 @@ typedef struct espi_rollout_summary {
     int64_t rows, groups, group_size, tokens, counted; /* counted: by the loss */
     int64_t longest, longest_completion, truncated;    /* in tokens; rows */
     int64_t with_logprob;                              /* of the counted tokens */
+    int64_t rewards;                                   /* of a row; 0 = advantages only, in one of the files at least */
     int64_t unscored, without_spread;                  /* rewards that are NaN; groups whose first reward is the same in all rows */
     int64_t first_version, last_version;               /* of the adapter; -1 = not said */
 } espi_rollout_summary;

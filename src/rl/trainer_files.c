@@ -39,6 +39,9 @@ esp_status espi_files_source(esp_trainer *t) {
     free(names);
     ESPI_TRY(status);
     ESPI_TRY(check_steps(t, &sum));
+    if (t->c.shuffle_rewards && sum.rewards == 0)
+        return ESPI_FAIL(ESP_ERR_ARG, "shuffle_rewards with %s: it has advantages and no rewards, expected rewards: leave it out",
+                         t->c.rollouts);
     espi_rollout_correction_tell(told, &sum, corrections[t->c.correction]);
     espi_log(t->model->ctx, ESP_LOG_INFO, "rollouts of %s: %lld groups of %lld; correction %s", t->c.rollouts, (long long)sum.groups,
              (long long)sum.group_size, told);

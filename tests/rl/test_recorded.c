@@ -2,6 +2,8 @@
 #include "demo.h"
 
 #include "io/file.h"
+#include "rl/rollout_file.h"
+#include <math.h>
 
 enum { STEPS = 4 };
 
@@ -126,6 +128,27 @@ static void refuses(const esp_trainer_config *c, esp_status code, const char *wo
     demo_free(&d);
 }
 
+/* One group of two rows, as another program would score them. */
+static void write_advantages(const char *path) {
+    const espi_rollouts_shape shape = {.rows = 2, .group_size = 2, .tokens = 6};
+    const espi_rollout_facts facts = ESPI_ROLLOUT_FACTS_NONE;
+    espi_rollouts r;
+    OK(espi_rollouts_create(&r, &shape));
+    for (int i = 0; i < 2; i++) {
+        r.offsets[i + 1] = 3 * (i + 1);
+        r.n_prompt[i] = 1;
+        r.advantage[i] = i ? -0.5 : 0.5;
+        for (int k = 0; k < 3; k++) {
+            r.tokens[3 * i + k] = 20 + i + k;
+            r.loss_mask[3 * i + k] = k > 0;
+            r.sampler_logprob[3 * i + k] = k > 0 ? NAN : 0;
+        }
+    }
+    r.has_advantages = 1;
+    OK(espi_rollouts_save(path, &r, NULL, NULL, &facts));
+    espi_rollouts_free(&r);
+}
+
 Test(recorded, refusals) {
     char files[256];
     demo_folder(files, "refused");
@@ -153,6 +176,21 @@ Test(recorded, refusals) {
     a = demo_trainer(&c);
     FAILS(ESP_ERR_MISMATCH, "sampled at temperature 1, expected 0.5", esp_trainer_step(a.trainer, NULL));
     demo_free(&a);
+    c.temperature = 0;
+    c.shuffle_rewards = true;
+    c.prompts_per_step = c.steps = 1;
+    c.group_size = 2;
+    char advantages[300];
+    snprintf(advantages, sizeof advantages, "%s.h5", files);
+    write_advantages(advantages);
+    c.rollouts = advantages;
+    refuses(&c, ESP_ERR_ARG, "it has advantages and no rewards");
+    c.shuffle_rewards = false;
+    a = demo_trainer(&c);
+    OK(esp_trainer_step(a.trainer, NULL));
+    cr_expect_eq(a.trainer->rollouts.advantage[1], -0.5);
+    demo_free(&a);
+    remove(advantages);
     c.rollouts = "/nonexistent.h5";
     refuses(&c, ESP_ERR_IO, "/nonexistent.h5");
     c = ESP_TRAINER_CONFIG(.kind = ESP_TRAIN_SFT, .train_file = DEMO_LINES, .save_rollouts = files);
