@@ -117,6 +117,7 @@ static const option options[] = {
     {"top_k", I32, NOT_NEGATIVE, T(top_k), GRPO, NULL, "training samples among the k likeliest tokens; 0 = all (0)"},
     {"top_p", REAL, POSITIVE, T(top_p), GRPO, NULL, "among the likeliest that add up to p (1)"},
     {"min_p", REAL, NOT_NEGATIVE, T(min_p), GRPO, NULL, "among those at least so likely as this share of the likeliest (0)"},
+    {"decode_rows", I32, POSITIVE, T(decode_rows), BOTH, NULL, "completions sampled together, for a smaller KV cache (all of a step)"},
     {"rollout_timeout", REAL, NOT_NEGATIVE, T(rollout_timeout), GRPO, NULL, "seconds for one generation call; 0 = none (0)"},
     {"shuffle_rewards", FLAG, ANY, T(shuffle_rewards), GRPO, NULL, "control run: rewards change owners within a step; must not learn"},
     {"no_thinking", FLAG, ANY, T(no_thinking), BOTH, NULL, "chat messages: answers begin with an empty thinking block"},

@@ -114,6 +114,8 @@ typedef struct esp_trainer_config {
     bool no_shared_prompts; ///< every sequence runs its prompt itself.  So it is, too, when a router loss is on: that counts tokens as they
                             ///< are run
     bool no_kl_on_zero_adv; ///< groups without any advantage have no KL term either, so they may be skipped with beta > 0 as well
+    int32_t decode_rows;    ///< completions sampled together: what the KV cache has room for; default: all of a step.  With it and
+                            ///< micro_batch_tokens the memory of a run does not depend on how many completions a step has
     esp_stop_fn stop;
     void *stop_user;
 } esp_trainer_config;

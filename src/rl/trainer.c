@@ -69,7 +69,9 @@ static bool needs_sampler(const esp_trainer *t) {
 static esp_sampler_config sampler_config(const esp_trainer *t) {
     const bool grpo = samples(t);
     const int32_t train = grpo ? t->train.longest_prompt : 0, eval = t->eval.longest_prompt;
-    return ESP_SAMPLER_CONFIG(.max_sequences = grpo ? (int32_t)t->rows : SFT_EVAL_SEQUENCES,
+    return ESP_SAMPLER_CONFIG(.max_sequences = t->c.decode_rows ? t->c.decode_rows
+                                               : grpo           ? (int32_t)t->rows
+                                                                : SFT_EVAL_SEQUENCES,
                               .max_length = (train > eval ? train : eval) + t->c.max_new_tokens, .max_kept = (int32_t)t->most_kept,
                               .record_routes = grpo && !t->c.server && t->c.replay != ESP_REPLAY_NONE && t->c.replay != ESP_REPLAY_R2);
 }

@@ -181,6 +181,7 @@ static esp_status check_numbers(const esp_trainer_config *c) {
                          : c->early_stop < 0     ? "early_stop"
                          : c->ref_sync_every < 0 ? "ref_sync_every"
                                                  : "top_k");
+    if (c->decode_rows < 0) return ESPI_FAIL(ESP_ERR_ARG, "decode_rows: got %d, expected a positive number (0 = all)", c->decode_rows);
     if (c->keep_checkpoints < 0 || c->keep_checkpoints > ESPI_KEPT_CHECKPOINTS_MAX)
         return ESPI_FAIL(ESP_ERR_ARG, "keep_checkpoints: got %d, expected 0 to %d", c->keep_checkpoints, ESPI_KEPT_CHECKPOINTS_MAX);
     const double any = 1e30;

@@ -488,6 +488,45 @@ Test(options, r2_replays_the_routes_of_the_old_policy) {
     demo_free(&d);
 }
 
+/* R3, the default: on a CPU the trainer's routers choose what the sampler's chose, and its log-probabilities are the same bits. */
+Test(options, r3_of_our_own_sampler_has_no_flips) {
+    for (int off = 0; off < 2; off++) {
+        esp_trainer_config c = small(1);
+        c.no_skip = true;
+        c.replay = off ? ESP_REPLAY_NONE : ESP_REPLAY_DEFAULT;
+        demo d = demo_trainer(&c);
+        run(&d, 1);
+        const espi_step_sums *s = &d.trainer->sums;
+        cr_assert_eq(s->routes_replayed > 0, !off);
+        cr_assert(s->route_flips == 0 && s->diff_max == 0 && s->tokens > 0);
+        demo_free(&d);
+    }
+}
+
+/* Filters: training sees the distribution that was sampled from. */
+Test(options, filtered_tokens_have_the_samplers_logprobs) {
+    const struct {
+        int32_t top_k;
+        float top_p, min_p;
+    } filters[] = {{3, 0, 0}, {0, 0.9f, 0}, {0, 0, 0.1f}, {5, 0.95f, 0.02f}};
+    for (size_t i = 0; i < sizeof filters / sizeof *filters; i++) {
+        esp_trainer_config c = small(2);
+        c.top_k = filters[i].top_k;
+        c.top_p = filters[i].top_p;
+        c.min_p = filters[i].min_p;
+        c.updates_per_batch = 2;
+        c.no_skip = true;
+        c.objective.beta = 0.01f; /* the reference's passes see it too */
+        demo d = demo_trainer(&c);
+        OK(espi_trainer_sample(d.trainer));
+        cr_assert(d.trainer->rollouts.shape.filtered == 1 && d.trainer->rollouts.shape.kept > 0);
+        OK(espi_update(d.trainer));
+        const espi_step_sums *s = &d.trainer->sums;
+        cr_assert(s->diff_max == 0 && s->ratio == s->tokens && s->kl == 0, "filter %zu: %g", i, s->diff_max);
+        demo_free(&d);
+    }
+}
+
 /* ---- entropy ---- */
 
 Test(options, the_entropy_controller_steps_towards_its_target) {
@@ -510,6 +549,44 @@ Test(options, the_entropy_controller_steps_towards_its_target) {
     for (int i = 0; i < 3; i++) OK(esp_trainer_step(d.trainer, NULL));
     cr_assert(d.trainer->entropy_coef == 0 && !d.trainer->entropy_acts);
     demo_free(&d);
+}
+
+/* ---- memory ---- */
+
+static size_t peak(int32_t prompts, int32_t group) {
+    esp_trainer_config c = small(2);
+    size_t planned, measured;
+    c.steps = 1;
+    c.prompts_per_step = prompts;
+    c.group_size = group;
+    c.micro_batch_tokens = 200;
+    c.decode_rows = 8;
+    demo d = demo_trainer(&c);
+    run(&d, 1);
+    OK(esp_trainer_memory(d.trainer, &planned, &measured));
+    cr_assert_eq(planned, measured);
+    demo_free(&d);
+    return measured;
+}
+
+/* How many completions a step has costs no tensor memory, where the tokens of a forward and the rows decoded together are fixed. */
+Test(options, peak_memory_does_not_grow_with_the_completions) {
+    /* Below 200 rows a few of them are all that a forward of 200 tokens may hold. */
+    const size_t enough = peak(25, 8);
+    cr_assert_eq(peak(50, 8), enough);
+    cr_assert_eq(peak(8, 32), enough);
+}
+
+/* Rows that wait are drawn as if they had not. */
+Test(options, rows_decoded_together_do_not_show) {
+    esp_trainer_config c = small(2), all = c;
+    c.decode_rows = 3;
+    demo a = demo_trainer(&c), b = demo_trainer(&all);
+    run(&a, 2);
+    run(&b, 2);
+    demo_same_state(&a, &b);
+    demo_free(&a);
+    demo_free(&b);
 }
 
 /* ---- the folder ---- */
