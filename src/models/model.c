@@ -493,6 +493,12 @@ esp_status esp_model_zero_grad(esp_model *model) {
     if (!model) return ESPI_FAIL(ESP_ERR_ARG, "esp_model_zero_grad: model is NULL");
     const size_t real = model->ctx->real_size;
     espi_arena none = espi_arena_over(NULL, 0);
+    if (model->ctx->device) { /* one call for all: they stand behind the parameters */
+        size_t parameters, gradients;
+        espi_adapter_bytes(&parameters, &gradients, model, real);
+        const espi_zero all = {.out = (unsigned char *)model->adapter.p + parameters, .bytes = gradients};
+        return espi_op_zero(model->ctx, &none, &all);
+    }
     for (int64_t i = 0; i < model->n_params; i++) {
         const esp_param *p = &model->params[i];
         const esp_tensor view = esp_tensor_view(p->grad, p->dtype, p->rank, p->dims);

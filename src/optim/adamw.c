@@ -20,6 +20,7 @@ typedef struct moments {
     bool eight_bit;
     void *m, *v;                /* real [count], or codes u8 [count] */
     float *absmax_m, *absmax_v; /* [blocks] of codes, else NULL */
+    int64_t run;                /* how many tensors from this one on are updated by one call; 0: an earlier one's call does it */
 } moments;
 
 struct esp_optim {
@@ -95,6 +96,23 @@ static void add_stack(esp_optim *o, const espi_lora *lora, const espi_stack *w) 
     add_branch(o, lora, w->experts, w->cols, w->rows);
 }
 
+/* On a device each call costs more than a small tensor: those that stand behind one another without a gap, and whose blocks end with them,
+ * are updated as one.  Parameters do so where no gradient of another kind stands between theirs.  (On a CPU every tensor has its own call:
+ * the norm is then summed tensor by tensor.) */
+static void find_runs(esp_optim *o) {
+    const esp_model *model = o->model;
+    const bool merge = model->ctx->device && !model->options.train_router;
+    for (int64_t i = 0, n; i < o->n; i += n) {
+        n = 1;
+        for (const moments *t = &o->tensors[i]; merge && i + n < o->n; n++) {
+            const moments *last = &o->tensors[i + n - 1];
+            const bool whole = (size_t)last->count * model->ctx->real_size % ESPI_ALIGN == 0 && last->count % EIGHT_BIT_BLOCK == 0;
+            if (!whole || t->eight_bit != o->tensors[i + n].eight_bit) break;
+        }
+        o->tensors[i].run = n;
+    }
+}
+
 /* Settings, and the size of every trained tensor from the layers' shapes, which a plan has too: in the order of model.params. */
 static esp_status describe(esp_optim *o, esp_model *model, const esp_adamw_config *config) {
     o->model = model;
@@ -111,17 +129,40 @@ static esp_status describe(esp_optim *o, esp_model *model, const esp_adamw_confi
         add_stack(o, &layer->lora_down, &layer->down);
     }
     for (int64_t i = 0; i < o->n; i++) o->tensors[i].eight_bit = o->set.eight_bit && o->tensors[i].count >= EIGHT_BIT_MIN;
+    find_runs(o);
     return ESP_OK;
 }
 
-static esp_status take_moments(espi_arena *arena, moments *t, size_t real_size) {
-    size_t bytes = (size_t)t->count * (t->eight_bit ? 1 : real_size);
-    ESPI_TRY(espi_arena_take(arena, bytes, &t->m));
-    ESPI_TRY(espi_arena_take(arena, bytes, &t->v));
-    if (!t->eight_bit) return ESP_OK;
-    size_t scales = (size_t)((t->count + EIGHT_BIT_BLOCK - 1) / EIGHT_BIT_BLOCK) * sizeof(float);
-    ESPI_TRY(espi_arena_take(arena, scales, &t->absmax_m));
-    return espi_arena_take(arena, scales, &t->absmax_v);
+static int64_t run_count(const esp_optim *o, int64_t first) {
+    int64_t count = 0;
+    for (int64_t i = 0; i < o->tensors[first].run; i++) count += o->tensors[first + i].count;
+    return count;
+}
+
+static void *after(void *p, size_t bytes) {
+    return p ? (unsigned char *)p + bytes : NULL;
+}
+
+/* Those of a run in one piece each. */
+static esp_status take_moments(esp_optim *o, int64_t first) {
+    moments *t = &o->tensors[first];
+    const int64_t all = run_count(o, first);
+    const size_t size = t->eight_bit ? 1 : o->model->ctx->real_size;
+    ESPI_TRY(espi_arena_take(&o->arena, (size_t)all * size, &t->m));
+    ESPI_TRY(espi_arena_take(&o->arena, (size_t)all * size, &t->v));
+    if (t->eight_bit) {
+        const size_t scales = (size_t)((all + EIGHT_BIT_BLOCK - 1) / EIGHT_BIT_BLOCK) * sizeof(float);
+        ESPI_TRY(espi_arena_take(&o->arena, scales, &t->absmax_m));
+        ESPI_TRY(espi_arena_take(&o->arena, scales, &t->absmax_v));
+    }
+    for (int64_t i = 1; i < t->run; i++) {
+        const size_t count = (size_t)t[i - 1].count, scales = count / EIGHT_BIT_BLOCK * sizeof(float);
+        t[i].m = after(t[i - 1].m, count * size);
+        t[i].v = after(t[i - 1].v, count * size);
+        t[i].absmax_m = after(t[i - 1].absmax_m, scales);
+        t[i].absmax_v = after(t[i - 1].absmax_v, scales);
+    }
+    return ESP_OK;
 }
 
 /* The parameter of tensor i; without pointers in a plan, which has no parameters yet. */
@@ -131,8 +172,8 @@ static esp_param param(const esp_optim *o, int64_t i) {
 
 static esp_status square_sum(esp_optim *o) {
     if (!o->arena.dry) ESPI_TRY(espi_ctx_zero(o->model->ctx, o->square_sum, sizeof *o->square_sum));
-    for (int64_t i = 0; i < o->n; i++) {
-        espi_sumsq args = {.out = o->square_sum, .x = param(o, i).grad, .n = o->tensors[i].count};
+    for (int64_t i = 0; i < o->n; i += o->tensors[i].run) {
+        espi_sumsq args = {.out = o->square_sum, .x = param(o, i).grad, .n = run_count(o, i)};
         ESPI_TRY(espi_op_sumsq(o->model->ctx, &o->arena, &args));
     }
     return ESP_OK;
@@ -140,9 +181,10 @@ static esp_status square_sum(esp_optim *o) {
 
 static esp_status update(esp_optim *o, double lr, double grad_scale) {
     const espi_adamw_settings *s = &o->set;
-    for (int64_t i = 0; i < o->n; i++) {
+    for (int64_t i = 0; i < o->n; i += o->tensors[i].run) {
         const moments *t = &o->tensors[i];
         const esp_param p = param(o, i);
+        const int64_t count = run_count(o, i);
         if (t->eight_bit) {
             espi_adamw8 args = {.p = p.data,
                                 .state1 = t->m,
@@ -152,7 +194,7 @@ static esp_status update(esp_optim *o, double lr, double grad_scale) {
                                 .g = p.grad,
                                 .map1 = o->map1,
                                 .map2 = o->map2,
-                                .n = t->count,
+                                .n = count,
                                 .step = o->step + 1,
                                 .lr = lr,
                                 .beta1 = s->beta1,
@@ -166,7 +208,7 @@ static esp_status update(esp_optim *o, double lr, double grad_scale) {
                                .m = t->m,
                                .v = t->v,
                                .g = p.grad,
-                               .n = t->count,
+                               .n = count,
                                .step = o->step + 1,
                                .lr = lr,
                                .beta1 = s->beta1,
@@ -196,7 +238,7 @@ static esp_status take_map(const float **map, esp_optim *o, bool is_signed) {
 static esp_status take_all(esp_optim *o) {
     ESPI_TRY(take_map(&o->map1, o, true));
     ESPI_TRY(take_map(&o->map2, o, false));
-    for (int64_t i = 0; i < o->n; i++) ESPI_TRY(take_moments(&o->arena, &o->tensors[i], o->model->ctx->real_size));
+    for (int64_t i = 0; i < o->n; i += o->tensors[i].run) ESPI_TRY(take_moments(o, i));
     return espi_arena_take(&o->arena, sizeof *o->square_sum, &o->square_sum);
 }
 

@@ -5,7 +5,8 @@
 
 #include <stdlib.h>
 
-enum { DEFAULT_SEQUENCES = 128, DEFAULT_LENGTH_CAP = 4096 };
+/* A GPU is not filled by the few prompts of one length that a CPU prefills at a time. */
+enum { DEFAULT_SEQUENCES = 128, DEFAULT_LENGTH_CAP = 4096, DEVICE_PASS_TOKENS = 4096 };
 
 static int64_t kv_width(const esp_model *model) {
     return model->config.kv_heads * model->config.head_dim;
@@ -158,6 +159,7 @@ static esp_status plan(esp_sampler *s, esp_model *model, const esp_sampler_confi
     s->model = model;
     ESPI_TRY(read_config(s, config));
     s->pass_tokens = s->sequences + (s->sequences > s->length ? s->sequences : s->length);
+    if (model->ctx->device && s->pass_tokens < DEVICE_PASS_TOKENS) s->pass_tokens = DEVICE_PASS_TOKENS;
     if (s->sequences > INT32_MAX / s->length || s->pass_tokens > INT32_MAX / model->config.top_k)
         return ESPI_FAIL(ESP_ERR_ARG, "sampler: got %lld sequences of up to %lld tokens, expected at most %d cache rows: lower one of them",
                          (long long)s->sequences, (long long)s->length, INT32_MAX);

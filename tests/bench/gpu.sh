@@ -79,7 +79,8 @@ run() { # RESULTS
     done
     for shape in "qwen3-30b-a3b nf4" "gpt-oss-20b mxfp4"; do
         set -- $shape
-        bench "$1" 90 ./esp_bench_gpu "configs/$1" "experts=$2" adam8=1 decode=64
+        bench "$1" 90 ./esp_bench_gpu "configs/$1" "experts=$2" adam8=1 decode=64 profile=1
+        bench "$1-least-memory" 60 ./esp_bench_gpu "configs/$1" "experts=$2" adam8=1 budget=1 steps=5
         bench "$1-4x2048" 60 ./esp_bench_gpu "configs/$1" "experts=$2" adam8=1 sequences=4 steps=5
         step "experts-$1" 60 ./esp_bench_gpu_experts time "$1" "$2" 512 2048 4096 16384
     done
