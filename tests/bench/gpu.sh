@@ -7,7 +7,7 @@
 set -u
 here=$(cd "$(dirname "$0")" && pwd)
 programs="tests/cuda/test_cuda_device tests/cuda/test_cuda_model tests/cuda/test_cuda_ops tests/bench/esp_bench_gpu
-    tests/bench/esp_bench_gpu_experts tests/bench/esp_bench_gpu_ops espalier"
+    tests/bench/esp_bench_gpu_ops"
 folders="q3a/model q3a/model_nf4 q3a/model_nf4_dq q3b/model q3c/model ol/model go1/model go2/model mx/model vl/model vla/model gla/model
     glb/model"
 
@@ -15,7 +15,7 @@ pack() { # BUILD DIR
     root=$(cd "$here/../.." && pwd)
     cmake -S "$root" -B "$1" -DCMAKE_BUILD_TYPE=Release -DESPALIER_CUDA=ON -DESPALIER_DNNL=OFF -DESPALIER_CBLAS=OFF -DESPALIER_CURL=OFF \
         -DCMAKE_CUDA_ARCHITECTURES=90a-real >/dev/null || exit 1
-    for program in $programs; do targets="${targets-} $(basename "$program" | sed 's/^espalier$/espalier_cli/')"; done
+    for program in $programs; do targets="${targets-} $(basename "$program")"; done
     # shellcheck disable=SC2086  # a list of words
     cmake --build "$1" --parallel --target $targets || exit 1
     mkdir -p "$2/lib" "$2/data" "$2/configs"
@@ -71,20 +71,19 @@ run() { # RESULTS
     [ -n "$device" ] || { echo "no GPU here: nvidia-smi names none"; exit 77; }
     chmod +x ./*
     step device 60 ./test_cuda_device
-    step ops 120 ./test_cuda_ops
-    step experts 90 ./esp_bench_gpu_experts check
-    step model 120 ./test_cuda_model data
+    step model 90 ./test_cuda_model data
+    for shape in "qwen3-30b-a3b nf4" "gpt-oss-20b mxfp4"; do
+        # shellcheck disable=SC2086  # two words
+        set -- $shape
+        bench "$1" 60 ./esp_bench_gpu "configs/$1" "experts=$2" adam8=1 decode=64 profile=1
+        bench "$1-4x2048" 40 ./esp_bench_gpu "configs/$1" "experts=$2" adam8=1 sequences=4 steps=5
+        bench "$1-least-memory" 40 ./esp_bench_gpu "configs/$1" "experts=$2" adam8=1 budget=1 steps=5
+    done
+    step ops 60 ./test_cuda_ops
     for tool in memcheck racecheck initcheck; do
         step $tool-model 60 compute-sanitizer --tool $tool --error-exitcode 9 --report-api-errors no ./test_cuda_model data q3c
     done
-    for shape in "qwen3-30b-a3b nf4" "gpt-oss-20b mxfp4"; do
-        set -- $shape
-        bench "$1" 90 ./esp_bench_gpu "configs/$1" "experts=$2" adam8=1 decode=64 profile=1
-        bench "$1-least-memory" 60 ./esp_bench_gpu "configs/$1" "experts=$2" adam8=1 budget=1 steps=5
-        bench "$1-4x2048" 60 ./esp_bench_gpu "configs/$1" "experts=$2" adam8=1 sequences=4 steps=5
-        step "experts-$1" 60 ./esp_bench_gpu_experts time "$1" "$2" 512 2048 4096 16384
-    done
-    bench ops-times 90 ./esp_bench_gpu_ops
+    bench ops-times 60 ./esp_bench_gpu_ops
     echo "$SECONDS s of the GPU's time"
     exit $failed
 }
