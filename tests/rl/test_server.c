@@ -192,6 +192,34 @@ Test(server, a_new_version_changes_the_distribution, .timeout = 60) {
     bench_free(&b);
 }
 
+/* What names of their own guard against: the mock, as servers do, answers for an adapter that took another's name from what it had. */
+Test(server, a_name_that_is_used_again_is_stale, .timeout = 60) {
+    bench b = bench_make(NULL, NULL, 1);
+    static const char request[] =
+        "{\"model\":\"%s\",\"prompt\":[1,5,6,7],\"n\":1,\"max_tokens\":4,\"temperature\":1,\"top_p\":1,\"top_k\":-1,\"min_p\":0,"
+        "\"repetition_penalty\":1,\"presence_penalty\":0,\"frequency_penalty\":0,\"min_tokens\":0,\"logprobs\":0,\"seed\":5,"
+        "\"ignore_eos\":true,\"return_token_ids\":true,\"add_special_tokens\":false,\"stop_token_ids\":[2]}";
+    static const char *const names[] = {"same", "same", "other"};
+    mock_answer answers[ESPI_COUNT(names)];
+    for (int i = 0; i < ESPI_COUNT(names); i++) {
+        char path[ESPI_PATH_MAX], json[1024];
+        OK(espi_path_join(path, b.dir, i ? "second" : "first"));
+        train(b.demo.model, 1, i == 1 ? 0.02f : 0);
+        OK(esp_model_save_adapter(b.demo.model, path));
+        mock_tell(&b.mock, "/v1/load_lora_adapter", "{\"lora_name\":\"%s\",\"lora_path\":\"%s\",\"load_inplace\":true}", names[i], path);
+        snprintf(json, sizeof json, request, names[i]);
+        OK(mock_ask(&answers[i], &b.mock, "/v1/completions", json));
+        answers[i].text[strcspn(answers[i].text, "}")] = '\0'; /* up to the end of the log-probabilities; without names */
+    }
+    const char *first = strstr(answers[0].text, "token_logprobs"), *same = strstr(answers[1].text, "token_logprobs"),
+               *other = strstr(answers[2].text, "token_logprobs");
+    cr_assert(first && same && other);
+    cr_assert_str_eq(same, first);
+    cr_assert_str_neq(other, first);
+    cr_assert_eq(mock_count(&b.mock, "stale"), 1);
+    bench_free(&b);
+}
+
 Test(server, nothing_is_left_behind, .timeout = 60) {
     bench b = bench_make(NULL, NULL, 1);
     OK(bench_open(&b));
@@ -356,6 +384,15 @@ Test(server, model_context_and_adapters_are_checked_first, .timeout = 60) {
     b.config.adapter_path = NULL;
     FAILS(ESP_ERR_COMM, "/health", bench_open(&b));
     b.mock = mock_start(DEMO_MODEL, NULL);
+    bench_free(&b);
+}
+
+Test(server, the_key_is_sent, .timeout = 60) {
+    bench b = bench_make("--key", "s3cret", 1);
+    unsetenv("ESP_SERVER_KEY");
+    FAILS(ESP_ERR_ARG, "/v1/models refuses with 401: Unauthorized", bench_open(&b));
+    setenv("ESP_SERVER_KEY", "s3cret", 1);
+    OK(bench_open(&b));
     bench_free(&b);
 }
 

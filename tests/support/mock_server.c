@@ -1,7 +1,7 @@
 /* A server for the tests: what vLLM's OpenAI-compatible server does for completions and adapters, with our own sampler behind it, on a free
  * port of the loopback interface.  And what servers do on bad days: see `kinds`.
  *
- *   mock_server MODEL [--processed] [--routes] [--no-lora] [--deaf] [--context N]
+ *   mock_server MODEL [--processed] [--routes] [--no-lora] [--deaf] [--context N] [--key K]
  *
  * It prints "port N" and serves until its standard input ends, so it never outlives the test that started it.
  *   POST /mock/misbehave {"kind":K, "count":n, "seconds":s}     the next n requests that K fits
@@ -123,6 +123,7 @@ static struct {
     pthread_mutex_t lock;
     bool processed, routes, lora, deaf;
     int64_t context;
+    const char *key; /* that requests below /v1 must bring; NULL = none */
     esp_ctx *ctx;
     esp_model *model;
     esp_sampler *sampler;
@@ -540,7 +541,11 @@ static planned choose(int fits) {
 }
 
 /* The answer; *slow: seconds to wait before it is sent. */
-static answer serve(const char *method, const char *url, const request *r, const char *id, double *slow) {
+static answer serve(const char *method, const char *url, const request *r, const char *id, const char *authorization, double *slow) {
+    static const char bearer[] = "Bearer ";
+    if (mock.key && strncmp(url, "/v1/", 4) == 0 &&
+        (!authorization || strncmp(authorization, bearer, strlen(bearer)) != 0 || strcmp(authorization + strlen(bearer), mock.key) != 0))
+        return failure(401, "Unauthorized");
     const bool get = strcmp(method, "GET") == 0;
     if (get && strcmp(url, "/health") == 0) return text(200, "");
     if (get && strcmp(url, "/v1/models") == 0) return list_models();
@@ -633,7 +638,8 @@ static enum MHD_Result handle(void *user, struct MHD_Connection *connection, con
     }
     double slow = 0;
     pthread_mutex_lock(&mock.lock);
-    const answer a = serve(method, url, r, MHD_lookup_connection_value(connection, MHD_HEADER_KIND, "X-Request-Id"), &slow);
+    const answer a = serve(method, url, r, MHD_lookup_connection_value(connection, MHD_HEADER_KIND, "X-Request-Id"),
+                           MHD_lookup_connection_value(connection, MHD_HEADER_KIND, "Authorization"), &slow);
     pthread_mutex_unlock(&mock.lock);
     if (slow > 0) nanosleep(&(struct timespec){(time_t)slow, (long)((slow - floor(slow)) * 1e9)}, NULL);
     return send_answer(connection, a);
@@ -662,7 +668,7 @@ static void open_model(const char *dir) {
 
 int main(int argc, char **argv) {
     if (argc < 2) {
-        fprintf(stderr, "usage: mock_server MODEL [--processed] [--routes] [--no-lora] [--deaf] [--context N]\n");
+        fprintf(stderr, "usage: mock_server MODEL [--processed] [--routes] [--no-lora] [--deaf] [--context N] [--key K]\n");
         return 2;
     }
     for (int i = 2; i < argc; i++) {
@@ -671,6 +677,7 @@ int main(int argc, char **argv) {
         if (strcmp(argv[i], "--no-lora") == 0) mock.lora = false;
         if (strcmp(argv[i], "--deaf") == 0) mock.deaf = true; /* adapters are loaded, and the base answers */
         if (strcmp(argv[i], "--context") == 0 && i + 1 < argc) mock.context = atoi(argv[i + 1]);
+        if (strcmp(argv[i], "--key") == 0 && i + 1 < argc) mock.key = argv[i + 1];
     }
     open_model(argv[1]);
     const struct sockaddr_in address = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
