@@ -65,6 +65,12 @@ static __device__ __forceinline__ uint4 dev_load_shared(uint32_t address) {
     return v;
 }
 
+static __device__ __forceinline__ uint32_t dev_load_shared4(uint32_t address) {
+    uint32_t v;
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+    return v;
+}
+
 /* Keeps a value in a register of its own up to here: several results are ready before the first is stored. */
 static __device__ __forceinline__ void dev_pin(uint4 &v) {
     asm volatile("" : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w));

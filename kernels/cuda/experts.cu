@@ -11,20 +11,20 @@ static size_t low_bytes(const espi_lora *lora, const espi_routing *routing) {
     return rounded((size_t)(routing->tokens * routing->top_k * lora->r) * sizeof(bf16));
 }
 
-/* Whether the tensor-core kernels of sm_90a were built in and the device runs them; else, or where they refuse the case, the plain ones. */
+/* Whether the tensor-core kernels take the case; else the plain ones do. */
 static bool is_fast(const espi_stack *w, const espi_lora *lora, const espi_routing *routing, product_kind kind) {
-    return !product_wgmma_refusal(w, lora, routing, kind) && product_wgmma_available();
+    return !product_tiled_refusal(w, lora, routing, kind);
 }
 
 static size_t product_scratch(const product_args *p, const espi_lora *lora, product_kind kind) {
-    return is_fast(&p->w, lora, &p->routing, kind) ? product_wgmma_scratch(p, kind) : product_plain_scratch(p, kind);
+    return is_fast(&p->w, lora, &p->routing, kind) ? product_tiled_scratch(p, kind) : product_plain_scratch(p, kind);
 }
 
 static esp_status product(const espi_exec *exec, const product_args *p, const espi_lora *lora, product_kind kind, size_t used) {
     const espi_cuda *cuda = (const espi_cuda *)exec->device;
     void *scratch = (char *)exec->scratch + used;
     if (is_fast(&p->w, lora, &p->routing, kind))
-        return espi_cuda_check(product_wgmma(p, kind, scratch, cuda->sms, cuda->stream), "the product with packed experts");
+        return espi_cuda_check(product_tiled(p, kind, scratch, cuda->sms, cuda->stream), "the product with packed experts");
     return espi_cuda_check(product_plain(p, kind, scratch, cuda->stream), "the product with experts");
 }
 

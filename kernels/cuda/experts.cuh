@@ -87,6 +87,20 @@ static __device__ __forceinline__ glu_value glu_slopes(float g, float u, const g
     return v;
 }
 
+/* Eight neighbouring gates and their ups: two in a word. */
+struct gate_up_words {
+    uint32_t gate[4], up[4];
+};
+
+/* From the two 16-byte loads that hold them: gates and ups, or both interleaved. */
+static __device__ __forceinline__ gate_up_words split_gate_up(uint4 first, uint4 second, bool interleaved) {
+    if (!interleaved) return gate_up_words{{first.x, first.y, first.z, first.w}, {second.x, second.y, second.z, second.w}};
+    return gate_up_words{{dev_prmt(first.x, first.y, 0x5410u), dev_prmt(first.z, first.w, 0x5410u), dev_prmt(second.x, second.y, 0x5410u),
+                          dev_prmt(second.z, second.w, 0x5410u)},
+                         {dev_prmt(first.x, first.y, 0x7632u), dev_prmt(first.z, first.w, 0x7632u), dev_prmt(second.x, second.y, 0x7632u),
+                          dev_prmt(second.z, second.w, 0x7632u)}};
+}
+
 /* ---- pack.cu ---- */
 /* Bytes of the records of one expert; 0: it does not tile or is not 4-bit.  Packs the experts of w, whose data must be aligned to 16. */
 size_t espi_record_bytes(const espi_stack *w);
@@ -117,10 +131,9 @@ struct product_args {
 /* Bytes of scratch; the launch; the reason for a refusal, or NULL. */
 size_t product_plain_scratch(const product_args *p, product_kind kind);
 cudaError_t product_plain(const product_args *p, product_kind kind, void *scratch, cudaStream_t stream);
-bool product_wgmma_available();
-const char *product_wgmma_refusal(const espi_stack *w, const espi_lora *lora, const espi_routing *routing, product_kind kind);
-size_t product_wgmma_scratch(const product_args *p, product_kind kind);
-cudaError_t product_wgmma(const product_args *p, product_kind kind, void *scratch, int multiprocessors, cudaStream_t stream);
+const char *product_tiled_refusal(const espi_stack *w, const espi_lora *lora, const espi_routing *routing, product_kind kind);
+size_t product_tiled_scratch(const product_args *p, product_kind kind);
+cudaError_t product_tiled(const product_args *p, product_kind kind, void *scratch, int multiprocessors, cudaStream_t stream);
 
 /* ---- low-rank branches: experts_lora.cu ---- */
 /* low_s = factor * L_e in_s; L: A [E,r,width], or B [E,width,r] when across.  Also, where weight: weighted_s = weight_s * low_s and

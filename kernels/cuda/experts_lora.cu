@@ -215,17 +215,11 @@ static __global__ __launch_bounds__(128) void outer_product(outer_args p, const 
 
 /* The activation of eight neighbouring values from their gates and ups. */
 static __device__ __forceinline__ uint4 activate8(uint4 first, uint4 second, const glu_rule &rule) {
-    const uint32_t a[4] = {first.x, first.y, first.z, first.w}, b[4] = {second.x, second.y, second.z, second.w};
+    const gate_up_words v = split_gate_up(first, second, rule.interleaved);
     uint32_t out[4];
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        if (rule.interleaved) {
-            const uint32_t *pair = i < 2 ? a + 2 * i : b + 2 * (i - 2);
-            out[i] = dev_bf16x2(glu(dev_lo(pair[0]), dev_hi(pair[0]), rule), glu(dev_lo(pair[1]), dev_hi(pair[1]), rule));
-        } else {
-            out[i] = dev_bf16x2(glu(dev_lo(a[i]), dev_lo(b[i]), rule), glu(dev_hi(a[i]), dev_hi(b[i]), rule));
-        }
-    }
+    for (int i = 0; i < 4; i++)
+        out[i] = dev_bf16x2(glu(dev_lo(v.gate[i]), dev_lo(v.up[i]), rule), glu(dev_hi(v.gate[i]), dev_hi(v.up[i]), rule));
     return make_uint4(out[0], out[1], out[2], out[3]);
 }
 

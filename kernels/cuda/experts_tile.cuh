@@ -1,0 +1,254 @@
+/* What the tiled products with the expert stacks share (experts_wgmma.cu, experts_mma.cu): how a tile is named, weights on their way into
+ * shared memory, and what becomes of a tile's sums.
+ *
+ * A tile is 128 outputs, two sub-tiles of 64, by routed rows of one expert; the contraction runs over k-blocks of 64.  In shared memory a
+ * sub-tile is 64 rows of 128 bytes whose 16-byte piece c stands at c ^ (row & 7). */
+#ifndef ESPI_KERNELS_CUDA_EXPERTS_TILE_CUH
+#define ESPI_KERNELS_CUDA_EXPERTS_TILE_CUH
+
+#include "kernels/cuda/experts.cuh"
+
+#define BLOCK 64     /* a record's side, and the width of a k-block */
+#define SUBTILE 8192 /* bytes of 64 x 64 bf16 */
+
+struct tile_args {
+    product_args p;
+    const uint2 *plan; /* [0]: tiles of the wide and of the narrow regime, one of them 0; then the work of each tile */
+    float *partial;    /* down_back: [S,blocks] */
+    const uint8_t *weights;
+    int64_t expert_bytes, row_bytes; /* row_bytes: of plain weights */
+    int block_step, k_step;          /* records */
+    int k_blocks, blocks, tiles_m;
+    int low_steps; /* k16 steps of the low-rank block, 0: none */
+    product_kind kind;
+    bool halves; /* gate_up whose ups stand behind all gates: a tile takes 64 of each */
+};
+
+struct work {
+    int expert, m, row0, rows;
+};
+
+/* Two words: expert and m, row0 and rows (at most 256). */
+static __device__ __forceinline__ uint2 pack_work(const work &w) {
+    return make_uint2((uint32_t)w.expert << 16 | (uint32_t)w.m, (uint32_t)w.row0 << 9 | (uint32_t)w.rows);
+}
+
+static __device__ __forceinline__ work unpack_work(uint32_t x, uint32_t y) {
+    return work{(int)(x >> 16), (int)(x & 0xffffu), (int)(y >> 9), (int)(y & 511u)};
+}
+
+static __device__ __forceinline__ work work_of(const tile_args &a, int index) {
+    const uint2 t = __ldg(a.plan + 1 + index);
+    return unpack_work(t.x, t.y);
+}
+
+/* Which 64 outputs warpgroup g of tile m makes. */
+static __device__ __forceinline__ int block_of(const tile_args &a, int m, int g) {
+    if (a.halves) return g ? m + a.tiles_m : m;
+    return 2 * m + g;
+}
+
+/* ---- decoding: a lane owns a row of 64 values ---- */
+struct coded_row {
+    uint4 q[2];
+    uint32_t scale;
+};
+
+template <int format> static __device__ __forceinline__ void load_row(coded_row &c, const uint8_t *record, int row) {
+    c.q[0] = dev_load_stream(record + row * 16);
+    c.q[1] = dev_load_stream(record + 1024 + row * 16);
+    c.scale = format == ESP_MXFP4 ? (uint32_t)__ldg((const uint16_t *)(record + RECORD_CODES) + row)
+                                  : __ldg((const uint32_t *)(record + RECORD_CODES) + row);
+}
+
+/* Eight values of MXFP4, exact: sign and e2m1 field moved to where bf16 has them, times 2^(scale - 1). */
+static __device__ __forceinline__ uint4 decode_mx(uint32_t q, uint32_t factor, uint32_t more) {
+    const uint32_t field = 0x81C081C0u;
+    uint4 v = {q & field, q << 3 & field, q << 6 & field, (q << 1 & 0x80008000u) | (q >> 5 & 0x01000100u) | (q >> 4 & 0x00C000C0u)};
+    v.x = dev_mul_bf16x2(v.x, factor), v.y = dev_mul_bf16x2(v.y, factor);
+    v.z = dev_mul_bf16x2(v.z, factor), v.w = dev_mul_bf16x2(v.w, factor);
+    if (more) { /* a scale above 2: the factor alone would not be a bf16 */
+        v.x = dev_mul_bf16x2(v.x, more), v.y = dev_mul_bf16x2(v.y, more);
+        v.z = dev_mul_bf16x2(v.z, more), v.w = dev_mul_bf16x2(v.w, more);
+    }
+    return v;
+}
+
+/* The 16 products of a row's scale with the values of the codes as bf16, their low and high bytes apart; MXFP4 needs none. */
+struct byte_planes {
+    uint32_t low[4], high[4];
+};
+
+template <int format> static __device__ __forceinline__ byte_planes planes_of(uint32_t scale, uint32_t table) {
+    byte_planes p;
+    if (format == ESP_NF4) {
+        const float absmax = __uint_as_float(scale);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const uint4 v = dev_load_shared(table + 16 * i); /* from shared memory each time: 16 registers less */
+            const uint32_t a = dev_bf16x2(__uint_as_float(v.x) * absmax, __uint_as_float(v.y) * absmax);
+            const uint32_t b = dev_bf16x2(__uint_as_float(v.z) * absmax, __uint_as_float(v.w) * absmax);
+            p.low[i] = dev_prmt(a, b, 0x6420u), p.high[i] = dev_prmt(a, b, 0x7531u);
+        }
+    }
+    return p;
+}
+
+static __device__ __forceinline__ uint4 decode_table(uint32_t q, const byte_planes &p) {
+    uint32_t s = q & 0x77777777u, upper = (q >> 1 & 0x44444444u) | 0x32103210u, words[4];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const uint32_t lo = dev_prmt(dev_prmt(p.low[0], p.low[1], s), dev_prmt(p.low[2], p.low[3], s), upper);
+        const uint32_t hi = dev_prmt(dev_prmt(p.high[0], p.high[1], s), dev_prmt(p.high[2], p.high[3], s), upper);
+        words[2 * i] = dev_prmt(lo, hi, 0x5140u), words[2 * i + 1] = dev_prmt(lo, hi, 0x7362u);
+        s >>= 16, upper >>= 16;
+    }
+    return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+/* 32 values of a row; all are ready before the first is stored. */
+template <int format>
+static __device__ __forceinline__ void decode_half(uint4 (&out)[4], const coded_row &c, int half, const byte_planes &p) {
+    const uint32_t q[4] = {c.q[half].x, c.q[half].y, c.q[half].z, c.q[half].w};
+    if (format == ESP_MXFP4) {
+        const uint32_t e = c.scale >> 8 * half & 255u, more = e > 128 ? (e - 1) * 0x00800080u : 0;
+        const uint32_t factor = (min(e, 128u) + 126u) * 0x00800080u;
+#pragma unroll
+        for (int i = 0; i < 4; i++) out[i] = decode_mx(q[i], factor, more);
+    } else {
+#pragma unroll
+        for (int i = 0; i < 4; i++) out[i] = decode_table(q[i], p);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) dev_pin(out[i]);
+}
+
+static __device__ __forceinline__ void store_half(uint32_t subtile, int row, int half, const uint4 (&values)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) dev_store_shared(subtile + row * 128 + ((4 * half + i ^ (row & 7)) << 4), values[i]);
+}
+
+/* A sub-tile of plain bf16 weights, queued. */
+static __device__ __forceinline__ void copy_plain(uint32_t subtile, const uint8_t *from, int64_t row_bytes, int lane) {
+    const int piece = lane & 7;
+#pragma unroll 4
+    for (int row = lane / 8; row < 64; row += 4)
+        dev_copy16(subtile + row * 128 + ((piece ^ (row & 7)) << 4), from + row * row_bytes + 16 * piece);
+}
+
+static __device__ __forceinline__ uint4 scaled8(const float *from, float factor) {
+    const float4 a = __ldg((const float4 *)from), b = __ldg((const float4 *)from + 1);
+    return make_uint4(dev_bf16x2(factor * a.x, factor * a.y), dev_bf16x2(factor * a.z, factor * a.w),
+                      dev_bf16x2(factor * b.x, factor * b.y), dev_bf16x2(factor * b.z, factor * b.w));
+}
+
+/* The low-rank block of a sub-tile: rows of B, or rows of A across; zero past the rank. */
+template <bool across>
+static __device__ __forceinline__ void low_block(uint32_t subtile, const tile_args &a, int expert, int block, int lane) {
+    const int64_t outs = (int64_t)a.blocks * BLOCK, r = a.p.r;
+    const int pieces = across ? 8 : 2 * a.low_steps, lines = across ? 16 * a.low_steps : 64;
+    for (int i = lane; i < pieces * lines; i += 32) {
+        const int line = i / pieces, piece = i % pieces;
+        const bool there = across ? line < r : 8 * piece < r;
+        uint4 v = make_uint4(0, 0, 0, 0);
+        if (there) {
+            const float *from = across ? a.p.up + (expert * r + line) * outs + block * BLOCK + 8 * piece
+                                       : a.p.up + (expert * outs + block * BLOCK + line) * r + 8 * piece;
+            v = scaled8(from, a.p.factor);
+        }
+        dev_store_shared(subtile + line * 128 + ((piece ^ (line & 7)) << 4), v);
+    }
+}
+
+/* ---- what becomes of the sums ---- */
+static __device__ __forceinline__ uint32_t staged(uint32_t staging, int row, int piece) {
+    return staging + row * 128 + ((piece ^ (row & 7)) << 4);
+}
+
+/* Rows 64 chunk .. of a tile, from both warpgroups' staging: gu and act. */
+static __device__ __forceinline__ void finish_gate_up(const tile_args &a, const work &w, uint32_t staging, int chunk) {
+    const int64_t width = a.p.width;
+    const bool interleaved = a.p.glu.interleaved;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < 512; i += 256) {
+        const int row = i / 8, c = i % 8;
+        if (64 * chunk + row >= w.rows) continue;
+        const uint32_t first = interleaved ? staged(staging + c / 4 * SUBTILE, row, 2 * (c % 4)) : staged(staging, row, c);
+        const uint32_t second = interleaved ? staged(staging + c / 4 * SUBTILE, row, 2 * (c % 4) + 1) : staged(staging + SUBTILE, row, c);
+        const uint4 va = dev_load_shared(first), vb = dev_load_shared(second);
+        const gate_up_words v = split_gate_up(va, vb, interleaved);
+        uint32_t act[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            act[j] = dev_bf16x2(glu(dev_lo(v.gate[j]), dev_lo(v.up[j]), a.p.glu), glu(dev_hi(v.gate[j]), dev_hi(v.up[j]), a.p.glu));
+        const int64_t s = w.row0 + 64 * chunk + row;
+        const int64_t at = w.m * BLOCK + 8 * c;
+        bf16 *gu = a.p.out + s * 2 * width;
+        *(uint4 *)(gu + (interleaved ? 2 * at : at)) = va;
+        *(uint4 *)(gu + (interleaved ? 2 * at + 8 : at + width)) = vb;
+        *(uint4 *)(a.p.act + s * width + at) = make_uint4(act[0], act[1], act[2], act[3]);
+    }
+}
+
+/* The same of one warpgroup's 64 outputs: a_s = W^T d_out becomes d_gu, and this block's share of the row weight's gradient.  Four values a
+ * time: the sums of the other rows are still in registers. */
+static __device__ __forceinline__ void finish_down_back(const tile_args &a, const work &w, uint32_t staging, int block, int chunk) {
+    const int c = threadIdx.x % 16, at = block * BLOCK + 4 * c, width = (int)a.p.width;
+    const bool interleaved = a.p.glu.interleaved;
+#pragma unroll 1
+    for (int row = threadIdx.x % 128 / 16; row < 64; row += 8) {
+        const bool there = 64 * chunk + row < w.rows;
+        const int64_t s = w.row0 + (there ? 64 * chunk + row : 0), place = s * 2 * width;
+        uint32_t gate[2], up[2];
+        if (interleaved) {
+            const uint4 v = __ldg((const uint4 *)(a.p.gu + place + 2 * at));
+            gate[0] = dev_prmt(v.x, v.y, 0x5410u), gate[1] = dev_prmt(v.z, v.w, 0x5410u);
+            up[0] = dev_prmt(v.x, v.y, 0x7632u), up[1] = dev_prmt(v.z, v.w, 0x7632u);
+        } else {
+            const uint2 g = __ldg((const uint2 *)(a.p.gu + place + at)), u = __ldg((const uint2 *)(a.p.gu + place + at + width));
+            gate[0] = g.x, gate[1] = g.y, up[0] = u.x, up[1] = u.y;
+        }
+        const float weight = __ldg((const float *)a.p.routing.row_weight + s);
+        float dot = 0;
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            const uint32_t d = dev_load_shared4(staged(staging, row, c / 2) + c % 2 * 8 + 4 * j);
+            const glu_value v0 = glu_slopes(dev_lo(gate[j]), dev_lo(up[j]), a.p.glu),
+                            v1 = glu_slopes(dev_hi(gate[j]), dev_hi(up[j]), a.p.glu);
+            const float d0 = dev_lo(d), d1 = dev_hi(d);
+            dot += v0.act * d0 + v1.act * d1;
+            gate[j] = dev_bf16x2(v0.d_gate * (weight * d0), v1.d_gate * (weight * d1));
+            up[j] = dev_bf16x2(v0.d_up * (weight * d0), v1.d_up * (weight * d1));
+        }
+#pragma unroll
+        for (int step = 1; step < 16; step *= 2) dot += __shfl_xor_sync(~0u, dot, step);
+        if (!there) continue;
+        if (interleaved) {
+            *(uint4 *)(a.p.out + place + 2 * at) = make_uint4(dev_prmt(gate[0], up[0], 0x5410u), dev_prmt(gate[0], up[0], 0x7632u),
+                                                              dev_prmt(gate[1], up[1], 0x5410u), dev_prmt(gate[1], up[1], 0x7632u));
+        } else {
+            *(uint2 *)(a.p.out + place + at) = make_uint2(gate[0], gate[1]);
+            *(uint2 *)(a.p.out + place + at + width) = make_uint2(up[0], up[1]);
+        }
+        if (c == 0) a.partial[s * a.blocks + block] = dot;
+    }
+}
+
+static __device__ __forceinline__ void finish_rows(const tile_args &a, const work &w, uint32_t staging, int block, int chunk) {
+    const int64_t outs = (int64_t)a.blocks * BLOCK;
+    for (int i = threadIdx.x % 128; i < 512; i += 128) {
+        const int row = i / 8, c = i % 8;
+        if (64 * chunk + row >= w.rows) continue;
+        *(uint4 *)(a.p.out + (w.row0 + 64 * chunk + row) * outs + block * BLOCK + 8 * c) = dev_load_shared(staged(staging, row, c));
+    }
+}
+
+/* The launches over a plan that is there: experts_wgmma.cu (every regime), experts_mma.cu (tiles of the narrow one). */
+cudaError_t launch_wgmma(const tile_args &a, bool back, int multiprocessors, cudaStream_t stream);
+cudaError_t launch_mma(const tile_args &a, bool back, int multiprocessors, cudaStream_t stream);
+bool wgmma_available();
+
+#define WIDE_ROWS 256 /* routed rows of a tile */
+#define NARROW_ROWS 64
+
+#endif
