@@ -105,6 +105,15 @@ template <int pending> static __device__ __forceinline__ void dev_copy_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
+static __device__ __forceinline__ void dev_copy_wait_all() {
+    asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
+/* This thread arrives once all its copies so far are there. */
+static __device__ __forceinline__ void dev_copy_arrive(uint32_t barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
 /* ---- barriers ---- */
 /* Ordinary writes to shared memory become visible to the tensor cores and the copy engine. */
 static __device__ __forceinline__ void dev_fence_async() {

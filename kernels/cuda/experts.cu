@@ -123,8 +123,7 @@ extern "C" esp_status espi_gate_up_bwd_cuda(const espi_exec *exec, const espi_ga
         d_b.r = p.r, d_b.width = a->w.rows, d_b.factor = (float)a->lora.scale;
         d_a.d = (float *)a->lora.d_a, d_a.in = (const bf16 *)a->x, d_a.in_row = a->routing.row_token, d_a.low = p.low, d_a.across = true;
         d_a.r = p.r, d_a.width = a->w.cols, d_a.factor = 1;
-        ESPI_CUDA_TRY(lora_outer(&d_b, &a->routing, cuda->stream));
-        ESPI_CUDA_TRY(lora_outer(&d_a, &a->routing, cuda->stream));
+        ESPI_CUDA_TRY(lora_outers(&d_b, &d_a, &a->routing, cuda->stream));
     }
     return product(exec, &p, &a->lora, PRODUCT_GATE_UP_BACK, low_bytes(&a->lora, &a->routing));
 }
@@ -153,8 +152,7 @@ extern "C" esp_status espi_down_bwd_cuda(const espi_exec *exec, const espi_down_
         d_b.r = p.r, d_b.width = a->w.rows, d_b.factor = (float)a->lora.scale;
         d_a.d = (float *)a->lora.d_a, d_a.gu = p.gu, d_a.glu = p.glu, d_a.low = low.weighted, d_a.across = true;
         d_a.r = p.r, d_a.width = a->w.cols, d_a.factor = 1;
-        ESPI_CUDA_TRY(lora_outer(&d_b, &a->routing, cuda->stream));
-        ESPI_CUDA_TRY(lora_outer(&d_a, &a->routing, cuda->stream));
+        ESPI_CUDA_TRY(lora_outers(&d_b, &d_a, &a->routing, cuda->stream));
     }
     ESPI_TRY(product(exec, &p, &a->lora, PRODUCT_DOWN_BACK, 3 * one));
     if (a->bias) ESPI_CUDA_TRY(bias_share(p.d_row_weight, a->bias, p.in, a->w.rows, &a->routing, cuda->stream));

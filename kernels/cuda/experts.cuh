@@ -163,7 +163,7 @@ struct outer_args {
     int64_t width;
     float factor;
 };
-cudaError_t lora_outer(const outer_args *a, const espi_routing *routing, cudaStream_t stream);
+cudaError_t lora_outers(const outer_args *first, const outer_args *second, const espi_routing *routing, cudaStream_t stream);
 
 /* d_row_weight_s += bias_e . d_out_token(s). */
 cudaError_t bias_share(float *d_row_weight, const float *bias, const bf16 *d_out, int64_t width, const espi_routing *routing,

@@ -23,24 +23,26 @@ template <bool across> static __device__ __forceinline__ uint4 low_operand(const
 /* A block: 64 rows of one expert x 16 ranks; its warps share the width, 32 columns in turn.  A lane reads 8 neighbouring values of a row:
  * the order of the contraction is free, as long as both operands follow it. */
 template <bool across>
-static __global__ __launch_bounds__(LOW_WARPS * 32) void low_product(low_args p, const int32_t *offsets, int experts) {
+static __global__ __launch_bounds__(LOW_WARPS * 32, 2) void low_product(low_args p, const int32_t *offsets, int experts) {
     __shared__ float parts[LOW_WARPS][LOW_ROWS][PASS];
     const row_tile t = find_tile(offsets, experts, (int)blockIdx.x, LOW_ROWS);
     if (t.rows <= 0) return;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, quad = lane % 4, n0 = (int)blockIdx.y * PASS;
     const float *l = p.l + t.expert * p.width * p.r;
-    const bf16 *row[8];
+    uint32_t row[8];
 #pragma unroll
     for (int i = 0; i < 8; i++) {
         const int64_t s = t.row0 + min(8 * i + group, t.rows - 1);
-        row[i] = p.in + (p.in_row ? p.in_row[s] : s) * p.width + 8 * quad;
+        row[i] = (uint32_t)(p.in_row ? p.in_row[s] : s);
     }
+    const bf16 *in = p.in + 8 * quad;
+    const uint32_t row_width = (uint32_t)p.width;
     float sum[4][2][4] = {};
-#pragma unroll(across ? 1 : 2)
+#pragma unroll 1
     for (int64_t k = 32 * warp; k < p.width; k += 32 * LOW_WARPS) {
         uint4 a[8];
 #pragma unroll
-        for (int i = 0; i < 8; i++) a[i] = __ldg((const uint4 *)(row[i] + k));
+        for (int i = 0; i < 8; i++) a[i] = __ldg((const uint4 *)(in + (uint64_t)row[i] * row_width + k));
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             const uint4 b = low_operand<across>(l, p.width, k + 8 * quad, n0 + 8 * h + group, p.r);
@@ -176,16 +178,12 @@ static __device__ __forceinline__ outer_place outer_place_of(const outer_args &p
     at.rows = offsets[expert + 1] - at.begin;
     at.slab = (int64_t)blockIdx.x * SLAB;
     at.columns = min((int64_t)SLAB, p.width - at.slab);
-    at.n0 = (int)blockIdx.z * PASS;
+    at.n0 = (int)(blockIdx.z / 2) * PASS;
     at.low_bytes = 2 * min(PASS, p.r - at.n0);
     return at;
 }
 
-static __global__ __launch_bounds__(128) void outer_product(outer_args p, const int32_t *offsets) {
-    __shared__ __align__(16) uint8_t stages[STAGES][STAGE];
-    const outer_place at = outer_place_of(p, offsets);
-    if (at.rows == 0) return;
-    const uint32_t base = dev_shared(stages);
+static __device__ __forceinline__ void outer_product(const outer_args &p, const outer_place &at, uint32_t base) {
     const int piece = threadIdx.x % 16, line = threadIdx.x / 16; /* of 16 pieces and 8 lines a turn */
     const int64_t column = 8 * piece < at.columns ? at.slab + 8 * piece : at.slab;
     const int64_t steps = (at.rows + STEP - 1) / STEP;
@@ -224,11 +222,7 @@ static __device__ __forceinline__ uint4 activate8(uint4 first, uint4 second, con
 }
 
 /* As outer_product, of the activation that is formed again from gu: the next rows are on their way in registers. */
-static __global__ __launch_bounds__(128) void outer_product_of_activation(outer_args p, const int32_t *offsets) {
-    __shared__ __align__(16) uint8_t stages[2][STAGE];
-    const outer_place at = outer_place_of(p, offsets);
-    if (at.rows == 0) return;
-    const uint32_t base = dev_shared(stages);
+static __device__ __forceinline__ void outer_product_of_activation(const outer_args &p, const outer_place &at, uint32_t base) {
     const int piece = threadIdx.x % 16, line = threadIdx.x / 16;
     const int64_t column = 8 * piece < at.columns ? at.slab + 8 * piece : at.slab;
     const int64_t steps = (at.rows + STEP - 1) / STEP;
@@ -258,6 +252,20 @@ static __global__ __launch_bounds__(128) void outer_product_of_activation(outer_
     add_outer(p, at, (int)blockIdx.y, sum);
 }
 
+/* The gradients of A and of B in one launch: what one leaves idle at its end the other one fills. */
+static __global__ __launch_bounds__(128) void outer_products(const __grid_constant__ outer_args first,
+                                                             const __grid_constant__ outer_args second, const int32_t *offsets) {
+    __shared__ __align__(16) uint8_t stages[STAGES][STAGE];
+    const outer_args &p = blockIdx.z % 2 ? second : first;
+    if ((int64_t)blockIdx.x * SLAB >= p.width) return;
+    const outer_place at = outer_place_of(p, offsets);
+    if (at.rows == 0) return;
+    if (p.gu)
+        outer_product_of_activation(p, at, dev_shared(stages));
+    else
+        outer_product(p, at, dev_shared(stages));
+}
+
 /* One thread per element of the gradient, for any width and rank. */
 static __global__ void outer_plain(outer_args p, const int32_t *offsets) {
     const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, column = i / p.r;
@@ -278,15 +286,15 @@ static __global__ void outer_plain(outer_args p, const int32_t *offsets) {
     *(p.across ? d + n * p.width + column : d + column * p.r + n) += p.factor * sum;
 }
 
-cudaError_t lora_outer(const outer_args *a, const espi_routing *routing, cudaStream_t stream) {
+cudaError_t lora_outers(const outer_args *first, const outer_args *second, const espi_routing *routing, cudaStream_t stream) {
     const unsigned experts = (unsigned)routing->experts;
-    if (in_pieces(a->width, a->r)) {
-        const dim3 grid((unsigned)((a->width + SLAB - 1) / SLAB), experts, (unsigned)((a->r + PASS - 1) / PASS));
-        if (a->gu)
-            outer_product_of_activation<<<grid, 128, 0, stream>>>(*a, routing->offsets);
-        else
-            outer_product<<<grid, 128, 0, stream>>>(*a, routing->offsets);
-    } else {
+    if (in_pieces(first->width, first->r) && in_pieces(second->width, second->r)) {
+        const int64_t width = first->width > second->width ? first->width : second->width;
+        const dim3 grid((unsigned)((width + SLAB - 1) / SLAB), experts, 2 * (unsigned)((first->r + PASS - 1) / PASS));
+        outer_products<<<grid, 128, 0, stream>>>(*first, *second, routing->offsets);
+        return cudaGetLastError();
+    }
+    for (const outer_args *a : {first, second}) {
         const dim3 grid((unsigned)((a->width * a->r + 127) / 128), experts);
         outer_plain<<<grid, 128, 0, stream>>>(*a, routing->offsets);
     }

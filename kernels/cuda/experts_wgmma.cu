@@ -2,20 +2,19 @@
  * the routed rows.
  *
  * D^T tile: 128 outputs (two warpgroups, 64 each) x up to `rows_max` routed rows of one expert, the rows on the N side so that a tile wastes
- * less than 16.  The other warps decode, each whole k-blocks of 64 in turn.  The warps that multiply bring the rows themselves, by row index
- * (the gather is part of the load), into the stage that they have just left; so all stages but one are filled ahead, also across tiles.
- * The low-rank branch is one more, shorter k-block.  A backward reads the same records across.  Two regimes, chosen by a kernel from the
- * counts: `wide` for many rows per expert, `narrow` for few. */
+ * less than 16.  One warp brings the rows (by row index: the gather is part of the load), the others of its warpgroup decode whole k-blocks
+ * of 64 in turn; both run ahead by `stages` blocks, also across tiles.  The copies announce themselves on the stage's barrier, and the
+ * readers order them before wgmma: a fence in the warp that copies would wait for all copies under way.  The low-rank branch is one more,
+ * shorter k-block.  A backward reads the same records across.  Two regimes, chosen by a kernel from the counts: `wide` for many rows per
+ * expert, `narrow` for few. */
 #include "kernels/cuda/experts_tile.cuh"
 
 template <bool wide> struct regime {
-    static constexpr int rows_max = wide ? WIDE_ROWS : NARROW_ROWS, stages = wide ? 4 : 8, decoders = wide ? 4 : 8;
-    static constexpr int threads = (8 + decoders) * 32, lines = rows_max / 32; /* lines: rows that a thread brings a piece of */
+    static constexpr int rows_max = wide ? WIDE_ROWS : NARROW_ROWS, stages = wide ? 4 : 8, decoders = wide ? 3 : 7;
+    static constexpr int threads = (9 + decoders) * 32;
     static constexpr int stage_bytes = 2 * SUBTILE + rows_max * 128, steps16 = rows_max / 16;
     static constexpr int staging = stages * stage_bytes, barriers = staging + 2 * SUBTILE;
-    static constexpr int table = barriers + 16 * stages;
-    static constexpr int works = table + 64, indices = works + 24; /* of this tile and the next: what it is, its rows of `in` */
-    static constexpr int shared_bytes = indices + 2 * rows_max * 4;
+    static constexpr int table = barriers + 16 * stages, indices = table + 64, shared_bytes = indices + rows_max * 4;
 };
 
 #if DEV_HOPPER
@@ -95,7 +94,7 @@ static __device__ __forceinline__ void decode(const tile_args &a, uint32_t base,
                 else
                     low_block<across>(to + g * SUBTILE, a, next.expert, g ? next.block[1] : next.block[0], lane);
             }
-            dev_copy_wait<0>();
+            dev_copy_wait_all();
             advance();
             if (next.index < tiles && next.k < a.k_blocks)
 #pragma unroll
@@ -107,124 +106,95 @@ static __device__ __forceinline__ void decode(const tile_args &a, uint32_t base,
     }
 }
 
-/* ---- the rows: a thread brings the same 16-byte piece of every 32nd row ---- */
-/* What the warps that multiply know.  Their tiles (three: one warpgroup may still finish the tile before) and rows of `in` stand in shared
- * memory, by turns; those of the next tile but one are on
- * their way in registers, a thread holding one row. */
-template <bool wide> struct pipeline {
-    uint32_t base, it; /* it: k-blocks so far, of all tiles */
-    int turn;          /* tiles so far */
-    int row;           /* of the next tile, not yet in shared memory, as is */
-    uint32_t word;     /* this one of its work */
-    uint32_t range;    /* row0 and rows of the tile behind it */
-};
-
-/* k-blocks of rows on their way: all stages but one, less where a tile is shorter than that. */
-template <bool wide> static __device__ __forceinline__ int ahead_of(const tile_args &a) {
-    return min(regime<wide>::stages - 1, a.k_blocks + (a.low_steps > 0));
-}
-
-static __device__ __forceinline__ int row_of(const tile_args &a, uint32_t range) {
-    const work w = unpack_work(0, range);
-    const int s = w.row0 + min((int)threadIdx.x, max(w.rows - 1, 0));
-    return a.p.in_row ? __ldg(a.p.in_row + s) : s;
-}
-
-template <bool wide> static __device__ __forceinline__ uint32_t works_at(uint32_t base, int turn) {
-    return base + regime<wide>::works + turn % 3 * 8;
-}
-
-template <bool wide> static __device__ __forceinline__ work shared_work(uint32_t base, int turn) {
-    return unpack_work(dev_load_shared4(works_at<wide>(base, turn)), dev_load_shared4(works_at<wide>(base, turn) + 4));
-}
-
-/* Puts the next tile into shared memory, and asks for what comes after. */
-template <bool wide> static __device__ __forceinline__ void publish(const tile_args &a, pipeline<wide> &p, int index, int tiles) {
-    using R = regime<wide>;
-    const int slot = (p.turn + 1) % 2, step = (int)gridDim.x;
-    if (threadIdx.x < R::rows_max) dev_store_shared(p.base + R::indices + (slot * R::rows_max + threadIdx.x) * 4, (uint32_t)p.row);
-    if (threadIdx.x < 2) dev_store_shared(works_at<wide>(p.base, p.turn + 1) + 4 * threadIdx.x, p.word);
-    p.row = row_of(a, p.range);
-    p.word = work_word(a, index + 2 * step, tiles, threadIdx.x % 2);
-    p.range = work_word(a, index + 3 * step, tiles, 1);
-}
-
-/* K-block k of the rows of a tile into a stage. */
-template <bool wide> static __device__ __forceinline__ void bring_rows(const tile_args &a, uint32_t base, uint32_t stage, int k, int turn) {
-    using R = regime<wide>;
-    const int piece = threadIdx.x % 8, line = threadIdx.x / 8;
-    const work w = unpack_work(0, dev_load_shared4(works_at<wide>(base, turn) + 4));
-    const int valid = max(w.rows, 1), rows = valid + 15 & ~15;
-    const uint32_t to = stage + 2 * SUBTILE + line * 128 + ((piece ^ (line & 7)) << 4), row_bytes = (uint32_t)a.k_blocks * BLOCK * 2;
-    if (k < a.k_blocks) {
-        const char *from = (const char *)(a.p.in + k * BLOCK + 8 * piece);
-        const uint32_t index = base + R::indices + (turn % 2 * R::rows_max + line) * 4;
-#pragma unroll
-        for (int i = 0; i < R::lines; i++)
-            if (line + 32 * i < rows) dev_copy16(to + 4096 * i, from + (uint64_t)dev_load_shared4(index + 128 * i) * row_bytes);
-    } else if (piece < 2 * a.low_steps) {
-        const bool there = 8 * piece < a.p.r;
-        const bf16 *from = a.p.low + (there ? 8 * piece : 0);
-#pragma unroll 1
-        for (int i = line; i < rows; i += 32)
-            dev_copy16_or_zero(to + (i - line) * 128, from + (int64_t)(w.row0 + min(i, valid - 1)) * a.p.r, there ? 16 : 0);
+/* What the epilogue of down_back will read. */
+static __device__ __forceinline__ void prefetch_gu(const tile_args &a, const work &w, int lane) {
+    const int pairs = a.p.glu.interleaved ? 2 : 1;
+    const bool whole = w.m * 128 + 64 < a.p.width; /* else half a tile, the last of a row */
+    for (int i = lane; i < w.rows; i += 32) {
+        const char *row = (const char *)(a.p.gu + (int64_t)(w.row0 + i) * 2 * a.p.width + w.m * 128 * pairs);
+        dev_prefetch_l2(row), dev_prefetch_l2(row + 128);
+        row += pairs == 2 ? 256 : 2 * a.p.width;
+        if (whole || pairs == 1) dev_prefetch_l2(row);
+        if (whole) dev_prefetch_l2(row + 128);
     }
+}
+
+/* ---- the rows: a warp brings 16-byte pieces by row index ---- */
+template <bool wide> static __device__ __forceinline__ void bring_rows(const tile_args &a, uint32_t base, int lane, int tiles) {
+    using R = regime<wide>;
+    const uint32_t full = base + R::barriers, empty = full + 8 * R::stages, indices = base + R::indices;
+    const int blocks_k = a.k_blocks + (a.low_steps > 0), quarter = lane / 8, piece = lane % 8, pieces = 2 * a.low_steps;
+    const uint32_t row_bytes = (uint32_t)a.k_blocks * BLOCK * 2;
+    uint32_t it = 0, place[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) place[i] = (4 * quarter + i) * 128 + ((piece ^ (4 * (quarter & 1) + i)) << 4);
+    work next = work_of(a, (int)blockIdx.x);
+    for (int index = (int)blockIdx.x; index < tiles; index += (int)gridDim.x) {
+        const work w = next;
+        if (index + (int)gridDim.x < tiles) next = work_of(a, index + (int)gridDim.x);
+        const int last = max(w.rows - 1, 0), steps = max((w.rows + 15) / 16, 1);
+        __syncwarp();
+        for (int i = lane; i < 16 * steps; i += 32) {
+            const int s = w.row0 + min(i, last);
+            dev_store_shared(indices + 4 * i, a.p.in_row ? (uint32_t)__ldg(a.p.in_row + s) : (uint32_t)s);
+        }
+        __syncwarp();
+        if (a.kind == PRODUCT_DOWN_BACK) prefetch_gu(a, w, lane);
+        for (int k = 0; k < blocks_k; k++, it++) {
+            const uint32_t stage = it % R::stages, to = base + stage * R::stage_bytes + 2 * SUBTILE;
+            dev_barrier_wait(empty + 8 * stage, (it / R::stages & 1) ^ 1);
+            if (k < a.k_blocks) {
+                const char *from = (const char *)(a.p.in + k * BLOCK + 8 * piece);
+#pragma unroll 4
+                for (int i = 0; i < steps; i++) {
+                    const uint4 rows = dev_load_shared(indices + 64 * i + 16 * quarter);
+                    dev_copy16(to + i * 2048 + place[0], from + (uint64_t)rows.x * row_bytes);
+                    dev_copy16(to + i * 2048 + place[1], from + (uint64_t)rows.y * row_bytes);
+                    dev_copy16(to + i * 2048 + place[2], from + (uint64_t)rows.z * row_bytes);
+                    dev_copy16(to + i * 2048 + place[3], from + (uint64_t)rows.w * row_bytes);
+                }
+            } else {
+                for (int i = lane; i < 16 * steps * pieces; i += 32) {
+                    const int row = i / pieces, c = i % pieces;
+                    const bool there = 8 * c < a.p.r;
+                    const bf16 *from = a.p.low + (int64_t)(w.row0 + min(row, last)) * a.p.r + (there ? 8 * c : 0);
+                    dev_copy16_or_zero(to + row * 128 + ((c ^ (row & 7)) << 4), from, there ? 16 : 0);
+                }
+            }
+            dev_copy_arrive(full + 8 * stage);
+        }
+    }
+    dev_copy_wait_all(); /* the block may not end before its copies */
 }
 
 /* ---- the products ---- */
-/* Queues the rows of the k-block `ahead` of block k of this tile. */
-template <bool wide> static __device__ __forceinline__ void bring_ahead(const tile_args &a, const pipeline<wide> &p, int k, int blocks_k) {
-    using R = regime<wide>;
-    const int ahead = ahead_of<wide>(a), other = k + ahead >= blocks_k; /* other: of the next tile */
-    const uint32_t block = p.it + ahead, stage = block % R::stages;
-    if (!other || shared_work<wide>(p.base, p.turn + 1).rows) {
-        dev_barrier_wait(p.base + R::barriers + 8 * (R::stages + stage), (block / R::stages & 1) ^ 1);
-        bring_rows<wide>(a, p.base, p.base + stage * R::stage_bytes, k + ahead - (other ? blocks_k : 0), p.turn + other);
-    }
-    dev_copy_commit();
-}
-
-/* Until block `it` is in shared memory: the rows that this thread brought, then everybody's and the decoder's. */
-template <bool wide> static __device__ __forceinline__ void await_block(const tile_args &a, const pipeline<wide> &p, int lane) {
-    using R = regime<wide>;
-    const uint32_t full = p.base + R::barriers + 8 * (p.it % R::stages);
-    if (ahead_of<wide>(a) == R::stages - 1)
-        dev_copy_wait<R::stages - 2>();
-    else
-        dev_copy_wait<0>();
+/* Until a block is in shared memory, as the tensor cores see it. */
+static __device__ __forceinline__ void await_block(uint32_t barrier, uint32_t parity) {
+    dev_barrier_wait(barrier, parity);
     dev_fence_async();
-    __syncwarp();
-    if (lane == 0) dev_barrier_arrive(full);
-    dev_barrier_wait(full, p.it / R::stages & 1);
-}
-
-template <bool wide> static __device__ __forceinline__ void release(const pipeline<wide> &p, uint32_t block, int lane) {
-    using R = regime<wide>;
-    if (lane == 0) dev_barrier_arrive(p.base + R::barriers + 8 * (R::stages + block % R::stages));
 }
 
 template <int n, bool across, bool wide>
-static __device__ __forceinline__ void multiply(float (&d)[128], const tile_args &a, pipeline<wide> &p, int g, int lane) {
+static __device__ __forceinline__ void multiply(float (&d)[128], const tile_args &a, uint32_t base, uint32_t &it, int g, int lane) {
     using R = regime<wide>;
     constexpr uint64_t a_step = across ? 128 : 2;
-    const int blocks_k = a.k_blocks + (a.low_steps > 0);
-    for (int k = 0; k < a.k_blocks; k++, p.it++) {
-        const uint32_t at = p.base + p.it % R::stages * R::stage_bytes;
-        await_block(a, p, lane);
+    const uint32_t full = base + R::barriers, empty = full + 8 * R::stages;
+    for (int k = 0; k < a.k_blocks; k++, it++) {
+        const uint32_t stage = it % R::stages, at = base + stage * R::stage_bytes;
+        await_block(full + 8 * stage, it / R::stages & 1);
         const uint64_t weights = dev_tile(at + g * SUBTILE, 1024), rows = dev_tile(at + 2 * SUBTILE, 1024);
         dev_wgmma_begin();
 #pragma unroll
         for (int j = 0; j < 4; j++) dev_wgmma<n, across>::run(d, weights + j * a_step, rows + 2 * j, k | j);
         dev_wgmma_commit();
         dev_wgmma_wait<1>();
-        if (k > 0) release(p, p.it - 1, lane);
-        bring_ahead(a, p, k, blocks_k);
+        if (k > 0 && lane == 0) dev_barrier_arrive(empty + 8 * ((it - 1) % R::stages)); /* the block before is read */
     }
     dev_wgmma_wait<0>();
-    release(p, p.it - 1, lane);
+    if (lane == 0) dev_barrier_arrive(empty + 8 * ((it - 1) % R::stages));
     if (a.low_steps > 0) {
-        const uint32_t at = p.base + p.it % R::stages * R::stage_bytes;
-        await_block(a, p, lane);
+        const uint32_t stage = it % R::stages, at = base + stage * R::stage_bytes;
+        await_block(full + 8 * stage, it / R::stages & 1);
         const uint64_t weights = dev_tile(at + g * SUBTILE, 1024), rows = dev_tile(at + 2 * SUBTILE, 1024);
         for (int j = 0; j < a.low_steps; j++) {
             dev_wgmma_begin();
@@ -232,23 +202,10 @@ static __device__ __forceinline__ void multiply(float (&d)[128], const tile_args
             dev_wgmma_commit();
             dev_wgmma_wait<0>();
         }
-        release(p, p.it, lane);
-        bring_ahead(a, p, a.k_blocks, blocks_k);
-        p.it++;
+        if (lane == 0) dev_barrier_arrive(empty + 8 * stage);
+        it++;
     }
     dev_wgmma_settle<8 * n>(d);
-}
-
-/* What the epilogue of down_back will read: a thread asks for one row of gu. */
-static __device__ __forceinline__ void prefetch_gu(const tile_args &a, const work &w) {
-    if ((int)threadIdx.x >= w.rows) return;
-    const int pairs = a.p.glu.interleaved ? 2 : 1;
-    const char *row = (const char *)(a.p.gu + (int64_t)(w.row0 + (int)threadIdx.x) * 2 * a.p.width + w.m * 128 * pairs);
-    dev_prefetch_l2(row), dev_prefetch_l2(row + 128);
-    row += pairs == 2 ? 256 : 2 * a.p.width;
-    const bool whole = w.m * 128 + 64 < a.p.width; /* else half a tile, the last of a row */
-    if (whole || pairs == 1) dev_prefetch_l2(row);
-    if (whole) dev_prefetch_l2(row + 128);
 }
 
 /* Turns D^T into rows of 64 outputs by way of shared memory, 64 routed rows at a time. */
@@ -302,45 +259,35 @@ static __global__ __launch_bounds__(regime<wide>::threads, 1) void product_wgmma
         dev_store_shared(base + R::table + 4 * threadIdx.x, __float_as_uint(a.p.w.lut[threadIdx.x]));
     if (threadIdx.x == 0) {
         for (int i = 0; i < R::stages; i++) {
-            dev_barrier_init(base + R::barriers + 8 * i, 9);               /* full: a decoder and the warps that bring rows */
-            dev_barrier_init(base + R::barriers + 8 * (R::stages + i), 8); /* empty: the same warps, which multiply */
+            dev_barrier_init(base + R::barriers + 8 * i, 33);              /* full: a decoder and the lanes that bring rows */
+            dev_barrier_init(base + R::barriers + 8 * (R::stages + i), 8); /* empty: the warps that multiply */
         }
         dev_fence_async();
     }
     __syncthreads();
     if (warp >= 8) {
         if (wide) dev_registers_shrink<120>();
-        if (a.p.w.format == ESP_MXFP4)
-            decode<ESP_MXFP4, across, wide>(a, base, warp - 8, lane, tiles);
+        if (warp == 8)
+            bring_rows<wide>(a, base, lane, tiles);
+        else if (a.p.w.format == ESP_MXFP4)
+            decode<ESP_MXFP4, across, wide>(a, base, warp - 9, lane, tiles);
         else if (a.p.w.format == ESP_Q_NONE)
-            decode<ESP_Q_NONE, across, wide>(a, base, warp - 8, lane, tiles);
+            decode<ESP_Q_NONE, across, wide>(a, base, warp - 9, lane, tiles);
         else
-            decode<ESP_NF4, across, wide>(a, base, warp - 8, lane, tiles);
+            decode<ESP_NF4, across, wide>(a, base, warp - 9, lane, tiles);
     } else {
         if (wide) dev_registers_grow<192>();
-        const int g = warp / 4, step = (int)gridDim.x;
-        pipeline<wide> p;
-        p.base = base, p.it = 0, p.turn = -1;
-        p.row = row_of(a, work_word(a, (int)blockIdx.x, tiles, 1));
-        p.word = work_word(a, (int)blockIdx.x, tiles, threadIdx.x % 2);
-        p.range = work_word(a, (int)blockIdx.x + step, tiles, 1);
-        publish(a, p, (int)blockIdx.x - step, tiles);
-        p.turn = 0;
-        dev_meet(1, 256);
-        for (int k = 0; k < ahead_of<wide>(a); k++) {
-            bring_rows<wide>(a, base, base + k * R::stage_bytes, k, 0);
-            dev_copy_commit();
-        }
-        for (int index = (int)blockIdx.x; index < tiles; index += step, p.turn++) {
-            publish(a, p, index, tiles);
-            const int rows = shared_work<wide>(base, p.turn).rows;
-            if (across && a.kind == PRODUCT_DOWN_BACK) prefetch_gu(a, shared_work<wide>(base, p.turn));
+        const int g = warp / 4;
+        uint32_t it = 0;
+        work w = work_of(a, (int)blockIdx.x);
+        for (int index = (int)blockIdx.x; index < tiles; index += (int)gridDim.x) {
+            const work next = index + (int)gridDim.x < tiles ? work_of(a, index + (int)gridDim.x) : w;
             float d[128];
 #define MULTIPLY(n)                                                                                                                        \
     case n:                                                                                                                                \
-        if (n <= R::steps16) multiply<n <= R::steps16 ? n : 1, across, wide>(d, a, p, g, lane);                                            \
+        if (n <= R::steps16) multiply<n <= R::steps16 ? n : 1, across, wide>(d, a, base, it, g, lane);                                     \
         break
-            switch (max((rows + 15) / 16, 1)) {
+            switch (max((w.rows + 15) / 16, 1)) {
                 MULTIPLY(1);
                 MULTIPLY(2);
                 MULTIPLY(3);
@@ -359,7 +306,8 @@ static __global__ __launch_bounds__(regime<wide>::threads, 1) void product_wgmma
                 MULTIPLY(16);
             }
 #undef MULTIPLY
-            finish<across, wide>(d, a, shared_work<wide>(base, p.turn), base, g, lane);
+            finish<across, wide>(d, a, w, base, g, lane);
+            w = next;
         }
     }
 #endif
