@@ -2,6 +2,8 @@
 #include "kernels/cuda/scratch.h"
 #include "kernels/refuse.h"
 
+#include <stdio.h>
+
 /* Asked before anything else of CUDA is called: without driver or device the count fails, which is the answer. */
 static bool available(void) {
     int n = 0, major = 0;
@@ -15,7 +17,10 @@ static bool available(void) {
 
 static const char *describe(void) {
     static _Thread_local struct cudaDeviceProp properties;
-    return cudaGetDeviceProperties(&properties, 0) == cudaSuccess ? properties.name : NULL;
+    static _Thread_local char line[sizeof properties.name + 160];
+    if (cudaGetDeviceProperties(&properties, 0) != cudaSuccess) return NULL;
+    snprintf(line, sizeof line, "%s, experts by %s", properties.name, espi_experts_describe_cuda());
+    return line;
 }
 
 const espi_backend espi_backend_cuda = {

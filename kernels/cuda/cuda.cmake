@@ -27,7 +27,9 @@ set(cuda_sources
     kernels/cuda/embed.cu
     kernels/cuda/experts.cu
     kernels/cuda/experts_lora.cu
+    kernels/cuda/experts_mma.cu
     kernels/cuda/experts_plain.cu
+    kernels/cuda/experts_tiled.cu
     kernels/cuda/experts_wgmma.cu
     kernels/cuda/head.cu
     kernels/cuda/linear.cu

@@ -52,7 +52,8 @@ const char *espi_cublaslt_open(void);
 #include "kernels/ops.def"
 #undef ESPI_OP
 
-/* experts.cu: espi_backend.packed_bytes and pack. */
+/* experts.cu: espi_backend.packed_bytes and pack, and which kernels make the products with whole tiles. */
+const char *espi_experts_describe_cuda(void);
 size_t espi_packed_bytes_cuda(const espi_stack *w);
 esp_status espi_pack_cuda(const espi_exec *exec, void *packed, const espi_stack *one);
 

@@ -159,6 +159,10 @@ extern "C" esp_status espi_down_bwd_cuda(const espi_exec *exec, const espi_down_
     return ESP_OK;
 }
 
+extern "C" const char *espi_experts_describe_cuda(void) {
+    return product_tiled_describe();
+}
+
 extern "C" size_t espi_packed_bytes_cuda(const espi_stack *w) {
     return espi_record_bytes(w);
 }

@@ -131,6 +131,7 @@ struct product_args {
 /* Bytes of scratch; the launch; the reason for a refusal, or NULL. */
 size_t product_plain_scratch(const product_args *p, product_kind kind);
 cudaError_t product_plain(const product_args *p, product_kind kind, void *scratch, cudaStream_t stream);
+const char *product_tiled_describe();
 const char *product_tiled_refusal(const espi_stack *w, const espi_lora *lora, const espi_routing *routing, product_kind kind);
 size_t product_tiled_scratch(const product_args *p, product_kind kind);
 cudaError_t product_tiled(const product_args *p, product_kind kind, void *scratch, int multiprocessors, cudaStream_t stream);

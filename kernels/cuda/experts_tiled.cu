@@ -49,6 +49,15 @@ static __global__ void sum_shares(float *d_row_weight, const float *partial, con
     d_row_weight[s] = sum;
 }
 
+#define STRING2(x) #x
+#define STRING(x) STRING2(x)
+
+const char *product_tiled_describe() {
+    return wgmma_available() ? "wgmma: tiles of " STRING(NARROW_ROWS) " rows up to a mean of " STRING(
+                                   NARROW_MEAN_ROWS) " rows per expert, of " STRING(WIDE_ROWS) " above"
+                             : "mma.sync: tiles of " STRING(NARROW_ROWS) " rows";
+}
+
 const char *product_tiled_refusal(const espi_stack *w, const espi_lora *lora, const espi_routing *routing, product_kind kind) {
     const int64_t width = kind == PRODUCT_GATE_UP ? w->rows / 2 : w->cols;
     if (w->rows % BLOCK || w->cols % BLOCK || width % BLOCK) return "rows, columns or width of the experts are not multiples of 64";

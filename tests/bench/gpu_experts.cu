@@ -1,9 +1,7 @@
 /* The expert ops on a GPU beside float64, and their times: a program of its own, for machines where the test suite's libraries are not.
  *   gpu_experts check            every case; check NAME: one
  *   gpu_experts time SHAPE FORMAT TOKENS...   SHAPE: qwen3-30b-a3b | gpt-oss-20b, FORMAT: nf4 | mxfp4 | bf16 */
-extern "C" {
 #include "core/status.h"
-}
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/scratch.h"
 #include "kernels/stack.h"
@@ -23,11 +21,6 @@ extern "C" {
 #include <vector>
 
 typedef __nv_bfloat16 bf16;
-
-/* The ops come without the library's device plumbing. */
-esp_status espi_cuda_check(cudaError_t error, const char *what) {
-    return error == cudaSuccess ? ESP_OK : ESPI_FAIL(ESP_ERR_DEVICE, "%s: %s", what, cudaGetErrorString(error));
-}
 
 #define MUST(call)                                                                                                                         \
     do {                                                                                                                                   \
