@@ -4,72 +4,17 @@
  *
  * The query heads that share a kv head are packed: row m of a sequence is token m / group, head m % group of the group, so that keys and values
  * are read once for all of them, in decoding too.  Heads of 64 and 128 values go through the tensor cores; a general kernel takes the others. */
-#include "kernels/cuda/cuda.cuh"
-#include "kernels/cuda/dev.cuh"
+#include "kernels/cuda/attention.cuh"
 
 namespace {
 
 enum {
     THREADS = 256,
-    KEYS = 64,     /* a tile of keys */
     BWD_ROWS = 32, /* query rows that meet a tile of keys at once in the backward's sum over queries */
     MANY_TILES = 1024,
+    MOST_PARTS = 32,
     SUM_WARPS = 8
 };
-
-#define LOG2_E 1.44269504088896340736f
-#define LN_2 0.69314718055994530942f
-
-/* ---- Where things are ---- */
-
-/* A sequence's queries, and the keys they see: `prefix` that it shares with others, then its own, in places counted through. */
-struct sequence {
-    int64_t first_query, first_key, first_prefix; /* rows of q, and twice of k */
-    int queries, keys, prefix;                    /* keys: with the prefix */
-    int before;                                   /* keys before the first query's own */
-    __device__ int64_t key_row(int place) const { return place < prefix ? first_prefix + place : first_key + place - prefix; }
-};
-
-__device__ int prefix_of(const espi_spans &spans, int s) {
-    return spans.prefix_len ? spans.prefix_len[s] : 0;
-}
-
-__device__ sequence sequence_of(const espi_spans &spans, int s) {
-    sequence q;
-    q.first_query = spans.cu_q[s];
-    q.queries = spans.cu_q[s + 1] - spans.cu_q[s];
-    q.prefix = prefix_of(spans, s);
-    q.first_prefix = q.prefix ? spans.prefix_start[s] : 0;
-    q.first_key = spans.k_start[s];
-    q.keys = q.prefix + spans.k_len[s];
-    q.before = q.keys - q.queries;
-    return q;
-}
-
-/* Which sequence tile number `tile` belongs to, sequences having ceil(queries * per_query / size) tiles each; its number there, from the last
- * down: later queries see more keys.  A whole warp calls it; false: there are fewer tiles. */
-__device__ bool find_tile(const espi_spans &spans, int per_query, int size, int tile, bool from_last, int *seq, int *index) {
-    const int lane = static_cast<int>(threadIdx.x) % ESPI_WARP;
-    for (int first = 0; first < spans.n_seqs; first += ESPI_WARP) {
-        const int s = first + lane;
-        const int own = s < spans.n_seqs ? ((spans.cu_q[s + 1] - spans.cu_q[s]) * per_query + size - 1) / size : 0;
-        int sum = own;
-        for (int by = 1; by < ESPI_WARP; by *= 2) {
-            const int below = __shfl_up_sync(0xffffffffu, sum, by);
-            if (lane >= by) sum += below;
-        }
-        const unsigned behind = __ballot_sync(0xffffffffu, sum > tile);
-        if (behind) {
-            const int chosen = __ffs(static_cast<int>(behind)) - 1;
-            const int all = __shfl_sync(0xffffffffu, own, chosen), at = tile - (__shfl_sync(0xffffffffu, sum, chosen) - all);
-            *seq = first + chosen;
-            *index = from_last ? all - 1 - at : at;
-            return true;
-        }
-        tile -= __shfl_sync(0xffffffffu, sum, ESPI_WARP - 1);
-    }
-    return false;
-}
 
 /* ---- Tiles in shared memory: rows of D values, 16-byte piece c of row r at c ^ (r & 7) ---- */
 
@@ -79,8 +24,8 @@ template <int D> __device__ uint32_t place_of(uint32_t tile, int row, int piece)
 
 /* ROWS rows of a matrix: row r comes from address(r), or is zero where that is NULL.  Asynchronous. */
 template <int D, int ROWS, int BLOCK, typename F> __device__ void load_tile(uint32_t tile, F address, const void *anything) {
-    constexpr int pieces = D / 8, together = BLOCK == ESPI_WARP ? 4 : 8; /* more would not fit the registers */
-#pragma unroll together
+    constexpr int pieces = D / 8;
+#pragma unroll 2 /* more would not fit the registers */
     for (int i = 0; i < ROWS * pieces / BLOCK; i++) {
         const int at = i * BLOCK + static_cast<int>(threadIdx.x), row = at / pieces, piece = at % pieces;
         const bf16 *from = address(row);
@@ -152,41 +97,41 @@ __device__ void store_rows(uint32_t tile, int row, const float (&sum)[D / 8][4],
 
 /* ---- Forward ---- */
 
-/* The rows of a group that one block of threads works on. */
-struct row_tile {
-    sequence s;
-    int first, end;         /* rows m, those of the sequence */
-    int group, head, heads; /* heads head .. head+group-1 of `heads` */
-    __device__ int token(int row) const { return (first + row) / group; }
-    /* The row's place among all [tokens, heads]; -1: behind the end. */
-    __device__ int64_t place(int row) const {
-        const int m = first + row;
-        return m < end ? (s.first_query + m / group) * heads + head + m % group : -1;
+/* seen: the last key that each of the thread's two rows sees. */
+template <int TILES> __device__ void mask_keys(float (&score)[TILES][4], const int (&seen)[2], int first_key, int window) {
+#pragma unroll
+    for (int n = 0; n < TILES; n++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int key = first_key + n * 8 + static_cast<int>(threadIdx.x) % 4 * 2 + i % 2;
+            if (key > seen[i / 2] || key <= seen[i / 2] - window) score[n][i] = -INFINITY;
+        }
     }
-};
-
-/* Keys that the tokens first..last see: [begin, end). */
-struct key_range {
-    int begin, end;
-};
-
-__device__ key_range keys_of(const sequence &s, int first, int last, int64_t window) {
-    const int64_t begin = window > 0 ? s.before + first - window + 1 : 0;
-    return {static_cast<int>(begin > 0 ? begin : 0), min(s.before + last + 1, s.keys)};
 }
 
 template <int D, int WARPS> constexpr int forward_bytes() {
     return (16 * WARPS + 4 * KEYS) * D * 2;
 }
 
-template <int D, int WARPS> __device__ void attend(const espi_attention_fwd &a, const row_tile &rows, int kv_head, uint32_t shared) {
+/* A part of the keys, where they are split among blocks: sums that are not yet divided go to `out` [count][tokens, heads, D] and what to divide
+ * them by, relative to which maximum, to `sums`.  count 1: all of them, the result goes where it belongs. */
+struct key_part {
+    int index, count;
+    float *out;
+    float2 *sums;
+};
+
+template <int D, int WARPS>
+__device__ void attend(const espi_attention_fwd &a, const row_tile &rows, int kv_head, const key_part &part, uint32_t shared) {
     constexpr int block = WARPS * ESPI_WARP;
     const int warp = static_cast<int>(threadIdx.x) / ESPI_WARP, lane = static_cast<int>(threadIdx.x) % ESPI_WARP;
     const uint32_t q_tile = shared, k_tiles = q_tile + 16 * WARPS * D * 2, v_tiles = k_tiles + 2 * KEYS * D * 2;
     const bf16 *q = static_cast<const bf16 *>(a.q), *k = static_cast<const bf16 *>(a.k), *v = static_cast<const bf16 *>(a.v);
     const int last = (min(rows.first + 16 * WARPS, rows.end) - 1) / rows.group;
     const key_range range = keys_of(rows.s, rows.token(0), last, a.window);
-    const int first_tile = range.begin / KEYS, end_tile = (range.end + KEYS - 1) / KEYS;
+    const int all_tiles = (range.end + KEYS - 1) / KEYS - range.begin / KEYS, share = (all_tiles + part.count - 1) / part.count;
+    const int first_tile = range.begin / KEYS + part.index * share,
+              end_tile = range.begin / KEYS + min((part.index + 1) * share, all_tiles);
 
     const auto load_keys = [&](int tile) {
         const int stage = tile % 2;
@@ -216,7 +161,7 @@ template <int D, int WARPS> __device__ void attend(const espi_attention_fwd &a, 
     for (int h = 0; h < 2; h++) {
         const int row = warp * 16 + lane / 4 + h * 8;
         seen[h] = rows.s.before + rows.token(row);
-        if (a.sinks && rows.place(row) >= 0) {
+        if (a.sinks && part.index == 0 && rows.place(row) >= 0) {
             most[h] = a.sinks[rows.head + (rows.first + row) % rows.group] * LOG2_E;
             sum[h] = lane % 4 == 0 ? 1 : 0;
         }
@@ -229,17 +174,7 @@ template <int D, int WARPS> __device__ void attend(const espi_attention_fwd &a, 
         const int stage = tile % 2;
         float score[KEYS / 8][4] = {};
         multiply_rows<D, KEYS / 8>(score, q_tile, warp * 16, k_tiles + stage * KEYS * D * 2);
-        const bool is_whole = tile * KEYS + KEYS - 1 <= rows.s.before + rows.token(0) && tile * KEYS > rows.s.before + last - window;
-        if (!is_whole) {
-#pragma unroll
-            for (int n = 0; n < KEYS / 8; n++) {
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    const int key = tile * KEYS + n * 8 + lane % 4 * 2 + i % 2;
-                    if (key > seen[i / 2] || key <= seen[i / 2] - window) score[n][i] = -INFINITY;
-                }
-            }
-        }
+        if (!sees_all(rows, tile * KEYS, KEYS, last, window)) mask_keys(score, seen, tile * KEYS, window);
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             float now = -INFINITY;
@@ -249,7 +184,7 @@ template <int D, int WARPS> __device__ void attend(const espi_attention_fwd &a, 
             now = fmaxf(now, __shfl_xor_sync(0xffffffffu, now, 2)) * scale;
             now = fmaxf(now, most[h]);
             const float base = now == -INFINITY ? 0 : now; /* no key yet: all scores are -inf */
-            const float shrink = exp2f(most[h] - base);
+            const float shrink = dev_exp2(most[h] - base);
             most[h] = now;
             sum[h] *= shrink;
 #pragma unroll
@@ -261,7 +196,7 @@ template <int D, int WARPS> __device__ void attend(const espi_attention_fwd &a, 
             for (int n = 0; n < KEYS / 8; n++) {
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    const float p = exp2f(score[n][2 * h + i] * scale - base);
+                    const float p = dev_exp2(score[n][2 * h + i] * scale - base);
                     score[n][2 * h + i] = p;
                     sum[h] += p;
                 }
@@ -269,6 +204,7 @@ template <int D, int WARPS> __device__ void attend(const espi_attention_fwd &a, 
         }
         multiply_across<D, KEYS / 8>(out, score, v_tiles + stage * KEYS * D * 2);
     }
+    dev_copy_wait<0>();
     float inverse[2];
 #pragma unroll
     for (int h = 0; h < 2; h++) {
@@ -276,8 +212,15 @@ template <int D, int WARPS> __device__ void attend(const espi_attention_fwd &a, 
         sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], 2);
         inverse[h] = 1 / sum[h];
         const int64_t place = rows.place(warp * 16 + lane / 4 + h * 8);
-        if (lane % 4 == 0 && place >= 0) static_cast<float *>(a.lse)[place] = most[h] * LN_2 + logf(sum[h]);
+        if (lane % 4 == 0 && place >= 0 && part.count == 1) static_cast<float *>(a.lse)[place] = most[h] * LN_2 + logf(sum[h]);
+        if (place < 0 || part.count == 1) continue;
+        const int64_t at = part.index * a.spans.tokens * a.heads + place;
+        if (lane % 4 == 0) part.sums[at] = make_float2(most[h], sum[h]);
+#pragma unroll
+        for (int d = 0; d < D / 8; d++)
+            *reinterpret_cast<float2 *>(part.out + at * D + d * 8 + lane % 4 * 2) = make_float2(out[d][2 * h], out[d][2 * h + 1]);
     }
+    if (part.count > 1) return;
     store_rows<D>(q_tile, warp * 16, out, inverse[0], inverse[1], [&](int row) -> bf16 * {
         const int64_t place = rows.place(row);
         return place >= 0 ? static_cast<bf16 *>(a.out) + place * D : nullptr;
@@ -292,19 +235,40 @@ __global__ void __launch_bounds__(WARPS *ESPI_WARP) forward_tiles(const __grid_c
     if (!find_tile(a.spans, group, 16 * WARPS, static_cast<int>(blockIdx.x), true, &seq, &index)) return;
     const sequence s = sequence_of(a.spans, seq);
     const row_tile rows = {s, index * 16 * WARPS, s.queries * group, group, kv_head * group, static_cast<int>(a.heads)};
-    attend<D, WARPS>(a, rows, kv_head, dev_shared(shared));
+    attend<D, WARPS>(a, rows, kv_head, {0, 1, nullptr, nullptr}, dev_shared(shared));
 }
 
-/* Few queries a sequence: a warp for each sequence and kv head. */
-template <int D> __global__ void __launch_bounds__(ESPI_WARP) forward_decode(const __grid_constant__ espi_attention_fwd a) {
+/* Few queries a sequence: a warp for each sequence, kv head and part of the keys. */
+template <int D>
+__global__ void __launch_bounds__(ESPI_WARP) forward_decode(const __grid_constant__ espi_attention_fwd a, float *parts, float2 *sums) {
     extern __shared__ __align__(256) unsigned char shared[];
     const int group = static_cast<int>(a.heads / a.kv_heads), kv_head = static_cast<int>(blockIdx.y);
     const sequence s = sequence_of(a.spans, static_cast<int>(blockIdx.x));
     for (int first = 0; first < s.queries * group; first += 16) {
         const row_tile rows = {s, first, s.queries * group, group, kv_head * group, static_cast<int>(a.heads)};
-        attend<D, 1>(a, rows, kv_head, dev_shared(shared));
+        attend<D, 1>(a, rows, kv_head, {static_cast<int>(blockIdx.z), static_cast<int>(gridDim.z), parts, sums}, dev_shared(shared));
         __syncwarp();
     }
+}
+
+/* The parts of a row, in order: a warp a row. */
+template <int D>
+__global__ void __launch_bounds__(THREADS)
+    join_parts(bf16 *out, float *lse, const float *parts, const float2 *sums, int count, int64_t rows) {
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * (THREADS / ESPI_WARP) + threadIdx.x / ESPI_WARP, lane = threadIdx.x % ESPI_WARP;
+    if (row >= rows) return;
+    float most = -INFINITY, sum = 0, value[D / ESPI_WARP] = {};
+    for (int part = 0; part < count; part++) most = fmaxf(most, sums[part * rows + row].x);
+    for (int part = 0; part < count; part++) {
+        const float2 own = sums[part * rows + row];
+        const float weight = own.y > 0 ? dev_exp2(own.x - most) : 0;
+        sum += own.y * weight;
+#pragma unroll
+        for (int i = 0; i < D / ESPI_WARP; i++) value[i] += weight * parts[(part * rows + row) * D + i * ESPI_WARP + lane];
+    }
+#pragma unroll
+    for (int i = 0; i < D / ESPI_WARP; i++) espi_store(out + row * D + i * ESPI_WARP + lane, value[i] / sum);
+    if (lane == 0) lse[row] = most * LN_2 + logf(sum);
 }
 
 /* ---- Backward ---- */
@@ -398,14 +362,13 @@ __global__ void __launch_bounds__(WARPS *ESPI_WARP) query_grads(const __grid_con
         float score[TILE / 8][4] = {}, d_p[TILE / 8][4] = {};
         multiply_rows<D, TILE / 8>(score, q_tile, warp * 16, k_tile);
         multiply_rows<D, TILE / 8>(d_p, d_out_tile, warp * 16, v_tile);
+        if (!sees_all(rows, tile * TILE, TILE, last, window)) mask_keys(score, seen, tile * TILE, window);
 #pragma unroll
         for (int n = 0; n < TILE / 8; n++) {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                const int key = tile * TILE + n * 8 + lane % 4 * 2 + i % 2, h = i / 2;
-                const bool is_seen = key <= seen[h] && key > seen[h] - window;
-                const float p = is_seen ? exp2f(score[n][i] * scale - lse[h]) : 0;
-                score[n][i] = p * (d_p[n][i] - row_delta[h]);
+                const float p = dev_exp2(score[n][i] * scale - lse[i / 2]);
+                score[n][i] = p * (d_p[n][i] - row_delta[i / 2]);
             }
         }
         multiply_across<D, TILE / 8>(sum, score, k_tile);
@@ -418,7 +381,7 @@ __global__ void __launch_bounds__(WARPS *ESPI_WARP) query_grads(const __grid_con
 }
 
 template <int D> constexpr int key_grad_bytes() {
-    return (2 * KEYS + 4 * BWD_ROWS) * D * 2 + 2 * 2 * BWD_ROWS * static_cast<int>(sizeof(float));
+    return (2 * KEYS + 4 * BWD_ROWS) * D * 2 + 3 * 2 * BWD_ROWS * static_cast<int>(sizeof(float));
 }
 
 /* The gradients of a tile of keys and their values over the query rows of some heads of the group: part blockIdx.z of `splits`.
@@ -439,6 +402,7 @@ __global__ void __launch_bounds__(KEYS / 16 * ESPI_WARP)
     const uint32_t k_tile = shared, v_tile = k_tile + KEYS * D * 2, q_tiles = v_tile + KEYS * D * 2,
                    d_out_tiles = q_tiles + 2 * BWD_ROWS * D * 2;
     float *lse_rows = reinterpret_cast<float *>(memory + (2 * KEYS + 4 * BWD_ROWS) * D * 2), *delta_rows = lse_rows + 2 * BWD_ROWS;
+    int *seen_rows = reinterpret_cast<int *>(delta_rows + 2 * BWD_ROWS); /* the last place that a row sees; -1: no row */
     const bf16 *q = static_cast<const bf16 *>(a.q), *k = static_cast<const bf16 *>(a.k), *v = static_cast<const bf16 *>(a.v);
     const bf16 *d_out = static_cast<const bf16 *>(a.d_out);
     const auto key_row = [&](const bf16 *from, int row) -> const bf16 * {
@@ -481,6 +445,7 @@ __global__ void __launch_bounds__(KEYS / 16 * ESPI_WARP)
                 const int64_t at = rows.place(static_cast<int>(threadIdx.x));
                 lse_rows[stage * BWD_ROWS + threadIdx.x] = at >= 0 ? static_cast<const float *>(a.lse)[at] * LOG2_E : 0;
                 delta_rows[stage * BWD_ROWS + threadIdx.x] = at >= 0 ? delta[at] : 0;
+                seen_rows[stage * BWD_ROWS + threadIdx.x] = at >= 0 ? s.before + rows.token(static_cast<int>(threadIdx.x)) : -1;
             }
         };
         __syncthreads(); /* the stages of the sequence before have been read */
@@ -490,21 +455,29 @@ __global__ void __launch_bounds__(KEYS / 16 * ESPI_WARP)
             __syncthreads();
             if (step + 1 < end_step) load_rows(step + 1);
             const int stage = step % 2;
-            const row_tile rows = rows_of(step);
             const uint32_t q_tile = q_tiles + stage * BWD_ROWS * D * 2, d_out_tile = d_out_tiles + stage * BWD_ROWS * D * 2;
+            const int *seen = seen_rows + stage * BWD_ROWS;
             float score[BWD_ROWS / 8][4] = {}, d_p[BWD_ROWS / 8][4] = {};
             multiply_rows<D, BWD_ROWS / 8>(score, k_tile, warp * 16, q_tile);
             multiply_rows<D, BWD_ROWS / 8>(d_p, v_tile, warp * 16, d_out_tile);
+            if (seen[0] < place + KEYS - 1 || seen[BWD_ROWS - 1] - place >= window || seen[BWD_ROWS - 1] < 0) {
+#pragma unroll
+                for (int n = 0; n < BWD_ROWS / 8; n++) {
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        const int key = place + warp * 16 + lane / 4 + i / 2 * 8, last = seen[n * 8 + lane % 4 * 2 + i % 2];
+                        if (last < key || last - key >= window) score[n][i] = -INFINITY;
+                    }
+                }
+            }
 #pragma unroll
             for (int n = 0; n < BWD_ROWS / 8; n++) {
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
-                    const int row = n * 8 + lane % 4 * 2 + i % 2, key = place + warp * 16 + lane / 4 + i / 2 * 8;
-                    const int from_key = s.before + rows.token(row) - key;
-                    const bool is_seen = from_key >= 0 && from_key < window && rows.first + row < rows.end;
-                    const float p = is_seen ? exp2f(score[n][i] * scale - lse_rows[stage * BWD_ROWS + row]) : 0;
+                    const int row = stage * BWD_ROWS + n * 8 + lane % 4 * 2 + i % 2;
+                    const float p = dev_exp2(score[n][i] * scale - lse_rows[row]);
                     score[n][i] = p;
-                    d_p[n][i] = p * (d_p[n][i] - delta_rows[stage * BWD_ROWS + row]);
+                    d_p[n][i] = p * (d_p[n][i] - delta_rows[row]);
                 }
             }
             multiply_across<D, BWD_ROWS / 8>(d_v, score, d_out_tile);
@@ -671,19 +644,40 @@ template <typename K> esp_status allow_bytes(K kernel, int bytes) {
     return espi_cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "shared memory of attention");
 }
 
+/* So few rows a sequence that a warp takes them all. */
+bool is_decode(const espi_attention_fwd *a) {
+    return a->spans.tokens * (a->heads / a->kv_heads) <= 16 * static_cast<int64_t>(a->spans.n_seqs);
+}
+
+/* Into how many parts the keys are split: enough blocks to fill the GPU. */
+int64_t parts_of(const espi_attention_fwd *a) {
+    const int64_t blocks = a->spans.n_seqs * a->kv_heads, most = MOST_PARTS, wanted = blocks > 0 ? MANY_TILES / blocks : 1;
+    return wanted < 1 ? 1 : wanted > most ? most : wanted;
+}
+
+template <int D> esp_status decode(const espi_exec *exec, const espi_attention_fwd *a) {
+    const cudaStream_t stream = espi_cuda_of(exec)->stream;
+    const int64_t rows = a->spans.tokens * a->heads, count = parts_of(a);
+    char *scratch = static_cast<char *>(exec->scratch);
+    float *parts = count > 1 ? espi_cut<float>(&scratch, count * rows * D) : nullptr;
+    float2 *sums = count > 1 ? espi_cut<float2>(&scratch, count * rows) : nullptr;
+    const dim3 blocks(static_cast<unsigned>(a->spans.n_seqs), static_cast<unsigned>(a->kv_heads), static_cast<unsigned>(count));
+    ESPI_TRY(allow_bytes(forward_decode<D>, forward_bytes<D, 1>()));
+    forward_decode<D><<<blocks, ESPI_WARP, forward_bytes<D, 1>(), stream>>>(*a, parts, sums);
+    if (count > 1)
+        join_parts<D><<<espi_blocks(rows, THREADS / ESPI_WARP), THREADS, 0, stream>>>(
+            static_cast<bf16 *>(a->out), static_cast<float *>(a->lse), parts, sums, static_cast<int>(count), rows);
+    return ESPI_CUDA_LAUNCHED("attention");
+}
+
 template <int D> esp_status forward(const espi_exec *exec, const espi_attention_fwd *a) {
     constexpr int warps = 4;
-    const cudaStream_t stream = espi_cuda_of(exec)->stream;
-    const int64_t rows = a->spans.tokens * (a->heads / a->kv_heads);
-    const unsigned kv_heads = static_cast<unsigned>(a->kv_heads);
-    if (rows <= 16 * static_cast<int64_t>(a->spans.n_seqs)) {
-        ESPI_TRY(allow_bytes(forward_decode<D>, forward_bytes<D, 1>()));
-        forward_decode<D><<<dim3(static_cast<unsigned>(a->spans.n_seqs), kv_heads), ESPI_WARP, forward_bytes<D, 1>(), stream>>>(*a);
-    } else {
-        const unsigned tiles = static_cast<unsigned>(rows / (16 * warps) + a->spans.n_seqs);
-        ESPI_TRY(allow_bytes(forward_tiles<D, warps>, forward_bytes<D, warps>()));
-        forward_tiles<D, warps><<<dim3(tiles, kv_heads), warps * ESPI_WARP, forward_bytes<D, warps>(), stream>>>(*a);
-    }
+    if (is_decode(a)) return decode<D>(exec, a);
+    if (espi_cuda_of(exec)->major == 9) return espi_attention_fwd_wgmma<D>(exec, a);
+    const unsigned tiles = static_cast<unsigned>(a->spans.tokens * (a->heads / a->kv_heads) / (16 * warps) + a->spans.n_seqs);
+    ESPI_TRY(allow_bytes(forward_tiles<D, warps>, forward_bytes<D, warps>()));
+    forward_tiles<D, warps>
+        <<<dim3(tiles, static_cast<unsigned>(a->kv_heads)), warps * ESPI_WARP, forward_bytes<D, warps>(), espi_cuda_of(exec)->stream>>>(*a);
     return ESPI_CUDA_LAUNCHED("attention");
 }
 
@@ -705,15 +699,19 @@ template <int D> esp_status backward(const espi_exec *exec, const espi_attention
     const int64_t rows = a->spans.tokens * (a->heads / a->kv_heads), n = a->spans.tokens * a->kv_heads * D, splits = splits_of(a);
     const unsigned kv_heads = static_cast<unsigned>(a->kv_heads);
     float *d_k_parts = parts, *d_v_parts = parts + splits * n;
-    const unsigned query_tiles = static_cast<unsigned>(rows / (16 * warps) + a->spans.n_seqs);
-    const unsigned key_tiles = static_cast<unsigned>(a->spans.tokens / KEYS + a->spans.n_seqs);
-    ESPI_TRY(allow_bytes(key_grads<D>, key_grad_bytes<D>()));
-    key_grads<D><<<dim3(key_tiles, kv_heads, static_cast<unsigned>(splits)), KEYS / 16 * ESPI_WARP, key_grad_bytes<D>(), stream>>>(
-        *a, d_k_parts, d_v_parts, delta);
+    if (espi_cuda_of(exec)->major == 9) {
+        ESPI_TRY(espi_attention_bwd_wgmma<D>(exec, a, delta, d_k_parts, d_v_parts, splits));
+    } else {
+        const unsigned query_tiles = static_cast<unsigned>(rows / (16 * warps) + a->spans.n_seqs);
+        const unsigned key_tiles = static_cast<unsigned>(a->spans.tokens / KEYS + a->spans.n_seqs);
+        const dim3 key_blocks(key_tiles, kv_heads, static_cast<unsigned>(splits));
+        ESPI_TRY(allow_bytes(key_grads<D>, key_grad_bytes<D>()));
+        key_grads<D><<<key_blocks, KEYS / 16 * ESPI_WARP, key_grad_bytes<D>(), stream>>>(*a, d_k_parts, d_v_parts, delta);
+        ESPI_TRY(allow_bytes(query_grads<D, warps>, query_grad_bytes<D, warps>()));
+        query_grads<D, warps><<<dim3(query_tiles, kv_heads), warps * ESPI_WARP, query_grad_bytes<D, warps>(), stream>>>(*a, delta);
+    }
     sum_parts<<<espi_blocks(n / 4, THREADS), THREADS, 0, stream>>>(static_cast<bf16 *>(a->d_k), d_k_parts, static_cast<int>(splits), n);
     sum_parts<<<espi_blocks(n / 4, THREADS), THREADS, 0, stream>>>(static_cast<bf16 *>(a->d_v), d_v_parts, static_cast<int>(splits), n);
-    ESPI_TRY(allow_bytes(query_grads<D, warps>, query_grad_bytes<D, warps>()));
-    query_grads<D, warps><<<dim3(query_tiles, kv_heads), warps * ESPI_WARP, query_grad_bytes<D, warps>(), stream>>>(*a, delta);
     return ESPI_CUDA_LAUNCHED("gradient of attention");
 }
 
@@ -743,8 +741,9 @@ esp_status espi_kv_append_cuda(const espi_exec *exec, const espi_kv_append *a) {
 
 size_t espi_attention_fwd_scratch_cuda(const espi_exec *exec, const espi_attention_fwd *a) {
     (void)exec;
-    (void)a;
-    return 0;
+    const int64_t rows = a->spans.tokens * a->heads, count = parts_of(a);
+    if (!is_decode(a) || !is_fast(a->head_dim) || count == 1) return 0;
+    return espi_room(count * rows * a->head_dim, sizeof(float)) + espi_room(count * rows, sizeof(float2));
 }
 
 esp_status espi_attention_fwd_cuda(const espi_exec *exec, const espi_attention_fwd *a) {

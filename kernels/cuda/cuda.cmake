@@ -19,6 +19,7 @@ set(CMAKE_CUDA_STANDARD 17)
 
 set(cuda_sources
     kernels/cuda/attention.cu
+    kernels/cuda/attention_wgmma.cu
     kernels/cuda/backend.c
     kernels/cuda/combine.cu
     kernels/cuda/cublaslt.c

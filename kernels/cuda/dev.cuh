@@ -293,4 +293,47 @@ template <int count> static __device__ __forceinline__ void dev_wgmma_settle(flo
     for (int i = 0; i < count; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
 
+/* The products of attention: D [64,64] of the warpgroup, with sums as dev_wgmma has them. */
+#if DEV_HOPPER
+#define DEV_SUMS32(d)                                                                                                                      \
+    "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]),   \
+        "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]),  \
+        "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]),  \
+        "+f"(d[31])
+#define DEV_PLACES32                                                                                                                       \
+    "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}"
+#endif
+
+/* A [64,16] B [16,64] + (keep ? D : 0), both as rows of 16 k. */
+static __device__ __forceinline__ void dev_wgmma64(float (&d)[32], uint64_t a, uint64_t b, int keep) {
+#if DEV_HOPPER
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " DEV_PLACES32
+                 ", %32, %33, p, 1, 1, 0, 0;\n}"
+                 : DEV_SUMS32(d)
+                 : "l"(a), "l"(b), "r"(keep));
+#endif
+}
+
+/* D += A B, A from the warps' registers as mma.sync has it, B as 16 rows k of 64 values. */
+static __device__ __forceinline__ void dev_wgmma64_across(float (&d)[32], uint4 a, uint64_t b) {
+#if DEV_HOPPER
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " DEV_PLACES32
+                 ", {%32,%33,%34,%35}, %36, p, 1, 1, 1;\n}"
+                 : DEV_SUMS32(d)
+                 : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b));
+#endif
+}
+
+static __device__ __forceinline__ void dev_wgmma64_settle(float (&d)[32]) {
+#pragma unroll
+    for (int i = 0; i < 32; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+/* 2^x to about two units in the last place; results below the smallest normal number are 0. */
+static __device__ __forceinline__ float dev_exp2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 #endif

@@ -55,6 +55,7 @@ static esp_status set_up(gpu *g) {
     int ordinal;
     ESPI_CUDA_TRY(cudaGetDevice(&ordinal));
     ESPI_CUDA_TRY(cudaDeviceGetAttribute(&c->sms, cudaDevAttrMultiProcessorCount, ordinal));
+    ESPI_CUDA_TRY(cudaDeviceGetAttribute(&c->major, cudaDevAttrComputeCapabilityMajor, ordinal));
     ESPI_CUDA_TRY(cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking));
     if (cublasLtCreate(&c->blas) != CUBLAS_STATUS_SUCCESS)
         return ESPI_FAIL(ESP_ERR_DEVICE, "cublasLtCreate failed, expected a handle: is the GPU's memory full?");

@@ -3,6 +3,7 @@
  * makes the hidden states' gradient of that.  All that is said of a row (statistics, gradient, sample) is of the rounded logits, so that it
  * agrees. */
 #include "kernels/cuda/cuda.cuh"
+#include "kernels/cuda/dev.cuh"
 
 #include <stdlib.h>
 
@@ -17,28 +18,48 @@ struct espi_cuda_call {
 
 namespace {
 
-enum { THREADS = 512, WARPS = THREADS / ESPI_WARP, COPY_THREADS = 256, VECTOR = 8, CHUNK_STEP = 64 };
+enum {
+    MANY_ROWS = 256, /* threads a row, where there are enough rows to fill the GPU */
+    FEW_ROWS = 512,  /* and where there are not */
+    COPY_THREADS = 256,
+    VECTOR = 8,
+    CHUNK_STEP = 256, /* rows: whole tiles of the products */
+    LEAST_SLICE = 1024,
+    SLICES = 8 /* of the vocabulary, in the product that sums over it: its output has too few tiles to fill the GPU */
+};
 
 /* Bytes of a tile of logits; at most 0.3 GB with all else. */
-#define TILE_BYTES ((int64_t)272 << 20)
+#define TILE_BYTES ((int64_t)236 << 20)
+#define LOG2_E 1.44269504088896340736f
 
 /* From what the product leaves to z. */
 struct logit_terms {
     const float *bias;
-    float logit_scale, softcap, inverse_temperature;
+    float logit_scale, softcap, inverse_temperature, gain; /* gain: the two factors, where nothing stands between them */
 };
 
-logit_terms terms_of(const espi_head *head) {
-    return {head->bias, static_cast<float>(head->logit_scale), static_cast<float>(head->softcap),
-            head->temperature == 0 ? 1 : static_cast<float>(1 / head->temperature)};
+bool is_plain(const espi_head *head) {
+    return !head->bias && head->softcap == 0;
 }
 
-/* One definition, so that the sampler's log-probability and the trainer's are the same bits. */
-__device__ float logit(const logit_terms &terms, float product, int64_t v) {
+logit_terms terms_of(const espi_head *head) {
+    const double inverse = head->temperature == 0 ? 1 : 1 / head->temperature;
+    return {head->bias, static_cast<float>(head->logit_scale), static_cast<float>(head->softcap), static_cast<float>(inverse),
+            static_cast<float>(head->logit_scale * inverse)};
+}
+
+/* One definition, so that the sampler's log-probability and the trainer's are the same bits.  PLAIN: as is_plain says. */
+template <bool PLAIN> __device__ float logit(const logit_terms &terms, float product, int64_t v) {
+    if constexpr (PLAIN) return product * terms.gain;
     if (terms.bias) product += terms.bias[v];
     product *= terms.logit_scale;
     if (terms.softcap != 0) product = terms.softcap * tanhf(product / terms.softcap);
     return product * terms.inverse_temperature;
+}
+
+/* e^(z - most). */
+__device__ float weight_of(float z, float most) {
+    return dev_exp2((z - most) * LOG2_E);
 }
 
 /* Maximum, sum of exponentials and exponential-weighted sum of z, the sums relative to the maximum. */
@@ -49,7 +70,7 @@ struct partial {
 __device__ partial merge(partial a, partial b) {
     const float most = fmaxf(a.most, b.most);
     if (most == -INFINITY) return a;
-    const float left = expf(a.most - most), right = expf(b.most - most);
+    const float left = weight_of(a.most, most), right = weight_of(b.most, most);
     return {most, a.sum * left + b.sum * right, a.sum_z * left + b.sum_z * right};
 }
 
@@ -65,30 +86,38 @@ __device__ id_list list_of(const int64_t *offsets, const int32_t *kept, int64_t 
 }
 
 __device__ partial add_one(partial own, float z) {
-    const float most = fmaxf(own.most, z), shrink = own.sum > 0 ? expf(own.most - most) : 0, p = expf(z - most);
+    const float most = fmaxf(own.most, z), shrink = own.sum > 0 ? weight_of(own.most, most) : 0, p = weight_of(z, most);
     return {most, own.sum * shrink + p, own.sum_z * shrink + z * p};
 }
 
 /* Of a row, in every thread. */
+template <int THREADS, bool PLAIN>
 __device__ partial row_partial(const bf16 *row, int64_t vocab, const id_list &list, const logit_terms &terms) {
+    constexpr int WARPS = THREADS / ESPI_WARP;
     __shared__ partial parts[WARPS];
     partial own = {-INFINITY, 0, 0};
-    for (int64_t j = threadIdx.x; j < list.n; j += THREADS) own = add_one(own, logit(terms, espi_value(row[list.ids[j]]), list.ids[j]));
+    for (int64_t j = threadIdx.x; j < list.n; j += THREADS)
+        own = add_one(own, logit<PLAIN>(terms, espi_value(row[list.ids[j]]), list.ids[j]));
+#pragma unroll 2
     for (int64_t first = static_cast<int64_t>(threadIdx.x) * VECTOR; list.n == 0 && first < vocab; first += THREADS * VECTOR) {
         const bf16x8 v = *reinterpret_cast<const bf16x8 *>(row + first);
+        const bool is_whole = first + VECTOR <= vocab;
         float z[VECTOR], most = own.most;
 #pragma unroll
         for (int j = 0; j < VECTOR; j++) {
-            z[j] = first + j < vocab ? logit(terms, espi_value(v.at[j]), first + j) : -INFINITY;
+            z[j] = logit<PLAIN>(terms, espi_value(v.at[j]), is_whole || first + j < vocab ? first + j : 0);
+            if (!is_whole && first + j >= vocab) z[j] = -INFINITY;
             most = fmaxf(most, z[j]);
         }
-        const float shrink = own.sum > 0 ? expf(own.most - most) : 0;
-        own = {most, own.sum * shrink, own.sum_z * shrink};
+        if (most > own.most) { /* rare after the first few */
+            const float shrink = own.sum > 0 ? weight_of(own.most, most) : 0;
+            own = {most, own.sum * shrink, own.sum_z * shrink};
+        }
 #pragma unroll
         for (int j = 0; j < VECTOR; j++) {
-            const float p = expf(z[j] - most);
+            const float p = weight_of(z[j], own.most);
             own.sum += p;
-            own.sum_z += first + j < vocab ? z[j] * p : 0;
+            own.sum_z += is_whole || first + j < vocab ? z[j] * p : 0;
         }
     }
     for (int other = ESPI_WARP / 2; other > 0; other /= 2)
@@ -102,17 +131,27 @@ __device__ partial row_partial(const bf16 *row, int64_t vocab, const id_list &li
     return own;
 }
 
+/* Where a row's results go: arrays of the GPU, and of the host where the loss is made there (or NULL). */
+struct row_results {
+    float *lp, *entropy, *lse, *host_lp, *host_entropy;
+};
+
+template <int THREADS, bool PLAIN>
 __global__ void __launch_bounds__(THREADS)
-    row_statistics(float *lp, float *entropy, float *lse, const bf16 *tile, const int32_t *target, const int64_t *kept_offsets,
-                   const int32_t *kept, int64_t stride, int64_t vocab, logit_terms terms) {
+    row_statistics(row_results to, const bf16 *tile, const int32_t *target, const int64_t *kept_offsets, const int32_t *kept,
+                   int64_t stride, int64_t vocab, logit_terms terms) {
     const bf16 *row = tile + blockIdx.x * stride;
-    const partial p = row_partial(row, vocab, list_of(kept_offsets, kept, blockIdx.x), terms);
+    const partial p = row_partial<THREADS, PLAIN>(row, vocab, list_of(kept_offsets, kept, blockIdx.x), terms);
     if (threadIdx.x > 0) return;
-    const float log_sum = p.most + logf(p.sum);
+    const float log_sum = p.most + logf(p.sum), entropy = log_sum - p.sum_z / p.sum;
     const int64_t y = target[blockIdx.x];
-    lse[blockIdx.x] = log_sum;
-    entropy[blockIdx.x] = log_sum - p.sum_z / p.sum;
-    lp[blockIdx.x] = logit(terms, espi_value(row[y]), y) - log_sum;
+    const float lp = logit<PLAIN>(terms, espi_value(row[y]), y) - log_sum;
+    to.lse[blockIdx.x] = log_sum;
+    to.entropy[blockIdx.x] = entropy;
+    to.lp[blockIdx.x] = lp;
+    if (!to.host_lp) return;
+    to.host_lp[blockIdx.x] = lp;
+    to.host_entropy[blockIdx.x] = entropy;
 }
 
 /* Where in the list the first id stands that is not below v. */
@@ -128,41 +167,60 @@ __device__ int64_t find_id(const id_list &list, int64_t v) {
     return low;
 }
 
+/* What the loss asks of the rows: on the GPU, or where the host has left it, from where it is copied. */
+struct row_coefficients {
+    const float *g, *e, *lse, *entropy; /* e may be NULL */
+    float *copy_g, *copy_e;             /* NULL: not from the host */
+};
+
 /* The gradient of the products in their place. */
-__global__ void __launch_bounds__(THREADS)
-    row_gradient(bf16 *tile, const int32_t *target, const float *g, const float *e, const float *lse, const float *entropy,
-                 const int64_t *kept_offsets, const int32_t *kept, int64_t stride, int64_t vocab, logit_terms terms) {
+template <int THREADS, bool PLAIN>
+__global__ void __launch_bounds__(THREADS) row_gradient(bf16 *tile, const int32_t *target, row_coefficients c, const int64_t *kept_offsets,
+                                                        const int32_t *kept, int64_t stride, int64_t vocab, logit_terms terms) {
     bf16 *row = tile + blockIdx.x * stride;
     const id_list list = list_of(kept_offsets, kept, blockIdx.x);
-    const float gain = g[blockIdx.x], spread = e ? e[blockIdx.x] : 0, log_sum = lse[blockIdx.x], h = spread != 0 ? entropy[blockIdx.x] : 0;
-    const float factor = terms.logit_scale * terms.inverse_temperature;
+    const float gain = c.g[blockIdx.x], spread = c.e ? c.e[blockIdx.x] : 0, log_sum = c.lse[blockIdx.x];
+    const float h = spread != 0 ? c.entropy[blockIdx.x] : 0, factor = PLAIN ? terms.gain : terms.logit_scale * terms.inverse_temperature;
     const int64_t y = target[blockIdx.x];
+    if (c.copy_g && blockIdx.y == 0 && threadIdx.x == 0) {
+        c.copy_g[blockIdx.x] = gain;
+        c.copy_e[blockIdx.x] = spread;
+    }
     for (int64_t first = (static_cast<int64_t>(blockIdx.y) * THREADS + threadIdx.x) * VECTOR; first < vocab;
          first += static_cast<int64_t>(gridDim.y) * THREADS * VECTOR) {
         bf16x8 v = *reinterpret_cast<const bf16x8 *>(row + first);
         int64_t next = list.n > 0 ? find_id(list, first) : 0;
 #pragma unroll
         for (int j = 0; j < VECTOR; j++) {
-            if (first + j >= vocab) continue;
-            if (list.n > 0) {
-                const bool is_kept = next < list.n && list.ids[next] == first + j;
-                next += is_kept;
-                if (!is_kept) {
-                    espi_store(&v.at[j], 0);
-                    continue;
-                }
-            }
-            const float z = logit(terms, espi_value(v.at[j]), first + j), log_p = z - log_sum, p = expf(log_p);
-            float d = gain * ((first + j == y ? 1 : 0) - p);
+            const int64_t id = first + j < vocab ? first + j : 0;
+            const float z = logit<PLAIN>(terms, espi_value(v.at[j]), id), log_p = z - log_sum, p = dev_exp2(log_p * LOG2_E);
+            float d = (id == y ? gain : 0) - gain * p;
             if (spread != 0) d -= spread * p * (log_p + h);
             d *= factor;
-            if (terms.softcap != 0) {
+            if (!PLAIN && terms.softcap != 0) {
                 const float bent = z / (terms.inverse_temperature * terms.softcap);
                 d *= 1 - bent * bent;
+            }
+            if (list.n > 0) {
+                const bool is_kept = next < list.n && list.ids[next] == id;
+                next += is_kept;
+                d = is_kept ? d : 0;
             }
             espi_store(&v.at[j], d);
         }
         *reinterpret_cast<bf16x8 *>(row + first) = v;
+    }
+}
+
+/* The slices' sums of a row, added in order, and put where the row is named. */
+__global__ void __launch_bounds__(COPY_THREADS)
+    sum_slices(bf16 *to, const float *parts, const int32_t *rows, int64_t count, int64_t hidden) {
+    const int64_t from = blockIdx.x * hidden, at = rows[blockIdx.x] * hidden;
+    for (int64_t h = threadIdx.x; h < hidden; h += COPY_THREADS) {
+        float sum = 0;
+#pragma unroll
+        for (int slice = 0; slice < SLICES; slice++) sum += parts[slice * count * hidden + from + h];
+        espi_store(to + at + h, sum);
     }
 }
 
@@ -180,17 +238,18 @@ __global__ void __launch_bounds__(COPY_THREADS)
 
 __global__ void __launch_bounds__(COPY_THREADS) finish_logits(float *logits, int64_t n, int64_t vocab, logit_terms terms) {
     const int64_t i = static_cast<int64_t>(blockIdx.x) * COPY_THREADS + threadIdx.x;
-    if (i < n) logits[i] = logit(terms, logits[i], i % vocab);
+    if (i < n) logits[i] = logit<false>(terms, logits[i], i % vocab);
 }
 
 /* The largest z, of equal ones the lowest id. */
-__device__ int64_t largest(const bf16 *row, int64_t vocab, const logit_terms &terms) {
+template <int THREADS, bool PLAIN> __device__ int64_t largest(const bf16 *row, int64_t vocab, const logit_terms &terms) {
+    constexpr int WARPS = THREADS / ESPI_WARP;
     __shared__ float best_z[WARPS];
     __shared__ int best_id[WARPS];
     float z_most = -INFINITY;
     int id = INT32_MAX;
     for (int64_t v = threadIdx.x; v < vocab; v += THREADS) {
-        const float z = logit(terms, espi_value(row[v]), v);
+        const float z = logit<PLAIN>(terms, espi_value(row[v]), v);
         if (z > z_most) {
             z_most = z;
             id = static_cast<int>(v);
@@ -220,14 +279,16 @@ __device__ int64_t largest(const bf16 *row, int64_t vocab, const logit_terms &te
 
 /* The first of n entries (those of the list, or the vocabulary) whose cumulative probability passes the uniform; rounding may leave none, then
  * the last that has any probability.  Each warp sums a stretch of them; the warp whose stretch reaches the uniform walks it. */
+template <int THREADS, bool PLAIN>
 __device__ int64_t inverse_cdf(const bf16 *row, int64_t n, const int32_t *ids, const logit_terms &terms, float lse, double uniform) {
+    constexpr int WARPS = THREADS / ESPI_WARP;
     __shared__ double sums[WARPS];
     __shared__ int lasts[WARPS], found;
     const int warp = static_cast<int>(threadIdx.x) / ESPI_WARP, lane = static_cast<int>(threadIdx.x) % ESPI_WARP;
     const int64_t stretch = (n + WARPS - 1) / WARPS, first = warp * stretch, end = min(first + stretch, n);
     const auto probability = [&](int64_t at) {
         const int64_t id = ids ? ids[at] : at;
-        return expf(logit(terms, espi_value(row[id]), id) - lse);
+        return weight_of(logit<PLAIN>(terms, espi_value(row[id]), id), lse);
     };
     double sum = 0;
     int last = 0;
@@ -271,10 +332,11 @@ __device__ int64_t inverse_cdf(const bf16 *row, int64_t n, const int32_t *ids, c
 
 /* ---- What a filter leaves: the first of the entries ordered by z, of equal ones the lower id first ---- */
 
-/* Larger for a larger z. */
-__device__ uint32_t key_of(float z) {
-    const uint32_t bits = __float_as_uint(z);
-    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+/* Larger for a larger z.  PLAIN: z grows with its product, and 16 bits say it. */
+template <bool PLAIN> __device__ uint32_t key_of(bf16 product, float z) {
+    const uint32_t bits = PLAIN ? static_cast<uint32_t>(__bfloat16_as_ushort(product)) << 16 : __float_as_uint(z);
+    const uint32_t key = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+    return PLAIN ? key & 0xffff0000u : key;
 }
 
 /* A cut of that order: the entries of a larger key, and the first `ties` of those that have the key itself. */
@@ -284,79 +346,87 @@ struct cut {
 };
 
 /* The sum over the row of value(key, z), in every thread. */
-template <typename T, typename F> __device__ T row_sum(const bf16 *row, int64_t vocab, const logit_terms &terms, F value) {
+template <typename T, int THREADS, bool PLAIN, typename F>
+__device__ T row_sum(const bf16 *row, int64_t vocab, const logit_terms &terms, F value) {
     T sum = 0;
-    for (int64_t v = threadIdx.x; v < vocab; v += THREADS) {
-        const float z = logit(terms, espi_value(row[v]), v);
-        sum += value(key_of(z), z);
+    for (int64_t first = static_cast<int64_t>(threadIdx.x) * VECTOR; first < vocab; first += THREADS * VECTOR) {
+        const bf16x8 v = *reinterpret_cast<const bf16x8 *>(row + first);
+#pragma unroll
+        for (int j = 0; j < VECTOR; j++) {
+            if (first + j >= vocab) continue;
+            const float z = logit<PLAIN>(terms, espi_value(v.at[j]), first + j);
+            sum += value(key_of<PLAIN>(v.at[j], z), z);
+        }
     }
     return espi_block_sum<THREADS>(sum);
 }
 
 /* The largest key that is enough; enough(0) must hold, and with a key every smaller one is. */
-template <typename F> __device__ uint32_t largest_key(F enough) {
+template <bool PLAIN, typename F> __device__ uint32_t largest_key(F enough) {
     uint32_t key = 0;
-    for (uint32_t bit = 0x80000000u; bit > 0; bit /= 2)
+    for (uint32_t bit = 0x80000000u; bit >= (PLAIN ? 0x10000u : 1u); bit /= 2)
         if (enough(key | bit)) key |= bit;
     return key;
 }
 
+template <int THREADS, bool PLAIN>
 __device__ cut cut_of(const bf16 *row, int64_t vocab, const espi_head_filter &filter, float most, const logit_terms &terms) {
     cut c = {0, vocab};
+    const auto count_above = [&](uint32_t least, bool itself) {
+        return row_sum<int, THREADS, PLAIN>(row, vocab, terms,
+                                            [=](uint32_t key, float) { return key > least || (itself && key == least) ? 1 : 0; });
+    };
     if (filter.top_k > 0) {
-        const auto reach = [&](uint32_t least) {
-            return row_sum<int>(row, vocab, terms, [=](uint32_t key, float) { return key >= least ? 1 : 0; });
-        };
-        c.key = largest_key([&](uint32_t key) { return reach(key) >= filter.top_k; });
-        c.ties = filter.top_k - (c.key == UINT32_MAX ? 0 : reach(c.key + 1));
+        c.key = largest_key<PLAIN>([&](uint32_t key) { return count_above(key, true) >= filter.top_k; });
+        c.ties = filter.top_k - count_above(c.key, false);
     }
     if (filter.top_p > 0) {
-        /* The mass from `least` up, of what the first cut left. */
-        const auto mass = [&](uint32_t least) {
-            double sum = row_sum<double>(row, vocab, terms, [=](uint32_t key, float z) {
-                return key >= least && key > c.key ? static_cast<double>(expf(z - most)) : 0.0;
-            });
-            if (c.key >= least) {
-                const double tie = row_sum<double>(
-                    row, vocab, terms, [=](uint32_t key, float z) { return key == c.key ? static_cast<double>(expf(z - most)) : 0.0; });
-                const int n = row_sum<int>(row, vocab, terms, [=](uint32_t key, float) { return key == c.key ? 1 : 0; });
-                if (n > 0) sum += tie / n * static_cast<double>(min(static_cast<int64_t>(n), c.ties));
-            }
-            return sum;
+        const auto mass_at = [&](uint32_t at) {
+            return row_sum<double, THREADS, PLAIN>(
+                row, vocab, terms, [=](uint32_t key, float z) { return key == at ? static_cast<double>(weight_of(z, most)) : 0.0; });
         };
-        const double wanted = filter.top_p * mass(0);
-        const uint32_t key = largest_key([&](uint32_t least) { return mass(least) >= wanted; });
-        const double above = key == UINT32_MAX ? 0 : mass(key + 1);
-        const int n = row_sum<int>(row, vocab, terms, [=](uint32_t other, float) { return other == key ? 1 : 0; });
-        const double each =
-            n > 0 ? row_sum<double>(row, vocab, terms,
-                                    [=](uint32_t other, float z) { return other == key ? static_cast<double>(expf(z - most)) : 0.0; }) /
-                        n
-                  : 0;
-        const int64_t most_ties = key == c.key ? min(c.ties, static_cast<int64_t>(n)) : n;
-        const int64_t ties = each > 0 ? static_cast<int64_t>(ceil((wanted - above) / each)) : most_ties;
-        c = {key, min(max(ties, static_cast<int64_t>(1)), most_ties)};
+        /* The mass from `least` up, of what the first cut left. */
+        const int all_ties = c.key > 0 ? count_above(c.key, true) - count_above(c.key, false) : 0;
+        const double tie_mass =
+            all_ties > 0 ? mass_at(c.key) / all_ties * static_cast<double>(min(static_cast<int64_t>(all_ties), c.ties)) : 0;
+        const auto mass = [&](uint32_t least, bool itself) {
+            const double sum = row_sum<double, THREADS, PLAIN>(row, vocab, terms, [=](uint32_t key, float z) {
+                return key > c.key && (key > least || (itself && key == least)) ? static_cast<double>(weight_of(z, most)) : 0.0;
+            });
+            return c.key > least || (itself && c.key == least) ? sum + tie_mass : sum;
+        };
+        const double wanted = filter.top_p * mass(0, true);
+        const uint32_t key = largest_key<PLAIN>([&](uint32_t least) { return mass(least, true) >= wanted; });
+        const double above = mass(key, false);
+        const int64_t n =
+            key == c.key && all_ties > 0 ? min(c.ties, static_cast<int64_t>(all_ties)) : count_above(key, true) - count_above(key, false);
+        const double each = (mass(key, true) - above) / static_cast<double>(n);
+        const int64_t ties = each > 0 ? static_cast<int64_t>(ceil((wanted - above) / each)) : n;
+        c = {key, min(max(ties, static_cast<int64_t>(1)), n)};
     }
     return c;
 }
 
 /* Lists in order the ids that a filter leaves; their number, and no more than `room` are written. */
+template <int THREADS, bool PLAIN>
 __device__ int64_t list_left(int32_t *kept, int64_t room, const bf16 *row, int64_t vocab, const espi_head_filter &filter, float most,
                              const logit_terms &terms) {
     __shared__ int32_t list[THREADS], equal[THREADS];
-    const cut c = cut_of(row, vocab, filter, most, terms);
+    const cut c = cut_of<THREADS, PLAIN>(row, vocab, filter, most, terms);
     const float least = static_cast<float>(filter.min_p);
     int64_t ties = c.ties, left = 0;
-    const auto z_of = [&](int64_t v) { return logit(terms, espi_value(row[v]), v); };
-    const auto is_likely = [&](float z) { return z == most || !(filter.min_p > 0) || expf(z - most) >= least; };
+    const auto z_of = [&](int64_t v) { return logit<PLAIN>(terms, espi_value(row[v]), v); };
+    const auto is_likely = [&](float z) { return z == most || !(filter.min_p > 0) || weight_of(z, most) >= least; };
     for (int64_t first = 0; first < vocab; first += THREADS) {
+        const int64_t mine = first + threadIdx.x;
+        if (!__syncthreads_or(mine < vocab && key_of<PLAIN>(row[mine], z_of(mine)) >= c.key)) continue;
         /* Those at the key first: which of them are among the first `ties`? */
-        const int n_equal = espi_list<THREADS>(equal, first, vocab, [&](int64_t v) { return key_of(z_of(v)) == c.key; });
+        const int n_equal = espi_list<THREADS>(equal, first, vocab, [&](int64_t v) { return key_of<PLAIN>(row[v], z_of(v)) == c.key; });
         const int64_t last = ties <= 0 ? -1 : n_equal <= ties ? INT32_MAX : equal[ties - 1];
         ties -= n_equal;
         const int n = espi_list<THREADS>(list, first, vocab, [&](int64_t v) {
             const float z = z_of(v);
-            const uint32_t key = key_of(z);
+            const uint32_t key = key_of<PLAIN>(row[v], z);
             return is_likely(z) && (key > c.key || (key == c.key && v <= last));
         });
         if (static_cast<int>(threadIdx.x) < n && left + threadIdx.x < room) kept[left + threadIdx.x] = list[threadIdx.x];
@@ -373,25 +443,27 @@ struct sample_terms {
     int64_t kept_most;
 };
 
-__global__ void __launch_bounds__(THREADS) sample_rows(int32_t *token, float *lp, const bf16 *tile, const double *uniform,
-                                                       sample_terms sample, int64_t stride, int64_t vocab, logit_terms terms) {
+template <int THREADS, bool PLAIN>
+__global__ void __launch_bounds__(THREADS, 1) sample_rows(int32_t *token, float *lp, const bf16 *tile, const double *uniform,
+                                                          sample_terms sample, int64_t stride, int64_t vocab, logit_terms terms) {
     const bf16 *row = tile + blockIdx.x * stride;
-    partial p = row_partial(row, vocab, {nullptr, 0}, terms);
+    partial p = row_partial<THREADS, PLAIN>(row, vocab, {nullptr, 0}, terms);
     id_list list = {nullptr, 0};
     if (sample.kept) {
         int32_t *kept = sample.kept + blockIdx.x * sample.kept_most;
-        const int64_t left = list_left(kept, sample.kept_most, row, vocab, sample.filter, p.most, terms);
+        const int64_t left = list_left<THREADS, PLAIN>(kept, sample.kept_most, row, vocab, sample.filter, p.most, terms);
         if (threadIdx.x == 0) sample.kept_count[blockIdx.x] = left > sample.kept_most ? -1 : static_cast<int32_t>(left);
         if (left > sample.kept_most) return;
         list = {kept, left};
-        p = row_partial(row, vocab, list, terms);
+        p = row_partial<THREADS, PLAIN>(row, vocab, list, terms);
     }
     const float log_sum = p.most + logf(p.sum);
-    const int64_t id = sample.greedy ? largest(row, vocab, terms)
-                                     : inverse_cdf(row, list.n > 0 ? list.n : vocab, list.ids, terms, log_sum, uniform[blockIdx.x]);
+    const int64_t id = sample.greedy
+                           ? largest<THREADS, PLAIN>(row, vocab, terms)
+                           : inverse_cdf<THREADS, PLAIN>(row, list.n > 0 ? list.n : vocab, list.ids, terms, log_sum, uniform[blockIdx.x]);
     if (threadIdx.x > 0) return;
     token[blockIdx.x] = static_cast<int32_t>(id);
-    lp[blockIdx.x] = logit(terms, espi_value(row[id]), id) - log_sum;
+    lp[blockIdx.x] = logit<PLAIN>(terms, espi_value(row[id]), id) - log_sum;
 }
 
 /* ---- Chunks ---- */
@@ -409,11 +481,22 @@ int64_t chunk_rows(const espi_head *head) {
     return espi_ceil_div(even, CHUNK_STEP) * CHUNK_STEP;
 }
 
-/* The arrays of a chunk; x is the rows' hidden states, and after the tile is made, their gradient. */
+/* Is the product that sums over the vocabulary cut into slices?  They must be whole vectors, and worth it. */
+bool is_sliced(const espi_head *head) {
+    return head->w.dtype == ESP_BF16 && head->w.rows % (SLICES * VECTOR) == 0 && head->w.rows >= LEAST_SLICE * SLICES &&
+           head->w.cols % VECTOR == 0;
+}
+
+/* The arrays of a chunk; x is the rows' hidden states, and after the tile is made, their gradient; slices its parts. */
 struct chunk {
     int64_t first, count;
     bf16 *tile, *x;
+    float *slices;
 };
+
+size_t slices_room(const espi_head *head) {
+    return is_sliced(head) ? espi_room(SLICES * chunk_rows(head) * head->w.cols, sizeof(float)) : 0;
+}
 
 size_t chunk_room(const espi_head *head) {
     const int64_t rows = chunk_rows(head);
@@ -423,10 +506,29 @@ size_t chunk_room(const espi_head *head) {
 chunk chunk_at(const espi_exec *exec, const espi_head *head, int64_t first) {
     char *scratch = static_cast<char *>(exec->scratch);
     const int64_t rows = chunk_rows(head), left = head->n - first;
-    chunk c = {first, left < rows ? left : rows, nullptr, nullptr};
+    chunk c = {first, left < rows ? left : rows, nullptr, nullptr, nullptr};
     c.tile = espi_cut<bf16>(&scratch, rows * tile_stride(head));
     c.x = espi_cut<bf16>(&scratch, rows * head->w.cols);
+    c.slices = reinterpret_cast<float *>(scratch);
     return c;
+}
+
+template <int T, bool P> struct row_kind {
+    static constexpr int threads = T;
+    static constexpr bool plain = P;
+};
+
+/* f of the kind of kernel that fits the head, for that many rows. */
+template <typename F> void by_kind(const espi_head *head, int64_t count, F f) {
+    const bool many = count >= 2 * MANY_ROWS, plain = is_plain(head);
+    if (many && plain)
+        f(row_kind<MANY_ROWS, true>{});
+    else if (many)
+        f(row_kind<MANY_ROWS, false>{});
+    else if (plain)
+        f(row_kind<FEW_ROWS, true>{});
+    else
+        f(row_kind<FEW_ROWS, false>{});
 }
 
 esp_status copy(const espi_exec *exec, bf16 *to, const bf16 *from, const int32_t *rows, int64_t hidden, int64_t count, bool scatter) {
@@ -465,39 +567,58 @@ const int64_t *kept_from(const espi_head *head, const chunk *c) {
     return head->kept_offsets ? head->kept_offsets + c->first : nullptr;
 }
 
-/* Statistics of a chunk; the arrays are of all rows. */
-esp_status make_statistics(const espi_exec *exec, const espi_head *head, const chunk *c, void *lp, void *entropy, void *lse) {
-    row_statistics<<<static_cast<unsigned>(c->count), THREADS, 0, espi_cuda_of(exec)->stream>>>(
-        static_cast<float *>(lp) + c->first, static_cast<float *>(entropy) + c->first, static_cast<float *>(lse) + c->first, c->tile,
-        head->target + c->first, kept_from(head, c), head->kept, tile_stride(head), head->w.rows, terms_of(head));
+/* A chunk's part of an array of all rows. */
+float *from(const void *array, const chunk *c) {
+    return array ? const_cast<float *>(static_cast<const float *>(array)) + c->first : nullptr;
+}
+
+/* Statistics of a chunk; host: where they go besides, or NULL. */
+esp_status make_statistics(const espi_exec *exec, const espi_head *head, const chunk *c, void *lp, void *entropy, void *lse,
+                           const espi_head_host *host) {
+    const row_results to = {from(lp, c), from(entropy, c), from(lse, c), host ? from(host->lp, c) : nullptr,
+                            host ? from(host->entropy, c) : nullptr};
+    by_kind(head, c->count, [&](auto kind) {
+        row_statistics<decltype(kind)::threads, decltype(kind)::plain>
+            <<<static_cast<unsigned>(c->count), decltype(kind)::threads, 0, espi_cuda_of(exec)->stream>>>(
+                to, c->tile, head->target + c->first, kept_from(head, c), head->kept, tile_stride(head), head->w.rows, terms_of(head));
+    });
     return ESPI_CUDA_LAUNCHED("statistics of the head");
 }
 
-const float *from(const void *array, const chunk *c) {
-    return array ? static_cast<const float *>(array) + c->first : nullptr;
-}
-
 /* From the tile and the coefficients to d_hidden. */
-esp_status make_gradient(const espi_exec *exec, const espi_head *head, const chunk *c, void *d_hidden, const void *g, const void *e,
-                         const void *lse, const void *entropy) {
-    const int64_t stride = tile_stride(head);
-    const unsigned columns = c->count < espi_cuda_of(exec)->sms ? 8 : 1; /* blocks of a row, where there are few rows */
-    row_gradient<<<dim3(static_cast<unsigned>(c->count), columns), THREADS, 0, espi_cuda_of(exec)->stream>>>(
-        c->tile, head->target + c->first, from(g, c), from(e, c), from(lse, c), from(entropy, c), kept_from(head, c), head->kept, stride,
-        head->w.rows, terms_of(head));
+esp_status make_gradient(const espi_exec *exec, const espi_head *head, const chunk *c, void *d_hidden, const row_coefficients *of) {
+    const int64_t stride = tile_stride(head), hidden = head->w.cols;
+    const int32_t *to = (head->d_rows ? head->d_rows : head->rows) + c->first;
+    by_kind(head, c->count, [&](auto kind) {
+        const dim3 blocks(static_cast<unsigned>(c->count), espi_blocks(head->w.rows, 16 * decltype(kind)::threads * VECTOR));
+        row_gradient<decltype(kind)::threads, decltype(kind)::plain><<<blocks, decltype(kind)::threads, 0, espi_cuda_of(exec)->stream>>>(
+            c->tile, head->target + c->first, *of, kept_from(head, c), head->kept, stride, head->w.rows, terms_of(head));
+    });
     ESPI_TRY(ESPI_CUDA_LAUNCHED("gradient of the head's logits"));
     espi_product p = {};
     p.d = c->x;
     p.dtype = ESP_BF16;
-    p.stride = p.n = head->w.cols;
+    p.stride = p.n = hidden;
     p.a = espi_rows_of(c->tile, ESP_BF16, stride);
-    p.b = espi_rows_of(head->w.data, head->w.dtype, head->w.cols);
+    p.b = espi_rows_of(head->w.data, head->w.dtype, hidden);
     p.m = c->count;
     p.k = head->w.rows;
     p.alpha = 1;
+    if (!is_sliced(head) || !espi_aligned16(head->w.data)) {
+        ESPI_TRY(espi_product_cuda(exec, &p));
+        return copy(exec, static_cast<bf16 *>(d_hidden), c->x, to, hidden, c->count, true);
+    }
+    p.d = c->slices;
+    p.dtype = ESP_F32;
+    p.k /= SLICES;
+    p.batches = SLICES;
+    p.a_step = p.k;
+    p.b_step = p.k * hidden;
+    p.d_step = c->count * hidden;
     ESPI_TRY(espi_product_cuda(exec, &p));
-    const int32_t *to = (head->d_rows ? head->d_rows : head->rows) + c->first;
-    return copy(exec, static_cast<bf16 *>(d_hidden), c->x, to, head->w.cols, c->count, true);
+    sum_slices<<<static_cast<unsigned>(c->count), COPY_THREADS, 0, espi_cuda_of(exec)->stream>>>(static_cast<bf16 *>(d_hidden), c->slices,
+                                                                                                 to, c->count, hidden);
+    return ESPI_CUDA_LAUNCHED("gradient of the hidden states");
 }
 
 void CUDART_CB call_back(void *user) {
@@ -521,22 +642,6 @@ esp_status take_call(espi_cuda_call **out, espi_cuda *cuda, const espi_head_fuse
     return ESP_OK;
 }
 
-/* Between the statistics and the gradient of a chunk: what the loss makes of them, on the host. */
-esp_status make_coefficients(const espi_exec *exec, const espi_head_fused *a, const chunk *c) {
-    espi_cuda *cuda = espi_cuda_of(exec);
-    const size_t bytes = static_cast<size_t>(c->count) * sizeof(float);
-    float *lp = static_cast<float *>(a->host.lp) + c->first, *entropy = static_cast<float *>(a->host.entropy) + c->first;
-    const float *g = static_cast<const float *>(a->host.g) + c->first, *e = static_cast<const float *>(a->host.e) + c->first;
-    espi_cuda_call *call;
-    ESPI_TRY(take_call(&call, cuda, a, c));
-    ESPI_CUDA_TRY(cudaMemcpyAsync(lp, from(a->lp, c), bytes, cudaMemcpyDeviceToHost, cuda->stream));
-    ESPI_CUDA_TRY(cudaMemcpyAsync(entropy, from(a->entropy, c), bytes, cudaMemcpyDeviceToHost, cuda->stream));
-    ESPI_CUDA_TRY(cudaLaunchHostFunc(cuda->stream, call_back, call));
-    ESPI_CUDA_TRY(cudaMemcpyAsync(static_cast<float *>(a->g) + c->first, g, bytes, cudaMemcpyHostToDevice, cuda->stream));
-    ESPI_CUDA_TRY(cudaMemcpyAsync(static_cast<float *>(a->e) + c->first, e, bytes, cudaMemcpyHostToDevice, cuda->stream));
-    return ESP_OK;
-}
-
 } // namespace
 
 void espi_cuda_calls_free(espi_cuda *cuda) {
@@ -556,37 +661,44 @@ esp_status espi_head_stats_cuda(const espi_exec *exec, const espi_head_stats *a)
     for (int64_t first = 0; first < a->head.n; first += chunk_rows(&a->head)) {
         const chunk c = chunk_at(exec, &a->head, first);
         ESPI_TRY(make_tile(exec, &a->head, &c));
-        ESPI_TRY(make_statistics(exec, &a->head, &c, a->lp, a->entropy, a->lse));
+        ESPI_TRY(make_statistics(exec, &a->head, &c, a->lp, a->entropy, a->lse, nullptr));
     }
     return ESP_OK;
 }
 
 size_t espi_head_grad_scratch_cuda(const espi_exec *exec, const espi_head_grad *a) {
     (void)exec;
-    return chunk_room(&a->head);
+    return chunk_room(&a->head) + slices_room(&a->head);
 }
 
 esp_status espi_head_grad_cuda(const espi_exec *exec, const espi_head_grad *a) {
     for (int64_t first = 0; first < a->head.n; first += chunk_rows(&a->head)) {
         const chunk c = chunk_at(exec, &a->head, first);
+        const row_coefficients of = {from(a->g, &c), from(a->e, &c), from(a->lse, &c), from(a->entropy, &c), nullptr, nullptr};
         ESPI_TRY(make_tile(exec, &a->head, &c));
-        ESPI_TRY(make_gradient(exec, &a->head, &c, a->d_hidden, a->g, a->e, a->lse, a->entropy));
+        ESPI_TRY(make_gradient(exec, &a->head, &c, a->d_hidden, &of));
     }
     return ESP_OK;
 }
 
 size_t espi_head_fused_scratch_cuda(const espi_exec *exec, const espi_head_fused *a) {
     (void)exec;
-    return chunk_room(&a->head);
+    return chunk_room(&a->head) + slices_room(&a->head);
 }
 
+/* The host's arrays are pinned: the kernels write and read them where they are. */
 esp_status espi_head_fused_cuda(const espi_exec *exec, const espi_head_fused *a) {
+    espi_cuda *cuda = espi_cuda_of(exec);
     for (int64_t first = 0; first < a->head.n; first += chunk_rows(&a->head)) {
         const chunk c = chunk_at(exec, &a->head, first);
+        const row_coefficients of = {from(a->host.g, &c),  from(a->host.e, &c), from(a->lse, &c),
+                                     from(a->entropy, &c), from(a->g, &c),      from(a->e, &c)};
+        espi_cuda_call *call;
         ESPI_TRY(make_tile(exec, &a->head, &c));
-        ESPI_TRY(make_statistics(exec, &a->head, &c, a->lp, a->entropy, a->lse));
-        ESPI_TRY(make_coefficients(exec, a, &c));
-        ESPI_TRY(make_gradient(exec, &a->head, &c, a->d_hidden, a->g, a->e, a->lse, a->entropy));
+        ESPI_TRY(make_statistics(exec, &a->head, &c, a->lp, a->entropy, a->lse, &a->host));
+        ESPI_TRY(take_call(&call, cuda, a, &c));
+        ESPI_CUDA_TRY(cudaLaunchHostFunc(cuda->stream, call_back, call));
+        ESPI_TRY(make_gradient(exec, &a->head, &c, a->d_hidden, &of));
     }
     return ESP_OK;
 }
@@ -599,7 +711,7 @@ size_t espi_head_logits_scratch_cuda(const espi_exec *exec, const espi_head_logi
 esp_status espi_head_logits_cuda(const espi_exec *exec, const espi_head_logits *a) {
     const int64_t n = a->head.n * a->head.w.rows;
     if (n == 0) return ESP_OK;
-    const chunk all = {0, a->head.n, nullptr, static_cast<bf16 *>(exec->scratch)};
+    const chunk all = {0, a->head.n, nullptr, static_cast<bf16 *>(exec->scratch), nullptr};
     ESPI_TRY(make_products(exec, &a->head, &all, a->logits, ESP_F32, a->head.w.rows));
     finish_logits<<<espi_blocks(n, COPY_THREADS), COPY_THREADS, 0, espi_cuda_of(exec)->stream>>>(static_cast<float *>(a->logits), n,
                                                                                                  a->head.w.rows, terms_of(&a->head));
@@ -620,9 +732,12 @@ esp_status espi_head_sample_cuda(const espi_exec *exec, const espi_head_sample *
             sample.kept = a->kept + c.first * a->kept_most;
             sample.kept_count = a->kept_count + c.first;
         }
-        sample_rows<<<static_cast<unsigned>(c.count), THREADS, 0, espi_cuda_of(exec)->stream>>>(
-            a->token + c.first, static_cast<float *>(a->lp) + c.first, c.tile, a->uniform + c.first, sample, tile_stride(&a->head),
-            a->head.w.rows, terms_of(&a->head));
+        by_kind(&a->head, c.count, [&](auto kind) {
+            sample_rows<decltype(kind)::threads, decltype(kind)::plain>
+                <<<static_cast<unsigned>(c.count), decltype(kind)::threads, 0, espi_cuda_of(exec)->stream>>>(
+                    a->token + c.first, static_cast<float *>(a->lp) + c.first, c.tile, a->uniform + c.first, sample, tile_stride(&a->head),
+                    a->head.w.rows, terms_of(&a->head));
+        });
         ESPI_TRY(ESPI_CUDA_LAUNCHED("sample"));
     }
     return ESP_OK;

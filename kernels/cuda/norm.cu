@@ -3,62 +3,83 @@
 
 namespace {
 
-enum { THREADS = 256, WARPS = THREADS / ESPI_WARP, SHORT_ROW = 512, ROW_CHUNKS = 256 };
+enum { THREADS = 256, HALF_WARP = ESPI_WARP / 2, SHORT_ROW = 512, ROW_CHUNKS = 256 };
 
-/* N values at a time; GROUP threads share a row: a warp, or the block. */
+/* N values at a time; GROUP threads share a row: a part of a warp, or the block. */
 template <int N> struct alignas(2 * N) pack { bf16 at[N]; };
 
+template <int N> struct alignas(N < 4 ? 4 : 16) floats { float at[N]; };
+
 template <int GROUP> __device__ float group_sum(float x) {
-    if constexpr (GROUP == ESPI_WARP)
-        return espi_warp_sum(x);
-    else
+    if constexpr (GROUP == THREADS) {
         return espi_block_sum<THREADS>(x);
+    } else {
+        for (int lane = GROUP / 2; lane > 0; lane /= 2) x += __shfl_xor_sync(0xffffffffu, x, lane);
+        return x;
+    }
 }
 
+/* A thread's vectors of a row: the first stays in registers between the two passes. */
+template <int N> struct reader {
+    const pack<N> *row;
+    pack<N> first;
+    int64_t lane;
+    __device__ reader(const bf16 *from, int64_t lane, int64_t n) : row(reinterpret_cast<const pack<N> *>(from)), first(), lane(lane) {
+        if (lane < n) first = row[lane];
+    }
+    __device__ pack<N> at(int64_t i) const { return i == lane ? first : row[i]; }
+};
+
+/* A group that has no row of its own does the last one again and keeps silent, for its lanes are needed. */
 template <int N, int GROUP>
-__global__ void __launch_bounds__(THREADS)
-    normalise(bf16 *y, float *rstd, const bf16 *x, const float *w, int64_t rows, int64_t n, double eps) {
-    const int64_t row = static_cast<int64_t>(blockIdx.x) * (THREADS / GROUP) + threadIdx.x / GROUP, lane = threadIdx.x % GROUP;
-    if (row >= rows) return;
-    const pack<N> *from = reinterpret_cast<const pack<N> *>(x + row * n);
+__global__ void __launch_bounds__(THREADS, 4)
+    normalise(bf16 *y, float *rstd, const bf16 *x, const float *w, int64_t rows, int64_t n, float eps) {
+    const int64_t mine = static_cast<int64_t>(blockIdx.x) * (THREADS / GROUP) + threadIdx.x / GROUP, lane = threadIdx.x % GROUP;
+    const int64_t row = min(mine, rows - 1), vectors = n / N;
+    const reader<N> from(x + row * n, lane, vectors);
     pack<N> *to = reinterpret_cast<pack<N> *>(y + row * n);
     float squares = 0;
-    for (int64_t i = lane; i < n / N; i += GROUP) {
-        const pack<N> v = from[i];
+    for (int64_t i = lane; i < vectors; i += GROUP) {
+        const pack<N> v = from.at(i);
 #pragma unroll
         for (int j = 0; j < N; j++) squares += espi_value(v.at[j]) * espi_value(v.at[j]);
     }
     squares = group_sum<GROUP>(squares);
-    const float r = static_cast<float>(1 / sqrt(static_cast<double>(squares) / static_cast<double>(n) + eps));
-    for (int64_t i = lane; i < n / N; i += GROUP) {
-        pack<N> v = from[i];
+    if (mine >= rows) return;
+    const float r = 1 / sqrtf(squares / static_cast<float>(n) + eps);
+    for (int64_t i = lane; i < vectors; i += GROUP) {
+        pack<N> v = from.at(i);
+        const floats<N> weight = reinterpret_cast<const floats<N> *>(w)[i];
 #pragma unroll
-        for (int j = 0; j < N; j++) espi_store(&v.at[j], w[i * N + j] * (espi_value(v.at[j]) * r));
+        for (int j = 0; j < N; j++) espi_store(&v.at[j], weight.at[j] * (espi_value(v.at[j]) * r));
         to[i] = v;
     }
     if (lane == 0) rstd[row] = r;
 }
 
 template <int N, int GROUP>
-__global__ void __launch_bounds__(THREADS) normalise_grad(bf16 *d_x, const bf16 *d_y, const bf16 *x, const float *rstd, const bf16 *d_add,
-                                                          const float *w, int64_t rows, int64_t n) {
-    const int64_t row = static_cast<int64_t>(blockIdx.x) * (THREADS / GROUP) + threadIdx.x / GROUP, lane = threadIdx.x % GROUP;
-    if (row >= rows) return;
-    const int64_t at = row * n;
+__global__ void __launch_bounds__(THREADS, 3) normalise_grad(bf16 *d_x, const bf16 *d_y, const bf16 *x, const float *rstd,
+                                                             const bf16 *d_add, const float *w, int64_t rows, int64_t n) {
+    const int64_t mine = static_cast<int64_t>(blockIdx.x) * (THREADS / GROUP) + threadIdx.x / GROUP, lane = threadIdx.x % GROUP;
+    const int64_t row = min(mine, rows - 1), at = row * n, vectors = n / N;
+    const reader<N> from(x + at, lane, vectors), above(d_y + at, lane, vectors);
     const float r = rstd[row];
     float mean = 0;
-    for (int64_t i = lane; i < n / N; i += GROUP) {
-        const pack<N> g = reinterpret_cast<const pack<N> *>(d_y + at)[i], v = reinterpret_cast<const pack<N> *>(x + at)[i];
+    for (int64_t i = lane; i < vectors; i += GROUP) {
+        const pack<N> g = above.at(i), v = from.at(i);
+        const floats<N> weight = reinterpret_cast<const floats<N> *>(w)[i];
 #pragma unroll
-        for (int j = 0; j < N; j++) mean += espi_value(g.at[j]) * w[i * N + j] * (espi_value(v.at[j]) * r);
+        for (int j = 0; j < N; j++) mean += espi_value(g.at[j]) * weight.at[j] * (espi_value(v.at[j]) * r);
     }
     mean = group_sum<GROUP>(mean) / static_cast<float>(n);
-    for (int64_t i = lane; i < n / N; i += GROUP) {
-        pack<N> g = reinterpret_cast<const pack<N> *>(d_y + at)[i], v = reinterpret_cast<const pack<N> *>(x + at)[i], add = {};
+    if (mine >= rows) return;
+    for (int64_t i = lane; i < vectors; i += GROUP) {
+        pack<N> g = above.at(i), v = from.at(i), add = {};
+        const floats<N> weight = reinterpret_cast<const floats<N> *>(w)[i];
         if (d_add) add = reinterpret_cast<const pack<N> *>(d_add + at)[i];
 #pragma unroll
         for (int j = 0; j < N; j++)
-            espi_store(&g.at[j], r * (espi_value(g.at[j]) * w[i * N + j] - espi_value(v.at[j]) * r * mean) + espi_value(add.at[j]));
+            espi_store(&g.at[j], r * (espi_value(g.at[j]) * weight.at[j] - espi_value(v.at[j]) * r * mean) + espi_value(add.at[j]));
         reinterpret_cast<pack<N> *>(d_x + at)[i] = g;
     }
 }
@@ -91,24 +112,25 @@ int64_t rows_a_chunk(int64_t rows) {
 
 #define LAUNCH(kernel, ...)                                                                                                                \
     do {                                                                                                                                   \
-        const bool is_short = a->n <= SHORT_ROW;                                                                                           \
-        const unsigned blocks = is_short ? espi_blocks(a->rows, WARPS) : static_cast<unsigned>(a->rows);                                   \
-        if (vectors && is_short)                                                                                                           \
-            kernel<8, ESPI_WARP><<<blocks, THREADS, 0, stream>>>(__VA_ARGS__);                                                             \
+        const bool is_short = a->n <= SHORT_ROW, is_shortest = a->n <= HALF_WARP * 8;                                                      \
+        if (vectors && is_shortest)                                                                                                        \
+            kernel<8, HALF_WARP><<<espi_blocks(a->rows, THREADS / HALF_WARP), THREADS, 0, stream>>>(__VA_ARGS__);                          \
+        else if (vectors && is_short)                                                                                                      \
+            kernel<8, ESPI_WARP><<<espi_blocks(a->rows, THREADS / ESPI_WARP), THREADS, 0, stream>>>(__VA_ARGS__);                          \
         else if (vectors)                                                                                                                  \
-            kernel<8, THREADS><<<blocks, THREADS, 0, stream>>>(__VA_ARGS__);                                                               \
+            kernel<8, THREADS><<<static_cast<unsigned>(a->rows), THREADS, 0, stream>>>(__VA_ARGS__);                                       \
         else if (is_short)                                                                                                                 \
-            kernel<1, ESPI_WARP><<<blocks, THREADS, 0, stream>>>(__VA_ARGS__);                                                             \
+            kernel<1, ESPI_WARP><<<espi_blocks(a->rows, THREADS / ESPI_WARP), THREADS, 0, stream>>>(__VA_ARGS__);                          \
         else                                                                                                                               \
-            kernel<1, THREADS><<<blocks, THREADS, 0, stream>>>(__VA_ARGS__);                                                               \
+            kernel<1, THREADS><<<static_cast<unsigned>(a->rows), THREADS, 0, stream>>>(__VA_ARGS__);                                       \
     } while (0)
 
 esp_status espi_rmsnorm_fwd_cuda(const espi_exec *exec, const espi_rmsnorm_fwd *a) {
     if (a->rows * a->n == 0) return ESP_OK;
     const cudaStream_t stream = espi_cuda_of(exec)->stream;
-    const bool vectors = espi_vectors(a->n, a->y, a->x);
+    const bool vectors = espi_vectors(a->n, a->y, a->x, a->w);
     LAUNCH(normalise, static_cast<bf16 *>(a->y), static_cast<float *>(a->rstd), static_cast<const bf16 *>(a->x), a->w, a->rows, a->n,
-           a->eps);
+           static_cast<float>(a->eps));
     return ESPI_CUDA_LAUNCHED("RMSNorm");
 }
 
@@ -130,7 +152,7 @@ esp_status espi_rmsnorm_bwd_cuda(const espi_exec *exec, const espi_rmsnorm_bwd *
                                                                                                               a->n, chunk_rows);
         add_weight_chunks<<<espi_blocks(a->n, THREADS), THREADS, 0, stream>>>(static_cast<float *>(a->d_w), chunks, count, a->n);
     }
-    const bool vectors = espi_vectors(a->n, a->d_x, d_y, x, d_add);
+    const bool vectors = espi_vectors(a->n, a->d_x, d_y, x, d_add) && espi_aligned16(a->w);
     LAUNCH(normalise_grad, static_cast<bf16 *>(a->d_x), d_y, x, rstd, d_add, a->w, a->rows, a->n);
     return ESPI_CUDA_LAUNCHED("gradient of RMSNorm");
 }

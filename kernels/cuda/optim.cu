@@ -5,7 +5,7 @@
 
 namespace {
 
-enum { THREADS = 256, ADAM8_BLOCK = 256, MAP_SIZE = 256, CODE_ZERO_SIGNED = 127, CODE_ZERO_UNSIGNED = 0 };
+enum { THREADS = 256, ADAM8_BLOCK = 256, EACH = 4, MAP_SIZE = 256, CODE_ZERO_SIGNED = 127, CODE_ZERO_UNSIGNED = 0 };
 
 /* What the step makes of the settings, in the precision that the elements are computed in. */
 struct adam_terms {
@@ -38,46 +38,85 @@ __global__ void __launch_bounds__(THREADS) adam_vectors(float4 *p, float4 *m, fl
     v[i] = vi;
 }
 
-/* The nearest of 256 ascending values; on a midpoint the lower. */
-__device__ uint8_t nearest(const float *map, float x) {
-    int low = 0, high = MAP_SIZE - 1;
-    while (high - low > 1) {
-        const int middle = (low + high) / 2;
-        if (map[middle] <= x)
-            low = middle;
-        else
-            high = middle;
-    }
-    return static_cast<uint8_t>(x > (map[low] + map[high]) / 2 ? high : low);
+/* The nearest of 256 ascending values, on a midpoint the lower: as many as there are midpoints below. */
+__device__ uint8_t nearest(const float *midpoints, float x) {
+    int code = 0;
+#pragma unroll
+    for (int step = MAP_SIZE / 2; step > 0; step /= 2)
+        if (midpoints[code + step - 1] < x) code += step;
+    return static_cast<uint8_t>(code);
 }
 
-/* One block of moments a block of threads. */
-__global__ void __launch_bounds__(ADAM8_BLOCK) adam8(float *p, uint8_t *state1, uint8_t *state2, float *absmax1, float *absmax2,
-                                                     const float *g, const float *map1, const float *map2, int64_t n, adam_terms s) {
-    __shared__ float signed_map[MAP_SIZE], unsigned_map[MAP_SIZE];
-    signed_map[threadIdx.x] = map1[threadIdx.x];
-    unsigned_map[threadIdx.x] = map2[threadIdx.x];
+/* Codes of EACH moments by their block's largest magnitude, which goes to absmax. */
+__device__ void requantise(uint8_t (&codes)[EACH], float *absmax, const float (&x)[EACH], const float *midpoints, int zero_code,
+                           float *largest) {
+    const int warp = static_cast<int>(threadIdx.x) / ESPI_WARP;
+    float most = 0;
+#pragma unroll
+    for (int i = 0; i < EACH; i++) most = fmaxf(most, fabsf(x[i]));
+    most = espi_warp_max(most);
+    __syncthreads(); /* those of the other moment have been read */
+    if (threadIdx.x % ESPI_WARP == 0) largest[warp] = most;
     __syncthreads();
-    const int64_t i = static_cast<int64_t>(blockIdx.x) * ADAM8_BLOCK + threadIdx.x;
-    const bool is_inside = i < n;
-    float m = 0, v = 0;
-    if (is_inside) {
-        const float grad = s.grad_scale * g[i];
-        if (isfinite(grad)) {
-            m = s.beta1 * (signed_map[state1[i]] * absmax1[blockIdx.x]) + s.rest1 * grad;
-            v = s.beta2 * (unsigned_map[state2[i]] * absmax2[blockIdx.x]) + s.rest2 * grad * grad;
-            p[i] = p[i] * s.decay - s.step_size * m / (sqrtf(v) + s.eps);
-        }
+    most = fmaxf(largest[warp], largest[warp ^ 1]); /* two warps share a block of moments */
+#pragma unroll
+    for (int i = 0; i < EACH; i++) codes[i] = most > 0 ? nearest(midpoints, x[i] / most) : static_cast<uint8_t>(zero_code);
+    if (absmax && threadIdx.x % (ADAM8_BLOCK / EACH) == 0) *absmax = most;
+}
+
+/* EACH values at once where they lie so, else those below n one by one, the rest 0. */
+template <typename T, typename V> __device__ void load(T (&to)[EACH], const T *from, int64_t first, int64_t n, bool vectors) {
+    if (vectors && first + EACH <= n) {
+        *reinterpret_cast<V *>(to) = *reinterpret_cast<const V *>(from + first);
+        return;
     }
-    const float most1 = espi_block_max<ADAM8_BLOCK>(fabsf(m)), most2 = espi_block_max<ADAM8_BLOCK>(fabsf(v));
-    if (is_inside) {
-        state1[i] = most1 > 0 ? nearest(signed_map, m / most1) : static_cast<uint8_t>(CODE_ZERO_SIGNED);
-        state2[i] = most2 > 0 ? nearest(unsigned_map, v / most2) : static_cast<uint8_t>(CODE_ZERO_UNSIGNED);
+#pragma unroll
+    for (int i = 0; i < EACH; i++) to[i] = first + i < n ? from[first + i] : static_cast<T>(0);
+}
+
+template <typename T, typename V> __device__ void store(T *to, const T (&from)[EACH], int64_t first, int64_t n, bool vectors) {
+    if (vectors && first + EACH <= n) {
+        *reinterpret_cast<V *>(to + first) = *reinterpret_cast<const V *>(from);
+        return;
     }
-    if (threadIdx.x == 0) {
-        absmax1[blockIdx.x] = most1;
-        absmax2[blockIdx.x] = most2;
+#pragma unroll
+    for (int i = 0; i < EACH; i++)
+        if (first + i < n) to[first + i] = from[i];
+}
+
+/* Four blocks of moments a block of threads, EACH elements a thread. */
+__global__ void __launch_bounds__(THREADS) adam8(float *p, uint8_t *state1, uint8_t *state2, float *absmax1, float *absmax2, const float *g,
+                                                 const float *map1, const float *map2, int64_t n, adam_terms s, bool vectors) {
+    __shared__ float values[2][MAP_SIZE], midpoints[2][MAP_SIZE], largest[THREADS / ESPI_WARP];
+    values[0][threadIdx.x] = map1[threadIdx.x];
+    values[1][threadIdx.x] = map2[threadIdx.x];
+    __syncthreads();
+    const unsigned next = min(threadIdx.x + 1, static_cast<unsigned>(MAP_SIZE - 1));
+    for (int map = 0; map < 2; map++) midpoints[map][threadIdx.x] = (values[map][threadIdx.x] + values[map][next]) / 2;
+    __syncthreads();
+    const int64_t block = static_cast<int64_t>(blockIdx.x) * (THREADS * EACH / ADAM8_BLOCK) + threadIdx.x / (ADAM8_BLOCK / EACH);
+    const int64_t first = (static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x) * EACH;
+    const bool has_block = block * ADAM8_BLOCK < n;
+    const float scale1 = has_block ? absmax1[block] : 0, scale2 = has_block ? absmax2[block] : 0;
+    alignas(16) float grad[EACH], value[EACH], m[EACH] = {}, v[EACH] = {};
+    alignas(4) uint8_t code1[EACH], code2[EACH];
+    load<float, float4>(grad, g, first, n, vectors);
+    load<float, float4>(value, p, first, n, vectors);
+    load<uint8_t, uchar4>(code1, state1, first, n, vectors);
+    load<uint8_t, uchar4>(code2, state2, first, n, vectors);
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+        const float scaled = s.grad_scale * grad[i];
+        if (first + i >= n || !isfinite(scaled)) continue;
+        m[i] = s.beta1 * (values[0][code1[i]] * scale1) + s.rest1 * scaled;
+        v[i] = s.beta2 * (values[1][code2[i]] * scale2) + s.rest2 * scaled * scaled;
+        value[i] = value[i] * s.decay - s.step_size * m[i] / (sqrtf(v[i]) + s.eps);
     }
+    requantise(code1, has_block ? absmax1 + block : nullptr, m, midpoints[0], CODE_ZERO_SIGNED, largest);
+    requantise(code2, has_block ? absmax2 + block : nullptr, v, midpoints[1], CODE_ZERO_UNSIGNED, largest);
+    store<float, float4>(p, value, first, n, vectors);
+    store<uint8_t, uchar4>(state1, code1, first, n, vectors);
+    store<uint8_t, uchar4>(state2, code2, first, n, vectors);
 }
 
 template <typename A> adam_terms terms_of(const A *a) {
@@ -119,8 +158,9 @@ esp_status espi_adamw8_cuda(const espi_exec *exec, const espi_adamw8 *a) {
     adam_terms s = terms_of(a);
     s.step_size = static_cast<float>(a->lr * correction2 / correction1);
     s.eps = static_cast<float>(a->eps * correction2);
-    adam8<<<espi_blocks(a->n, ADAM8_BLOCK), ADAM8_BLOCK, 0, espi_cuda_of(exec)->stream>>>(
+    const bool vectors = espi_aligned16(a->p) && espi_aligned16(a->g) && espi_aligned16(a->state1) && espi_aligned16(a->state2);
+    adam8<<<espi_blocks(a->n, THREADS * EACH), THREADS, 0, espi_cuda_of(exec)->stream>>>(
         static_cast<float *>(a->p), a->state1, a->state2, a->absmax1, a->absmax2, static_cast<const float *>(a->g), a->map1, a->map2, a->n,
-        s);
+        s, vectors);
     return ESPI_CUDA_LAUNCHED("8-bit AdamW");
 }

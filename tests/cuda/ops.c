@@ -74,6 +74,8 @@ static const shape shapes[] = {
     {"shared prefixes, window", 449, 16, 4, 2, 8, 2, 40, 4, 2, 128, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .shared = true, .sinks = true,
      .window = 65},
     {"shared prefixes, one token each", 8, 16, 4, 2, 8, 2, 40, 2, 2, 64, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .shared = true, .window = 1},
+    {"many rows of the head", 1100, 8, 4, 2, 6, 2, 24, 2, 1, 64, ROUTE_RANDOM, ESP_Q_NONE, ESP_BF16, .renormalise = true},
+    {"a large vocabulary", 20, 32, 4, 2, 8, 2, 8192, 2, 1, 64, ROUTE_RANDOM, ESP_Q_NONE, ESP_BF16, .repeated = true},
     {"forced and filtered", 66, 32, 8, 2, 16, 4, 100, 2, 1, 64, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .forced = true, .filtered = true,
      .extras = true},
     {"top-k alone", 33, 144, 4, 1, 12, 4, 272, 2, 2, 8, ROUTE_ONE, ESP_NF4, ESP_BF16, .filtered = true, .extras = true},
@@ -545,6 +547,51 @@ static void router_reports_nan(void) {
     }
 }
 
+/* The last query of a long sequence alone, whose keys are split among blocks, against the same query among all. */
+static void decode_of_many_keys(int64_t head_dim) {
+    const shape s = {"decode of many keys", 1000, 16, 4, 2, 8, 2, 40, 8, 2, 0, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .sinks = true};
+    shape sized = s;
+    sized.head_dim = head_dim;
+    problem want, p;
+    problem_build(&want, ESPI_OP_attention_fwd, &sized, ESP_F64, &espi_backend_ref);
+    problem_build(&p, ESPI_OP_attention_fwd, &sized, ESP_F32, &espi_backend_ref);
+    problem *const both[] = {&want, &p};
+    for (int i = 0; i < 2; i++) {
+        round_inputs(both[i], &p, &want);
+        field_set(field_find(both[i], "cu_q"), 1, (double)s.tokens);
+        field_set(field_find(both[i], "k_len"), 0, (double)s.tokens);
+        field_settle(field_find(both[i], "cu_q"));
+        field_settle(field_find(both[i], "k_len"));
+        both[i]->args.attention_fwd.spans.n_seqs = 1;
+    }
+    run_reference(&want, &espi_backend_ref64);
+    field_set(field_find(&p, "cu_q"), 1, 1);
+    placed l;
+    any_args args = p.args;
+    esp_status status = ESP_OK;
+    lay_out(&l, &p, &p, &want);
+    point_to_gpu(&args, &p, &l);
+    const int64_t row = (s.tokens - 1) * s.heads * head_dim;
+    args.attention_fwd.q = (const uint16_t *)args.attention_fwd.q + row;
+    args.attention_fwd.spans.tokens = 1;
+    const char *refusal = call(p.op, &args, &l, &status);
+    if (refusal || status != ESP_OK) FAIL("attention_fwd, %s: %s, status %d", s.name, refusal ? refusal : esp_last_error(), (int)status);
+    const uint16_t *out = (const uint16_t *)(result + l.at[field_find(&p, "out") - p.fields]);
+    const float *lse = (const float *)(result + l.at[field_find(&p, "lse") - p.fields]);
+    double error = 0, largest = 0, lse_error = 0;
+    for (int64_t i = 0; i < s.heads * head_dim; i++) {
+        const double right = field_get(field_find(&want, "out"), row + i);
+        error = fmax(error, fabs(espi_bf16_value(out[i]) - right));
+        largest = fmax(largest, fabs(right));
+    }
+    for (int64_t h = 0; h < s.heads; h++)
+        lse_error = fmax(lse_error, fabs(lse[h] - field_get(field_find(&want, "lse"), (s.tokens - 1) * s.heads + h)));
+    if (!(error <= 3 * BF16_FLOOR * largest) || !(lse_error <= 1e-5))
+        FAIL("attention_fwd, %s of %lld: error %.3g of the output, %.3g of the log-sum", s.name, (long long)head_dim, error, lse_error);
+    problem_free(&want);
+    problem_free(&p);
+}
+
 static bool set_up(void) {
     const espi_device *device = espi_backend_cuda.device;
     image = malloc(MEMORY);
@@ -573,6 +620,10 @@ int main(int argc, char **argv) {
         for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++) taken += conform((espi_op_id)op, &shapes[s]);
         printf("%-16s %2d shapes, %d failures\n", op_cases[op].name, taken, failures - before);
         fflush(stdout);
+    }
+    if (argc == 1 || strcmp(argv[1], "attention_fwd") == 0) {
+        decode_of_many_keys(64);
+        decode_of_many_keys(128);
     }
     if (argc == 1) router_reports_nan();
     espi_backend_cuda.device->stop(gpu);
