@@ -74,7 +74,7 @@ typedef struct esp_batch {
     /// last token of every sequence that is no prefix, which a sampler never feeds back.  Weights come from the current logits.  NULL: none.
     const void *routed_experts;
     void *record_experts; ///< [out] the same shape: what a forward chose (as replayed, where it was); NULL = not wanted
-    int64_t n_routed;     ///< elements of these two arrays: T*L*K
+    int64_t n_routed;     ///< elements of these two arrays, T*L*K; 0 = neither is given
     int32_t routed_bytes; ///< of one element: 1 or 2
     int64_t n_kept;       ///< elements of kept_ids
     /// [T+1] which part of kept_ids belongs to a token: what top-k, top-p and min-p had left when it was sampled, ascending, itself among

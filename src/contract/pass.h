@@ -14,13 +14,12 @@ typedef struct espi_kv_cache {
     int64_t rows;
 } espi_kv_cache;
 
-/* Routing replay, and where what is chosen is kept for the host: see esp_batch.  Zeroed: neither. */
+/* Where the layers' choices of experts go when they are wanted together, and whether they were made before.  Zeroed: neither. */
 typedef struct espi_routes {
-    const void *replay; /* [T,L,K] of `bytes` each, in host memory, checked; or NULL */
-    int32_t bytes;
-    void *record;    /* the same form, overwritten in layers with experts; or NULL */
-    int32_t *chosen; /* [L,T,K] tensor memory, overwritten in layers with experts; or NULL: each layer has its own */
-    int64_t *flips;  /* [1] add: see espi_router_fwd; NULL without replay */
+    bool kept;       /* in `chosen`, not in each layer's own memory; said of a dry arena too */
+    bool forced;     /* chosen holds what was recorded, -1 where the router is to choose: see espi_router_fwd */
+    int32_t *chosen; /* [L,T,K] tensor memory, overwritten in layers with experts */
+    int64_t *flips;  /* [1] add; NULL: not counted */
 } espi_routes;
 
 typedef struct espi_pass {
@@ -44,9 +43,9 @@ typedef struct espi_pass {
     double aux_coef, z_coef;
 } espi_pass;
 
-/* Whether the passes may be run from a recording: nobody looks on, and no route goes to or comes from the host on the way. */
+/* Whether the passes may be run from a recording: nobody looks on. */
 static inline bool espi_pass_recordable(const espi_pass *pass) {
-    return !pass->model->probe && !pass->routes.replay && !pass->routes.record;
+    return !pass->model->probe;
 }
 
 /* `count` values of the dtype of statistics, or of activations. */

@@ -21,7 +21,8 @@ typedef struct espi_router {
     espi_router_rule rule;
 } espi_router;
 
-esp_status espi_route_take_saved(espi_pass *pass, const espi_router *router, espi_route_saved *saved);
+/* layer: of pass->routes.chosen. */
+esp_status espi_route_take_saved(espi_pass *pass, int64_t layer, const espi_router *router, espi_route_saved *saved);
 /* x real [T,H].  layer: for the probe. */
 esp_status espi_route_forward(espi_pass *pass, int64_t layer, const void *x, const espi_router *router, const espi_route_saved *saved);
 /* d_x real [T,H]: ADDS to what the experts wrote.  d_weight real [T,K]. */
@@ -32,10 +33,12 @@ esp_status espi_route_backward(espi_pass *pass, int64_t layer, void *d_x, const 
  * K different experts; all ones at the last token of every sequence that is no prefix, or they are those of other tokens.
  * *replayed: pairs of a token and a layer that are not all ones.  ESP_ERR_SHAPE, ESP_ERR_ARG */
 esp_status espi_routes_check(int64_t *replayed, const esp_model *model, const esp_batch *batch);
-/* Before a forward that records: all ones.  After it: all ones at the last token of every sequence that is no prefix. */
-void espi_routes_begin(const esp_model *model, const esp_batch *batch);
-void espi_routes_end(const esp_model *model, const esp_batch *batch);
-/* Writes one layer's selection idx [T,K], in host memory, into record [T,L,K]. */
+/* Fills chosen [L,T,K], in host memory, as espi_router_fwd takes it: ascending ids, -1 where the router is to choose. */
+void espi_routes_read(int32_t *chosen, const esp_model *model, const esp_batch *batch);
+/* After a forward that records, from such an array: all ones in layers without experts and at the last token of every sequence that is no
+ * prefix. */
+void espi_routes_record(const esp_model *model, const esp_batch *batch, const int32_t *chosen);
+/* Writes one layer's selection idx [T,K] into record [T,L,K]. */
 void espi_routes_write(void *record, const espi_config *c, int64_t layer, const int32_t *idx, int64_t tokens);
 /* Size of an element for this model. */
 static inline int32_t espi_route_bytes(const espi_config *c) {

@@ -27,9 +27,7 @@ esp_status espi_block_take_route(espi_pass *pass, int64_t layer, espi_block_save
     *saved = (espi_block_saved){0};
     if (pass->model->layers[layer].mlp != ESPI_MLP_MOE) return ESP_OK;
     const espi_router router = espi_layer_router(pass, layer);
-    ESPI_TRY(espi_route_take_saved(pass, &router, &saved->moe.route));
-    if (pass->routes.chosen) saved->moe.route.idx = pass->routes.chosen + layer * pass->tokens * router.top_k;
-    return ESP_OK;
+    return espi_route_take_saved(pass, layer, &router, &saved->moe.route);
 }
 
 esp_status espi_moe_forward(espi_pass *pass, int64_t layer, void *out, const void *x, const void *add, const espi_router *router,

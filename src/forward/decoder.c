@@ -138,13 +138,25 @@ static esp_status take_batch(espi_pass *pass, const esp_batch *batch, espi_decod
     return ESP_OK;
 }
 
-/* What a batch says of its routes.  flips is taken whether it replays or not: a plan knows nothing of that. */
-static esp_status take_routes(espi_pass *pass, const esp_batch *batch, int64_t **flips) {
+/* Choices of experts that come from the host or go there: in one array, so that nothing of it happens on the way. */
+static esp_status take_routes(espi_pass *pass, const esp_batch *batch, int64_t **flips, int32_t **host) {
+    const bool kept = batch->n_routed > 0;
+    const size_t bytes = (size_t)batch->n_routed * sizeof **host;
     ESPI_TRY(espi_arena_take(pass->arena, sizeof **flips, flips));
+    pass->routes = (espi_routes){.kept = kept, .forced = kept && batch->routed_experts, .flips = *flips};
+    if (kept) ESPI_TRY(espi_arena_take_shared(pass->arena, bytes, host, &pass->routes.chosen));
     if (pass->arena->dry) return ESP_OK;
-    pass->routes =
-        (espi_routes){.replay = batch->routed_experts, .bytes = batch->routed_bytes, .record = batch->record_experts, .flips = *flips};
-    return espi_ctx_zero(pass->ctx, *flips, sizeof **flips);
+    ESPI_TRY(espi_ctx_zero(pass->ctx, *flips, sizeof **flips));
+    if (!pass->routes.forced) return ESP_OK;
+    espi_routes_read(*host, pass->model, batch);
+    return espi_ctx_put(pass->ctx, pass->routes.chosen, *host, bytes);
+}
+
+static esp_status record_routes(const espi_pass *pass, const esp_batch *batch, int32_t *host) {
+    if (!batch->record_experts || !pass->routes.kept || pass->arena->dry) return ESP_OK;
+    ESPI_TRY(espi_ctx_get(pass->ctx, host, pass->routes.chosen, (size_t)batch->n_routed * sizeof *host));
+    espi_routes_record(pass->model, batch, host);
+    return ESP_OK;
 }
 
 static esp_status take_statistics(espi_pass *pass, espi_decoder_saved *saved) {
@@ -194,15 +206,16 @@ static esp_status run_training(void *user) {
 esp_status espi_decoder_forward(esp_model *model, espi_arena *arena, const esp_batch *batch, espi_decoder_saved *saved) {
     const int64_t t = batch->n_tokens;
     espi_pass pass = {.model = model, .ctx = model->ctx, .arena = arena, .tokens = t, .adapter = model->adapter_on};
+    int32_t *chosen = NULL;
     saved->adapter = model->adapter_on;
     ESPI_TRY(take_batch(&pass, batch, saved));
     ESPI_TRY(take_statistics(&pass, saved));
-    ESPI_TRY(take_routes(&pass, batch, &saved->route_flips));
+    ESPI_TRY(take_routes(&pass, batch, &saved->route_flips, &chosen));
     ESPI_TRY(espi_decoder_first_kept(&saved->first_kept, model, t));
     training_piece piece = {&pass, saved};
     ESPI_TRY(espi_recorded(pass.ctx, arena, espi_pass_recordable(&pass), "forward", run_training, &piece));
     saved->mark = espi_arena_mark(arena);
-    return ESP_OK;
+    return record_routes(&pass, batch, chosen);
 }
 
 /* A pass of which nothing is kept but its result. */
@@ -253,11 +266,12 @@ esp_status espi_decoder_extend(esp_model *model, espi_arena *arena, void *hidden
 esp_status espi_decoder_forward_only(void **hidden, int64_t **flips, esp_model *model, espi_arena *arena, const esp_batch *batch) {
     espi_decoder_saved copy = {0};
     espi_pass pass = {.model = model, .ctx = model->ctx, .arena = arena, .tokens = batch->n_tokens};
-    ESPI_TRY(take_routes(&pass, batch, flips));
+    int32_t *chosen = NULL;
+    ESPI_TRY(take_routes(&pass, batch, flips, &chosen));
     ESPI_TRY(espi_take_act(&pass, batch->n_tokens * model->config.hidden, hidden));
     const espi_mark mark = espi_arena_mark(arena);
     ESPI_TRY(take_batch(&pass, batch, &copy));
     ESPI_TRY(espi_decoder_extend(model, arena, *hidden, NULL, &pass.routes, pass.ids, pass.positions, &pass.spans, batch->n_tokens));
     espi_arena_release(arena, mark);
-    return ESP_OK;
+    return record_routes(&pass, batch, chosen);
 }

@@ -4,13 +4,16 @@
 #include <stdlib.h>
 #include <string.h>
 
-esp_status espi_route_take_saved(espi_pass *pass, const espi_router *router, espi_route_saved *saved) {
+esp_status espi_route_take_saved(espi_pass *pass, int64_t layer, const espi_router *router, espi_route_saved *saved) {
     const int64_t t = pass->tokens, e = router->w.rows, slots = t * router->top_k;
     int32_t *offsets, *row_token, *slot_row;
     void *row_weight;
     ESPI_TRY(espi_take_real(pass, t * e, &saved->logits));
     ESPI_TRY(espi_take_real(pass, t, &saved->lse));
-    ESPI_TRY(espi_arena_take(pass->arena, (size_t)slots * sizeof(int32_t), &saved->idx));
+    if (pass->routes.kept)
+        saved->idx = pass->routes.chosen ? pass->routes.chosen + layer * slots : NULL;
+    else
+        ESPI_TRY(espi_arena_take(pass->arena, (size_t)slots * sizeof(int32_t), &saved->idx));
     ESPI_TRY(espi_take_real(pass, slots, &saved->weight));
     ESPI_TRY(espi_arena_take(pass->arena, (size_t)(e + 1) * sizeof(int32_t), &offsets));
     ESPI_TRY(espi_arena_take(pass->arena, (size_t)slots * sizeof(int32_t), &row_token));
@@ -56,44 +59,13 @@ static int64_t part_of(const espi_config *c, int64_t token, int64_t layer) {
     return (token * c->layers + layer) * c->top_k;
 }
 
-/* Puts the recorded selection where the op reads it and then writes: into idx. */
-static esp_status put_forced(espi_pass *pass, int64_t layer, const espi_route_saved *saved) {
-    const espi_config *c = &pass->model->config;
-    const size_t bytes = (size_t)(pass->tokens * saved->routing.top_k) * sizeof(int32_t);
-    const espi_mark mark = espi_arena_mark(pass->arena);
-    int32_t *ids = saved->idx;
-    if (pass->arena->split) ESPI_TRY(espi_arena_take_host(pass->arena, bytes, &ids));
-    if (pass->routes.replay && !pass->arena->dry) {
-        for (int64_t t = 0; t < pass->tokens; t++)
-            read_ids(ids + t * c->top_k, pass->routes.replay, pass->routes.bytes, part_of(c, t, layer), c->top_k);
-        ESPI_TRY(espi_ctx_put(pass->ctx, saved->idx, ids, bytes));
-    }
-    espi_arena_release(pass->arena, mark);
-    return ESP_OK;
-}
-
 void espi_routes_write(void *record, const espi_config *c, int64_t layer, const int32_t *idx, int64_t tokens) {
     for (int64_t t = 0; t < tokens; t++)
         for (int64_t k = 0; k < c->top_k; k++) set_id(record, espi_route_bytes(c), part_of(c, t, layer) + k, idx[t * c->top_k + k]);
 }
 
-/* The selection that was made, for the host. */
-static esp_status get_chosen(espi_pass *pass, int64_t layer, const espi_route_saved *saved) {
-    const size_t bytes = (size_t)(pass->tokens * saved->routing.top_k) * sizeof(int32_t);
-    const espi_mark mark = espi_arena_mark(pass->arena);
-    int32_t *ids = saved->idx;
-    if (pass->arena->split) ESPI_TRY(espi_arena_take_host(pass->arena, bytes, &ids));
-    if (pass->routes.record && !pass->arena->dry) {
-        ESPI_TRY(espi_ctx_get(pass->ctx, ids, saved->idx, bytes));
-        espi_routes_write(pass->routes.record, &pass->model->config, layer, ids, pass->tokens);
-    }
-    espi_arena_release(pass->arena, mark);
-    return ESP_OK;
-}
-
 esp_status espi_route_forward(espi_pass *pass, int64_t layer, const void *x, const espi_router *router, const espi_route_saved *saved) {
     const espi_routing *r = &saved->routing;
-    ESPI_TRY(put_forced(pass, layer, saved));
     const espi_router_fwd route = {.logits = saved->logits,
                                    .lse = saved->lse,
                                    .idx = saved->idx,
@@ -101,8 +73,8 @@ esp_status espi_route_forward(espi_pass *pass, int64_t layer, const void *x, con
                                    .counts = pass->router_counts,
                                    .p_sum = pass->router_p_sum,
                                    .z_sum = pass->router_z_sum,
-                                   .forced = pass->routes.replay ? saved->idx : NULL,
-                                   .flips = pass->routes.replay ? pass->routes.flips : NULL,
+                                   .forced = pass->routes.forced ? saved->idx : NULL,
+                                   .flips = pass->routes.forced ? pass->routes.flips : NULL,
                                    .x = x,
                                    .w = router->w,
                                    .bias = router->bias,
@@ -111,7 +83,6 @@ esp_status espi_route_forward(espi_pass *pass, int64_t layer, const void *x, con
                                    .top_k = router->top_k,
                                    .rule = router->rule};
     ESPI_TRY(espi_op_router_fwd(pass->ctx, pass->arena, &route));
-    ESPI_TRY(get_chosen(pass, layer, saved));
     /* The routing's arrays are read-only to everybody but this, their writer. */
     const espi_dispatch sort = {.offsets = (int32_t *)r->offsets,
                                 .row_token = (int32_t *)r->row_token,
@@ -197,7 +168,7 @@ static esp_status check_sequence(int64_t *replayed, int32_t *ids, const esp_mode
 
 esp_status espi_routes_check(int64_t *replayed, const esp_model *model, const esp_batch *batch) {
     *replayed = 0;
-    if (!batch->routed_experts && !batch->record_experts) return ESP_OK;
+    if (!batch->routed_experts && !batch->record_experts && batch->n_routed == 0) return ESP_OK;
     ESPI_TRY(check_sizes(model, batch));
     if (!batch->routed_experts) return ESP_OK;
     int32_t *ids = malloc((size_t)model->config.top_k * sizeof *ids);
@@ -208,17 +179,20 @@ esp_status espi_routes_check(int64_t *replayed, const esp_model *model, const es
     return status;
 }
 
-static size_t token_bytes(const espi_config *c) {
-    return (size_t)(c->layers * c->top_k) * (size_t)espi_route_bytes(c);
+void espi_routes_read(int32_t *chosen, const esp_model *model, const esp_batch *batch) {
+    const espi_config *c = &model->config;
+    for (int64_t l = 0; l < c->layers; l++)
+        for (int64_t t = 0; has_experts(model, l) && t < batch->n_tokens; t++)
+            read_ids(chosen + (l * batch->n_tokens + t) * c->top_k, batch->routed_experts, batch->routed_bytes, part_of(c, t, l), c->top_k);
 }
 
-void espi_routes_begin(const esp_model *model, const esp_batch *batch) {
-    if (batch->record_experts) memset(batch->record_experts, UINT8_MAX, token_bytes(&model->config) * (size_t)batch->n_tokens);
-}
-
-void espi_routes_end(const esp_model *model, const esp_batch *batch) {
-    const size_t token = token_bytes(&model->config);
-    for (int32_t s = 0; batch->record_experts && s < batch->n_seqs; s++)
-        if (!names_prefix(batch, s))
-            memset((char *)batch->record_experts + token * (size_t)(batch->cu_seqlens[s + 1] - 1), UINT8_MAX, token);
+void espi_routes_record(const esp_model *model, const esp_batch *batch, const int32_t *chosen) {
+    const espi_config *c = &model->config;
+    const size_t token = (size_t)(c->layers * c->top_k) * (size_t)espi_route_bytes(c);
+    char *record = batch->record_experts;
+    memset(record, UINT8_MAX, token * (size_t)batch->n_tokens);
+    for (int64_t l = 0; l < c->layers; l++)
+        if (has_experts(model, l)) espi_routes_write(record, c, l, chosen + l * batch->n_tokens * c->top_k, batch->n_tokens);
+    for (int32_t s = 0; s < batch->n_seqs; s++)
+        if (!names_prefix(batch, s)) memset(record + token * (size_t)(batch->cu_seqlens[s + 1] - 1), UINT8_MAX, token);
 }

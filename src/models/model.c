@@ -273,12 +273,10 @@ static esp_status forward_begin(esp_model *model, const esp_batch *batch, bool t
     ESPI_TRY(espi_model_reserve(model, batch, training));
     model->saved_valid = false;
     espi_arena_release(&model->arena, (espi_mark){0});
-    espi_routes_begin(model, batch);
     return ESP_OK;
 }
 
-static void forward_end(esp_model *model, const esp_batch *batch, const int64_t *flips, espi_mark mark) {
-    espi_routes_end(model, batch);
+static void forward_end(esp_model *model, const int64_t *flips, espi_mark mark) {
     model->route_flips = flips;
     model->loss_mark = mark;
     note_use(model);
@@ -292,7 +290,7 @@ esp_status esp_model_forward(esp_model *model, const esp_batch *batch, esp_tenso
     if (!model || !batch || !hidden) return ESPI_FAIL(ESP_ERR_ARG, "esp_model_forward: model, batch or hidden is NULL");
     ESPI_TRY(forward_begin(model, batch, true));
     ESPI_TRY(espi_decoder_forward(model, &model->arena, batch, model->saved));
-    forward_end(model, batch, model->saved->route_flips, model->saved->mark);
+    forward_end(model, model->saved->route_flips, model->saved->mark);
     model->saved_valid = true;
     *hidden = act_view(model, model->saved->hidden, batch->n_tokens);
     return ESP_OK;
@@ -304,7 +302,7 @@ esp_status esp_model_forward_only(esp_model *model, const esp_batch *batch, esp_
     void *out;
     int64_t *flips;
     ESPI_TRY(espi_decoder_forward_only(&out, &flips, model, &model->arena, batch));
-    forward_end(model, batch, flips, espi_arena_mark(&model->arena));
+    forward_end(model, flips, espi_arena_mark(&model->arena));
     *hidden = act_view(model, out, batch->n_tokens);
     return ESP_OK;
 }

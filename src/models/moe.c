@@ -231,7 +231,7 @@ static espi_pass make_pass(esp_moe *moe, espi_arena *arena, int64_t tokens) {
 
 static esp_status take_saved(espi_pass *pass, esp_moe *moe, espi_moe_saved *saved) {
     *saved = (espi_moe_saved){0};
-    ESPI_TRY(espi_route_take_saved(pass, &moe->router, &saved->route));
+    ESPI_TRY(espi_route_take_saved(pass, 0, &moe->router, &saved->route));
     return espi_experts_take_saved(pass, &moe->experts, pass->tokens * moe->options.top_k, &saved->experts);
 }
 

@@ -16,7 +16,7 @@ esp_status espi_model_options(esp_model_config *options, espi_lora_spec lora[ESP
 esp_status espi_rope_frequencies(double **inv_freq, const espi_config *config);
 
 /* models/plan.c: room of the activation block for such batches, by walking forward, both kinds of loss, and backward dry. */
-/* The same for a batch of which only n_tokens, n_seqs and n_kept are read; and making that room, as esp_model_reserve does. */
+/* The same for a batch of which only the numbers are read, and whether it has routes; and making that room, as esp_model_reserve does. */
 esp_status espi_batch_bytes(espi_extent *room, esp_model *model, const esp_batch *shape, bool training);
 esp_status espi_model_reserve(esp_model *model, const esp_batch *shape, bool training);
 esp_status espi_activation_bytes(espi_extent *room, esp_model *model, int64_t n_tokens, int32_t n_seqs, bool training);

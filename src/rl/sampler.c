@@ -68,7 +68,7 @@ esp_status espi_sampler_extend(esp_sampler *s, espi_arena *arena, int64_t tokens
                               .prefix_len = device->prefix_len,
                               .n_seqs = n_seqs,
                               .tokens = tokens};
-    const espi_routes kept = {.chosen = routes ? device->chosen : NULL};
+    const espi_routes kept = {.kept = s->record, .chosen = device->chosen}; /* whether they are read or not: one plan for both */
     if (!arena->dry) ESPI_TRY(put_spans(s, tokens, n_seqs));
     ESPI_TRY(espi_decoder_extend(s->model, arena, s->hidden, &s->cache, &kept, device->ids, device->positions, &spans, tokens));
     if (!routes || arena->dry) return ESP_OK;

@@ -34,7 +34,9 @@ static int64_t most_sequences(const esp_trainer *t) {
 
 /* Bytes of a micro-batch of this shape; take: and makes room for it. */
 static esp_status candidate(size_t *most, const esp_trainer *t, int64_t tokens, int32_t n_seqs, bool take) {
-    const esp_batch shape = ESP_BATCH(.n_tokens = tokens, .n_seqs = n_seqs, .n_kept = tokens * t->most_kept);
+    const bool replays = t->c.kind == ESP_TRAIN_GRPO && t->c.replay != ESP_REPLAY_NONE;
+    const esp_batch shape = ESP_BATCH(.n_tokens = tokens, .n_seqs = n_seqs, .n_kept = tokens * t->most_kept,
+                                      .n_routed = replays ? tokens * t->info.layers * t->info.top_k : 0);
     espi_extent room;
     ESPI_TRY(espi_batch_bytes(&room, t->model, &shape, true));
     if (room.main > *most) *most = room.main;

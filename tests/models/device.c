@@ -253,6 +253,88 @@ Test(device, recordings_have_the_bits_of_plain_runs) {
     esp_ctx_destroy(device);
 }
 
+/* What replays, records and filters, on one side. */
+typedef struct told {
+    uint8_t routes[TOKENS * 9], sampled[64 * 9];
+    float *grads, logprob[TOKENS], drawn[2 * NEW];
+    int32_t tokens[2 * NEW], lengths[2], kept[256];
+    int64_t flips, replayed, n_kept, n_sampled;
+    size_t width;
+} told;
+
+static int take_drawn(void *user, const esp_drawn *d) {
+    told *t = user;
+    memcpy(t->kept + t->n_kept, d->kept, (size_t)d->n_kept * sizeof *d->kept);
+    t->n_kept += d->n_kept;
+    memcpy(t->sampled + (size_t)t->n_sampled * t->width, d->routed_experts, (size_t)d->n_routed * t->width);
+    t->n_sampled += d->n_routed;
+    return 0;
+}
+
+static void replay_on(told *t, esp_ctx *ctx, const char *folder) {
+    char dir[ESPI_PATH_MAX];
+    esp_model *model;
+    esp_sampler *sampler;
+    esp_tensor hidden;
+    int64_t kept_offsets[TOKENS + 1];
+    int32_t kept_ids[2 * TOKENS];
+    *t = (told){.grads = NULL};
+    snprintf(dir, sizeof dir, "%s/tests/golden/data/%s/model", ESP_SOURCE_DIR, folder);
+    OK(esp_model_load(&model, ctx, dir, &ESP_MODEL_CONFIG(.lora_rank = 4)));
+    esp_model_info info = {.struct_size = sizeof info};
+    OK(esp_model_info_get(model, &info));
+    t->width = (size_t)(info.layers * info.top_k);
+    t->grads = calloc((size_t)info.adapter_parameters, sizeof *t->grads);
+    for (int i = 0; i <= TOKENS; i++) kept_offsets[i] = 2 * i;
+    for (int i = 0; i < TOKENS; i++) {
+        kept_ids[2 * i] = ids[i];
+        kept_ids[2 * i + 1] = ids[i] + 7;
+    }
+    esp_batch batch = ESP_BATCH(.tokens = ids, .cu_seqlens = borders, .n_tokens = TOKENS, .n_seqs = 2, .record_experts = t->routes,
+                                .n_routed = TOKENS * info.layers * info.top_k, .routed_bytes = 1, .kept_offsets = kept_offsets,
+                                .kept_ids = kept_ids, .n_kept = 2 * TOKENS);
+    OK(esp_model_forward_only(model, &batch, &hidden));
+    OK(esp_model_logprob(model, &batch, &hidden, 1, t->logprob, NULL));
+    batch.record_experts = NULL;
+    for (int64_t i = 0; i < batch.n_routed; i += info.top_k) /* other experts, where there are some */
+        for (int64_t k = 0; t->routes[i] != 255 && k < info.top_k; k++) t->routes[i + k] = (uint8_t)((t->routes[i + k] + 1) % info.experts);
+    batch.routed_experts = t->routes;
+    for (int i = 0; i < 3; i++) (void)grads_of(model, &batch, t->grads);
+    OK(esp_model_route_flips(model, &t->flips, &t->replayed));
+    OK(esp_sampler_create(&sampler, model,
+                          &ESP_SAMPLER_CONFIG(.max_sequences = 2, .max_length = 16, .max_kept = 12, .record_routes = true)));
+    OK(esp_sampler_generate(sampler,
+                            &ESP_GENERATE_CONFIG(.prompts = ids, .cu_prompts = borders, .n_prompts = 2, .max_new_tokens = NEW, .seed = 3,
+                                                 .top_k = 12, .min_p = 0.3f, .on_drawn = take_drawn, .on_drawn_user = t),
+                            t->tokens, t->drawn, t->lengths, NULL));
+    esp_sampler_destroy(sampler);
+    esp_model_destroy(model);
+    float *grads = t->grads; /* compared apart */
+    t->grads = NULL;
+    for (int64_t i = 0; i < info.adapter_parameters; i++) t->logprob[i % TOKENS] += grads[i];
+    free(grads);
+}
+
+/* Routes and kept ids cross the border in one piece each way, and a pass that replays is recorded like any other. */
+Test(device, replays_and_filters_have_the_bits_of_the_reference) {
+    static const char *const folders[] = {"q3a", "gla"};
+    for (int i = 0; i < ESPI_COUNT(folders); i++) {
+        static told want, got;
+        esp_ctx *plain, *device;
+        OK(esp_ctx_create(&plain, &ESP_CTX_CONFIG(.backend = "ref")));
+        OK(fake_ctx(&device, NULL));
+        replay_on(&want, plain, folders[i]);
+        replay_on(&got, device, folders[i]);
+        cr_expect(memcmp(&got, &want, sizeof want) == 0, "%s", folders[i]);
+        cr_expect_gt(want.flips, 0);
+        cr_expect_gt(want.n_kept, 2 * NEW);
+        cr_expect_eq(want.n_sampled, TOKENS + want.lengths[0] + want.lengths[1] - 2);
+        cr_expect_gt(fake_counted(device).recordings, 1, "%s: forward and backward of the replay", folders[i]);
+        esp_ctx_destroy(plain);
+        esp_ctx_destroy(device);
+    }
+}
+
 /* The block level: the caller's tensors lie on the device too. */
 Test(device, a_block_has_the_bits_of_the_reference) {
     enum { T = 5, H = 64, E = 4, I = 64, R = 2 };

@@ -332,15 +332,13 @@ Test(replay, ids_of_two_bytes) {
     esp_model model = {.config = {.experts = 300, .top_k = 2, .layers = 2}, .layers = layers};
     uint16_t routes[TOKENS][2][2];
     int64_t replayed;
-    int32_t idx[TOKENS][2];
+    int32_t chosen[2][TOKENS][2], again[2][TOKENS][2];
     cr_assert_eq(espi_route_bytes(&few), 1);
     cr_assert_eq(espi_route_bytes(&(espi_config){.experts = 256}), 2);
-    for (int32_t t = 0; t < TOKENS; t++) memcpy(idx[t], (const int32_t[]){t, t % 2 == 0 ? 255 : 299}, sizeof idx[t]);
+    for (int32_t t = 0; t < TOKENS; t++) memcpy(chosen[1][t], (const int32_t[]){t, t % 2 == 0 ? 255 : 299}, sizeof chosen[1][t]);
     esp_batch b = ESP_BATCH(.tokens = ids, .cu_seqlens = cu, .n_tokens = TOKENS, .n_seqs = SEQS, .routed_experts = routes,
                             .record_experts = routes, .n_routed = TOKENS * 4, .routed_bytes = 2);
-    espi_routes_begin(&model, &b);
-    espi_routes_write(routes, &model.config, 1, idx[0], TOKENS);
-    espi_routes_end(&model, &b);
+    espi_routes_record(&model, &b, chosen[0][0]);
     for (int32_t t = 0; t < TOKENS; t++) {
         const bool last = t == 8 || t == 9 || t == 18;
         cr_assert_eq(routes[t][0][1], 65535);
@@ -349,6 +347,8 @@ Test(replay, ids_of_two_bytes) {
     }
     OK(espi_routes_check(&replayed, &model, &b));
     cr_assert_eq(replayed, TOKENS - SEQS);
+    espi_routes_read(again[0][0], &model, &b);
+    for (int32_t t = 0; t < TOKENS; t++) cr_assert_eq(again[1][t][1], routes[t][1][0] == 65535 ? -1 : chosen[1][t][1]);
     routes[3][1][1] = 300;
     FAILS(ESP_ERR_ARG, "token 3, layer 1: got expert 300, expected 0 to 299, or all ones (65535)",
           espi_routes_check(&replayed, &model, &b));

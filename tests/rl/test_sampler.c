@@ -435,6 +435,20 @@ Test(sampler, recorded_routes_are_the_trainers) {
     demo_free(&m);
 }
 
+/* One that can record, and is not asked to, needs no more: all prompts fill a pass to the last token. */
+Test(sampler, recording_is_planned_for_both) {
+    demo m = demo_model(1, true);
+    esp_sampler *s;
+    drawn d;
+    esp_generate_config c = request(1);
+    c.samples = 1;
+    OK(esp_sampler_create(&s, m.model, &ESP_SAMPLER_CONFIG(.max_sequences = 12, .max_length = 24, .record_routes = true)));
+    cr_assert_eq(s->pass_tokens, prompt_cu[PROMPTS]);
+    OK(esp_sampler_generate(s, &c, d.tokens, d.lp, d.lengths, d.stopped));
+    esp_sampler_destroy(s);
+    demo_free(&m);
+}
+
 static const struct {
     int32_t top_k;
     float top_p, min_p;
