@@ -36,7 +36,7 @@ static esp_status decode_base64(uint8_t **out, size_t *bytes, const char *text, 
     *bytes = 0;
     const size_t padding = n > 1 && text[n - 1] == '=' ? 1 + (text[n - 2] == '=') : 0;
     if (n % 4 != 0) return ESPI_FAIL(ESP_ERR_FORMAT, "routed_experts: %zu characters of base64, expected a multiple of 4", n);
-    uint8_t *data = malloc(n / 4 * 3 + 1);
+    uint8_t *data = calloc(n / 4 * 3 + 1, 1);
     if (!data) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for %zu bytes of routed experts", n / 4 * 3);
     size_t used = 0;
     uint32_t word = 0;
