@@ -2,8 +2,8 @@
  * the rounding of sums taken in another order; and what a batch with prefixes must promise beyond that. */
 #include "espalier/espalier.h"
 #include "kernels/backend.h"
+#include "lora_wave.h"
 #include "models/model.h"
-#include "scratch.h"
 
 #include <criterion/criterion.h>
 #include <criterion/parameterized.h>
@@ -134,18 +134,7 @@ static subject load(int model, const char *backend, int threads, esp_model_confi
     config.train_router = true;
     OK(esp_ctx_create(&s.ctx, &ESP_CTX_CONFIG(.backend = backend, .threads = threads)));
     OK(esp_model_load(&s.model, s.ctx, dir, &config));
-    for (int64_t i = 0; i < esp_model_param_count(s.model); i++) { /* B = 0 would hide a wrong gradient of A */
-        esp_param p = ESP_PARAM_INIT;
-        OK(esp_model_param_get(s.model, i, &p));
-        const esp_tensor view = esp_tensor_view(p.data, p.dtype, p.rank, p.dims);
-        for (int64_t j = 0; strstr(p.name, "lora_B") && j < esp_tensor_count(&view); j++) {
-            const double value = 0.05 * sin(1.0 + 0.7 * (double)j + (double)i);
-            if (p.dtype == ESP_F64)
-                ((double *)p.data)[j] = value;
-            else
-                ((float *)p.data)[j] = (float)value;
-        }
-    }
+    lora_wave(s.model);
     return s;
 }
 

@@ -1,6 +1,7 @@
 /* Routing replay and kept ids on the training side: what was recorded comes back to the bit, and what was forced or filtered has the
  * gradients that differences say. */
 #include "espalier/espalier.h"
+#include "lora_wave.h"
 #include "models/passes.h"
 
 #include <criterion/criterion.h>
@@ -9,7 +10,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define OK(call) cr_assert_eq((call), ESP_OK, "%s: %s", #call, esp_last_error())
 #define FAILS(code, words, call)                                                                                                           \
     do {                                                                                                                                   \
         const esp_status got = (call);                                                                                                     \
@@ -48,18 +48,7 @@ static subject make(const char *folder, const char *backend, const esp_model_con
     s.experts = c->experts;
     s.moe_layers = c->moe_layers;
     s.dense = c->layers - c->moe_layers;
-    for (int64_t i = 0; i < esp_model_param_count(s.model); i++) {
-        esp_param p = ESP_PARAM_INIT;
-        OK(esp_model_param_get(s.model, i, &p));
-        const esp_tensor view = esp_tensor_view(p.data, p.dtype, p.rank, p.dims);
-        for (int64_t j = 0; strstr(p.name, "lora_B") && j < esp_tensor_count(&view); j++) {
-            const double value = 0.05 * sin(1.0 + 0.7 * (double)j + (double)i);
-            if (p.dtype == ESP_F64)
-                ((double *)p.data)[j] = value;
-            else
-                ((float *)p.data)[j] = (float)value;
-        }
-    }
+    lora_wave(s.model);
     return s;
 }
 
