@@ -91,6 +91,12 @@ int espi_cli_verify(int argc, char **argv) {
     if (!espi_cli_parse(&code, &usage, argc, argv)) return code;
     esp_status status = esp_ctx_create(&v.ctx, &ESP_CTX_CONFIG(.backend = backend));
     if (status != ESP_OK) return espi_cli_failed("verify", status);
+    if (v.ctx->device) {
+        esp_ctx_destroy(v.ctx);
+        return espi_cli_failed("verify", ESPI_FAIL(ESP_ERR_UNSUPPORTED,
+                                                   "--backend: got a GPU, expected cpu, ref or ref64: a GPU's bf16 is held against the f64 "
+                                                   "reference by the program cuda_model of the tests"));
+    }
     if (!verify_folder(&v, dir)) status = verify_children(&v, dir);
     esp_ctx_destroy(v.ctx);
     if (status != ESP_OK)

@@ -309,6 +309,8 @@ esp_status esp_adapter_merge(esp_ctx *ctx, esp_merge_stats *stats, const char *o
                              const esp_merge_config *config) {
     if (!ctx || !out_dir || !model_dir || !adapter_dir)
         return ESPI_FAIL(ESP_ERR_ARG, "esp_adapter_merge: ctx or a folder is NULL, expected all four");
+    if (ctx->device)
+        return ESPI_FAIL(ESP_ERR_UNSUPPORTED, "%s: got a context on a GPU, expected one on the CPU to write files with", out_dir);
     esp_merge_config asked;
     ESPI_TRY(espi_struct_read(&asked, sizeof asked, config, "esp_merge_config"));
     merge m = {0};

@@ -444,6 +444,8 @@ static void writer_free(writer *w) {
 
 esp_status espi_quantised_write(esp_ctx *ctx, const char *out_dir, const char *in_dir, const espi_quantised_spec *spec) {
     ESPI_TRY(check_spec(spec));
+    if (ctx->device)
+        return ESPI_FAIL(ESP_ERR_UNSUPPORTED, "%s: got a context on a GPU, expected one on the CPU to write files with", out_dir);
     ESPI_TRY(check_out(out_dir));
     writer w = {.spec = *spec, .format = espi_format_find(spec->format), .model = {.ctx = ctx}};
     esp_status status = open_model(&w, in_dir);

@@ -7,6 +7,7 @@
 #include "espalier/plan.h"
 #include "espalier/sampler.h"
 #include "fake.h"
+#include "io/quantised.h"
 #include "models/model.h"
 #include "scratch.h"
 
@@ -376,4 +377,18 @@ Test(device, a_block_has_the_bits_of_the_reference) {
     cr_expect(memcmp(out[0], out[1], sizeof x) == 0);
     cr_expect(memcmp(d_x[0], d_x[1], sizeof x) == 0);
     cr_expect(memcmp(d_b[0], d_b[1], sizeof d_b[0]) == 0);
+}
+
+/* What writes files from a checkpoint works in host memory: on a device it is refused, not done by halves. */
+Test(device, tools_for_files_want_a_cpu) {
+    char model[ESPI_PATH_MAX], adapter[ESPI_PATH_MAX];
+    esp_ctx *ctx;
+    snprintf(model, sizeof model, "%s/tests/golden/data/q3a/model", ESP_SOURCE_DIR);
+    snprintf(adapter, sizeof adapter, "%s/tests/golden/data/q3a/adapter", ESP_SOURCE_DIR);
+    OK(fake_ctx(&ctx, NULL));
+    cr_expect_eq(espi_quantised_write(ctx, "out", model, &(espi_quantised_spec){.format = ESP_NF4}), ESP_ERR_UNSUPPORTED);
+    cr_expect_not_null(strstr(esp_last_error(), "on a GPU"), "%s", esp_last_error());
+    cr_expect_eq(esp_adapter_merge(ctx, NULL, "out", model, adapter, NULL), ESP_ERR_UNSUPPORTED);
+    cr_expect_not_null(strstr(esp_last_error(), "on a GPU"), "%s", esp_last_error());
+    esp_ctx_destroy(ctx);
 }
