@@ -35,7 +35,9 @@ template <typename D> __global__ void __launch_bounds__(THREADS) general(espi_pr
         }
         __syncthreads();
     }
+#pragma unroll
     for (int i = 0; i < EACH; i++) {
+#pragma unroll
         for (int j = 0; j < EACH; j++) {
             const int64_t row = row0 + ty + i, col = col0 + tx + j;
             if (row >= p.m || col >= p.n) continue;
