@@ -3,7 +3,7 @@
 #   tests/bench/gpu.sh pack BUILD DIR     where the compiler is: builds for the H100/H200 and puts all that a run needs into DIR
 #   DIR/gpu.sh run RESULTS                where the GPU is (needs nothing else but the driver and CUDA's libraries): RESULTS/gpu-*.json
 #   tests/bench/gpu.sh all BUILD RESULTS  both, on one machine
-# A planted bug must fail some line of `run`: tests/cuda/planted.md lists them.
+# Bugs that were planted once, and what caught them: tests/cuda/planted.md.
 set -u
 here=$(cd "$(dirname "$0")" && pwd)
 programs="tests/cuda/test_cuda_device tests/cuda/test_cuda_model tests/cuda/test_cuda_ops tests/bench/esp_bench_gpu
