@@ -148,6 +148,21 @@ static __device__ __forceinline__ void dev_barrier_wait(uint32_t barrier, uint32
 #endif
 }
 
+/* Arrives, and lets the phase wait for so many bytes of the copy engine besides. */
+static __device__ __forceinline__ void dev_barrier_expect(uint32_t barrier, uint32_t bytes) {
+    asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.expect_tx.shared::cta.b64 state, [%0], %1;\n}" ::"r"(barrier), "r"(bytes)
+                 : "memory");
+}
+
+/* The copy engine brings the box at (column, row) of a tensor map. */
+static __device__ __forceinline__ void dev_copy_box(uint32_t to, const void *map, uint32_t barrier, int column, int row) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(to),
+                 "l"(map), "r"(barrier), "r"(column), "r"(row)
+                 : "memory");
+#endif
+}
+
 /* ---- tensor cores: mma.sync m16n8k16, and the loads and stores of its fragments ---- */
 static __device__ __forceinline__ void dev_mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                                                uint32_t b1) {

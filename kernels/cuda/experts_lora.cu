@@ -23,7 +23,7 @@ template <bool across> static __device__ __forceinline__ uint4 low_operand(const
 /* A block: 64 rows of one expert x 16 ranks; its warps share the width, 32 columns in turn.  A lane reads 8 neighbouring values of a row:
  * the order of the contraction is free, as long as both operands follow it. */
 template <bool across>
-static __global__ __launch_bounds__(LOW_WARPS * 32, 2) void low_product(low_args p, const int32_t *offsets, int experts) {
+static __global__ __launch_bounds__(LOW_WARPS * 32, across ? 1 : 2) void low_product(low_args p, const int32_t *offsets, int experts) {
     __shared__ float parts[LOW_WARPS][LOW_ROWS][PASS];
     const row_tile t = find_tile(offsets, experts, (int)blockIdx.x, LOW_ROWS);
     if (t.rows <= 0) return;

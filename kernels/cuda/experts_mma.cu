@@ -66,17 +66,11 @@ static __device__ __forceinline__ void decode_step(const coded_row &codes, const
     const int half = threadIdx.x / 128, row = threadIdx.x % 128, warp = row / 32, lane = threadIdx.x % 32, k = 2 * step + half;
     const uint32_t to = weights_at(p.base, step, half);
     if (k < p.a.k_blocks && format != ESP_Q_NONE) {
-        const byte_planes planes = planes_of<format>(codes.scale, p.base + TABLE);
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            uint4 values[4];
-            decode_half<format>(values, codes, i, planes);
-            store_half(to + row / 64 * SUBTILE, row % 64, i, values);
-        }
+        decode_row<format>(to + row / 64 * SUBTILE, row % 64, codes, planes_of<format>(codes.scale, load_table(p.base + TABLE)));
     } else if (k < p.a.k_blocks && warp < 2)
-        copy_plain(to + warp * SUBTILE, weights_of<across>(p, k, warp ? p.block1 : p.block0, format), p.a.row_bytes, lane);
+        copy_plain(to + warp * SUBTILE, weights_of<across>(p, k, warp ? p.block1 : p.block0, format), p.a.row_bytes, lane, 32);
     else if (k == p.a.k_blocks && p.a.low_steps && warp < 2)
-        low_block<across>(to + warp * SUBTILE, p.a, p.w.expert, warp ? p.block1 : p.block0, lane);
+        low_block<across>(to + warp * SUBTILE, p.a, p.w.expert, warp ? p.block1 : p.block0, lane, 32);
 }
 
 /* A warp makes 32 outputs x 32 rows of its sub-tile: d[16 outputs][8 rows]. */

@@ -8,10 +8,13 @@
 
 #include "kernels/cuda/experts.cuh"
 
+#include <cuda.h>
+
 #define BLOCK 64     /* a record's side, and the width of a k-block */
 #define SUBTILE 8192 /* bytes of 64 x 64 bf16 */
 
 struct tile_args {
+    CUtensorMap boxes[4]; /* of 128, 64, 32 and 16 rows x 64 columns of `in`, for the copy engine (experts_wgmma.cu) */
     product_args p;
     const uint2 *plan; /* [0]: tiles of the wide and of the narrow regime, one of them 0; then the work of each tile */
     float *partial;    /* down_back: [S,blocks] */
@@ -79,13 +82,25 @@ struct byte_planes {
     uint32_t low[4], high[4];
 };
 
-template <int format> static __device__ __forceinline__ byte_planes planes_of(uint32_t scale, uint32_t table) {
+/* The values of the codes, four in a piece; from shared memory. */
+struct code_table {
+    uint4 values[4];
+};
+
+static __device__ __forceinline__ code_table load_table(uint32_t table) {
+    code_table t;
+#pragma unroll
+    for (int i = 0; i < 4; i++) t.values[i] = dev_load_shared(table + 16 * i);
+    return t;
+}
+
+template <int format> static __device__ __forceinline__ byte_planes planes_of(uint32_t scale, const code_table &table) {
     byte_planes p;
     if (format == ESP_NF4) {
         const float absmax = __uint_as_float(scale);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const uint4 v = dev_load_shared(table + 16 * i); /* from shared memory each time: 16 registers less */
+            const uint4 v = table.values[i];
             const uint32_t a = dev_bf16x2(__uint_as_float(v.x) * absmax, __uint_as_float(v.y) * absmax);
             const uint32_t b = dev_bf16x2(__uint_as_float(v.z) * absmax, __uint_as_float(v.w) * absmax);
             p.low[i] = dev_prmt(a, b, 0x6420u), p.high[i] = dev_prmt(a, b, 0x7531u);
@@ -106,33 +121,41 @@ static __device__ __forceinline__ uint4 decode_table(uint32_t q, const byte_plan
     return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-/* 32 values of a row; all are ready before the first is stored. */
+/* 32 values of a row, in four pieces. */
 template <int format>
 static __device__ __forceinline__ void decode_half(uint4 (&out)[4], const coded_row &c, int half, const byte_planes &p) {
     const uint32_t q[4] = {c.q[half].x, c.q[half].y, c.q[half].z, c.q[half].w};
-    if (format == ESP_MXFP4) {
-        const uint32_t e = c.scale >> 8 * half & 255u, more = e > 128 ? (e - 1) * 0x00800080u : 0;
-        const uint32_t factor = (min(e, 128u) + 126u) * 0x00800080u;
+    const uint32_t e = c.scale >> 8 * half & 255u, more = e > 128 ? (e - 1) * 0x00800080u : 0;
+    const uint32_t factor = (min(e, 128u) + 126u) * 0x00800080u;
 #pragma unroll
-        for (int i = 0; i < 4; i++) out[i] = decode_mx(q[i], factor, more);
-    } else {
-#pragma unroll
-        for (int i = 0; i < 4; i++) out[i] = decode_table(q[i], p);
-    }
-#pragma unroll
-    for (int i = 0; i < 4; i++) dev_pin(out[i]);
+    for (int i = 0; i < 4; i++) out[i] = format == ESP_MXFP4 ? decode_mx(q[i], factor, more) : decode_table(q[i], p);
 }
 
-static __device__ __forceinline__ void store_half(uint32_t subtile, int row, int half, const uint4 (&values)[4]) {
+/* Once all pieces are there: they are decoded side by side, before the first is stored. */
+static __device__ __forceinline__ void store_half(uint32_t subtile, int row, int half, uint4 (&values)[4]) {
 #pragma unroll
-    for (int i = 0; i < 4; i++) dev_store_shared(subtile + row * 128 + ((4 * half + i ^ (row & 7)) << 4), values[i]);
+    for (int i = 0; i < 4; i++) dev_pin(values[i]);
+#pragma unroll
+    for (int i = 0; i < 4; i++) dev_store_shared(subtile + row * 128 + (((4 * half + i) ^ (row & 7)) << 4), values[i]);
 }
 
-/* A sub-tile of plain bf16 weights, queued. */
-static __device__ __forceinline__ void copy_plain(uint32_t subtile, const uint8_t *from, int64_t row_bytes, int lane) {
-    const int piece = lane & 7;
+/* The 64 values of a row, into its sub-tile. */
+template <int format>
+static __device__ __forceinline__ void decode_row(uint32_t subtile, int row, const coded_row &c, const byte_planes &p) {
+    uint4 low[4], high[4];
+    decode_half<format>(low, c, 0, p);
+    decode_half<format>(high, c, 1, p);
+#pragma unroll
+    for (int i = 0; i < 4; i++) dev_pin(low[i]), dev_pin(high[i]);
+    store_half(subtile, row, 0, low);
+    store_half(subtile, row, 1, high);
+}
+
+/* A sub-tile of plain bf16 weights, queued; by `threads` threads. */
+static __device__ __forceinline__ void copy_plain(uint32_t subtile, const uint8_t *from, int64_t row_bytes, int thread, int threads) {
+    const int piece = thread & 7;
 #pragma unroll 4
-    for (int row = lane / 8; row < 64; row += 4)
+    for (int row = thread / 8; row < 64; row += threads / 8)
         dev_copy16(subtile + row * 128 + ((piece ^ (row & 7)) << 4), from + row * row_bytes + 16 * piece);
 }
 
@@ -144,10 +167,10 @@ static __device__ __forceinline__ uint4 scaled8(const float *from, float factor)
 
 /* The low-rank block of a sub-tile: rows of B, or rows of A across; zero past the rank. */
 template <bool across>
-static __device__ __forceinline__ void low_block(uint32_t subtile, const tile_args &a, int expert, int block, int lane) {
+static __device__ __forceinline__ void low_block(uint32_t subtile, const tile_args &a, int expert, int block, int thread, int threads) {
     const int64_t outs = (int64_t)a.blocks * BLOCK, r = a.p.r;
     const int pieces = across ? 8 : 2 * a.low_steps, lines = across ? 16 * a.low_steps : 64;
-    for (int i = lane; i < pieces * lines; i += 32) {
+    for (int i = thread; i < pieces * lines; i += threads) {
         const int line = i / pieces, piece = i % pieces;
         const bool there = across ? line < r : 8 * piece < r;
         uint4 v = make_uint4(0, 0, 0, 0);

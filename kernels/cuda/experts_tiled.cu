@@ -2,6 +2,8 @@
  * the kernel that walks it. */
 #include "kernels/cuda/experts_tile.cuh"
 
+#include <cudaTypedefs.h>
+
 #define NARROW_MEAN_ROWS 96 /* mean rows per expert up to which the narrow regime runs */
 
 /* ---- the plan: experts with the most rows first, their rows cut into even tiles; of an expert all rows for one m after the other ---- */
@@ -38,6 +40,36 @@ static __global__ __launch_bounds__(PLAN_THREADS) void plan_tiles(uint2 *plan, c
         for (int step = 16; step; step /= 2) total += __shfl_xor_sync(~0u, total, step);
         if (lane == 0) plan[0] = make_uint2(narrow ? 0 : total * tiles_m, narrow ? total * tiles_m : 0);
     }
+}
+
+/* Rows of `in` in the routed order, for the wide regime. */
+static __global__ void gather_rows(uint4 *out, const uint4 *in, const int32_t *in_row, const int32_t *offsets, int experts, int pieces,
+                                   const uint2 *plan) {
+    const int64_t s = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
+    if (plan[0].x == 0 || s >= offsets[experts]) return;
+    const uint4 *from = in + (int64_t)in_row[s] * pieces;
+    for (int i = threadIdx.x; i < pieces; i += blockDim.x) out[s * pieces + i] = __ldg(from + i);
+}
+
+/* The copy engine's view of rows x columns bf16: boxes of 128, 64, 32 and 16 rows x 64 columns, swizzled as the tiles are. */
+static cudaError_t make_boxes(CUtensorMap (&boxes)[4], const bf16 *in, int64_t rows, int64_t columns) {
+    static PFN_cuTensorMapEncodeTiled_v12000 encode;
+    if (!encode) {
+        void *entry = NULL;
+        cudaDriverEntryPointQueryResult found;
+        const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
+        if (error != cudaSuccess || found != cudaDriverEntryPointSuccess) return error != cudaSuccess ? error : cudaErrorNotSupported;
+        encode = (PFN_cuTensorMapEncodeTiled_v12000)entry;
+    }
+    const cuuint64_t sizes[2] = {(cuuint64_t)columns, (cuuint64_t)rows}, strides[1] = {(cuuint64_t)columns * sizeof(bf16)};
+    const cuuint32_t steps[2] = {1, 1};
+    for (int i = 0; i < 4; i++) {
+        const cuuint32_t box[2] = {BLOCK, 128u >> i};
+        if (encode(&boxes[i], CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)in, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                   CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS)
+            return cudaErrorInvalidValue;
+    }
+    return cudaSuccess;
 }
 
 /* One thread per routed row: the shares of the blocks, in order. */
@@ -83,10 +115,19 @@ static size_t plan_bytes(const product_args *p, product_kind kind) {
     return (size_t)(1 + (int64_t)tile_bound(&p->routing, NARROW_ROWS) * tiles_m_of(p, kind)) * sizeof(uint2);
 }
 
+static size_t rounded(size_t bytes) {
+    return (bytes + 255) / 256 * 256;
+}
+
+static size_t shares_bytes(const product_args *p, product_kind kind) {
+    return kind == PRODUCT_DOWN_BACK ? (size_t)(p->routing.tokens * p->routing.top_k * (p->width / BLOCK)) * sizeof(float) : 0;
+}
+
 size_t product_tiled_scratch(const product_args *p, product_kind kind) {
-    const size_t shares =
-        kind == PRODUCT_DOWN_BACK ? (size_t)(p->routing.tokens * p->routing.top_k * (p->width / BLOCK)) * sizeof(float) : 0;
-    return (plan_bytes(p, kind) + 255) / 256 * 256 + shares;
+    const size_t shares = shares_bytes(p, kind);
+    const int64_t contracted = kind == PRODUCT_GATE_UP || kind == PRODUCT_DOWN ? p->w.cols : p->w.rows;
+    const size_t gathered = p->in_row ? (size_t)(p->routing.tokens * p->routing.top_k * contracted) * sizeof(bf16) : 0;
+    return rounded(plan_bytes(p, kind)) + rounded(shares) + gathered;
 }
 
 cudaError_t product_tiled(const product_args *p, product_kind kind, void *scratch, int multiprocessors, cudaStream_t stream) {
@@ -96,7 +137,7 @@ cudaError_t product_tiled(const product_args *p, product_kind kind, void *scratc
     tile_args a = {};
     a.p = *p;
     a.plan = (const uint2 *)scratch;
-    a.partial = (float *)((char *)scratch + (plan_bytes(p, kind) + 255) / 256 * 256);
+    a.partial = (float *)((char *)scratch + rounded(plan_bytes(p, kind)));
     a.weights = (const uint8_t *)(p->w.format == ESP_Q_NONE ? p->w.data : p->w.packed);
     a.row_bytes = p->w.cols * 2;
     a.expert_bytes = p->w.format == ESP_Q_NONE ? p->w.rows * a.row_bytes : (int64_t)row_blocks * column_blocks * RECORD_BYTES(p->w.format);
@@ -112,6 +153,18 @@ cudaError_t product_tiled(const product_args *p, product_kind kind, void *scratc
                                                                                    hopper ? NARROW_MEAN_ROWS : INT32_MAX / 8192);
     cudaError_t error = cudaGetLastError();
     if (error != cudaSuccess) return error;
+    if (hopper) {
+        const int64_t rows = p->routing.tokens * p->routing.top_k, contracted = (int64_t)a.k_blocks * BLOCK;
+        const bf16 *in = p->in;
+        if (p->in_row) {
+            uint4 *gathered = (uint4 *)((char *)scratch + rounded(plan_bytes(p, kind)) + rounded(shares_bytes(p, kind)));
+            gather_rows<<<(unsigned)((rows + 3) / 4), dim3(64, 4), 0, stream>>>(
+                gathered, (const uint4 *)p->in, p->in_row, p->routing.offsets, experts, (int)(contracted / 8), (const uint2 *)scratch);
+            in = (const bf16 *)gathered;
+        }
+        error = make_boxes(a.boxes, in, rows, contracted);
+        if (error != cudaSuccess) return error;
+    }
     error = hopper ? launch_wgmma(a, back, multiprocessors, stream) : launch_mma(a, back, multiprocessors, stream);
     if (error != cudaSuccess || kind != PRODUCT_DOWN_BACK) return error;
     const unsigned rows = (unsigned)(p->routing.tokens * p->routing.top_k);
