@@ -10,7 +10,8 @@ namespace {
 
 enum {
     THREADS = 256,
-    BWD_ROWS = 32, /* query rows that meet a tile of keys at once in the backward's sum over queries */
+    BWD_ROWS = 32,    /* query rows that meet a tile of keys at once in the backward's sum over queries */
+    DECODE_KEYS = 32, /* a tile of keys of a single warp: small, so that many warps share a multiprocessor */
     MANY_TILES = 1024,
     MOST_PARTS = 32,
     SUM_WARPS = 8
@@ -109,8 +110,8 @@ template <int TILES> __device__ void mask_keys(float (&score)[TILES][4], const i
     }
 }
 
-template <int D, int WARPS> constexpr int forward_bytes() {
-    return (16 * WARPS + 4 * KEYS) * D * 2;
+template <int D, int WARPS, int TILE> constexpr int forward_bytes() {
+    return (16 * WARPS + 4 * TILE) * D * 2;
 }
 
 /* A part of the keys, where they are split among blocks: sums that are not yet divided go to `out` [count][tokens, heads, D] and what to divide
@@ -121,28 +122,28 @@ struct key_part {
     float2 *sums;
 };
 
-template <int D, int WARPS>
+template <int D, int WARPS, int TILE>
 __device__ void attend(const espi_attention_fwd &a, const row_tile &rows, int kv_head, const key_part &part, uint32_t shared) {
     constexpr int block = WARPS * ESPI_WARP;
     const int warp = static_cast<int>(threadIdx.x) / ESPI_WARP, lane = static_cast<int>(threadIdx.x) % ESPI_WARP;
-    const uint32_t q_tile = shared, k_tiles = q_tile + 16 * WARPS * D * 2, v_tiles = k_tiles + 2 * KEYS * D * 2;
+    const uint32_t q_tile = shared, k_tiles = q_tile + 16 * WARPS * D * 2, v_tiles = k_tiles + 2 * TILE * D * 2;
     const bf16 *q = static_cast<const bf16 *>(a.q), *k = static_cast<const bf16 *>(a.k), *v = static_cast<const bf16 *>(a.v);
     const int last = (min(rows.first + 16 * WARPS, rows.end) - 1) / rows.group;
     const key_range range = keys_of(rows.s, rows.token(0), last, a.window);
-    const int all_tiles = (range.end + KEYS - 1) / KEYS - range.begin / KEYS, share = (all_tiles + part.count - 1) / part.count;
-    const int first_tile = range.begin / KEYS + part.index * share,
-              end_tile = range.begin / KEYS + min((part.index + 1) * share, all_tiles);
+    const int all_tiles = (range.end + TILE - 1) / TILE - range.begin / TILE, share = (all_tiles + part.count - 1) / part.count;
+    const int first_tile = range.begin / TILE + part.index * share,
+              end_tile = range.begin / TILE + min((part.index + 1) * share, all_tiles);
 
     const auto load_keys = [&](int tile) {
         const int stage = tile % 2;
         const auto row_of = [&](const bf16 *from, int row) -> const bf16 * {
-            const int key = tile * KEYS + row;
+            const int key = tile * TILE + row;
             return key < rows.s.keys ? from + (rows.s.key_row(key) * a.kv_heads + kv_head) * D : nullptr;
         };
-        load_tile<D, KEYS, block>(
-            k_tiles + stage * KEYS * D * 2, [&](int row) { return row_of(k, row); }, k);
-        load_tile<D, KEYS, block>(
-            v_tiles + stage * KEYS * D * 2, [&](int row) { return row_of(v, row); }, v);
+        load_tile<D, TILE, block>(
+            k_tiles + stage * TILE * D * 2, [&](int row) { return row_of(k, row); }, k);
+        load_tile<D, TILE, block>(
+            v_tiles + stage * TILE * D * 2, [&](int row) { return row_of(v, row); }, v);
         dev_copy_commit();
     };
     load_tile<D, 16 * WARPS, block>(
@@ -172,14 +173,14 @@ __device__ void attend(const espi_attention_fwd &a, const row_tile &rows, int kv
         __syncthreads();
         if (tile + 1 < end_tile) load_keys(tile + 1);
         const int stage = tile % 2;
-        float score[KEYS / 8][4] = {};
-        multiply_rows<D, KEYS / 8>(score, q_tile, warp * 16, k_tiles + stage * KEYS * D * 2);
-        if (!sees_all(rows, tile * KEYS, KEYS, last, window)) mask_keys(score, seen, tile * KEYS, window);
+        float score[TILE / 8][4] = {};
+        multiply_rows<D, TILE / 8>(score, q_tile, warp * 16, k_tiles + stage * TILE * D * 2);
+        if (!sees_all(rows, tile * TILE, TILE, last, window)) mask_keys(score, seen, tile * TILE, window);
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             float now = -INFINITY;
 #pragma unroll
-            for (int n = 0; n < KEYS / 8; n++) now = fmaxf(now, fmaxf(score[n][2 * h], score[n][2 * h + 1]));
+            for (int n = 0; n < TILE / 8; n++) now = fmaxf(now, fmaxf(score[n][2 * h], score[n][2 * h + 1]));
             now = fmaxf(now, __shfl_xor_sync(0xffffffffu, now, 1));
             now = fmaxf(now, __shfl_xor_sync(0xffffffffu, now, 2)) * scale;
             now = fmaxf(now, most[h]);
@@ -193,7 +194,7 @@ __device__ void attend(const espi_attention_fwd &a, const row_tile &rows, int kv
                 out[d][2 * h + 1] *= shrink;
             }
 #pragma unroll
-            for (int n = 0; n < KEYS / 8; n++) {
+            for (int n = 0; n < TILE / 8; n++) {
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     const float p = dev_exp2(score[n][2 * h + i] * scale - base);
@@ -202,7 +203,7 @@ __device__ void attend(const espi_attention_fwd &a, const row_tile &rows, int kv
                 }
             }
         }
-        multiply_across<D, KEYS / 8>(out, score, v_tiles + stage * KEYS * D * 2);
+        multiply_across<D, TILE / 8>(out, score, v_tiles + stage * TILE * D * 2);
     }
     dev_copy_wait<0>();
     float inverse[2];
@@ -235,7 +236,7 @@ __global__ void __launch_bounds__(WARPS *ESPI_WARP) forward_tiles(const __grid_c
     if (!find_tile(a.spans, group, 16 * WARPS, static_cast<int>(blockIdx.x), true, &seq, &index)) return;
     const sequence s = sequence_of(a.spans, seq);
     const row_tile rows = {s, index * 16 * WARPS, s.queries * group, group, kv_head * group, static_cast<int>(a.heads)};
-    attend<D, WARPS>(a, rows, kv_head, {0, 1, nullptr, nullptr}, dev_shared(shared));
+    attend<D, WARPS, KEYS>(a, rows, kv_head, {0, 1, nullptr, nullptr}, dev_shared(shared));
 }
 
 /* Few queries a sequence: a warp for each sequence, kv head and part of the keys. */
@@ -246,7 +247,8 @@ __global__ void __launch_bounds__(ESPI_WARP) forward_decode(const __grid_constan
     const sequence s = sequence_of(a.spans, static_cast<int>(blockIdx.x));
     for (int first = 0; first < s.queries * group; first += 16) {
         const row_tile rows = {s, first, s.queries * group, group, kv_head * group, static_cast<int>(a.heads)};
-        attend<D, 1>(a, rows, kv_head, {static_cast<int>(blockIdx.z), static_cast<int>(gridDim.z), parts, sums}, dev_shared(shared));
+        attend<D, 1, DECODE_KEYS>(a, rows, kv_head, {static_cast<int>(blockIdx.z), static_cast<int>(gridDim.z), parts, sums},
+                                  dev_shared(shared));
         __syncwarp();
     }
 }
@@ -662,8 +664,8 @@ template <int D> esp_status decode(const espi_exec *exec, const espi_attention_f
     float *parts = count > 1 ? espi_cut<float>(&scratch, count * rows * D) : nullptr;
     float2 *sums = count > 1 ? espi_cut<float2>(&scratch, count * rows) : nullptr;
     const dim3 blocks(static_cast<unsigned>(a->spans.n_seqs), static_cast<unsigned>(a->kv_heads), static_cast<unsigned>(count));
-    ESPI_TRY(allow_bytes(forward_decode<D>, forward_bytes<D, 1>()));
-    forward_decode<D><<<blocks, ESPI_WARP, forward_bytes<D, 1>(), stream>>>(*a, parts, sums);
+    ESPI_TRY(allow_bytes(forward_decode<D>, forward_bytes<D, 1, DECODE_KEYS>()));
+    forward_decode<D><<<blocks, ESPI_WARP, forward_bytes<D, 1, DECODE_KEYS>(), stream>>>(*a, parts, sums);
     if (count > 1)
         join_parts<D><<<espi_blocks(rows, THREADS / ESPI_WARP), THREADS, 0, stream>>>(
             static_cast<bf16 *>(a->out), static_cast<float *>(a->lse), parts, sums, static_cast<int>(count), rows);
@@ -675,9 +677,9 @@ template <int D> esp_status forward(const espi_exec *exec, const espi_attention_
     if (is_decode(a)) return decode<D>(exec, a);
     if (espi_cuda_of(exec)->major == 9) return espi_attention_fwd_wgmma<D>(exec, a);
     const unsigned tiles = static_cast<unsigned>(a->spans.tokens * (a->heads / a->kv_heads) / (16 * warps) + a->spans.n_seqs);
-    ESPI_TRY(allow_bytes(forward_tiles<D, warps>, forward_bytes<D, warps>()));
-    forward_tiles<D, warps>
-        <<<dim3(tiles, static_cast<unsigned>(a->kv_heads)), warps * ESPI_WARP, forward_bytes<D, warps>(), espi_cuda_of(exec)->stream>>>(*a);
+    ESPI_TRY(allow_bytes(forward_tiles<D, warps>, forward_bytes<D, warps, KEYS>()));
+    forward_tiles<D, warps><<<dim3(tiles, static_cast<unsigned>(a->kv_heads)), warps * ESPI_WARP, forward_bytes<D, warps, KEYS>(),
+                              espi_cuda_of(exec)->stream>>>(*a);
     return ESPI_CUDA_LAUNCHED("attention");
 }
 

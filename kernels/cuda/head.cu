@@ -39,7 +39,7 @@ struct logit_terms {
 };
 
 bool is_plain(const espi_head *head) {
-    return !head->bias && head->softcap == 0;
+    return !head->bias && head->softcap == 0 && head->logit_scale > 0;
 }
 
 logit_terms terms_of(const espi_head *head) {
@@ -90,6 +90,36 @@ __device__ partial add_one(partial own, float z) {
     return {most, own.sum * shrink + p, own.sum_z * shrink + z * p};
 }
 
+/* A thread's whole vectors of a plain row; *first is then behind them.  sum_z is made of products and scaled once. */
+template <int THREADS> __device__ partial plain_partial(int64_t *first, const bf16 *row, int64_t vocab, const logit_terms &terms) {
+    const float slope = terms.gain * LOG2_E;
+    float most = -INFINITY, base = 0, sum = 0, sum_x = 0;
+#pragma unroll 2
+    for (; *first + VECTOR <= vocab; *first += THREADS * VECTOR) {
+        const bf16x8 v = *reinterpret_cast<const bf16x8 *>(row + *first);
+        float x[VECTOR], now = most;
+#pragma unroll
+        for (int j = 0; j < VECTOR; j++) {
+            x[j] = espi_value(v.at[j]);
+            now = fmaxf(now, x[j]);
+        }
+        if (now > most) { /* rare after the first few */
+            const float shrink = most == -INFINITY ? 0 : dev_exp2((most - now) * slope);
+            sum *= shrink;
+            sum_x *= shrink;
+            most = now;
+            base = now * slope;
+        }
+#pragma unroll
+        for (int j = 0; j < VECTOR; j++) {
+            const float p = dev_exp2(x[j] * slope - base);
+            sum += p;
+            sum_x += x[j] * p;
+        }
+    }
+    return {most * terms.gain, sum, sum_x * terms.gain};
+}
+
 /* Of a row, in every thread. */
 template <int THREADS, bool PLAIN>
 __device__ partial row_partial(const bf16 *row, int64_t vocab, const id_list &list, const logit_terms &terms) {
@@ -98,27 +128,11 @@ __device__ partial row_partial(const bf16 *row, int64_t vocab, const id_list &li
     partial own = {-INFINITY, 0, 0};
     for (int64_t j = threadIdx.x; j < list.n; j += THREADS)
         own = add_one(own, logit<PLAIN>(terms, espi_value(row[list.ids[j]]), list.ids[j]));
-#pragma unroll 2
-    for (int64_t first = static_cast<int64_t>(threadIdx.x) * VECTOR; list.n == 0 && first < vocab; first += THREADS * VECTOR) {
-        const bf16x8 v = *reinterpret_cast<const bf16x8 *>(row + first);
-        const bool is_whole = first + VECTOR <= vocab;
-        float z[VECTOR], most = own.most;
-#pragma unroll
-        for (int j = 0; j < VECTOR; j++) {
-            z[j] = logit<PLAIN>(terms, espi_value(v.at[j]), is_whole || first + j < vocab ? first + j : 0);
-            if (!is_whole && first + j >= vocab) z[j] = -INFINITY;
-            most = fmaxf(most, z[j]);
-        }
-        if (most > own.most) { /* rare after the first few */
-            const float shrink = own.sum > 0 ? weight_of(own.most, most) : 0;
-            own = {most, own.sum * shrink, own.sum_z * shrink};
-        }
-#pragma unroll
-        for (int j = 0; j < VECTOR; j++) {
-            const float p = weight_of(z[j], own.most);
-            own.sum += p;
-            own.sum_z += is_whole || first + j < vocab ? z[j] * p : 0;
-        }
+    int64_t first = static_cast<int64_t>(threadIdx.x) * VECTOR;
+    if (PLAIN && list.n == 0) own = plain_partial<THREADS>(&first, row, vocab, terms);
+    for (; list.n == 0 && first < vocab; first += THREADS * VECTOR) {
+        for (int j = 0; j < VECTOR && first + j < vocab; j++)
+            own = add_one(own, logit<PLAIN>(terms, espi_value(row[first + j]), first + j));
     }
     for (int other = ESPI_WARP / 2; other > 0; other /= 2)
         own = merge(own, {__shfl_xor_sync(0xffffffffu, own.most, other), __shfl_xor_sync(0xffffffffu, own.sum, other),
@@ -185,6 +199,28 @@ __global__ void __launch_bounds__(THREADS) row_gradient(bf16 *tile, const int32_
     if (c.copy_g && blockIdx.y == 0 && threadIdx.x == 0) {
         c.copy_g[blockIdx.x] = gain;
         c.copy_e[blockIdx.x] = spread;
+    }
+    if (PLAIN && list.n == 0) {
+        /* d = p (c0 - spread log p), and the gain more at the target; what stands behind the vocabulary is nobody's. */
+        const float slope = terms.gain * LOG2_E, base = log_sum * LOG2_E, down = spread * factor, c0 = -(gain + spread * h) * factor;
+        for (int64_t first = (static_cast<int64_t>(blockIdx.y) * THREADS + threadIdx.x) * VECTOR; first < vocab;
+             first += static_cast<int64_t>(gridDim.y) * THREADS * VECTOR) {
+            bf16x8 v = *reinterpret_cast<const bf16x8 *>(row + first);
+            float d[VECTOR];
+#pragma unroll
+            for (int j = 0; j < VECTOR; j++) {
+                const float x = espi_value(v.at[j]);
+                d[j] = dev_exp2(x * slope - base) * (c0 - down * (x * terms.gain - log_sum));
+            }
+            if (y >= first && y < first + VECTOR) {
+#pragma unroll
+                for (int j = 0; j < VECTOR; j++) d[j] += first + j == y ? gain * factor : 0;
+            }
+#pragma unroll
+            for (int j = 0; j < VECTOR; j++) espi_store(&v.at[j], d[j]);
+            *reinterpret_cast<bf16x8 *>(row + first) = v;
+        }
+        return;
     }
     for (int64_t first = (static_cast<int64_t>(blockIdx.y) * THREADS + threadIdx.x) * VECTOR; first < vocab;
          first += static_cast<int64_t>(gridDim.y) * THREADS * VECTOR) {

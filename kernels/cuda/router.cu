@@ -7,7 +7,7 @@ namespace {
 enum {
     THREADS = 256,
     WARPS = 4,                 /* tokens of a block that chooses or differentiates */
-    STATS_TOKENS = 64,         /* a chunk of the statistics' sums */
+    STATS_TOKENS = 16,         /* a chunk of the statistics' sums */
     CHUNK = 256,               /* tokens of a chunk of the sort */
     WORDS = CHUNK / ESPI_WARP, /* bits of a chunk's tokens */
     MOST_EXPERTS = 1024,
@@ -146,30 +146,36 @@ __global__ void __launch_bounds__(THREADS) chunk_statistics(int32_t *counts, dou
     __syncthreads();
     for (int e = static_cast<int>(threadIdx.x); e < experts; e += THREADS) {
         double sum = 0;
+#pragma unroll 8
         for (int64_t t = first; t < end; t++) sum += expf(logits[t * experts + e] - lse[t]);
         p_sums[static_cast<int64_t>(blockIdx.x) * experts + e] = sum;
         counts[static_cast<int64_t>(blockIdx.x) * experts + e] = count[e];
     }
-    if (threadIdx.x > 0) return;
+    if (threadIdx.x >= ESPI_WARP) return;
     double squares = 0;
-    for (int64_t t = first; t < end; t++) squares += static_cast<double>(lse[t]) * lse[t];
-    z_sums[blockIdx.x] = squares;
+    for (int64_t t = first + threadIdx.x; t < end; t += ESPI_WARP) squares += static_cast<double>(lse[t]) * lse[t];
+    squares = espi_warp_sum(squares);
+    if (threadIdx.x == 0) z_sums[blockIdx.x] = squares;
 }
 
+/* A warp an expert: its lanes take every 32nd chunk.  One more warp has the squares. */
 __global__ void __launch_bounds__(THREADS) add_statistics(int64_t *counts, double *p_sum, double *z_sum, const int32_t *chunk_counts,
                                                           const double *p_sums, const double *z_sums, int64_t chunks, int experts) {
-    const int e = static_cast<int>(blockIdx.x * THREADS + threadIdx.x);
-    if (e == 0 && z_sum) {
-        double sum = 0;
-        for (int64_t c = 0; c < chunks; c++) sum += z_sums[c];
-        *z_sum += sum;
-    }
-    if (e >= experts) return;
+    const int e = static_cast<int>((blockIdx.x * THREADS + threadIdx.x) / ESPI_WARP), lane = lane_of_warp();
+    if (e > experts) return;
     double sum = 0;
-    int64_t count = 0;
-    for (int64_t c = 0; c < chunks; c++) {
-        sum += p_sums[c * experts + e];
-        count += chunk_counts[c * experts + e];
+    int count = 0;
+#pragma unroll 4
+    for (int64_t c = lane; c < chunks; c += ESPI_WARP) {
+        sum += e < experts ? p_sums[c * experts + e] : z_sums[c];
+        count += e < experts ? chunk_counts[c * experts + e] : 0;
+    }
+    sum = espi_warp_sum(sum);
+    count = espi_warp_sum(count);
+    if (lane > 0) return;
+    if (e == experts) {
+        if (z_sum) *z_sum += sum;
+        return;
     }
     if (p_sum) p_sum[e] += sum;
     if (counts) counts[e] += count;
@@ -362,8 +368,8 @@ esp_status espi_router_fwd_cuda(const espi_exec *exec, const espi_router_fwd *a)
     if (a->counts || a->p_sum || a->z_sum) {
         chunk_statistics<<<static_cast<unsigned>(chunks), THREADS, 0, stream>>>(counts, p_sums, z_sums, logits, lse, a->idx, a->tokens,
                                                                                 n_experts, top_k);
-        add_statistics<<<espi_blocks(experts, THREADS), THREADS, 0, stream>>>(a->counts, a->p_sum, a->z_sum, counts, p_sums, z_sums, chunks,
-                                                                              n_experts);
+        add_statistics<<<espi_blocks((experts + 1) * ESPI_WARP, THREADS), THREADS, 0, stream>>>(a->counts, a->p_sum, a->z_sum, counts,
+                                                                                                p_sums, z_sums, chunks, n_experts);
     }
     return ESPI_CUDA_LAUNCHED("router");
 }

@@ -69,6 +69,8 @@ static const shape shapes[] = {
     {"sigmoid, biased", 300, 40, 8, 2, 24, 4, 100, 2, 2, 8, ROUTE_RANDOM, ESP_FP4, ESP_F32, SIGMOID_RULE, .bias = true},
     {"scaled softmax", 20, 40, 6, 2, 24, 4, 100, 2, 2, 64, ROUTE_RANDOM, ESP_Q_NONE, ESP_BF16, .scaling = 3, .bias = true, .extras = true},
     {"clamped, interleaved, odd", 19, 21, 4, 2, 37, 3, 60, 2, 1, 6, ROUTE_SKEWED, ESP_FP4, ESP_F32, AS_GPT_OSS, .nested = true},
+    {"one sequence", 333, 16, 4, 2, 8, 2, 40, 4, 2, 128, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .extras = true},
+    {"one sequence, window and sinks", 300, 16, 4, 2, 8, 2, 40, 8, 1, 64, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .sinks = true, .window = 150},
     {"shared prefixes", 300, 16, 4, 2, 8, 2, 40, 6, 2, 64, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .shared = true, .repeated = true},
     {"shared prefixes, odd", 120, 16, 4, 2, 8, 2, 40, 3, 1, 18, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .shared = true, .decode = true},
     {"shared prefixes, window", 449, 16, 4, 2, 8, 2, 40, 4, 2, 128, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .shared = true, .sinks = true,
@@ -502,6 +504,20 @@ static void expect_same_bits(const problem *a, const problem *b) {
     }
 }
 
+/* Of a shape called so: attention sees all its tokens as one sequence, which then is many tiles long. */
+static void join_sequences(problem *p) {
+    espi_spans *spans = p->op == ESPI_OP_attention_fwd   ? &p->args.attention_fwd.spans
+                        : p->op == ESPI_OP_attention_bwd ? &p->args.attention_bwd.spans
+                                                         : NULL;
+    if (!spans || strncmp(p->shape.name, "one sequence", strlen("one sequence")) != 0) return;
+    field *cu = field_find(p, "cu_q"), *len = field_find(p, "k_len");
+    field_set(cu, 1, (double)p->shape.tokens);
+    field_set(len, 0, (double)p->shape.tokens);
+    field_settle(cu);
+    field_settle(len);
+    spans->n_seqs = 1;
+}
+
 static bool conform(espi_op_id op, const shape *s) {
     problem want, plain, got, again;
     problem_build(&want, op, s, ESP_F64, &espi_backend_ref);
@@ -509,7 +525,10 @@ static bool conform(espi_op_id op, const shape *s) {
     problem_build(&got, op, s, ESP_F32, &espi_backend_ref);
     problem_build(&again, op, s, ESP_F32, &espi_backend_ref);
     problem *const all[] = {&want, &plain, &got, &again};
-    for (int i = 0; i < 4; i++) round_inputs(all[i], &plain, &want);
+    for (int i = 0; i < 4; i++) {
+        round_inputs(all[i], &plain, &want);
+        join_sequences(all[i]);
+    }
     const bool taken = run_on_gpu(&got, &plain, &want);
     if (taken) {
         run_reference(&want, &espi_backend_ref64);
