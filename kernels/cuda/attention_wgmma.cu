@@ -9,7 +9,7 @@ enum {
     STEP = 64    /* rows or keys that pass by at once; and those that a warpgroup has of its own */
 };
 
-/* Warpgroups of a block.  Measured on an H200 beside 3 and 4 in the forward, 1 and 3 in the backward: two are fastest. */
+/* Warpgroups of a block: the fastest number of those measured (1, 2, 3 and 4). */
 constexpr int GROUPS = 2, BLOCK = GROUPS * GROUP, OWN = GROUPS * STEP;
 
 /* A tile of ROWS rows of D values, in strips of 64 values: rows of 128 bytes, piece c of row r at c ^ (r & 7). */
@@ -17,9 +17,10 @@ template <int ROWS> __device__ uint32_t strip_of(uint32_t tile, int strip) {
     return tile + static_cast<uint32_t>(strip * ROWS * 128);
 }
 
-template <int D, int ROWS, typename F> __device__ void load_strips(uint32_t tile, F address, const void *anything) {
+/* TOGETHER: copies that are worked out at once, as far as the registers reach; what is loaded once may take its time. */
+template <int D, int ROWS, int TOGETHER, typename F> __device__ void load_strips(uint32_t tile, F address, const void *anything) {
     constexpr int pieces = D / 8;
-#pragma unroll 2 /* more would not fit the registers */
+#pragma unroll TOGETHER
     for (int i = 0; i < ROWS * pieces / BLOCK; i++) {
         const int at = i * BLOCK + static_cast<int>(threadIdx.x), row = at / pieces, piece = at % pieces;
         const bf16 *from = address(row);
@@ -126,7 +127,7 @@ template <int D> __global__ void __launch_bounds__(BLOCK, 1) forward_wgmma(const
     const key_range range = keys_of(s, rows.token(0), last, a.window);
     const int first_step = range.begin / STEP, end_step = (range.end + STEP - 1) / STEP;
     const auto load = [&](uint32_t tiles, const bf16 *from, int step) {
-        load_strips<D, STEP>(
+        load_strips<D, STEP, 4>(
             tiles + step % 2 * STEP_BYTES<D>,
             [&](int row) -> const bf16 * {
                 const int key = step * STEP + row;
@@ -134,7 +135,7 @@ template <int D> __global__ void __launch_bounds__(BLOCK, 1) forward_wgmma(const
             },
             from);
     };
-    load_strips<D, OWN>(
+    load_strips<D, OWN, 1>(
         q_tile,
         [&](int row) -> const bf16 * {
             const int64_t place = rows.place(row);
@@ -255,9 +256,9 @@ __global__ void __launch_bounds__(BLOCK, 1)
     const auto key_row = [&](const bf16 *from, int row) -> const bf16 * {
         return row < keys ? from + ((own.first_query + first_key + row) * a.kv_heads + kv_head) * D : nullptr;
     };
-    load_strips<D, OWN>(
+    load_strips<D, OWN, 1>(
         k_tile, [&](int row) { return key_row(k, row); }, k);
-    load_strips<D, OWN>(
+    load_strips<D, OWN, 1>(
         v_tile, [&](int row) { return key_row(v, row); }, v);
 
     const float scale = static_cast<float>(a.scale) * LOG2_E;
@@ -279,9 +280,9 @@ __global__ void __launch_bounds__(BLOCK, 1)
                 const int64_t at = rows.place(row);
                 return at >= 0 ? from + at * D : nullptr;
             };
-            load_strips<D, STEP>(
+            load_strips<D, STEP, 2>(
                 q_tiles + stage * STEP_BYTES<D>, [&](int row) { return row_at(q, row); }, q);
-            load_strips<D, STEP>(
+            load_strips<D, STEP, 2>(
                 d_out_tiles + stage * STEP_BYTES<D>, [&](int row) { return row_at(d_out, row); }, d_out);
             dev_copy_commit();
             if (threadIdx.x < STEP) {
@@ -372,9 +373,9 @@ __global__ void __launch_bounds__(BLOCK, 1) query_grads_wgmma(const __grid_const
             const int key = step * STEP + row;
             return key < s.keys ? from + (s.key_row(key) * a.kv_heads + kv_head) * D : nullptr;
         };
-        load_strips<D, STEP>(
+        load_strips<D, STEP, 4>(
             k_tiles + stage * STEP_BYTES<D>, [&](int row) { return row_at(k, row); }, k);
-        load_strips<D, STEP>(
+        load_strips<D, STEP, 4>(
             v_tiles + stage * STEP_BYTES<D>, [&](int row) { return row_at(v, row); }, v);
         dev_copy_commit();
     };
@@ -382,9 +383,9 @@ __global__ void __launch_bounds__(BLOCK, 1) query_grads_wgmma(const __grid_const
         const int64_t place = rows.place(row);
         return place >= 0 ? from + place * D : nullptr;
     };
-    load_strips<D, OWN>(
+    load_strips<D, OWN, 1>(
         q_tile, [&](int row) { return query_row(q, row); }, q);
-    load_strips<D, OWN>(
+    load_strips<D, OWN, 1>(
         d_out_tile, [&](int row) { return query_row(d_out, row); }, d_out);
     load_keys(first_step);
 

@@ -344,7 +344,7 @@ static bool is_kept(const espi_head *head, int64_t i, int64_t v) {
     return false;
 }
 
-/* Rounded products of row i, finished; d: their gradient where g, e say so, or NULL. */
+/* z: the rounded products of row i, finished; -INFINITY where the row is not over an id. */
 static void plain_row(double *z, double *lp, double *entropy, double *lse, const problem *products, const espi_head *head, int64_t i) {
     const int64_t vocab = head->w.rows;
     double most = -INFINITY, sum = 0, sum_z = 0;
@@ -379,7 +379,7 @@ static void plain_gradient(field *d_hidden, const double *z, const espi_head *he
     }
 }
 
-/* Puts that into the results of a head_stats, head_grad or head_fused problem (in double), for `compare` to measure. */
+/* Puts that into the results of a head_stats, head_grad or head_fused problem, for `compare` to measure. */
 static void plain_head(problem *p) {
     const espi_head *head = p->op == ESPI_OP_head_stats   ? &p->args.head_stats.head
                             : p->op == ESPI_OP_head_grad  ? &p->args.head_grad.head
