@@ -111,7 +111,8 @@ static const option options[] = {
     {"entropy_step", REAL, POSITIVE, T(entropy_step), GRPO, NULL, "by which it moves (0.005)"},
     {"entropy_max", REAL, POSITIVE, T(entropy_max), GRPO, NULL, "its largest value (0.1)"},
     {"replay", CHOICE, ANY, T(replay), GRPO, replays,
-     "experts that training takes: default|none (its own)|r2 (of the old policy's pass)|r3 (the sampler's)"},
+     "experts that training takes: none (its own)|r2 (of the old policy's pass)|r3 (the sampler's)|default (r3 where there are any, else "
+     "none)"},
     {"no_shared_prompts", FLAG, ANY, T(no_shared_prompts), GRPO, NULL, "every completion runs its prompt itself"},
     {"no_kl_on_zero_adv", FLAG, ANY, T(no_kl_on_zero_adv), GRPO, NULL, "groups without an advantage have no KL term either"},
     {"top_k", I32, NOT_NEGATIVE, T(top_k), GRPO, NULL, "training samples among the k likeliest tokens; 0 = all (0)"},

@@ -200,6 +200,7 @@ static void correct_row(esp_trainer *t, int64_t row, sums *s) {
     double sum = 0;
     int64_t n = 0;
     for (int64_t i = first; i < last; i++) {
+        if (!r->loss_mask[i]) continue; /* no choice of the sampler's, a tool's answer say: no part of its sequence's ratio either */
         if (isnan(r->sampler_logprob[i])) {
             s->absent++;
             continue;
@@ -220,6 +221,7 @@ static void correct_row(esp_trainer *t, int64_t row, sums *s) {
     const bool out = c->reject_high != 0 && (geometric < espi_decimal(c->reject_low) || geometric > espi_decimal(c->reject_high));
     s->rejected += out;
     for (int64_t i = first; i < last; i++) {
+        if (!r->loss_mask[i]) continue;
         const bool absent = isnan(r->sampler_logprob[i]);
         const double d = by_sequence ? sum : (double)r->old_logprob[i] - r->sampler_logprob[i];
         const double weight = out ? 0 : absent && !by_sequence ? 1 : espi_correction_weight(c, d);

@@ -103,10 +103,12 @@ Test(options, presets_are_under_what_is_set_afterwards) {
 
 /* ---- sources that are not our sampler ---- */
 
-/* Our sampler behind a mask: log-probabilities moved by `shift` (NaN: taken away), the last `lose` groups of a call lost. */
+/* Our sampler behind a mask: log-probabilities moved by `shift` (NaN: taken away), the last `lose` groups of a call lost.  tools: some
+ * tokens were not sampled, and what stands for their log-probability means nothing. */
 typedef struct stranger {
     espi_rollout_source inside;
     float shift;
+    bool tools;
     int64_t lose, calls, published;
 } stranger;
 
@@ -117,8 +119,12 @@ static esp_status strange(void *self, espi_rollouts *r, const espi_rollout_reque
     q.n_prompts -= (int32_t)(s->lose < q.n_prompts ? s->lose : q.n_prompts);
     if (q.n_prompts == 0) return ESP_OK;
     OK(s->inside.generate(s->inside.self, r, &q));
-    for (int64_t i = 0; i < r->shape.tokens; i++)
+    for (int64_t i = 0; i < r->shape.tokens; i++) {
         if (r->loss_mask[i]) r->sampler_logprob[i] += s->shift * (float)(1 + i % 3);
+        if (!s->tools || i % 5 != 0) continue;
+        r->loss_mask[i] = 0;
+        r->sampler_logprob[i] = -9;
+    }
     return ESP_OK;
 }
 
@@ -200,8 +206,7 @@ Test(options, correction_weights) {
 }
 
 /* One generation of a sampler whose log-probabilities are off by known amounts, and the weights it gets. */
-static void weights_of(esp_trainer_config c, float shift, void (*check)(const esp_trainer *t, const int64_t row)) {
-    stranger s = {.shift = shift};
+static void weights_of(esp_trainer_config c, stranger s, void (*check)(const esp_trainer *t, const int64_t row)) {
     demo d = demo_trainer(&c);
     estrange(&d, &s);
     OK(espi_trainer_sample(d.trainer));
@@ -217,41 +222,51 @@ static void by_token(const esp_trainer *t, int64_t row) {
         cr_assert_float_eq(r->is_ratio[i], fmin(exp(0.4 * (double)(1 + i % 3)), 2), 1e-4);
 }
 
+/* Over the tokens that count. */
 static double log_sum(const espi_rollouts *r, int64_t row, int64_t *n) {
     double sum = 0;
-    *n = r->offsets[row + 1] - r->offsets[row] - r->n_prompt[row];
-    for (int64_t i = r->offsets[row + 1] - *n; i < r->offsets[row + 1]; i++) sum += 0.05 * (double)(1 + i % 3);
+    *n = 0;
+    for (int64_t i = r->offsets[row]; i < r->offsets[row + 1]; i++) {
+        if (!r->loss_mask[i]) continue;
+        sum += 0.05 * (double)(1 + i % 3);
+        ++*n;
+    }
     return sum;
 }
 
 /* exp of the sum, not the sum of the exps. */
 static void by_sequence(const esp_trainer *t, int64_t row) {
+    const espi_rollouts *r = &t->rollouts;
     int64_t n;
-    const double rho = exp(log_sum(&t->rollouts, row, &n));
-    for (int64_t i = t->rollouts.offsets[row + 1] - n; i < t->rollouts.offsets[row + 1]; i++)
-        cr_assert_float_eq(t->rollouts.is_ratio[i], rho <= 1.8 ? rho : 0, 1e-4);
+    const double rho = exp(log_sum(r, row, &n));
+    for (int64_t i = r->offsets[row]; i < r->offsets[row + 1]; i++)
+        if (r->loss_mask[i]) cr_assert_float_eq(r->is_ratio[i], rho <= 1.8 ? rho : 0, 1e-4);
+    cr_assert_lt(t->correction.k3, 0.02, "of the counted tokens alone");
 }
 
 static void by_geometric_mean(const esp_trainer *t, int64_t row) {
+    const espi_rollouts *r = &t->rollouts;
     int64_t n;
-    const double mean = exp(log_sum(&t->rollouts, row, &n) / (double)n);
-    for (int64_t i = t->rollouts.offsets[row + 1] - n; i < t->rollouts.offsets[row + 1]; i++)
-        cr_assert_eq(t->rollouts.is_ratio[i], mean <= 1.103 ? 1 : 0, "mean %g", mean);
+    const double mean = exp(log_sum(r, row, &n) / (double)n);
+    for (int64_t i = r->offsets[row]; i < r->offsets[row + 1]; i++)
+        if (r->loss_mask[i]) cr_assert_eq(r->is_ratio[i], mean <= 1.103 ? 1 : 0, "mean %g", mean);
     cr_assert(t->correction.rejected_share > 0 && t->correction.rejected_share < 1);
 }
 
 Test(options, tokens_sequences_and_rejection_get_their_weights) {
     esp_trainer_config c = small(2);
     c.correction = ESP_CORRECTION_TIS;
-    weights_of(c, -0.4f, by_token);
+    weights_of(c, (stranger){.shift = -0.4f}, by_token);
     c.correction = ESP_CORRECTION_MIS;
     c.correction_level = ESP_IS_SEQUENCE;
     c.correction_high = 1.8f;
-    weights_of(c, -0.05f, by_sequence);
+    weights_of(c, (stranger){.shift = -0.05f}, by_sequence);
+    weights_of(c, (stranger){.shift = -0.05f, .tools = true}, by_sequence);
     c = small(2);
     c.reject_low = 0.9f;
     c.reject_high = 1.103f;
-    weights_of(c, -0.05f, by_geometric_mean);
+    weights_of(c, (stranger){.shift = -0.05f}, by_geometric_mean);
+    weights_of(c, (stranger){.shift = -0.05f, .tools = true}, by_geometric_mean);
 }
 
 /* ---- generations ---- */
