@@ -19,16 +19,24 @@ static void note_signal(int number) {
     stop_signal = number;
 }
 
+/* A second Ctrl-C ends the program at once, unsaved: a reward function in C cannot be interrupted otherwise. */
 static void watch_signals(void) {
     struct sigaction action = {.sa_handler = note_signal};
     sigemptyset(&action.sa_mask);
     sigaction(SIGTERM, &action, NULL);
+    action.sa_flags = SA_RESETHAND;
     sigaction(SIGINT, &action, NULL);
 }
 
 static int stop_asked(void *user) {
     (void)user;
     return stop_signal != 0;
+}
+
+/* What the library has to say while it works: requests tried again, groups left out, steps skipped. */
+static void print_log(void *user, esp_log_level level, const char *line) {
+    (void)user;
+    fprintf(stderr, "%s%s\n", level == ESP_LOG_ERROR ? "error: " : level == ESP_LOG_WARN ? "warning: " : "", line);
 }
 
 /* What is remembered of the steps of this process. */
@@ -51,7 +59,8 @@ static void print_time_left(double seconds) {
 static void print_step(const settings *s, const esp_step_stats *x, int64_t steps, double left) {
     printf("step %3lld/%lld", (long long)x->step, (long long)steps);
     if (s->trainer.kind == ESP_TRAIN_GRPO) {
-        printf("  reward %.3f  exact %.3f", x->reward, x->exact);
+        if (isfinite(x->reward)) printf("  reward %.3f", x->reward); /* files of rollouts may lack both */
+        if (isfinite(x->exact)) printf("  exact %.3f", x->exact);
         if (isfinite(x->kl)) printf("  kl %.4f", x->kl);
         printf("  clip %.3f  entropy %.3f  length %.1f  zero-std %.2f", x->clip_ratio, x->entropy, x->mean_length, x->frac_reward_zero_std);
     } else {
@@ -231,6 +240,7 @@ static int start(run *r, settings *s) {
     }
     if (s->dry_run) s->trainer.out_dir = NULL;
     s->trainer.stop = stop_asked;
+    s->ctx.log = print_log;
     r->history.seconds = calloc((size_t)s->trainer.steps, sizeof(double));
     r->history.score = calloc((size_t)s->trainer.steps, sizeof(double));
     if (!r->history.seconds || !r->history.score) {

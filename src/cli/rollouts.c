@@ -59,7 +59,7 @@ static void print_rewards(const espi_rollout_file *file, const espi_rollout_summ
 static void print_summary(const espi_rollout_file *file, const espi_rollout_summary *s) {
     const espi_rollout_extent *e = espi_rollout_file_extent(file);
     char correction[256];
-    espi_rollout_correction_tell(correction, s, "none");
+    espi_rollout_correction_tell(correction, s, "tis"); /* unless training is told another */
     printf("rows                %lld in %lld groups of %lld\n", (long long)s->rows, (long long)s->groups, (long long)s->group_size);
     printf("tokens              %lld, %lld in the loss; longest row %lld, longest completion %lld; %lld rows cut\n", (long long)s->tokens,
            (long long)s->counted, (long long)s->longest, (long long)s->longest_completion, (long long)s->truncated);

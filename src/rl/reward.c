@@ -53,6 +53,8 @@ typedef struct notes {
     int64_t n, capacity;
     bool lost; /* no memory for one */
     char why[WHY];
+    int (*stop)(void *user); /* NULL: nobody to ask, or not on this thread */
+    void *stop_user;
 } notes;
 
 /* The scalar of this full name, made if need be; NULL without memory. */
@@ -97,6 +99,11 @@ void espi_reward_count(const esp_reward_batch *batch, const char *name, double e
     if (batch->log == log_value) note(batch->log_to, name, events, true);
 }
 
+bool espi_reward_stopped(const esp_reward_batch *batch) {
+    const notes *to = batch->log_to;
+    return batch->log == log_value && to->stop && to->stop(to->stop_user) != 0;
+}
+
 /* A call on a thread of its own, with all that it needs: it may go on when nobody waits for it any more. */
 typedef struct job {
     pthread_mutex_t lock;
@@ -123,6 +130,8 @@ struct espi_rewards {
     notes totals;
     float *column;
     int64_t column_rows;
+    int (*stop)(void *user);
+    void *stop_user;
 };
 
 double espi_monotonic_seconds(void) {
@@ -400,7 +409,7 @@ esp_status espi_rewards_score(double *parts, espi_rewards *rewards, const esp_re
     }
     for (int32_t f = 0; f < rewards->n; f++) {
         esp_reward_batch b = *batch;
-        outcome o = {.reward = rewards->column};
+        outcome o = {.reward = rewards->column, .notes = {.stop = rewards->stop, .stop_user = rewards->stop_user}};
         b.struct_size = sizeof b;
         b.seconds_left = rewards->deadline > 0 ? rewards->deadline - (espi_monotonic_seconds() - start) : INFINITY;
         const esp_status status = call(&o, &rewards->members[f], &b);
@@ -411,6 +420,11 @@ esp_status espi_rewards_score(double *parts, espi_rewards *rewards, const esp_re
         for (int64_t i = 0; i < b.n; i++) parts[i * rewards->n + f] = o.reward[i];
     }
     return ESP_OK;
+}
+
+void espi_rewards_stop_by(espi_rewards *rewards, int (*stop)(void *user), void *user) {
+    rewards->stop = stop;
+    rewards->stop_user = user;
 }
 
 void espi_rewards_reset(espi_rewards *rewards) {

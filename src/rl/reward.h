@@ -18,6 +18,8 @@ typedef struct espi_rewards espi_rewards;
 /* Copies the list; what the entries point to must outlive it.  deadline: seconds for all rewards of one batch together, 0 = none.
  * ESP_ERR_ARG: a name or function that is NULL, a weight that is not finite, two rewards of one name. */
 esp_status espi_rewards_create(espi_rewards **rewards, const esp_reward *list, int32_t n, double deadline);
+/* From now on functions of this library ask `stop` while they wait, and fail when it says so. */
+void espi_rewards_stop_by(espi_rewards *rewards, int (*stop)(void *user), void *user);
 /* A function that overran its deadline and still runs keeps its own copy of the batch. */
 void espi_rewards_destroy(espi_rewards *rewards);
 
@@ -32,6 +34,9 @@ const char *espi_rewards_extra_get(double *value, const espi_rewards *rewards, i
 
 /* An event, counted in the extra scalar `name`; for functions of this library. */
 void espi_reward_count(const esp_reward_batch *batch, const char *name, double events);
+
+/* The run was asked to stop; for functions of this library that are punctual, so on the caller's thread. */
+bool espi_reward_stopped(const esp_reward_batch *batch);
 
 /* A description that was taken apart.  Strings point into `text`. */
 typedef struct espi_reward_description {

@@ -18,6 +18,7 @@
 
 #define MOST_CHILDREN 1024
 #define DEFAULT_DEADLINE 60.0
+#define STOP_SECONDS 0.5 /* between two looks whether the run was asked to stop */
 #define LONGEST_LINE ((size_t)1 << 20)
 #define MOST_STARTS 3   /* of one child in a row without an answer */
 #define MOST_SILENT 3   /* batches in a row without a single answer */
@@ -330,8 +331,8 @@ static int exchange(scoring *s, struct pollfd *fds, double seconds) {
         fds[2 * i] = (struct pollfd){.fd = k->open > 0 ? k->out : -1, .events = POLLIN};
         fds[2 * i + 1] = (struct pollfd){.fd = k->open > 0 && k->sent < k->input.used ? k->in : -1, .events = POLLOUT};
     }
-    const double wait = ceil(seconds * 1e3);
-    if (poll(fds, 2 * (nfds_t)c->n, (int)fmin(wait, 60e3)) < 0 && errno != EINTR) return fail(s, "poll: %s", strerror(errno));
+    const double wait = ceil(fmin(seconds, STOP_SECONDS) * 1e3);
+    if (poll(fds, 2 * (nfds_t)c->n, (int)wait) < 0 && errno != EINTR) return fail(s, "poll: %s", strerror(errno));
     for (int32_t i = 0; i < c->n; i++) {
         child *k = &c->children[i];
         const pid_t pid = k->pid;
@@ -370,8 +371,10 @@ static int run_batch(scoring *s, struct pollfd *fds) {
         look_after(s, k);
         if (k->open > 0 && submit(s, k) != 0) return 1;
     }
-    for (double left; all_open(s->c) > 0 && (left = start + allowed - espi_monotonic_seconds()) > 0;)
+    for (double left; all_open(s->c) > 0 && (left = start + allowed - espi_monotonic_seconds()) > 0;) {
+        if (espi_reward_stopped(s->batch)) return fail(s, "given up: the run was asked to stop");
         if (exchange(s, fds, left) != 0) return 1;
+    }
     return 0;
 }
 

@@ -409,7 +409,9 @@ static esp_status take_rewards(esp_trainer *t) {
         t->weights[f] = from->weight;
     }
     c->rewards = t->rewards;
-    return espi_rewards_create(&t->scorer, t->rewards, all, espi_decimal(c->reward_timeout));
+    ESPI_TRY(espi_rewards_create(&t->scorer, t->rewards, all, espi_decimal(c->reward_timeout)));
+    espi_rewards_stop_by(t->scorer, c->stop, c->stop_user);
+    return ESP_OK;
 }
 
 esp_status espi_trainer_settle(esp_trainer *t, const esp_trainer_config *config) {

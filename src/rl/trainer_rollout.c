@@ -329,7 +329,7 @@ static esp_status join(esp_trainer *t, espi_rollouts *fresh) {
     return espi_rollouts_append(&t->rollouts, fresh);
 }
 
-/* One call, scored, joined to what is there.  *stopped: the source failed while the run was asked to stop.  After any failure the same lines
+/* One call, scored, joined to what is there.  *stopped: source or rewards failed while the run was asked to stop.  After any failure the same lines
  * are asked for again. */
 static esp_status gather(esp_trainer *t, int64_t n, bool *stopped) {
     espi_rollouts fresh = {0};
@@ -339,16 +339,17 @@ static esp_status gather(esp_trainer *t, int64_t n, bool *stopped) {
     const double start = espi_seconds();
     if (status == ESP_OK) status = ask(t, &fresh, &p, n);
     const double sampled = espi_seconds();
-    *stopped = status != ESP_OK && espi_stop_asked(t);
+    const int64_t brought = status == ESP_OK && fresh.shape.rows > 0 ? fresh.shape.rows / fresh.shape.group_size : 0;
     espi_prompts_free(&p);
-    if (status == ESP_OK) t->lost += n - (fresh.shape.rows > 0 ? fresh.shape.rows / fresh.shape.group_size : 0);
-    if (status == ESP_OK && fresh.shape.rows > 0) status = join(t, &fresh);
+    if (brought > 0) status = join(t, &fresh);
     espi_rollouts_free(&fresh);
+    *stopped = status != ESP_OK && espi_stop_asked(t);
     if (status != ESP_OK) t->cursor = position;
     if (*stopped) return ESP_OK;
     ESPI_TRY(status);
     t->sums.seconds_sample += sampled - start;
     t->sums.seconds_reward += espi_seconds() - sampled;
+    t->lost += n - brought;
     t->tries++;
     t->phase = ESPI_PHASE_GATHERING;
     return ESP_OK;

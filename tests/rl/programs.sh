@@ -77,6 +77,12 @@ grep -q -e "--shuffle-rewards" "$work/out" && say "espalier-sft offers rewards"
         has "standard output could not be written" "full output"
     fi
 
+    # What is recorded is trained on again; which correction it gets is said, and what a file does not tell is not shown.
+    "$grpo" $model $prompts --steps 1 --prompts-per-step 2 --save-rollouts "$work/kept" >"$work/out" 2>&1 || say "--save-rollouts fails"
+    "$grpo" $model --rollouts "$work/kept" --steps 1 --prompts-per-step 2 >"$work/out" 2>&1 || say "--rollouts fails"
+    has "correction tis of rho = exp(old - sampler) on 100.0 % of the counted tokens" "--rollouts"
+    has "^step   1/1  reward [0-9.]*  kl" "--rollouts"
+
     "$grpo" $model $prompts --steps 100000 --prompts-per-step 2 --out "$work/long" >"$work/long.log" 2>&1 &
     pid=$!
     until grep -q "step   3" "$work/long.log" || ! kill -0 $pid; do sleep 0.1; done
