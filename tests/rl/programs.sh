@@ -77,6 +77,21 @@ grep -q -e "--shuffle-rewards" "$work/out" && say "espalier-sft offers rewards"
         has "standard output could not be written" "full output"
     fi
 
+    # Every name that dashboards know has its number in a step that has all of it.
+    "$grpo" $model $prompts --steps 2 --prompts-per-step 4 --preset cispo --updates-per-batch 2 --beta 0.01 --correction tis --router-aux-coef 0.001 \
+        --reward exact --out "$work/names" >"$work/out" 2>&1 || say "a run with everything fails"
+    tail -n 1 "$work/names/metrics.jsonl" >"$work/out"
+    for name in reward reward_std frac_reward_zero_std rewards/exact/mean rewards/exact/std kl entropy policy_loss entropy_coef aux_loss \
+        clip_ratio/low_mean clip_ratio/low_min clip_ratio/high_mean clip_ratio/high_max clip_ratio/region_mean cispo_clip_ratio \
+        completions/mean_length completions/min_length completions/max_length completions/mean_terminated_length \
+        completions/min_terminated_length completions/max_terminated_length completions/clipped_ratio num_tokens step_time \
+        sampling/sampling_logp_difference/mean sampling/sampling_logp_difference/max sampling/importance_sampling_ratio/min \
+        sampling/importance_sampling_ratio/mean sampling/importance_sampling_ratio/max rollout_is_eff_sample_size k3_kl ppl_ratio \
+        chi2_token chi2_seq moe/max_vio moe/min_vio moe/avg_vio moe/route_flip_rate skip/zero_adv_frac mem/peak_bytes time/sample \
+        time/reward time/logp time/fwd time/bwd time/optim time/sync; do
+        has "\"$name\":[-0-9]" "metrics"
+    done
+
     # What is recorded is trained on again; which correction it gets is said, and what a file does not tell is not shown.
     "$grpo" $model $prompts --steps 1 --prompts-per-step 2 --save-rollouts "$work/kept" >"$work/out" 2>&1 || say "--save-rollouts fails"
     "$grpo" $model --rollouts "$work/kept" --steps 1 --prompts-per-step 2 >"$work/out" 2>&1 || say "--rollouts fails"
