@@ -123,10 +123,15 @@ static size_t shares_bytes(const product_args *p, product_kind kind) {
     return kind == PRODUCT_DOWN_BACK ? (size_t)(p->routing.tokens * p->routing.top_k * (p->width / BLOCK)) * sizeof(float) : 0;
 }
 
+/* These read rows of tokens, the others routed rows.  By the kind, not by p->in_row: a plan is made before there are pointers. */
+static bool gathers(product_kind kind) {
+    return kind == PRODUCT_GATE_UP || kind == PRODUCT_DOWN_BACK;
+}
+
 size_t product_tiled_scratch(const product_args *p, product_kind kind) {
     const size_t shares = shares_bytes(p, kind);
     const int64_t contracted = kind == PRODUCT_GATE_UP || kind == PRODUCT_DOWN ? p->w.cols : p->w.rows;
-    const size_t gathered = p->in_row ? (size_t)(p->routing.tokens * p->routing.top_k * contracted) * sizeof(bf16) : 0;
+    const size_t gathered = gathers(kind) ? (size_t)(p->routing.tokens * p->routing.top_k * contracted) * sizeof(bf16) : 0;
     return rounded(plan_bytes(p, kind)) + rounded(shares) + gathered;
 }
 
@@ -156,7 +161,7 @@ cudaError_t product_tiled(const product_args *p, product_kind kind, void *scratc
     if (hopper) {
         const int64_t rows = p->routing.tokens * p->routing.top_k, contracted = (int64_t)a.k_blocks * BLOCK;
         const bf16 *in = p->in;
-        if (p->in_row) {
+        if (gathers(kind)) {
             uint4 *gathered = (uint4 *)((char *)scratch + rounded(plan_bytes(p, kind)) + rounded(shares_bytes(p, kind)));
             gather_rows<<<(unsigned)((rows + 3) / 4), dim3(64, 4), 0, stream>>>(
                 gathered, (const uint4 *)p->in, p->in_row, p->routing.offsets, experts, (int)(contracted / 8), (const uint2 *)scratch);
