@@ -1,4 +1,4 @@
-/* Folders as a whole: what is in one, and a temporary one made of links to another's files. */
+/* Folders as a whole: what is in one, and a temporary one made of links to another's files, and what killed writers left. */
 #define _XOPEN_SOURCE 700 /* realpath */
 
 #include "io/folder.h"
@@ -87,4 +87,28 @@ void espi_folder_remove(const char *place) {
         if (espi_path_join(path, place, names[i]) == ESP_OK) unlink(path);
     espi_folder_list_free(names, n);
     rmdir(place);
+}
+
+/* NAME.tmp.PROCESS, as espi_file_temp_name() makes them. */
+static bool is_left_over(const char *name) {
+    static const char mark[] = ".tmp.";
+    const char *at = strstr(name, mark);
+    if (!at || at == name) return false;
+    const char *digits = at + sizeof mark - 1;
+    return *digits && digits[strspn(digits, "0123456789")] == '\0';
+}
+
+esp_status espi_folder_sweep(const char *dir) {
+    char **names, path[ESPI_PATH_MAX];
+    size_t n;
+    if (!espi_dir_exists(dir)) return ESP_OK;
+    ESPI_TRY(espi_folder_list(&names, &n, dir));
+    esp_status status = ESP_OK;
+    for (size_t i = 0; status == ESP_OK && i < n; i++) {
+        if (!is_left_over(names[i])) continue;
+        status = espi_path_join(path, dir, names[i]);
+        if (status == ESP_OK) espi_file_remove(path);
+    }
+    espi_folder_list_free(names, n);
+    return status;
 }

@@ -13,4 +13,7 @@ esp_status espi_folder_with(char place[ESPI_PATH_MAX], const char *dir, const ch
 /* Removes what espi_folder_with() made; the files that the links name stay. */
 void espi_folder_remove(const char *place);
 
+/* Removes files that a killed writer of espi_file_fill_atomic() left.  Only for a folder that is locked: a writer at work would lose its own. */
+esp_status espi_folder_sweep(const char *dir);
+
 #endif

@@ -1,4 +1,5 @@
 /* The trainer: creation, the step, evaluation. */
+#include "io/folder.h"
 #include "models/passes.h"
 #include "rl/run.h"
 #include "rl/sampler.h"
@@ -44,12 +45,17 @@ static esp_status read_tasks(esp_trainer *t) {
     options.scored = true;
     if (t->c.eval_file) ESPI_TRY(espi_tasks_read(&t->eval, t->c.eval_file, &options));
     t->rows = (int64_t)t->c.prompts_per_step * (grpo ? t->c.group_size : 1);
-    t->longest = grpo ? t->train.longest_prompt + t->c.max_new_tokens : t->train.longest_line;
+    t->longest = grpo ? (int64_t)t->train.longest_prompt + t->c.max_new_tokens : t->train.longest_line;
+    const int64_t evaluated = t->eval.n > 0 ? (int64_t)t->eval.longest_prompt + t->c.max_new_tokens : 0;
     if (t->c.rollouts) ESPI_TRY(espi_files_source(t));
     if (t->longest > t->info.max_position)
         return ESPI_FAIL(ESP_ERR_ARG, "%s: its longest sequence has %lld tokens%s, expected at most the model's context of %lld",
                          t->c.rollouts ? t->c.rollouts : t->c.train_file, (long long)t->longest,
                          grpo && !t->c.rollouts ? " with max_new_tokens" : "", (long long)t->info.max_position);
+    if (evaluated > t->info.max_position)
+        return ESPI_FAIL(ESP_ERR_ARG,
+                         "%s: its longest sequence has %lld tokens with max_new_tokens, expected at most the model's context of %lld",
+                         t->c.eval_file, (long long)evaluated, (long long)t->info.max_position);
     if (t->rows > INT32_MAX / t->longest)
         return ESPI_FAIL(ESP_ERR_ARG, "a step of %lld sequences of up to %lld tokens, expected at most %d tokens: lower prompts_per_step",
                          (long long)t->rows, (long long)t->longest, INT32_MAX);
@@ -129,11 +135,23 @@ static esp_status restore(esp_trainer *t) {
     return t->out_dir ? espi_logs_open(t, folder, metrics_bytes, completions_bytes) : ESP_OK;
 }
 
+/* Runs that were killed while they wrote leave files of no use behind. */
+static esp_status sweep(const char *out_dir) {
+    static const char *const folders[] = {"", "adapter", "adapter-best"};
+    for (int i = 0; i < ESPI_COUNT(folders); i++) {
+        char dir[ESPI_PATH_MAX];
+        ESPI_TRY(espi_path_join(dir, out_dir, folders[i]));
+        ESPI_TRY(espi_folder_sweep(dir));
+    }
+    return ESP_OK;
+}
+
 static esp_status build(esp_trainer *t, const esp_trainer_config *config) {
     ESPI_TRY(espi_trainer_settle(t, config));
     if (t->out_dir) {
         ESPI_TRY(espi_dir_make(t->out_dir));
         ESPI_TRY(espi_lock_take(&t->lock, t->out_dir));
+        ESPI_TRY(sweep(t->out_dir));
     }
     if (t->save_rollouts) ESPI_TRY(espi_dir_make(t->save_rollouts));
     ESPI_TRY(read_tasks(t));

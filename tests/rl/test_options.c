@@ -73,6 +73,9 @@ Test(options, pairs_that_make_no_sense_are_refused_by_name) {
 Test(options, numbers_out_of_range_are_refused) {
     const refusal refusals[] = {
         {"overlong_share", "[0, 1]", GRPO(.overlong_share = 1.5f)},
+        {"has 21474836", "context of", GRPO(.max_new_tokens = INT32_MAX)},
+        {DEMO_EVAL, "context of",
+         ESP_TRAINER_CONFIG(.kind = ESP_TRAIN_SFT, .train_file = DEMO_LINES, .eval_file = DEMO_EVAL, .max_new_tokens = INT32_MAX)},
         {"top_p", "[1e-06, 1]", GRPO(.top_p = 1.5f)},
         {"min_p", "[0, 1]", GRPO(.min_p = -0.5f)},
         {"resample_tries", "negative", GRPO(.resample_tries = -1)},

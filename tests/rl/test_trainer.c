@@ -413,6 +413,30 @@ Test(trainer, a_new_run_takes_the_folder_over) {
     demo_remove(out);
 }
 
+/* What a killed run was writing goes when the next one holds the folder; names that only look alike stay. */
+Test(trainer, leftovers_of_a_killed_run_go) {
+    static const struct {
+        const char *name;
+        bool stays;
+    } files[] = {{"checkpoint.h5.tmp.123", false}, {"adapter/adapter_model.safetensors.tmp.7", false}, {"notes.tmp.txt", true}};
+    char out[256], path[300];
+    demo_folder(out, "leftovers");
+    snprintf(path, sizeof path, "%s/adapter", out);
+    OK(espi_dir_make(path));
+    for (int i = 0; i < ESPI_COUNT(files); i++) {
+        snprintf(path, sizeof path, "%s/%s", out, files[i].name);
+        OK(espi_file_write_atomic(path, "half", 4));
+    }
+    esp_trainer_config c = small(out, NULL, 2);
+    demo d = demo_trainer(&c);
+    for (int i = 0; i < ESPI_COUNT(files); i++) {
+        snprintf(path, sizeof path, "%s/%s", out, files[i].name);
+        cr_expect_eq(espi_file_exists(path), files[i].stays, "%s", files[i].name);
+    }
+    demo_free(&d);
+    demo_remove(out);
+}
+
 Test(trainer, steps_end) {
     esp_trainer_config c = small(NULL, NULL, 1);
     demo d = demo_trainer(&c);
