@@ -250,7 +250,12 @@ static int start(run *r, settings *s) {
     ESP_CHECK(esp_ctx_create(&r->ctx, &s->ctx));
     ESP_CHECK(esp_model_load(&r->model, r->ctx, s->model_dir, &s->model));
     ESP_CHECK(esp_tokenizer_load(&r->tokenizer, s->model_dir));
-    ESP_CHECK(esp_trainer_create(&r->trainer, r->model, r->tokenizer, &s->trainer));
+    const esp_status created = esp_trainer_create(&r->trainer, r->model, r->tokenizer, &s->trainer);
+    if (created != ESP_OK && stop_signal) { /* while a server was looked at */
+        printf("signal %d: stopped before the run began; what there was to resume is as it was\n", (int)stop_signal);
+        return 128 + (int)stop_signal;
+    }
+    ESP_CHECK(created);
     esp_model_info info = ESP_MODEL_INFO_INIT;
     ESP_CHECK(esp_model_info_get(r->model, &info));
     printf("%s: %s, %lld layers, %lld experts; %lld trained parameters; backend %s\n", s->model_dir, info.family, (long long)info.layers,

@@ -224,32 +224,11 @@ static esp_status pair(const char *a, const char *b, const char *why) {
     return ESPI_FAIL(ESP_ERR_ARG, "%s together with %s makes no sense: %s", a, b, why);
 }
 
-/* Numbers that only one loss reads. */
-static esp_status check_loss_numbers(const esp_objective *o, esp_loss_type loss, const char *name) {
-    const struct {
-        const char *name;
-        float value;
-        esp_loss_type loss;
-    } numbers[] = {{"sapo_temperature_pos", o->sapo_temperature_pos, ESP_LOSS_SAPO},
-                   {"sapo_temperature_neg", o->sapo_temperature_neg, ESP_LOSS_SAPO},
-                   {"vespo_k_pos", o->vespo_k_pos, ESP_LOSS_VESPO},
-                   {"vespo_lambda_pos", o->vespo_lambda_pos, ESP_LOSS_VESPO},
-                   {"vespo_k_neg", o->vespo_k_neg, ESP_LOSS_VESPO},
-                   {"vespo_lambda_neg", o->vespo_lambda_neg, ESP_LOSS_VESPO}};
-    for (int i = 0; i < ESPI_COUNT(numbers); i++)
-        if (numbers[i].value != 0 && loss != numbers[i].loss)
-            return pair(numbers[i].name, name, "another loss reads it; set that loss or leave it out");
-    if (loss == ESP_LOSS_CISPO && o->epsilon_low != 0)
-        return pair("epsilon_low", name, "it caps ratios from above only, by epsilon_high; leave epsilon_low out");
-    return ESP_OK;
-}
-
 static esp_status check_objective_pairs(const esp_trainer_config *c) {
     const esp_objective *o = &c->objective;
     const esp_loss_type loss = o->loss == ESP_LOSS_DEFAULT ? ESP_LOSS_DAPO : o->loss;
     char name[64];
     snprintf(name, sizeof name, "loss %s", esp_loss_type_name(loss));
-    ESPI_TRY(check_loss_numbers(o, loss, name));
     if (o->level == ESP_IS_SEQUENCE && (loss == ESP_LOSS_DAPO || loss == ESP_LOSS_BNPO || loss == ESP_LOSS_DR_GRPO))
         return pair("level sequence", name,
                     "its weights add up tokens, so a sequence's one ratio would count as often as it is long; set loss grpo or luspo");

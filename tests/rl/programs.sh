@@ -77,6 +77,16 @@ grep -q -e "--shuffle-rewards" "$work/out" && say "espalier-sft offers rewards"
         has "standard output could not be written" "full output"
     fi
 
+    # What the library has to say is told while it waits for a server; a signal then ends the run like any other.
+    "$grpo" $model $prompts --server http://127.0.0.1:1 --server-adapter-dir "$work/unused" --server-retries 1000 >"$work/out" 2>&1 &
+    pid=$!
+    until grep -q "^warning: try 1 of 1001 failed" "$work/out" || ! kill -0 $pid; do sleep 0.1; done
+    if ! grep -q "ESP_ERR_UNSUPPORTED" "$work/out"; then # it has libcurl
+        kill -TERM $pid && wait $pid
+        [ $? -eq 143 ] || say "SIGTERM before the first step: another exit status"
+        has "signal 15: stopped before the run began" "SIGTERM before the first step"
+    fi
+
     # Every name that dashboards know has its number in a step that has all of it.
     "$grpo" $model $prompts --steps 2 --prompts-per-step 4 --preset cispo --updates-per-batch 2 --beta 0.01 --correction tis --router-aux-coef 0.001 \
         --reward exact --out "$work/names" >"$work/out" 2>&1 || say "a run with everything fails"
