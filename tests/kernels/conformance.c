@@ -197,6 +197,52 @@ Test(kernels, float_reference_rounds_once) {
     }
 }
 
+static size_t scratch_of(const espi_backend *backend, espi_op_id op, const any_args *a) {
+    const espi_exec exec = {.threads = 1};
+    switch (op) {
+#define ESPI_OP(name, args)                                                                                                                \
+    case ESPI_OP_##name:                                                                                                                   \
+        return backend->name.scratch ? backend->name.scratch(&exec, &a->name) : 0;
+#include "kernels/ops.def"
+#undef ESPI_OP
+    default:
+        return 0;
+    }
+}
+
+/* A plan asks for scratch before there are arrays: with every pointer NULL the answer is the same.  What a GPU's slots answer is host code,
+ * and is asked here too where it was built. */
+Test(kernels, scratch_depends_on_sizes_alone) {
+    /* Whole records of a GPU, which has its experts packed. */
+    static const shape records = {"records", 40, 128, 4, 2, 64, 16, 97, 4, 2, 64, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .extras = true};
+    static char packed;
+    const espi_backend *all[2 * BACKENDS];
+    int n = backends(all);
+    for (const espi_backend *const *gpu = espi_backends_gpu; *gpu; gpu++) all[n++] = *gpu;
+    for (int op = 0; op < ESPI_OP_COUNT; op++) {
+        for (int s = 0; s <= SHAPES; s++) {
+            const shape *shape = s < SHAPES ? &shapes[s] : &records;
+            problem p;
+            problem_build(&p, (espi_op_id)op, shape, ESP_F32, &espi_backend_ref);
+            if (shape == &records && op == ESPI_OP_gate_up_fwd) p.args.gate_up_fwd.w.packed = &packed;
+            if (shape == &records && op == ESPI_OP_gate_up_bwd) p.args.gate_up_bwd.w.packed = &packed;
+            if (shape == &records && op == ESPI_OP_down_fwd) p.args.down_fwd.w.packed = &packed;
+            if (shape == &records && op == ESPI_OP_down_bwd) p.args.down_bwd.w.packed = &packed;
+            any_args blind = p.args;
+            for (size_t at = 0; at + sizeof(void *) <= sizeof blind; at += sizeof(void *)) {
+                void *word;
+                memcpy(&word, (char *)&blind + at, sizeof word);
+                for (int i = 0; i < p.n_fields; i++)
+                    if (word == p.fields[i].data) memset((char *)&blind + at, 0, sizeof word);
+            }
+            for (int b = 0; b < n; b++)
+                cr_expect_eq(scratch_of(all[b], (espi_op_id)op, &blind), scratch_of(all[b], (espi_op_id)op, &p.args), "%s on %s, shape %s",
+                             op_cases[op].name, all[b]->name, shape->name);
+            problem_free(&p);
+        }
+    }
+}
+
 static bool has_refusal(const espi_backend *backend, espi_op_id op, problem *p) {
     const char *refusal = NULL;
     op_cases[op].run(backend, p, 1, &refusal);
