@@ -7,6 +7,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#define LEAST_TEMPERATURE 1e-6 /* logits are divided by it in 32 bits */
+
 typedef struct generate_options {
     const char *dir, *prompt, *adapter, *device;
     int64_t max_new_tokens, samples, seed, batch, top_k;
@@ -139,11 +141,14 @@ int espi_cli_generate(int argc, char **argv) {
     if (!espi_cli_parse(&code, &usage, argc, argv)) return code;
     if (!o.prompt) return espi_cli_misuse(&usage, "--prompt is missing");
     if (o.max_new_tokens < 1 || o.max_new_tokens > INT32_MAX / 2 || o.samples < 1 || o.samples > INT32_MAX)
-        return espi_cli_misuse(&usage, "--max-new-tokens %" PRId64 " and --samples %" PRId64 " must be at least 1", o.max_new_tokens,
-                               o.samples);
+        return espi_cli_misuse(&usage, "--max-new-tokens %" PRId64 " and --samples %" PRId64 " must be from 1 to %d and %d",
+                               o.max_new_tokens, o.samples, INT32_MAX / 2, INT32_MAX);
     if (o.batch > INT32_MAX || o.top_k > INT32_MAX)
         return espi_cli_misuse(&usage, "--batch %" PRId64 " and --top-k %" PRId64 " must be smaller", o.batch, o.top_k);
     if (o.temperature < 0) return espi_cli_misuse(&usage, "--temperature cannot be %g; expected 0 or more", o.temperature);
+    if (o.temperature != 0 && !(o.temperature >= LEAST_TEMPERATURE && o.temperature <= 1 / LEAST_TEMPERATURE))
+        return espi_cli_misuse(&usage, "--temperature cannot be %g; expected 0, which is greedy, or %g to %g", o.temperature,
+                               LEAST_TEMPERATURE, 1 / LEAST_TEMPERATURE);
     session s = {0};
     esp_status status = generate(&s, &o);
     if (status != ESP_OK) code = espi_cli_failed("generate", status);

@@ -58,6 +58,8 @@ Test(cli, wrong_use_is_told) {
     expect("generate x", 2, "--prompt is missing");
     expect("generate x --prompt a --temperature nan", 2, "--temperature cannot be 'nan'");
     expect("generate x --prompt a --temperature -1", 2, "expected 0 or more");
+    expect("generate x --prompt a --temperature 1e-50", 2, "expected 0, which is greedy, or 1e-06 to 1e+06");
+    expect("generate x --prompt a --max-new-tokens 2147483647", 2, "must be from 1 to 1073741823");
 }
 
 Test(cli, quantize) {
