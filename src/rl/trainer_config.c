@@ -350,6 +350,7 @@ static esp_status settle_objective(esp_trainer_config *c) {
         return ESPI_FAIL(ESP_ERR_ARG, "temperature: got %g, and %g in the objective, expected one of them", (double)c->temperature,
                          (double)given.temperature);
     if (c->temperature == 0) c->temperature = given.temperature != 0 ? given.temperature : 1;
+    ESPI_TRY(between("temperature", c->temperature, 1e-6, 1e6)); /* logits are divided by it in 32 bits */
     given.temperature = c->temperature;
     /* dr_grpo's constant is the same for every step. */
     if (given.max_completion_length == 0) given.max_completion_length = c->max_new_tokens;

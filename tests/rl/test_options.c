@@ -70,6 +70,7 @@ Test(options, pairs_that_make_no_sense_are_refused_by_name) {
 Test(options, numbers_out_of_range_are_refused) {
     const refusal refusals[] = {
         {"overlong_share", "[0, 1]", GRPO(.overlong_share = 1.5f)},
+        {"temperature", "[1e-06, 1e+06]", GRPO(.temperature = 1e-40f)},
         {"has 21474836", "context of", GRPO(.max_new_tokens = INT32_MAX)},
         {DEMO_EVAL, "context of",
          ESP_TRAINER_CONFIG(.kind = ESP_TRAIN_SFT, .train_file = DEMO_LINES, .eval_file = DEMO_EVAL, .max_new_tokens = INT32_MAX)},
