@@ -19,6 +19,7 @@ typedef struct esp_comm esp_comm;
 /// argc, argv [in,out]  may be NULL; launcher options would be removed
 ESP_API esp_status esp_comm_init(esp_comm **comm, int *argc, char ***argv);
 ESP_API void esp_comm_destroy(esp_comm *comm);
+/// comm may be NULL: rank 0 of 1.
 ESP_API int esp_comm_rank(const esp_comm *comm);
 ESP_API int esp_comm_size(const esp_comm *comm);
 

@@ -11,17 +11,6 @@
 #define PATIENCE 300.0
 #define SENTENCE 512
 
-struct esp_comm {
-    const espi_transport *transport;
-    void *self;
-    int rank, size;
-    double patience;
-    uint64_t calls;
-    bool broken, late;         /* a call failed; because its deadline passed */
-    espi_message *send, *recv; /* [size] each */
-    struct header *headers;    /* [size] as they came */
-};
-
 /* Two ranks that make the same call send the same header, but for the bytes. */
 typedef struct header {
     uint64_t call, bytes;
@@ -29,18 +18,21 @@ typedef struct header {
     char what[40];
 } header;
 
+struct esp_comm {
+    const espi_transport *transport;
+    void *self;
+    int rank, size;
+    double patience;
+    uint64_t calls;
+    bool broken, late;         /* a call failed; because its deadline passed */
+    header *ours, *theirs;     /* [size] each: the headers of a call */
+    espi_message *send, *recv; /* [size] each: where those are */
+};
+
 double espi_comm_clock(void) {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
-}
-
-int espi_comm_rank(const esp_comm *comm) {
-    return comm == NULL ? 0 : comm->rank;
-}
-
-int espi_comm_size(const esp_comm *comm) {
-    return comm == NULL ? 1 : comm->size;
 }
 
 uint64_t espi_comm_calls(const esp_comm *comm) {
@@ -57,8 +49,13 @@ esp_status espi_comm_make(esp_comm **comm, const espi_transport *transport, void
         *c = (esp_comm){.transport = transport, .self = self, .rank = rank, .size = size, .patience = PATIENCE};
         c->send = calloc((size_t)size, sizeof *c->send);
         c->recv = calloc((size_t)size, sizeof *c->recv);
-        c->headers = calloc((size_t)size, sizeof *c->headers);
-        if (c->send != NULL && c->recv != NULL && c->headers != NULL) {
+        c->ours = calloc((size_t)size, sizeof *c->ours);
+        c->theirs = calloc((size_t)size, sizeof *c->theirs);
+        if (c->send != NULL && c->recv != NULL && c->ours != NULL && c->theirs != NULL) {
+            for (int r = 0; r < size; r++) {
+                c->send[r] = (espi_message){c->ours + r, sizeof *c->ours};
+                c->recv[r] = (espi_message){c->theirs + r, sizeof *c->theirs};
+            }
             *comm = c;
             return ESP_OK;
         }
@@ -76,8 +73,8 @@ static void describe(char out[SENTENCE], const header *h) {
     snprintf(out + n, SENTENCE - (size_t)n, " (call %llu)", (unsigned long long)h->call);
 }
 
-static esp_status transfer(esp_comm *c, const header *mine, double deadline) {
-    const esp_status status = c->transport->transfer(c->self, c->send, c->recv, deadline);
+static esp_status transfer(esp_comm *c, const header *mine, const espi_message *send, const espi_message *recv, double deadline) {
+    const esp_status status = c->transport->transfer(c->self, send, recv, deadline);
     if (status == ESP_OK) return ESP_OK;
     c->broken = true;
     c->late = espi_comm_clock() >= deadline;
@@ -87,23 +84,19 @@ static esp_status transfer(esp_comm *c, const header *mine, double deadline) {
     return ESPI_FAIL(status, "rank %d of %d, at %s: %s", c->rank, c->size, where, reason);
 }
 
-/* The headers first; then what c->send and c->recv hold. */
+/* The headers first; then what send and recv say. */
 static esp_status call(esp_comm *c, espi_place place, const espi_message *send, const espi_message *recv) {
     if (c->broken) return ESPI_FAIL(ESP_ERR_COMM, "rank %d: an earlier call between the ranks failed: nothing more can be said", c->rank);
     header mine = {.call = ++c->calls, .layer = place.layer};
     snprintf(mine.what, sizeof mine.what, "%s", place.what);
-    header *out = calloc((size_t)c->size, sizeof *out);
-    if (out == NULL) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for %d headers", c->size);
     for (int r = 0; r < c->size; r++) {
-        out[r] = mine;
-        out[r].bytes = send[r].bytes;
-        c->send[r] = (espi_message){out + r, sizeof *out};
-        c->recv[r] = (espi_message){c->headers + r, sizeof *out};
+        c->ours[r] = mine;
+        c->ours[r].bytes = send[r].bytes;
     }
     const double deadline = espi_comm_clock() + c->patience;
-    esp_status status = transfer(c, &mine, deadline);
+    esp_status status = transfer(c, &mine, c->send, c->recv, deadline);
     for (int r = 0; r < c->size && status == ESP_OK; r++) {
-        const header *theirs = c->headers + r;
+        const header *theirs = c->theirs + r;
         char here[SENTENCE], there[SENTENCE];
         describe(here, &mine);
         describe(there, theirs);
@@ -113,14 +106,11 @@ static esp_status call(esp_comm *c, espi_place place, const espi_message *send, 
             status = ESPI_FAIL(ESP_ERR_MISMATCH, "rank %d, at %s: got %llu bytes announced by rank %d, expected %zu", c->rank, here,
                                (unsigned long long)theirs->bytes, r, recv[r].bytes);
     }
-    free(out);
     if (status != ESP_OK) {
         c->broken = true;
         return status;
     }
-    memcpy(c->send, send, (size_t)c->size * sizeof *send);
-    memcpy(c->recv, recv, (size_t)c->size * sizeof *recv);
-    return transfer(c, &mine, deadline);
+    return transfer(c, &mine, send, recv, deadline);
 }
 
 /* Room for the messages of one call: 2 [size]. */
@@ -131,7 +121,7 @@ static esp_status messages(espi_message **send, espi_message **recv, const esp_c
 }
 
 esp_status espi_comm_gather(esp_comm *comm, espi_place place, void *out, const void *in, size_t bytes) {
-    if (espi_comm_size(comm) == 1) {
+    if (esp_comm_size(comm) == 1) {
         if (bytes > 0 && out != in) memcpy(out, in, bytes);
         return ESP_OK;
     }
@@ -148,7 +138,7 @@ esp_status espi_comm_gather(esp_comm *comm, espi_place place, void *out, const v
 
 esp_status espi_comm_exchange(esp_comm *comm, espi_place place, void *to, const int64_t *to_rows, const void *from,
                               const int64_t *from_rows, size_t row_bytes) {
-    if (espi_comm_size(comm) == 1) {
+    if (esp_comm_size(comm) == 1) {
         if (from_rows[0] > 0) memcpy(to, from, (size_t)from_rows[0] * row_bytes);
         return ESP_OK;
     }
@@ -168,7 +158,7 @@ esp_status espi_comm_exchange(esp_comm *comm, espi_place place, void *to, const 
 }
 
 size_t espi_comm_add_bytes(const esp_comm *comm) {
-    return (size_t)espi_comm_size(comm) * (size_t)ESPI_COMM_ADD_VALUES * sizeof(double);
+    return (size_t)esp_comm_size(comm) * (size_t)ESPI_COMM_ADD_VALUES * sizeof(double);
 }
 
 static void add_values(void *total, const void *partial, int64_t n, esp_dtype dtype) {
@@ -180,7 +170,7 @@ static void add_values(void *total, const void *partial, int64_t n, esp_dtype dt
 
 esp_status espi_comm_add(esp_comm *comm, espi_place place, void *total, const void *partial, int64_t n, esp_dtype dtype, void *scratch) {
     const size_t size = esp_dtype_size(dtype);
-    const int ranks = espi_comm_size(comm);
+    const int ranks = esp_comm_size(comm);
     for (int64_t first = 0; first < n; first += ESPI_COMM_ADD_VALUES) {
         const int64_t count = n - first < ESPI_COMM_ADD_VALUES ? n - first : ESPI_COMM_ADD_VALUES;
         char *sum = (char *)total + (size_t)first * size;
@@ -196,7 +186,7 @@ esp_status espi_comm_add(esp_comm *comm, espi_place place, void *total, const vo
 }
 
 esp_status espi_comm_agree(esp_comm *comm, espi_place place, esp_status mine) {
-    if (espi_comm_size(comm) == 1) return mine;
+    if (esp_comm_size(comm) == 1) return mine;
     typedef struct verdict {
         int32_t status;
         char sentence[SENTENCE];
@@ -217,7 +207,7 @@ esp_status espi_comm_meet(esp_comm *comm, espi_place place) {
 }
 
 esp_status espi_comm_same(esp_comm *comm, const char *key, uint64_t value) {
-    const int size = espi_comm_size(comm);
+    const int size = esp_comm_size(comm);
     if (size == 1) return ESP_OK;
     uint64_t *all = calloc((size_t)size, sizeof *all);
     if (all == NULL) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for what %d ranks say", size);
@@ -334,14 +324,15 @@ void esp_comm_destroy(esp_comm *comm) {
     if (comm->transport->close != NULL) comm->transport->close(comm->self, comm->broken);
     free(comm->send);
     free(comm->recv);
-    free(comm->headers);
+    free(comm->ours);
+    free(comm->theirs);
     free(comm);
 }
 
 int esp_comm_rank(const esp_comm *comm) {
-    return espi_comm_rank(comm);
+    return comm == NULL ? 0 : comm->rank;
 }
 
 int esp_comm_size(const esp_comm *comm) {
-    return espi_comm_size(comm);
+    return comm == NULL ? 1 : comm->size;
 }

@@ -51,8 +51,6 @@ esp_status espi_comm_tcp(esp_comm **comm, int rank, int size, const char *rendez
 /* comm_mpi.c.  ESP_ERR_UNSUPPORTED where this build or machine has no MPI. */
 esp_status espi_comm_mpi(esp_comm **comm, int *argc, char ***argv);
 
-int espi_comm_rank(const esp_comm *comm); /* NULL: alone */
-int espi_comm_size(const esp_comm *comm);
 /* Calls made so far: tests count them. */
 uint64_t espi_comm_calls(const esp_comm *comm);
 /* How long a call waits for the others; seconds. */

@@ -12,7 +12,7 @@
 typedef struct hub {
     pthread_mutex_t lock;
     pthread_cond_t moved;
-    int size, open;              /* open: communicators not yet closed */
+    int size, open;              /* open: who still needs it: the communicators, and espi_comm_simulate until it returns */
     int arrived;                 /* at the meeting under way */
     uint64_t meeting;            /* how many have been held */
     bool broken;                 /* a rank gave up or is gone */
@@ -76,7 +76,11 @@ static void give_up(void *self, int code) {
     pthread_mutex_unlock(&h->lock);
 }
 
-static void free_hub(hub *h) {
+static void release(hub *h) {
+    pthread_mutex_lock(&h->lock);
+    const bool last = --h->open == 0;
+    pthread_mutex_unlock(&h->lock);
+    if (!last) return;
     pthread_cond_destroy(&h->moved);
     pthread_mutex_destroy(&h->lock);
     free(h);
@@ -86,10 +90,7 @@ static void leave(void *self, bool broken) {
     member *m = self;
     hub *h = m->hub;
     if (broken) give_up(m, 0);
-    pthread_mutex_lock(&h->lock);
-    const bool last = --h->open == 0;
-    pthread_mutex_unlock(&h->lock);
-    if (last) free_hub(h);
+    release(h);
     free(m);
 }
 
@@ -99,6 +100,7 @@ static hub *make_hub(int size) {
     hub *h = calloc(1, sizeof *h + (size_t)size * sizeof h->sends[0]);
     if (h == NULL) return NULL;
     h->size = size;
+    h->open = 1;
     pthread_condattr_t clock;
     pthread_condattr_init(&clock);
     pthread_condattr_setclock(&clock, CLOCK_MONOTONIC);
@@ -111,7 +113,8 @@ static hub *make_hub(int size) {
 esp_status espi_comm_simulate(esp_comm **comms, int size) {
     for (int r = 0; r < size; r++) comms[r] = NULL;
     hub *h = make_hub(size);
-    esp_status status = h != NULL ? ESP_OK : ESPI_FAIL(ESP_ERR_MEMORY, "no memory for %d simulated ranks", size);
+    if (h == NULL) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for %d simulated ranks", size);
+    esp_status status = ESP_OK;
     for (int r = 0; r < size && status == ESP_OK; r++) {
         member *m = malloc(sizeof *m);
         if (m == NULL) {
@@ -122,11 +125,10 @@ esp_status espi_comm_simulate(esp_comm **comms, int size) {
         h->open++;
         status = espi_comm_make(&comms[r], &simulated, m, r, size);
     }
-    if (status == ESP_OK) return ESP_OK;
-    if (h != NULL && h->open == 0) free_hub(h);
-    for (int r = 0; r < size; r++) {
+    for (int r = 0; r < size && status != ESP_OK; r++) {
         esp_comm_destroy(comms[r]);
         comms[r] = NULL;
     }
+    release(h);
     return status;
 }

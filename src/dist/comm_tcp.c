@@ -255,7 +255,7 @@ static esp_status call_rank(mesh *m, int r, const char *address, const hello *mi
     return whole(m->peer[r], &copy, sizeof copy, true, deadline, who);
 }
 
-/* The name under which others reach this machine: ESP_HOST, or its own. */
+/* The name under which others reach this machine: ESP_HOST; unset, all ranks are on one machine. */
 static void own_address(char out[ADDRESS], int port) {
     char host[ADDRESS - 8] = "127.0.0.1";
     const char *stated = getenv("ESP_HOST");

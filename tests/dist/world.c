@@ -41,7 +41,7 @@ static esp_status exchange_rows(esp_comm *comm, int rank, int size) {
 }
 
 static esp_status right(esp_comm *comm) {
-    const int rank = espi_comm_rank(comm), size = espi_comm_size(comm);
+    const int rank = esp_comm_rank(comm), size = esp_comm_size(comm);
     int32_t all[64] = {0}, mine = rank + 5;
     ESPI_TRY(espi_comm_gather(comm, (espi_place){"numbers", -1}, all, &mine, sizeof mine));
     for (int r = 0; r < size; r++) CHECK(all[r] == r + 5);
@@ -58,7 +58,7 @@ static esp_status right(esp_comm *comm) {
 
 static esp_status misbehave(esp_comm *comm, const char *mode) {
     ESPI_TRY(espi_comm_meet(comm, (espi_place){"the start", -1}));
-    if (espi_comm_rank(comm) == 1) {
+    if (esp_comm_rank(comm) == 1) {
         if (strcmp(mode, "die") == 0) raise(SIGKILL);
         if (strcmp(mode, "stop") == 0) raise(SIGSTOP);
         if (strcmp(mode, "leave") == 0) _exit(0);
@@ -73,7 +73,7 @@ int main(int argc, char **argv) {
     const char *mode = argc > 1 ? argv[1] : "right";
     if (status == ESP_OK) status = strcmp(mode, "right") == 0 ? right(comm) : misbehave(comm, mode);
     if (status == ESP_OK) {
-        printf("rank %d of %d: right\n", espi_comm_rank(comm), espi_comm_size(comm));
+        printf("rank %d of %d: right\n", esp_comm_rank(comm), esp_comm_size(comm));
         esp_comm_destroy(comm);
         return 0;
     }
