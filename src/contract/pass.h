@@ -43,6 +43,13 @@ typedef struct espi_pass {
     double aux_coef, z_coef;
 } espi_pass;
 
+/* Whether a later sequence of the batch stands behind this one: the token after its last is then that sequence's first. */
+static inline bool espi_is_prefix(const esp_batch *batch, int32_t seq) {
+    for (int32_t s = seq + 1; batch->prefix_of && s < batch->n_seqs; s++)
+        if (batch->prefix_of[s] == seq) return true;
+    return false;
+}
+
 /* Whether the passes may be run from a recording: nobody looks on. */
 static inline bool espi_pass_recordable(const espi_pass *pass) {
     return !pass->model->probe;

@@ -1,6 +1,7 @@
 /* Forward of head.  Twin: backward/head.c. */
 #include "contract/head.h"
 
+#include "contract/pass.h"
 #include "core/select.h"
 #include "models/model.h"
 
@@ -48,19 +49,13 @@ static esp_status fill_sequence(espi_head_rows *rows, const host_rows *host, con
     return ESP_OK;
 }
 
-static bool is_prefix(const esp_batch *batch, int32_t seq) {
-    for (int32_t s = seq + 1; batch->prefix_of && s < batch->n_seqs; s++)
-        if (batch->prefix_of[s] == seq) return true;
-    return false;
-}
-
 static esp_status fill_rows(espi_head_rows *rows, const host_rows *host, const esp_batch *batch) {
     rows->n = 0;
     rows->cu[0] = 0;
     for (int32_t s = 0; s < batch->n_seqs; s++) {
         const int64_t first = rows->n;
         ESPI_TRY(fill_sequence(rows, host, batch, s));
-        if (rows->n == first && is_prefix(batch, s)) continue;
+        if (rows->n == first && espi_is_prefix(batch, s)) continue;
         rows->seq[rows->n_seqs++] = s;
         rows->cu[rows->n_seqs] = (int32_t)rows->n;
     }

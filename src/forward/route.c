@@ -143,15 +143,9 @@ static esp_status check_sizes(const esp_model *model, const esp_batch *b) {
     return ESP_OK;
 }
 
-static bool names_prefix(const esp_batch *b, int32_t seq) {
-    bool found = false;
-    for (int32_t s = seq + 1; b->prefix_of && s < b->n_seqs && !found; s++) found = b->prefix_of[s] == seq;
-    return found;
-}
-
 static esp_status check_sequence(int64_t *replayed, int32_t *ids, const esp_model *model, const esp_batch *b, int32_t s) {
     const int64_t last = b->cu_seqlens[s + 1] - 1;
-    const bool prefix = names_prefix(b, s);
+    const bool prefix = espi_is_prefix(b, s);
     for (int64_t t = b->cu_seqlens[s]; t <= last; t++)
         for (int64_t l = 0; l < model->config.layers; l++) {
             bool native = true;
@@ -194,5 +188,5 @@ void espi_routes_record(const esp_model *model, const esp_batch *batch, const in
     for (int64_t l = 0; l < c->layers; l++)
         if (has_experts(model, l)) espi_routes_write(record, c, l, chosen + l * batch->n_tokens * c->top_k, batch->n_tokens);
     for (int32_t s = 0; s < batch->n_seqs; s++)
-        if (!names_prefix(batch, s)) memset(record + token * (size_t)(batch->cu_seqlens[s + 1] - 1), UINT8_MAX, token);
+        if (!espi_is_prefix(batch, s)) memset(record + token * (size_t)(batch->cu_seqlens[s + 1] - 1), UINT8_MAX, token);
 }
