@@ -1,17 +1,11 @@
 /* Rollouts in HDF5: what is saved comes back to the bit, other programs' files are read, and every fault is named with its place. */
+#include "outcome.h"
 #include "program.h"
 #include "rl/rollout_file.h"
 #include "scratch.h"
 
 #include <hdf5.h>
 #include <math.h>
-
-#define FAILS(code, words, call)                                                                                                           \
-    do {                                                                                                                                   \
-        const esp_status got_ = (call);                                                                                                    \
-        cr_expect_eq(got_, (code), "%s: got %s: %s", #call, esp_status_name(got_), got_ ? esp_last_error() : "");                          \
-        cr_expect_not_null(strstr(esp_last_error(), (words)), "no \"%s\" in: %s", (words), esp_last_error());                              \
-    } while (0)
 
 enum { VOCAB = 1000, EXPERTS = 7, LAYERS = 3, TOP_K = 2, GROUP = 4, REWARDS = 2 };
 static const char *const names[REWARDS] = {"exact", "format"};

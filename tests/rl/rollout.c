@@ -1,19 +1,13 @@
 /* Batches of rollouts: joined, picked, through a checkpoint and back; what is malformed is named. */
 #include "rl/rollout.h"
 #include "core/status.h"
+#include "outcome.h"
 
 #include <criterion/criterion.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
-
-#define OK(call) cr_assert_eq(call, ESP_OK, "%s", esp_last_error())
-#define FAILS(status, words, call)                                                                                                         \
-    do {                                                                                                                                   \
-        cr_expect_eq(call, status, "%s", esp_last_error());                                                                                \
-        cr_expect(strstr(esp_last_error(), words) != NULL, "got: %s", esp_last_error());                                                   \
-    } while (0)
 
 enum { VOCAB = 50, EXPERTS = 8 };
 

@@ -10,13 +10,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define FAILS(code, words, call)                                                                                                           \
-    do {                                                                                                                                   \
-        const esp_status got = (call);                                                                                                     \
-        cr_assert_eq(got, (code), "%s: got %s", #call, esp_status_name(got));                                                              \
-        cr_assert_not_null(strstr(esp_last_error(), (words)), "no \"%s\" in: %s", (words), esp_last_error());                              \
-    } while (0)
-
 enum { TOKENS = 19, SEQS = 3, MOST_ROUTED = TOKENS * 3 * 3, MOST_KEPT = 256 };
 static const int32_t ids[TOKENS] = {5, 17, 143, 3, 88, 42, 7, 7, 120, 64, 31, 2, 99, 140, 55, 13, 77, 149, 1};
 static const int32_t cu[SEQS + 1] = {0, 9, 10, 19}; /* a sequence of one token in the middle */

@@ -2,18 +2,11 @@
 #include "rl/server_reply.h"
 
 #include "core/status.h"
+#include "outcome.h"
 
 #include <criterion/criterion.h>
 #include <stdlib.h>
 #include <string.h>
-
-#define OK(call) cr_assert_eq((call), ESP_OK, "%s: %s", #call, esp_last_error())
-#define FAILS(code, words, call)                                                                                                           \
-    do {                                                                                                                                   \
-        const esp_status got = (call);                                                                                                     \
-        cr_assert_eq(got, (code), "%s: got %s: %s", #call, esp_status_name(got), esp_last_error());                                        \
-        cr_assert_not_null(strstr(esp_last_error(), (words)), "no \"%s\" in: %s", (words), esp_last_error());                              \
-    } while (0)
 
 /* Two layers, of which the first is dense; three of 300 experts. */
 static espi_mlp_kind kinds[] = {ESPI_MLP_DENSE, ESPI_MLP_MOE};

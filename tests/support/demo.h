@@ -6,6 +6,7 @@
 
 #include "espalier/espalier.h"
 #include "models/model.h"
+#include "outcome.h"
 #include "rl/run.h"
 
 #include <stdio.h>
@@ -17,15 +18,6 @@
 #define DEMO_PROMPTS ESP_SOURCE_DIR "/examples/tasks/mix-prompts.jsonl"
 #define DEMO_LINES ESP_SOURCE_DIR "/examples/tasks/mix-train.jsonl"
 #define DEMO_EVAL ESP_SOURCE_DIR "/examples/tasks/mix-eval.jsonl"
-
-#define OK(call) cr_assert_eq((call), ESP_OK, "%s: %s", #call, esp_last_error())
-/* The call fails with this code, and its sentence has these words. */
-#define FAILS(code, words, call)                                                                                                           \
-    do {                                                                                                                                   \
-        const esp_status got = (call);                                                                                                     \
-        cr_assert_eq(got, (code), "%s: got %s", #call, esp_status_name(got));                                                              \
-        cr_assert_not_null(strstr(esp_last_error(), (words)), "no \"%s\" in: %s", (words), esp_last_error());                              \
-    } while (0)
 
 typedef struct demo {
     esp_ctx *ctx;

@@ -10,13 +10,6 @@
 #include <stdio.h>
 #include <string.h>
 
-#define FAILS(code, words, call)                                                                                                           \
-    do {                                                                                                                                   \
-        const esp_status got_ = (call);                                                                                                    \
-        cr_assert_eq(got_, (code), "%s: got %s: %s", #call, esp_status_name(got_), esp_last_error());                                      \
-        cr_assert_not_null(strstr(esp_last_error(), (words)), "no \"%s\" in: %s", (words), esp_last_error());                              \
-    } while (0)
-
 enum { MOST = 64 };
 
 /* A batch of texts.  Ids are the characters of the completion. */

@@ -3,6 +3,7 @@
 #define ESP_TEST_SCRATCH_H
 
 #include "io/file.h"
+#include "outcome.h"
 
 #include <criterion/criterion.h>
 #include <dirent.h>
@@ -10,15 +11,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
-
-/* Checks a call that must succeed. */
-#ifndef OK
-#define OK(call)                                                                                                                           \
-    do {                                                                                                                                   \
-        esp_status ok_status_ = (call);                                                                                                    \
-        cr_assert_eq(ok_status_, ESP_OK, "%s: %s: %s", #call, esp_status_name(ok_status_), esp_last_error());                              \
-    } while (0)
-#endif
 
 static inline void scratch_make(char dir[ESPI_PATH_MAX]) {
     snprintf(dir, ESPI_PATH_MAX, "/tmp/espalier-test-XXXXXX");
