@@ -1,12 +1,12 @@
 /* The collective calls, over any transport; start-up; the public face. */
 #include "dist/comm.h"
 
+#include "core/clock.h"
 #include "core/status.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 #define PATIENCE 300.0
 #define SENTENCE 512
@@ -28,12 +28,6 @@ struct esp_comm {
     header *ours, *theirs;     /* [size] each: the headers of a call */
     espi_message *send, *recv; /* [size] each: where those are */
 };
-
-double espi_comm_clock(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
-}
 
 uint64_t espi_comm_calls(const esp_comm *comm) {
     return comm == NULL ? 0 : comm->calls;
@@ -77,7 +71,7 @@ static esp_status transfer(esp_comm *c, const header *mine, const espi_message *
     const esp_status status = c->transport->transfer(c->self, send, recv, deadline);
     if (status == ESP_OK) return ESP_OK;
     c->broken = true;
-    c->late = espi_comm_clock() >= deadline;
+    c->late = espi_seconds() >= deadline;
     char where[SENTENCE], reason[SENTENCE];
     describe(where, mine);
     snprintf(reason, sizeof reason, "%s", esp_last_error());
@@ -93,7 +87,7 @@ static esp_status call(esp_comm *c, espi_place place, const espi_message *send, 
         c->ours[r] = mine;
         c->ours[r].bytes = send[r].bytes;
     }
-    const double deadline = espi_comm_clock() + c->patience;
+    const double deadline = espi_seconds() + c->patience;
     esp_status status = transfer(c, &mine, c->send, c->recv, deadline);
     for (int r = 0; r < c->size && status == ESP_OK; r++) {
         const header *theirs = c->theirs + r;

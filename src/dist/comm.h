@@ -80,7 +80,4 @@ int espi_comm_exit_code(const esp_comm *comm, esp_status status);
 /* Ends the job from this rank: under mpirun it does not return. */
 void espi_comm_abort(esp_comm *comm, esp_status status);
 
-/* Seconds of the monotonic clock. */
-double espi_comm_clock(void);
-
 #endif

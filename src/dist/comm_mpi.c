@@ -4,6 +4,7 @@
 
 #include "dist/comm.h"
 
+#include "core/clock.h"
 #include "core/status.h"
 #include "dist/mpi_plugin.h"
 
@@ -69,7 +70,7 @@ static esp_status transfer(void *self, const espi_message *out, const espi_messa
         const int code = w->mpi->test((int)n, w->requests, &done);
         if (code != 0) return failed(w, code, "finish a message");
         if (done) return ESP_OK;
-        if (espi_comm_clock() > deadline) return ESPI_FAIL(ESP_ERR_COMM, "the deadline passed while waiting for the other ranks");
+        if (espi_seconds() > deadline) return ESPI_FAIL(ESP_ERR_COMM, "the deadline passed while waiting for the other ranks");
         if (turn > 200) nanosleep(&(struct timespec){.tv_nsec = 20000}, NULL); /* somebody is busy: leave the core to them */
     }
 }

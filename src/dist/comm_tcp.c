@@ -1,6 +1,7 @@
 /* Ranks that find each other without a launcher, by a file or an address, and talk over TCP: one connection for every pair. */
 #include "dist/comm.h"
 
+#include "core/clock.h"
 #include "core/status.h"
 #include "io/file.h"
 
@@ -28,7 +29,7 @@ typedef struct mesh {
 } mesh;
 
 static double left(double deadline) {
-    return deadline - espi_comm_clock();
+    return deadline - espi_seconds();
 }
 
 static int milliseconds(double deadline) {
@@ -303,7 +304,7 @@ static esp_status call_from_folder(mesh *m, int r, const char *folder, const hel
     esp_status status;
     do {
         char *address = NULL;
-        const double soon = espi_comm_clock() + 0.2;
+        const double soon = espi_seconds() + 0.2;
         status = espi_file_exists(path) ? espi_file_read_all(&address, NULL, path, ADDRESS - 1)
                                         : ESPI_FAIL(ESP_ERR_COMM, "rank %d did not come: there is no %s", r, path);
         if (status == ESP_OK) status = call_rank(m, r, address, mine, soon < deadline ? soon : deadline);
@@ -338,7 +339,7 @@ esp_status espi_comm_tcp(esp_comm **comm, int rank, int size, const char *rendez
     static const char folder[] = "file:";
     mesh *m = make_mesh(rank, size);
     if (m == NULL) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for the connections to %d ranks", size);
-    const double deadline = espi_comm_clock() + patience;
+    const double deadline = espi_seconds() + patience;
     const esp_status status = strncmp(rendezvous, folder, sizeof folder - 1) == 0 ? by_folder(m, rendezvous + sizeof folder - 1, deadline)
                                                                                   : by_address(m, rendezvous, deadline);
     if (status != ESP_OK) {

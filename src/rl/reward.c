@@ -1,6 +1,8 @@
 /* Scoring a batch by several rewards: see reward.h.  And the two built-in functions that task files are scored by. */
 #include "rl/reward.h"
 
+#include "core/clock.h"
+
 #include <math.h>
 #include <pthread.h>
 #include <stdio.h>
@@ -133,12 +135,6 @@ struct espi_rewards {
     int (*stop)(void *user);
     void *stop_user;
 };
-
-double espi_monotonic_seconds(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
-}
 
 static esp_status check_entry(const esp_reward *list, int32_t f) {
     const esp_reward *r = &list[f];
@@ -298,7 +294,7 @@ static esp_status make_job(job **out, const esp_reward *r, const esp_reward_batc
 
 /* True when it ended within `seconds`. */
 static bool wait_job(job *j, double seconds) {
-    const double until = espi_monotonic_seconds() + seconds;
+    const double until = espi_seconds() + seconds;
     const struct timespec at = {.tv_sec = (time_t)until, .tv_nsec = (long)((until - floor(until)) * 1e9)};
     int code = 0;
     pthread_mutex_lock(&j->lock);
@@ -400,7 +396,7 @@ static esp_status call(outcome *o, member *m, const esp_reward_batch *batch) {
 }
 
 esp_status espi_rewards_score(double *parts, espi_rewards *rewards, const esp_reward_batch *batch) {
-    const double start = espi_monotonic_seconds();
+    const double start = espi_seconds();
     if (batch->n > rewards->column_rows) {
         float *grown = realloc(rewards->column, (size_t)batch->n * sizeof *grown);
         if (!grown) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for %lld rewards", (long long)batch->n);
@@ -411,7 +407,7 @@ esp_status espi_rewards_score(double *parts, espi_rewards *rewards, const esp_re
         esp_reward_batch b = *batch;
         outcome o = {.reward = rewards->column, .notes = {.stop = rewards->stop, .stop_user = rewards->stop_user}};
         b.struct_size = sizeof b;
-        b.seconds_left = rewards->deadline > 0 ? rewards->deadline - (espi_monotonic_seconds() - start) : INFINITY;
+        b.seconds_left = rewards->deadline > 0 ? rewards->deadline - (espi_seconds() - start) : INFINITY;
         const esp_status status = call(&o, &rewards->members[f], &b);
         if (status == ESP_OK) add_notes(&rewards->totals, &o.notes);
         free(o.notes.items);

@@ -11,8 +11,6 @@
 
 #define ESPI_REWARD_NAME 64 /* bytes of a reward's name, NUL included; also of an extra scalar's */
 
-double espi_monotonic_seconds(void);
-
 typedef struct espi_rewards espi_rewards;
 
 /* Copies the list; what the entries point to must outlive it.  deadline: seconds for all rewards of one batch together, 0 = none.

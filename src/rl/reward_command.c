@@ -2,6 +2,8 @@
  * each child has a process group of its own, is never waited for without end, and never left as a zombie. */
 #include "rl/reward.h"
 
+#include "core/clock.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <jansson.h>
@@ -360,7 +362,7 @@ static int64_t all_open(const command *c) {
 }
 
 static int run_batch(scoring *s, struct pollfd *fds) {
-    const double own = s->c->deadline, given = s->batch->seconds_left, start = espi_monotonic_seconds();
+    const double own = s->c->deadline, given = s->batch->seconds_left, start = espi_seconds();
     const double allowed = given > 0 && given < own ? given : own;
     for (int32_t i = 0; i < s->c->n; i++) {
         child *k = &s->c->children[i];
@@ -371,7 +373,7 @@ static int run_batch(scoring *s, struct pollfd *fds) {
         look_after(s, k);
         if (k->open > 0 && submit(s, k) != 0) return 1;
     }
-    for (double left; all_open(s->c) > 0 && (left = start + allowed - espi_monotonic_seconds()) > 0;) {
+    for (double left; all_open(s->c) > 0 && (left = start + allowed - espi_seconds()) > 0;) {
         if (espi_reward_stopped(s->batch)) return fail(s, "given up: the run was asked to stop");
         if (exchange(s, fds, left) != 0) return 1;
     }
@@ -426,10 +428,10 @@ static void close_command(void *user) {
     static const struct timespec nap = {.tv_nsec = 5000000};
     command *c = user;
     for (int32_t i = 0; c->children && i < c->n; i++) close_end(&c->children[i].in);
-    const double start = espi_monotonic_seconds();
+    const double start = espi_seconds();
     for (int32_t i = 0; c->children && i < c->n; i++) {
         child *k = &c->children[i];
-        while (k->pid > 0 && !has_ended(k) && espi_monotonic_seconds() - start < GRACE_SECONDS) nanosleep(&nap, NULL);
+        while (k->pid > 0 && !has_ended(k) && espi_seconds() - start < GRACE_SECONDS) nanosleep(&nap, NULL);
         end_child(k);
         free(k->input.data);
         free(k->output.data);

@@ -11,6 +11,7 @@
 #ifndef ESPI_RL_RUN_H
 #define ESPI_RL_RUN_H
 
+#include "core/clock.h"
 #include "espalier/trainer.h"
 #include "io/file.h"
 #include "rl/objective.h"
@@ -139,8 +140,6 @@ struct esp_trainer {
     espi_log_file *metrics, *completions;
     size_t planned;
 };
-
-double espi_seconds(void);
 
 /* The next line of the training file, in the order of its epoch; *key: a number no other draw of the run has. */
 esp_status espi_next_line(esp_trainer *t, int64_t *line, uint32_t *key);

@@ -8,17 +8,10 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 #include <xxhash.h>
 
 #define SFT_EVAL_SEQUENCES 128
 #define HASH_WINDOW ((size_t)4 << 20)
-
-double espi_seconds(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
-}
 
 esp_status espi_take_array(void *out, int64_t count, size_t size) {
     void *p = calloc(count > 0 ? (size_t)count : 1, size);

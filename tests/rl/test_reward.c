@@ -1,6 +1,8 @@
 /* Rewards: descriptions, the built-in kinds, several at once, deadlines, shared objects. */
 #include "rewards.h"
 
+#include "core/clock.h"
+
 #include <stdatomic.h>
 #include <time.h>
 
@@ -209,10 +211,6 @@ static int sleep_and_score(void *user, const esp_reward_batch *b, float *reward)
     return 0;
 }
 
-static double seconds(void) {
-    return espi_monotonic_seconds();
-}
-
 Test(reward, a_function_that_overruns_the_deadline) {
     static texts t;
     static sleeper s = {.naps = 40}; /* 0.4 s */
@@ -229,9 +227,9 @@ Test(reward, a_function_that_overruns_the_deadline) {
     espi_rewards *set;
     double parts[6];
     OK(espi_rewards_create(&set, list, 3, 0.05));
-    const double start = seconds();
+    const double start = espi_seconds();
     OK(espi_rewards_score(parts, set, &t.batch));
-    const double took = seconds() - start;
+    const double took = espi_seconds() - start;
     cr_expect(took >= 0.05 && took < 0.25, "%g s", took);
     cr_expect(isnan(parts[0]) && isnan(parts[3]), "given up");
     cr_expect(isnan(parts[1]) && isnan(parts[4]), "no time was left for it");

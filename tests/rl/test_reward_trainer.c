@@ -64,21 +64,15 @@ typedef struct patience {
     double until; /* 0: not begun */
 } patience;
 
-static double now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
 static int begin(void *user, const esp_reward_batch *batch, float *reward) {
-    ((patience *)user)->until = now() + 0.5;
+    ((patience *)user)->until = espi_seconds() + 0.5;
     for (int64_t i = 0; i < batch->n; i++) reward[i] = 0;
     return 0;
 }
 
 static int out_of_patience(void *user) {
     const patience *p = user;
-    return p->until > 0 && now() > p->until;
+    return p->until > 0 && espi_seconds() > p->until;
 }
 
 /* A run that is asked to stop does not wait for a command, and is as it was before the generation. */
@@ -91,9 +85,9 @@ Test(reward_trainer, a_stop_does_not_wait_for_a_command, .timeout = 30) {
                            .prompts_per_step = 2, .group_size = 2, .stop = out_of_patience, .stop_user = &p);
     demo d = demo_trainer(&c);
     esp_step_stats s = ESP_STEP_STATS_INIT;
-    const double start = now();
+    const double start = espi_seconds();
     OK(esp_trainer_step(d.trainer, &s));
-    cr_expect_lt(now() - start, 10);
+    cr_expect_lt(espi_seconds() - start, 10);
     cr_expect(s.interrupted && d.trainer->step == 0 && d.trainer->cursor == 0 && d.trainer->phase == ESPI_PHASE_EMPTY);
     demo_free(&d);
     esp_reward_close(&rewards[1]);
