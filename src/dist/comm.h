@@ -74,7 +74,7 @@ esp_status espi_comm_meet(esp_comm *comm, espi_place place);
 /* ESP_ERR_MISMATCH, naming the key and the ranks, when `value` is not the same everywhere. */
 esp_status espi_comm_same(esp_comm *comm, const char *key, uint64_t value);
 
-/* What a program ends with, as documented in the README: 64 usage, 65 bad input, 70 internal, 71 the ranks disagree, 73 files, 74 a peer
+/* What a program ends with: 64 usage, 65 bad input, 70 internal, 71 the ranks disagree, 73 files, 74 a peer
  * failed, 75 a deadline passed, 76 not finite. */
 int espi_comm_exit_code(const esp_comm *comm, esp_status status);
 /* Ends the job from this rank: under mpirun it does not return. */
