@@ -3,6 +3,7 @@
 
 #include "rl/server_state.h"
 
+#include "contract/route.h"
 #include "core/log.h"
 #include "core/rng.h"
 #include "models/model.h"
@@ -168,9 +169,7 @@ static esp_status request_all(espi_server_groups *gs, const espi_rollout_request
                                                .max_new_tokens = q->max_new_tokens,
                                                .stop_id = (int32_t)m->eos_id,
                                                .model = m,
-                                               .route_bytes = !q->routes                           ? 0
-                                                              : m->experts <= ESPI_ROUTE_NATIVE_U8 ? 1
-                                                                                                   : 2};
+                                               .route_bytes = q->routes ? espi_route_bytes(m) : 0};
         const uint64_t seed = espi_server_seed(q->seed, q->step, q->keys ? q->keys[i] : (uint32_t)i);
         ESPI_TRY(espi_server_fill_call(gs, i, adapter->name, (double)q->temperature, seed, q->step, q->group_ids[i]));
     }

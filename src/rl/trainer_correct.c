@@ -1,5 +1,6 @@
 /* Other policies on a generation's tokens: the reference, the policy before the first update, and the sampler's distance from it, which
  * becomes a constant weight of each token (rollout correction) or takes whole sequences out. */
+#include "contract/route.h"
 #include "core/decimal.h"
 #include "models/model.h"
 #include "rl/run.h"
@@ -132,12 +133,12 @@ static bool sampler_is_complete(const espi_rollouts *r) {
 }
 
 /* Columns for routes, all native so far. */
-static esp_status widen_for_routes(espi_rollouts *r, const esp_model_info *info) {
+static esp_status widen_for_routes(espi_rollouts *r, const espi_config *m) {
     espi_rollouts wide;
     espi_rollouts_shape shape = r->shape;
-    shape.layers = info->layers;
-    shape.top_k = info->top_k;
-    shape.route_bytes = info->experts <= ESPI_ROUTE_NATIVE_U8 ? 1 : 2;
+    shape.layers = m->layers;
+    shape.top_k = m->top_k;
+    shape.route_bytes = espi_route_bytes(m);
     ESPI_TRY(espi_rollouts_widen(&wide, r, &shape));
     *r = wide;
     return ESP_OK;
@@ -273,7 +274,7 @@ static esp_status correct(esp_trainer *t, espi_sequence *all) {
 esp_status espi_correct(esp_trainer *t) {
     espi_sequence *all = NULL;
     t->correction = (espi_correction_stats){NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN};
-    if (t->c.replay == ESP_REPLAY_R2) ESPI_TRY(widen_for_routes(&t->rollouts, &t->info));
+    if (t->c.replay == ESP_REPLAY_R2) ESPI_TRY(widen_for_routes(&t->rollouts, &t->model->config));
     ESPI_TRY(espi_take_array(&all, t->rollouts.shape.rows, sizeof *all));
     const esp_status status = correct(t, all);
     free(all);
