@@ -349,9 +349,7 @@ static void finish(run *r, transfer *t, CURLcode code, double now) {
     } else if (verdict == FINAL) {
         close_call(r, index, status, esp_last_error());
     } else if (call->tries > h->c.retries) {
-        char last[ESPI_HTTP_WHY];
-        snprintf(last, sizeof last, "%s", esp_last_error());
-        ESPI_FAIL(status, "given up after %d tries: %s", call->tries, last);
+        ESPI_FAIL(status, "given up after %d tries: %s", call->tries, esp_last_error());
         close_call(r, index, status, esp_last_error());
     } else {
         const double u = espi_uniform(h->c.seed, ESPI_STREAM_BACKOFF, r->limits->step, (uint32_t)index, (uint32_t)call->tries, 0);
@@ -407,8 +405,7 @@ static void pass_deadline(run *r) {
     for (int64_t i = 0; i < r->n; i++) {
         if (r->progress[i].state == DONE) continue;
         const espi_http_call *call = &r->calls[i];
-        char last[ESPI_HTTP_WHY];
-        snprintf(last, sizeof last, "%s", call->why[0] ? call->why : call->tries ? "no answer yet" : "not sent yet");
+        const char *last = call->why[0] ? call->why : call->tries ? "no answer yet" : "not sent yet";
         ESPI_FAIL(
             ESP_ERR_COMM,
             "%s%s: the deadline for %s passed, request %lld of %lld was still open after %d tries (%s): raise the deadline, or see what "

@@ -118,7 +118,7 @@ static bool loaded_after_all(espi_server *s, const espi_http_call *call, const c
 }
 
 esp_status espi_server_load(espi_server *s, const char *name, double deadline) {
-    char path[ESPI_PATH_MAX], why[ESPI_HTTP_WHY];
+    char path[ESPI_PATH_MAX];
     espi_http_call call;
     ESPI_TRY(espi_path_join(path, s->c.adapter_path, name));
     json_t *body = json_pack("{s:s, s:s}", "lora_name", name, "lora_path", path);
@@ -126,15 +126,14 @@ esp_status espi_server_load(espi_server *s, const char *name, double deadline) {
     const esp_status status = espi_server_ask(s, &call, "/v1/load_lora_adapter", body, NULL, deadline, "an adapter to be loaded");
     if (status == ESP_OK || loaded_after_all(s, &call, name, deadline)) return ESP_OK;
     if (status != ESP_ERR_ARG) return status;
-    snprintf(why, sizeof why, "%s", call.why);
     if (call.code == 404)
         return ESPI_FAIL(
             ESP_ERR_UNSUPPORTED,
             "the server takes no adapter at run time: start it with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, and see "
             "that %s is on its machine too (server_adapter_path): %s",
-            path, why);
+            path, call.why);
     return ESPI_FAIL(ESP_ERR_ARG, "adapter %s: see that the server may read it there (server_adapter_path) and takes its rank: %s", path,
-                     why);
+                     call.why);
 }
 
 esp_status espi_server_unload(espi_server *s, const char *name, double deadline) {
