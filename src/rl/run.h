@@ -146,6 +146,8 @@ esp_status espi_next_line(esp_trainer *t, int64_t *line, uint32_t *key);
 
 /* `count` zeroed values; *out: address of a pointer; free() it. */
 esp_status espi_take_array(void *out, int64_t count, size_t size);
+/* free() it. */
+esp_status espi_copy_text(char **out, const char *text);
 
 /* trainer_config.c */
 esp_status espi_trainer_settle(esp_trainer *t, const esp_trainer_config *config);

@@ -248,12 +248,6 @@ static esp_status publish(void *self, int64_t version) {
 
 /* ---- opening and closing ---- */
 
-static esp_status copy(char **out, const char *text) {
-    ESPI_TRY(espi_take_array(out, (int64_t)strlen(text) + 1, 1));
-    memcpy(*out, text, strlen(text));
-    return ESP_OK;
-}
-
 static esp_status copy_config(espi_server *s, const espi_server_config *c) {
     s->c = *c;
     s->c.url = s->c.model = s->c.adapter_dir = s->c.adapter_path = NULL;
@@ -264,12 +258,12 @@ static esp_status copy_config(espi_server *s, const espi_server_config *c) {
         return ESPI_FAIL(ESP_ERR_ARG,
                          "server: got max_staleness %d, a deadline of %g s and temperature %g, expected 0 or more and positive numbers",
                          c->max_staleness, c->deadline, (double)c->temperature);
-    ESPI_TRY(copy(&s->strings[0], c->url));
-    if (c->model) ESPI_TRY(copy(&s->strings[1], c->model));
-    ESPI_TRY(copy(&s->strings[2], c->adapter_dir));
+    ESPI_TRY(espi_copy_text(&s->strings[0], c->url));
+    if (c->model) ESPI_TRY(espi_copy_text(&s->strings[1], c->model));
+    ESPI_TRY(espi_copy_text(&s->strings[2], c->adapter_dir));
     ESPI_TRY(espi_dir_make(c->adapter_dir));
     if (c->adapter_path) {
-        ESPI_TRY(copy(&s->strings[3], c->adapter_path));
+        ESPI_TRY(espi_copy_text(&s->strings[3], c->adapter_path));
     } else {
         s->strings[3] = realpath(c->adapter_dir, NULL);
         if (!s->strings[3]) return ESPI_FAIL(ESP_ERR_IO, "%s: its whole path cannot be told", c->adapter_dir);

@@ -286,8 +286,7 @@ static esp_status read_root(espi_reply *reply, const json_t *root, const espi_re
         return ESPI_FAIL(ESP_ERR_FORMAT, "an answer with %zu choices, expected %d", json_array_size(choices), want->samples);
     if (!model) return ESPI_FAIL(ESP_ERR_FORMAT, "an answer that names no model, expected the one that wrote it");
     ESPI_TRY(take(reply, want));
-    ESPI_TRY(espi_take_array(&reply->model, (int64_t)strlen(model) + 1, 1));
-    memcpy(reply->model, model, strlen(model));
+    ESPI_TRY(espi_copy_text(&reply->model, model));
     ESPI_TRY(espi_take_array(&seen, want->samples, sizeof *seen));
     esp_status status = ESP_OK;
     for (int32_t i = 0; i < want->samples && status == ESP_OK; i++)

@@ -20,6 +20,13 @@ esp_status espi_take_array(void *out, int64_t count, size_t size) {
     return ESP_OK;
 }
 
+esp_status espi_copy_text(char **out, const char *text) {
+    const size_t bytes = strlen(text) + 1;
+    ESPI_TRY(espi_take_array(out, (int64_t)bytes, 1));
+    memcpy(*out, text, bytes);
+    return ESP_OK;
+}
+
 static esp_status read_tasks(esp_trainer *t) {
     t->info = (esp_model_info)ESP_MODEL_INFO_INIT;
     ESPI_TRY(esp_model_info_get(t->model, &t->info));

@@ -384,13 +384,6 @@ static int overlong(void *user, const esp_reward_batch *batch, float *reward) {
     return 0;
 }
 
-static esp_status copy_text(char **out, const char *text) {
-    const size_t bytes = strlen(text) + 1;
-    ESPI_TRY(espi_take_array(out, (int64_t)bytes, 1));
-    memcpy(*out, text, bytes);
-    return ESP_OK;
-}
-
 static esp_status take_rewards(esp_trainer *t) {
     esp_trainer_config *c = &t->c;
     const esp_reward *given = c->rewards;
@@ -404,7 +397,7 @@ static esp_status take_rewards(esp_trainer *t) {
             .name = "overlong", .fn = overlong, .user = c, .weight = espi_decimal(c->overlong_penalty), .punctual = true};
         const esp_reward *from = f < n ? &given[f] : &penalty;
         char *name = NULL;
-        if (from->name) ESPI_TRY(copy_text(&name, from->name));
+        if (from->name) ESPI_TRY(espi_copy_text(&name, from->name));
         t->rewards[f] = *from;
         t->rewards[f].name = name;
         t->weights[f] = from->weight;
@@ -427,6 +420,6 @@ esp_status espi_trainer_settle(esp_trainer *t, const esp_trainer_config *config)
     t->slices = (int64_t)c->updates_per_batch * c->steps_per_generation;
     t->entropy_coef = espi_decimal(c->objective.entropy_coef);
     ESPI_TRY(take_rewards(t));
-    if (c->save_rollouts) ESPI_TRY(copy_text(&t->save_rollouts, c->save_rollouts));
-    return c->out_dir ? copy_text(&t->out_dir, c->out_dir) : ESP_OK;
+    if (c->save_rollouts) ESPI_TRY(espi_copy_text(&t->save_rollouts, c->save_rollouts));
+    return c->out_dir ? espi_copy_text(&t->out_dir, c->out_dir) : ESP_OK;
 }
