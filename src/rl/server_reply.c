@@ -119,9 +119,9 @@ static void put_route(uint8_t *routes, size_t i, int32_t bytes, int64_t id) {
     if (bytes == 2) routes[i * 2 + 1] = (uint8_t)(id >> 8);
 }
 
-static esp_status copy_routes(espi_reply *reply, const npy *a, int32_t row, const espi_reply_want *want) {
+static esp_status copy_routes(espi_reply *reply, const npy *a, int32_t row, int32_t n, const espi_reply_want *want) {
     const espi_config *m = want->model;
-    const int64_t rows = want->n_prompt + reply->lengths[row] - 1;
+    const int64_t rows = want->n_prompt + n - 1;
     if (a->dims[0] != rows || a->dims[1] != m->layers || a->dims[2] != m->top_k)
         return ESPI_FAIL(
             ESP_ERR_FORMAT,
@@ -147,7 +147,8 @@ static esp_status copy_routes(espi_reply *reply, const npy *a, int32_t row, cons
     return ESP_OK;
 }
 
-static esp_status read_routes(espi_reply *reply, const json_t *choice, int32_t row, const espi_reply_want *want) {
+/* n: tokens of the completion as the server sent it. */
+static esp_status read_routes(espi_reply *reply, const json_t *choice, int32_t row, int32_t n, const espi_reply_want *want) {
     const json_t *text = json_object_get(choice, "routed_experts");
     if (!json_is_string(text))
         return ESPI_FAIL(ESP_ERR_UNSUPPORTED,
@@ -159,7 +160,7 @@ static esp_status read_routes(espi_reply *reply, const json_t *choice, int32_t r
     npy array;
     ESPI_TRY(decode_base64(&file, &bytes, json_string_value(text), json_string_length(text)));
     esp_status status = read_npy(&array, file, bytes);
-    if (status == ESP_OK) status = copy_routes(reply, &array, row, want);
+    if (status == ESP_OK) status = copy_routes(reply, &array, row, n, want);
     free(file);
     return status;
 }
@@ -252,14 +253,9 @@ static esp_status read_choice(espi_reply *reply, const json_t *choice, const esp
     seen[row] = true;
     ESPI_TRY(check_prompt(choice, (int32_t)row, want));
     ESPI_TRY(read_tokens(reply, choice, (int32_t)row, want));
-    const int32_t whole = reply->lengths[row];
+    const int32_t sent = reply->lengths[row]; /* the end may leave fewer */
     ESPI_TRY(read_finish(reply, choice, (int32_t)row, want));
-    if (!want->route_bytes) return ESP_OK;
-    const int32_t kept = reply->lengths[row];
-    reply->lengths[row] = whole; /* routes are those of all tokens */
-    const esp_status status = read_routes(reply, choice, (int32_t)row, want);
-    reply->lengths[row] = kept;
-    return status;
+    return want->route_bytes ? read_routes(reply, choice, (int32_t)row, sent, want) : ESP_OK;
 }
 
 /* ---- the answer ---- */

@@ -20,7 +20,7 @@ typedef struct espi_reply {
     float *logprobs;
     uint8_t *stopped;
     bool offers_routes; /* its first choice has routed experts, wanted or not */
-    /* [samples, n_prompt + max_new_tokens, layers, top_k] of route_bytes each; all ones at a row's last token and behind it, and in layers
+    /* [samples, n_prompt + max_new_tokens, layers, top_k] of route_bytes each; all ones at the last token that the server sent and behind it, and in layers
      * without experts; or NULL */
     uint8_t *routes;
 } espi_reply;
