@@ -4,6 +4,7 @@
 
 #include <ctype.h>
 #include <jansson.h>
+#include <limits.h>
 #include <math.h>
 #include <pcre2.h>
 #include <stdlib.h>
@@ -165,38 +166,15 @@ esp_status espi_reward_open_number(esp_reward *reward, const espi_reward_descrip
     return ESP_OK;
 }
 
-static bool is_any(const json_t *value) {
-    return value != NULL;
-}
-static bool is_string(const json_t *value) {
-    return json_is_string(value);
-}
-static bool is_number(const json_t *value) {
-    return json_is_number(value);
-}
-static bool is_integer(const json_t *value) {
-    return json_is_integer(value);
-}
-static bool is_boolean(const json_t *value) {
-    return json_is_boolean(value);
-}
-static bool is_array(const json_t *value) {
-    return json_is_array(value);
-}
-static bool is_object(const json_t *value) {
-    return json_is_object(value);
-}
-static bool is_null(const json_t *value) {
-    return json_is_null(value);
-}
-
 typedef struct json_kind {
     const char *name;
-    bool (*fits)(const json_t *value);
+    unsigned types; /* bit i: json_type i is one */
 } json_kind;
 
-static const json_kind json_kinds[] = {{"string", is_string}, {"number", is_number}, {"integer", is_integer}, {"boolean", is_boolean},
-                                       {"array", is_array},   {"object", is_object}, {"null", is_null},       {"any", is_any}};
+static const json_kind json_kinds[] = {{"string", 1u << JSON_STRING},   {"number", 1u << JSON_INTEGER | 1u << JSON_REAL},
+                                       {"integer", 1u << JSON_INTEGER}, {"boolean", 1u << JSON_TRUE | 1u << JSON_FALSE},
+                                       {"array", 1u << JSON_ARRAY},     {"object", 1u << JSON_OBJECT},
+                                       {"null", 1u << JSON_NULL},       {"any", UINT_MAX}};
 
 static const json_kind *find_kind(const json_t *name) {
     for (int i = 0; i < ESPI_COUNT(json_kinds); i++)
@@ -237,7 +215,7 @@ static double fitting(json_t *keys, const json_t *object, bool optional) {
     double right = 0;
     json_object_foreach(keys, key, type) {
         const json_t *value = json_object_get(object, key);
-        right += value ? find_kind(type)->fits(value) : optional;
+        right += value ? find_kind(type)->types >> json_typeof(value) & 1 : optional;
     }
     return right;
 }

@@ -112,6 +112,21 @@ Test(reward, json_shape) {
     gives(0, shape, "{\"name\":", "");
 }
 
+Test(reward, json_types) {
+    static const char *const values[] = {"\"x\"", "1", "1.5", "true", "false", "[]", "{}", "null"};
+    static const struct {
+        const char *type, *fits; /* '1' at the place of a value that does */
+    } types[] = {{"string", "10000000"}, {"number", "01100000"}, {"integer", "01000000"}, {"boolean", "00011000"},
+                 {"array", "00000100"},  {"object", "00000010"}, {"null", "00000001"},    {"any", "11111111"}};
+    for (int i = 0; i < ESPI_COUNT(types); i++)
+        for (int k = 0; k < ESPI_COUNT(values); k++) {
+            char description[64], completion[64];
+            snprintf(description, sizeof description, "json:{\"key\":\"%s\"}", types[i].type);
+            snprintf(completion, sizeof completion, "{\"key\":%s}", values[k]);
+            gives(types[i].fits[k] == '1' ? 1 : 0.5f, description, completion, "");
+        }
+}
+
 Test(reward, length_repetition_overlong) {
     gives(1, "length(target=5)", "abcde", "");
     gives(0.6f, "length(target=5)", "abc", "");
