@@ -577,13 +577,6 @@ Test(server, a_hanging_server_ends_at_the_deadline, .timeout = 60) {
     }
 }
 
-static void *kill_soon(void *user) {
-    const mock *m = user;
-    nanosleep(&(struct timespec){0, 300000000}, NULL);
-    kill(m->pid, SIGKILL);
-    return NULL;
-}
-
 Test(server, a_server_killed_in_the_middle, .timeout = 60) {
     bench b = bench_make(NULL, NULL, 1);
     espi_rollouts r;
@@ -593,7 +586,7 @@ Test(server, a_server_killed_in_the_middle, .timeout = 60) {
     espi_rollout_request q = request_of(0, 1);
     const double start = espi_seconds();
     q.deadline = start + 10;
-    cr_assert_eq(pthread_create(&killer, NULL, kill_soon, &b.mock), 0);
+    cr_assert_eq(pthread_create(&killer, NULL, mock_kill_soon, &b.mock), 0);
     FAILS(ESP_ERR_COMM, "given up after 4 tries: http://127.0.0.1:", generate(&b, &r, &q));
     cr_assert(espi_seconds() - start < 5, "%.2f s", espi_seconds() - start);
     pthread_join(killer, NULL);

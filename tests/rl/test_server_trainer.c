@@ -102,13 +102,6 @@ Test(server_trainer, it_trains_on_what_the_server_writes, .timeout = 60) {
 
 typedef enum breaking { STRAIGHT, KILLED, STOPPED } breaking;
 
-static void *kill_soon(void *user) {
-    const mock *m = user;
-    nanosleep(&(struct timespec){0, 300000000}, NULL);
-    kill(m->pid, SIGKILL);
-    return NULL;
-}
-
 /* As of a signal's handler, whose signal comes 0.3 s after it is armed. */
 typedef struct stopper {
     double armed; /* 0 = not */
@@ -136,7 +129,7 @@ static float *six_steps(place *p, breaking broken, int64_t *n) {
         mock_plan(&p->mock, "slow", 1, 20);
         if (broken == KILLED) {
             pthread_t killer;
-            cr_assert_eq(pthread_create(&killer, NULL, kill_soon, &p->mock), 0);
+            cr_assert_eq(pthread_create(&killer, NULL, mock_kill_soon, &p->mock), 0);
             FAILS(ESP_ERR_COMM, "given up after 2 tries: http://127.0.0.1:", esp_trainer_step(d.trainer, NULL));
             pthread_join(killer, NULL);
         } else {

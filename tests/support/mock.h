@@ -8,6 +8,7 @@
 #include <signal.h>
 #include <stdarg.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 typedef struct mock {
@@ -52,6 +53,14 @@ static inline void mock_stop(mock *m) {
     close(m->input);
     kill(m->pid, SIGKILL);
     waitpid(m->pid, NULL, 0);
+}
+
+/* A thread's: the server dies 0.3 s from now. */
+static inline void *mock_kill_soon(void *user) {
+    const mock *m = user;
+    nanosleep(&(struct timespec){0, 300000000}, NULL);
+    kill(m->pid, SIGKILL);
+    return NULL;
 }
 
 typedef struct mock_answer {
