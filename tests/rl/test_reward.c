@@ -141,15 +141,6 @@ Test(reward, length_repetition_overlong) {
     gives(-1, "overlong(max=10,buffer=5)", "aaaaaaaaaaaaaaa", "");
 }
 
-/* The value of an extra scalar; NaN = not there. */
-static double extra(const espi_rewards *set, const char *name) {
-    for (int64_t i = 0; i < espi_rewards_extra_count(set); i++) {
-        double value;
-        if (strcmp(espi_rewards_extra_get(&value, set, i), name) == 0) return value;
-    }
-    return NAN;
-}
-
 static int lengths(void *user, const esp_reward_batch *b, float *reward) {
     (void)user;
     for (int64_t i = 0; i < b->n; i += 2) { /* the others are left alone: not scorable */

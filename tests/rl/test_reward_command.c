@@ -13,13 +13,14 @@
 
 /* A command that is scored by again and again. */
 typedef struct scorer {
+    const char *script; /* the caller's */
     esp_reward r;
     espi_rewards *set;
     double parts[MOST];
 } scorer;
 
 static scorer scorer_make(const char *parameters, const char *script, double deadline) {
-    scorer s;
+    scorer s = {.script = script};
     char description[4096];
     snprintf(description, sizeof description, "cmd(name=c%s):%s", parameters, script);
     OK(esp_reward_open(&s.r, description));
@@ -46,18 +47,15 @@ static texts *rows(int64_t n) {
     return &t;
 }
 
-static double extra(const scorer *s, const char *name) {
-    for (int64_t i = 0; i < espi_rewards_extra_count(s->set); i++) {
-        double value;
-        if (strcmp(espi_rewards_extra_get(&value, s->set, i), name) == 0) return value;
-    }
-    return NAN;
+static void count(const scorer *s, const char *name, double expected) {
+    const double got = extra(s->set, name);
+    cr_expect_eq(got, expected, "%s: %s: %g, expected %g", s->script, name, got, expected);
 }
 
 static void counts(const scorer *s, double timeouts, double restarts, double bad) {
-    cr_expect_eq(extra(s, "c/timeouts"), timeouts, "timeouts: %g, expected %g", extra(s, "c/timeouts"), timeouts);
-    cr_expect_eq(extra(s, "c/restarts"), restarts, "restarts: %g, expected %g", extra(s, "c/restarts"), restarts);
-    cr_expect_eq(extra(s, "c/bad_replies"), bad, "bad replies: %g, expected %g", extra(s, "c/bad_replies"), bad);
+    count(s, "c/timeouts", timeouts);
+    count(s, "c/restarts", restarts);
+    count(s, "c/bad_replies", bad);
 }
 
 /* Row i has i + 1, but for those that are named, which are NaN.  -1 ends the list. */
@@ -65,13 +63,22 @@ static void lengths_but(const scorer *s, int64_t n, const int *without) {
     for (int64_t i = 0; i < n; i++) {
         const bool lost = *without == i;
         without += lost;
-        cr_expect(lost ? isnan(s->parts[i]) : s->parts[i] == (double)i + 1, "row %d has %g", (int)i, s->parts[i]);
+        cr_expect(lost ? isnan(s->parts[i]) : s->parts[i] == (double)i + 1, "%s: row %d has %g", s->script, (int)i, s->parts[i]);
     }
 }
 #define NONE ((const int[]){-1})
 #define ROWS(...) ((const int[]){__VA_ARGS__, -1})
 
 #define SCORER "exec " ESP_SCORER " "
+
+/* One batch of n rows by this scorer: which of them are lost, and what is counted. */
+static void once(const char *script, int64_t n, const int *without, double restarts, double bad) {
+    scorer s = scorer_make("", script, 0);
+    score(&s, rows(n));
+    lengths_but(&s, n, without);
+    counts(&s, 0, restarts, bad);
+    scorer_free(&s);
+}
 
 Test(reward_command, every_row_is_scored_and_told_whole) {
     char dir[ESPI_PATH_MAX], heard[ESPI_PATH_MAX], script[ESPI_PATH_MAX + 512], *text;
@@ -88,8 +95,8 @@ Test(reward_command, every_row_is_scored_and_told_whole) {
     score(&s, t);
     cr_expect_eq(s.parts[0], 1);
     cr_expect_eq(s.parts[1], 5);
-    cr_expect_eq(extra(&s, "c/half"), 1.5);
-    cr_expect(isnan(extra(&s, "c/note")) && isnan(extra(&s, "c/reward")));
+    cr_expect_eq(extra(s.set, "c/half"), 1.5);
+    cr_expect(isnan(extra(s.set, "c/note")) && isnan(extra(s.set, "c/reward")));
     counts(&s, 0, 0, 0);
     scorer_free(&s);
     OK(espi_file_read_all(&text, NULL, heard, 1 << 16));
@@ -135,42 +142,18 @@ Test(reward_command, replies_in_any_order_by_id) {
 }
 
 Test(reward_command, null_and_unusable_rewards) {
-    scorer s = scorer_make("", SCORER "null=2 text=3 none=4 huge=5", 0);
-    score(&s, rows(6));
-    lengths_but(&s, 6, ROWS(1, 2, 3, 4));
-    counts(&s, 0, 0, 3);
-    scorer_free(&s);
+    once(SCORER "null=2 text=3 none=4 huge=5", 6, ROWS(1, 2, 3, 4), 0, 3);
 }
 
 Test(reward_command, garbage_costs_one_row_and_a_restart) {
-    scorer s = scorer_make("", SCORER "garbage=3", 0);
-    score(&s, rows(6));
-    lengths_but(&s, 6, ROWS(2));
-    counts(&s, 0, 1, 1);
-    scorer_free(&s);
-    s = scorer_make("", SCORER "stray=3", 0);
-    score(&s, rows(6));
-    lengths_but(&s, 6, ROWS(2));
-    counts(&s, 0, 1, 1);
-    scorer_free(&s);
+    once(SCORER "garbage=3", 6, ROWS(2), 1, 1);
+    once(SCORER "stray=3", 6, ROWS(2), 1, 1);
 }
 
 Test(reward_command, a_child_that_dies_costs_one_row_and_a_restart) {
-    scorer s = scorer_make("", SCORER "die=3", 0);
-    score(&s, rows(6));
-    lengths_but(&s, 6, ROWS(2));
-    counts(&s, 0, 1, 0);
-    scorer_free(&s);
-    s = scorer_make("", SCORER "dieover=1", 0); /* every time */
-    score(&s, rows(9));
-    lengths_but(&s, 9, ROWS(1, 2, 3, 4, 5, 6, 7, 8));
-    counts(&s, 0, 3, 0);
-    scorer_free(&s);
-    s = scorer_make("", SCORER "dieeven=1", 0); /* often, but with answers in between */
-    score(&s, rows(15));
-    lengths_but(&s, 15, ROWS(1, 3, 5, 7, 9, 11, 13));
-    counts(&s, 0, 7, 0);
-    scorer_free(&s);
+    once(SCORER "die=3", 6, ROWS(2), 1, 0);
+    once(SCORER "dieover=1", 9, ROWS(1, 2, 3, 4, 5, 6, 7, 8), 3, 0); /* every time */
+    once(SCORER "dieeven=1", 15, ROWS(1, 3, 5, 7, 9, 11, 13), 7, 0); /* often, but with answers in between */
 }
 
 Test(reward_command, an_answer_too_many_is_noticed) {
@@ -191,11 +174,7 @@ Test(reward_command, an_answer_too_many_is_noticed) {
     lengths_but(&s, 2, NONE);
     counts(&s, 0, 1, 1);
     scorer_free(&s);
-    s = scorer_make("", SCORER "again=3", 0);
-    score(&s, rows(5));
-    lengths_but(&s, 5, ROWS(3)); /* the child is in doubt when the second one comes, and the next row pays */
-    counts(&s, 0, 1, 1);
-    scorer_free(&s);
+    once(SCORER "again=3", 5, ROWS(3), 1, 1); /* the child is in doubt when the second one comes, and the next row pays */
 }
 
 /* Does the process of this file run no more?  It takes the system a moment; a zombie is the business of whoever adopted it. */
@@ -265,13 +244,19 @@ Test(reward_command, a_child_that_never_answered_ends_the_run) {
     scorer_free(&s);
 }
 
+static char *long_text(size_t n) {
+    char *text = malloc(n + 1);
+    cr_assert_not_null(text);
+    memset(text, 'q', n);
+    text[n] = 0;
+    return text;
+}
+
 /* Far more than a pipe holds, in both directions, several lines at a time. */
 Test(reward_command, long_lines_do_not_block) {
     enum { LONG = 200000 };
     texts *t = rows(8);
-    char *longest = malloc(LONG + 1);
-    memset(longest, 'q', LONG);
-    longest[LONG] = 0;
+    char *longest = long_text(LONG);
     for (int i = 0; i < 8; i++) t->completion[i] = longest;
     scorer s = scorer_make("", SCORER "pad=120000", 20);
     score(&s, t);
@@ -285,9 +270,7 @@ Test(reward_command, long_lines_do_not_block) {
 Test(reward_command, a_broken_pipe_is_no_signal) {
     enum { LONG = 300000 };
     texts *t = rows(4);
-    char *longest = malloc(LONG + 1);
-    memset(longest, 'q', LONG);
-    longest[LONG] = 0;
+    char *longest = long_text(LONG);
     scorer s = scorer_make("", SCORER "close=300000", 5);
     signal(SIGPIPE, SIG_DFL);
     for (int i = 1; i < 4; i++) t->completion[i] = longest;

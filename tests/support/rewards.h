@@ -42,4 +42,13 @@ static inline void add(texts *t, const char *completion, const char *answer) {
     t->batch.stopped = t->stopped;
 }
 
+/* The value of an extra scalar; NaN = not there. */
+static inline double extra(const espi_rewards *set, const char *name) {
+    for (int64_t i = 0; i < espi_rewards_extra_count(set); i++) {
+        double value;
+        if (strcmp(espi_rewards_extra_get(&value, set, i), name) == 0) return value;
+    }
+    return NAN;
+}
+
 #endif
