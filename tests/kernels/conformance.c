@@ -224,10 +224,8 @@ Test(kernels, scratch_depends_on_sizes_alone) {
             const shape *shape = s < SHAPES ? &shapes[s] : &records;
             problem p;
             problem_build(&p, (espi_op_id)op, shape, ESP_F32, &espi_backend_ref);
-            if (shape == &records && op == ESPI_OP_gate_up_fwd) p.args.gate_up_fwd.w.packed = &packed;
-            if (shape == &records && op == ESPI_OP_gate_up_bwd) p.args.gate_up_bwd.w.packed = &packed;
-            if (shape == &records && op == ESPI_OP_down_fwd) p.args.down_fwd.w.packed = &packed;
-            if (shape == &records && op == ESPI_OP_down_bwd) p.args.down_bwd.w.packed = &packed;
+            espi_stack *experts = expert_stack(&p);
+            if (shape == &records && experts) experts->packed = &packed;
             any_args blind = p.args;
             for (size_t at = 0; at + sizeof(void *) <= sizeof blind; at += sizeof(void *)) {
                 void *word;
@@ -255,10 +253,7 @@ Test(kernels, reference_refuses_unknown_weights) {
     problem p;
     for (size_t i = 0; i < sizeof experts / sizeof experts[0]; i++) {
         problem_build(&p, experts[i], &shapes[1], ESP_F32, &espi_backend_ref);
-        espi_stack *w = experts[i] == ESPI_OP_gate_up_fwd   ? &p.args.gate_up_fwd.w
-                        : experts[i] == ESPI_OP_gate_up_bwd ? &p.args.gate_up_bwd.w
-                        : experts[i] == ESPI_OP_down_fwd    ? &p.args.down_fwd.w
-                                                            : &p.args.down_bwd.w;
+        espi_stack *w = expert_stack(&p);
         w->format = ESP_Q_DEFAULT;
         cr_expect(has_refusal(&espi_backend_ref, experts[i], &p), "%s takes a format of no name", op_cases[experts[i]].name);
         w->format = ESP_MXFP4;

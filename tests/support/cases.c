@@ -499,6 +499,13 @@ static void build_swiglu_bwd(problem *p, espi_swiglu_bwd *a) {
     }
 }
 
+espi_stack *expert_stack(problem *p) {
+    if (p->op == ESPI_OP_gate_up_fwd) return &p->args.gate_up_fwd.w;
+    if (p->op == ESPI_OP_gate_up_bwd) return &p->args.gate_up_bwd.w;
+    if (p->op == ESPI_OP_down_fwd) return &p->args.down_fwd.w;
+    return p->op == ESPI_OP_down_bwd ? &p->args.down_bwd.w : NULL;
+}
+
 void form_activation(problem *p) {
     const shape *s = &p->shape;
     const espi_swiglu_fwd a = {field_find(p, "act")->data, field_find(p, "gu")->data, s->tokens * s->top_k, s->width, glu(s)};

@@ -29,8 +29,10 @@ void problem_run(problem *p, espi_op_id op, const shape *shape, const espi_backe
 enum { BACKENDS = 8 };
 int backends(const espi_backend *all[BACKENDS]);
 
-/* Of a down_fwd problem: "act" again from "gu". */
+/* Of a down_fwd or gate_up_fwd problem: "act" again from "gu". */
 void form_activation(problem *p);
+/* The frozen matrices of a problem of the four expert ops; NULL: another op's. */
+espi_stack *expert_stack(problem *p);
 
 /* Runs what has been built; every failure ends the test. */
 void problem_call(problem *p, const espi_backend *backend);
