@@ -162,4 +162,18 @@ static inline espi_operand espi_transpose_of(const void *data, esp_dtype dtype, 
     return {data, dtype, 1, cols};
 }
 
+/* d = a b in bf16, d's rows side by side; what is otherwise, the caller sets. */
+static inline espi_product espi_product_of(void *d, const espi_operand &a, const espi_operand &b, int64_t m, int64_t n, int64_t k) {
+    espi_product p = {};
+    p.d = d;
+    p.dtype = ESP_BF16;
+    p.stride = p.n = n;
+    p.a = a;
+    p.b = b;
+    p.m = m;
+    p.k = k;
+    p.alpha = 1;
+    return p;
+}
+
 #endif

@@ -581,16 +581,11 @@ esp_status copy(const espi_exec *exec, bf16 *to, const bf16 *from, const int32_t
 /* The products of a chunk's hidden states with the weight's rows. */
 esp_status make_products(const espi_exec *exec, const espi_head *head, const chunk *c, void *out, esp_dtype dtype, int64_t stride) {
     ESPI_TRY(copy(exec, c->x, static_cast<const bf16 *>(head->hidden), head->rows + c->first, head->w.cols, c->count, false));
-    espi_product p = {};
-    p.d = out;
+    const int64_t hidden = head->w.cols;
+    espi_product p = espi_product_of(out, espi_rows_of(c->x, ESP_BF16, hidden), espi_transpose_of(head->w.data, head->w.dtype, hidden),
+                                     c->count, head->w.rows, hidden);
     p.dtype = dtype;
     p.stride = stride;
-    p.a = espi_rows_of(c->x, ESP_BF16, head->w.cols);
-    p.b = espi_transpose_of(head->w.data, head->w.dtype, head->w.cols);
-    p.m = c->count;
-    p.n = head->w.rows;
-    p.k = head->w.cols;
-    p.alpha = 1;
     return espi_product_cuda(exec, &p);
 }
 
@@ -631,15 +626,8 @@ esp_status make_gradient(const espi_exec *exec, const espi_head *head, const chu
             c->tile, head->target + c->first, *of, kept_from(head, c), head->kept, stride, head->w.rows, terms_of(head));
     });
     ESPI_TRY(ESPI_CUDA_LAUNCHED("gradient of the head's logits"));
-    espi_product p = {};
-    p.d = c->x;
-    p.dtype = ESP_BF16;
-    p.stride = p.n = hidden;
-    p.a = espi_rows_of(c->tile, ESP_BF16, stride);
-    p.b = espi_rows_of(head->w.data, head->w.dtype, hidden);
-    p.m = c->count;
-    p.k = head->w.rows;
-    p.alpha = 1;
+    espi_product p = espi_product_of(c->x, espi_rows_of(c->tile, ESP_BF16, stride), espi_rows_of(head->w.data, head->w.dtype, hidden),
+                                     c->count, hidden, head->w.rows);
     if (!is_sliced(head) || !espi_aligned16(head->w.data)) {
         ESPI_TRY(espi_product_cuda(exec, &p));
         return copy(exec, static_cast<bf16 *>(d_hidden), c->x, to, hidden, c->count, true);

@@ -47,15 +47,7 @@ esp_status espi_linear_fwd_cuda(const espi_exec *exec, const espi_linear_fwd *a)
     const int64_t in = a->w.cols, out = a->w.rows, r = a->lora.r;
     if (a->tokens == 0) return ESP_OK;
     char *scratch = static_cast<char *>(exec->scratch);
-    espi_product main = {};
-    main.d = a->y;
-    main.dtype = ESP_BF16;
-    main.stride = main.n = out;
-    main.a = espi_rows_of(a->x, ESP_BF16, in);
-    main.b = weight_columns(&a->w);
-    main.m = a->tokens;
-    main.k = in;
-    main.alpha = 1;
+    espi_product main = espi_product_of(a->y, espi_rows_of(a->x, ESP_BF16, in), weight_columns(&a->w), a->tokens, out, in);
     const bool dense = espi_product_is_dense(&main);
     main.bias = a->bias;
     main.bias_dtype = ESP_F32;
@@ -93,15 +85,7 @@ esp_status espi_linear_bwd_cuda(const espi_exec *exec, const espi_linear_bwd *a)
     const int64_t in = a->w.cols, out = a->w.rows, r = a->lora.r;
     if (a->tokens == 0) return ESP_OK;
     char *scratch = static_cast<char *>(exec->scratch);
-    espi_product main = {};
-    main.d = a->d_x;
-    main.dtype = ESP_BF16;
-    main.stride = main.n = in;
-    main.a = espi_rows_of(a->d_y, ESP_BF16, out);
-    main.b = weight_rows(&a->w);
-    main.m = a->tokens;
-    main.k = out;
-    main.alpha = 1;
+    espi_product main = espi_product_of(a->d_x, espi_rows_of(a->d_y, ESP_BF16, out), weight_rows(&a->w), a->tokens, in, out);
     main.beta = a->accumulate ? 1 : 0;
     if (r > 0) {
         branch l;

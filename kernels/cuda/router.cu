@@ -345,15 +345,9 @@ esp_status espi_router_fwd_cuda(const espi_exec *exec, const espi_router_fwd *a)
     double *p_sums = espi_cut<double>(&scratch, chunks * experts), *z_sums = espi_cut<double>(&scratch, chunks);
     const int parts = is_split(&a->w) && has_vectors(&a->w, a->x) ? 3 : 1;
     float *logits = static_cast<float *>(a->logits), *lse = static_cast<float *>(a->lse);
-    espi_product p = {};
-    p.d = logits;
+    espi_product p = espi_product_of(logits, espi_rows_of(a->x, ESP_BF16, hidden), espi_transpose_of(a->w.data, a->w.dtype, hidden),
+                                     a->tokens, parts * experts, hidden);
     p.dtype = ESP_F32;
-    p.stride = p.n = parts * experts;
-    p.a = espi_rows_of(a->x, ESP_BF16, hidden);
-    p.b = espi_transpose_of(a->w.data, a->w.dtype, hidden);
-    p.m = a->tokens;
-    p.k = hidden;
-    p.alpha = 1;
     if (parts == 3) {
         bf16 *w = espi_cut<bf16>(&scratch, 3 * experts * hidden);
         split<<<espi_blocks(experts * hidden, THREADS), THREADS, 0, stream>>>(w, static_cast<const float *>(a->w.data), experts * hidden);
@@ -393,15 +387,9 @@ esp_status espi_router_bwd_cuda(const espi_exec *exec, const espi_router_bwd *a)
         a->aux_counts, static_cast<float>(a->aux_coef), static_cast<float>(a->z_coef), a->tokens, static_cast<int>(experts),
         static_cast<int>(a->top_k), terms_of(&a->rule));
     ESPI_TRY(ESPI_CUDA_LAUNCHED("gradient of the router's logits"));
-    espi_product d_x = {};
-    d_x.d = a->d_x;
-    d_x.dtype = ESP_BF16;
-    d_x.stride = d_x.n = hidden;
-    d_x.a = espi_rows_of(a->d_logits, ESP_F32, experts);
-    d_x.b = espi_rows_of(a->w.data, a->w.dtype, hidden);
-    d_x.m = a->tokens;
-    d_x.k = experts;
-    d_x.alpha = d_x.beta = 1;
+    espi_product d_x = espi_product_of(a->d_x, espi_rows_of(a->d_logits, ESP_F32, experts), espi_rows_of(a->w.data, a->w.dtype, hidden),
+                                       a->tokens, hidden, experts);
+    d_x.beta = 1;
     if (dense) {
         split_in_two<<<espi_blocks(experts * hidden, THREADS), THREADS, 0, stream>>>(w, a->w.data, a->w.dtype, experts * hidden);
         d_x.k = 3 * experts;
