@@ -2,11 +2,6 @@
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/experts.cuh"
 
-/* Rows of the scratch, each aligned for vector access. */
-static size_t rounded(size_t bytes) {
-    return (bytes + 255) / 256 * 256;
-}
-
 static size_t low_bytes(const espi_lora *lora, const espi_routing *routing) {
     return rounded((size_t)(routing->tokens * routing->top_k * lora->r) * sizeof(bf16));
 }

@@ -43,6 +43,11 @@ static __device__ __forceinline__ row_tile find_tile(const int32_t *offsets, int
     return row_tile{0, 0, 0};
 }
 
+/* Of an array in scratch: the next one is aligned for vector access. */
+static inline size_t rounded(size_t bytes) {
+    return (bytes + 255) / 256 * 256;
+}
+
 /* No more tiles than this, however the rows fall. */
 static inline int tile_bound(const espi_routing *r, int height) {
     const int64_t rows = r->tokens * r->top_k;

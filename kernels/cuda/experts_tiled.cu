@@ -115,10 +115,6 @@ static size_t plan_bytes(const product_args *p, product_kind kind) {
     return (size_t)(1 + (int64_t)tile_bound(&p->routing, NARROW_ROWS) * tiles_m_of(p, kind)) * sizeof(uint2);
 }
 
-static size_t rounded(size_t bytes) {
-    return (bytes + 255) / 256 * 256;
-}
-
 static size_t shares_bytes(const product_args *p, product_kind kind) {
     return kind == PRODUCT_DOWN_BACK ? (size_t)(p->routing.tokens * p->routing.top_k * (p->width / BLOCK)) * sizeof(float) : 0;
 }
