@@ -126,6 +126,14 @@ template <int THREADS, typename F> __device__ static inline int espi_list(int32_
     return all;
 }
 
+/* Whether one of the values before place `at` is the same, in every thread.  All threads call it. */
+template <int THREADS> __device__ static inline bool espi_is_seen(const int32_t *values, int64_t at) {
+    const int32_t value = values[at];
+    bool earlier = false;
+    for (int64_t i = threadIdx.x; i < at; i += THREADS) earlier = earlier || values[i] == value;
+    return __syncthreads_or(earlier);
+}
+
 /* A matrix by its strides: element (i,j) lies at data + i*row + j*col. */
 typedef struct espi_operand {
     const void *data;

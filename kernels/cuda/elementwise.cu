@@ -53,9 +53,7 @@ __global__ void __launch_bounds__(THREADS) add_rows(bf16 *out, const bf16 *x, co
     __shared__ int32_t runs[THREADS];
     const int64_t mine = blockIdx.x;
     const int32_t row = to[mine];
-    bool earlier = false;
-    for (int64_t i = threadIdx.x; i < mine; i += THREADS) earlier = earlier || to[i] == row;
-    if (__syncthreads_or(earlier)) return;
+    if (espi_is_seen<THREADS>(to, mine)) return;
     for (int64_t first = mine; first < n; first += THREADS) {
         const int count = espi_list<THREADS>(runs, first, n, [&](int64_t i) { return to[i] == row && (i == 0 || to[i - 1] != row); });
         for (int64_t h = threadIdx.x; count > 0 && h < hidden; h += THREADS) {

@@ -20,9 +20,7 @@ __global__ void __launch_bounds__(THREADS) scatter(float *d_table, const bf16 *d
     __shared__ int32_t same[THREADS];
     const int64_t mine = blockIdx.x;
     const int32_t id = ids[mine];
-    bool earlier = false;
-    for (int64_t t = threadIdx.x; t < mine; t += THREADS) earlier = earlier || ids[t] == id;
-    if (__syncthreads_or(earlier)) return;
+    if (espi_is_seen<THREADS>(ids, mine)) return;
     float *row = d_table + id * hidden;
     for (int64_t first = mine; first < tokens; first += THREADS) {
         const int n = espi_list<THREADS>(same, first, tokens, [&](int64_t t) { return ids[t] == id; });
