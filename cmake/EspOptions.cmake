@@ -1,5 +1,5 @@
-# Options, and what is found for the optional parts.  Sets ESPALIER_HAVE_DNNL, _CBLAS, _CUDA and _CURL; of the first two
-# espalier_{dnnl,cblas}_{include,libraries,summary}, of libcurl the target PkgConfig::CURL and espalier_curl_summary.
+# Options, and what is found for the optional parts.  Sets ESPALIER_HAVE_X and espalier_x_summary for X of DNNL, CBLAS, CUDA, CURL and MPI; of
+# the first two also espalier_{dnnl,cblas}_{include,libraries}, of libcurl the target PkgConfig::CURL, of MPI MPI::MPI_C.
 option(ESPALIER_WERROR "Warnings are errors" OFF)
 set(ESPALIER_SANITIZE "" CACHE STRING "Sanitizers of every target: \"address;undefined\", or thread")
 pkg_check_modules(CRITERION QUIET IMPORTED_TARGET criterion)
