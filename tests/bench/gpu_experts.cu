@@ -1,6 +1,8 @@
 /* The expert ops on a GPU beside float64, and their times: a program of its own, for machines where the test suite's libraries are not.
- *   gpu_experts check            every case; check NAME: one
- *   gpu_experts time SHAPE FORMAT TOKENS...   SHAPE: qwen3-30b-a3b | gpt-oss-20b, FORMAT: nf4 | mxfp4 | bf16 */
+ *   gpu_experts check            every case; check NAME: one; list: their names
+ *   gpu_experts exact            every bit of the decoded weights
+ *   gpu_experts time SHAPE FORMAT TOKENS...   SHAPE: qwen3-30b-a3b | gpt-oss-20b, FORMAT: nf4 | mxfp4 | bf16
+ *   gpu_experts once SHAPE FORMAT TOKENS      for a profiler */
 #include "core/status.h"
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/scratch.h"
@@ -131,21 +133,21 @@ static const float fp4[16] = {0.0f, 5.208333333e-03f,  0.66666667f,  1.0f,  0.33
                               0.0f, -5.208333333e-03f, -0.66666667f, -1.0f, -0.33333333f, -0.5f, -0.16666667f, -0.25f};
 static const float e2m1[16] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6};
 
+static __device__ uint64_t mixed(uint64_t i) {
+    uint64_t z = i * 0x9e3779b97f4a7c15ull;
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull;
+    return (z ^ z >> 27) * 0x94d049bb133111ebull;
+}
+
 /* Random bytes made on the device, then copied: stacks are large. */
 static __global__ void fill_bytes(uint8_t *out, size_t n, uint64_t seed) {
-    for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < n; i += (size_t)gridDim.x * blockDim.x) {
-        uint64_t z = (i + seed) * 0x9e3779b97f4a7c15ull;
-        z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull;
-        z = (z ^ z >> 27) * 0x94d049bb133111ebull;
-        out[i] = (uint8_t)(z >> 56);
-    }
+    for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < n; i += (size_t)gridDim.x * blockDim.x)
+        out[i] = (uint8_t)(mixed(i + seed) >> 56);
 }
 
 static __global__ void fill_bf16(bf16 *out, size_t n, uint64_t seed, float scale) {
     for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < n; i += (size_t)gridDim.x * blockDim.x) {
-        uint64_t z = (i + seed) * 0x9e3779b97f4a7c15ull;
-        z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull;
-        z = (z ^ z >> 27) * 0x94d049bb133111ebull;
+        const uint64_t z = mixed(i + seed);
         float sum = 0; /* four uniforms: near enough to normal */
         for (int j = 0; j < 4; j++) sum += (float)(z >> 16 * j & 0xffff) / 65536.0f - 0.5f;
         out[i] = __float2bfloat16(sum * 1.732f * scale);
@@ -535,7 +537,6 @@ static int check(layer &l, int samples) {
         return dot_low(&l.a_dn.host[((size_t)expert_of(l, row) * r + n) * I], &l.act.host[(size_t)row * I], I, 1);
     });
     compare(rep, l, "y", l.y.host, S, H, 3e-3, samples, [&](int row, int c) { return reference_y(l, row, c); });
-    std::vector<int> slot_i;
     compare(rep, l, "d_gu", l.d_gu.host, S, 2 * I, 5e-3, samples, [&](int row, int c) {
         const int i = s.interleaved ? c / 2 : c % I;
         const bool up = s.interleaved ? c % 2 : c / I;
@@ -781,8 +782,10 @@ static void time_shape(shape s, double warm, double seconds, bool checked) {
     free_layer(l);
 }
 
-static shape shape_of(bool qwen, esp_qformat format, int tokens, int r) {
-    if (qwen) return {"qwen3-30b-a3b", 128, 8, 2048, 768, tokens, r, format, true, false, false, false, false, SKEWED};
+static shape shape_of(const char *model, const char *experts, int tokens, int r) {
+    const esp_qformat format = strcmp(experts, "nf4") == 0 ? ESP_NF4 : strcmp(experts, "mxfp4") == 0 ? ESP_MXFP4 : ESP_Q_NONE;
+    if (strcmp(model, "gpt-oss-20b") != 0)
+        return {"qwen3-30b-a3b", 128, 8, 2048, 768, tokens, r, format, true, false, false, false, false, SKEWED};
     return {"gpt-oss-20b", 32, 4, 2880, 2880, tokens, r, format, true, false, true, true, true, SKEWED};
 }
 
@@ -814,28 +817,23 @@ int main(int argc, char **argv) {
         return failed != 0;
     }
     if (mode == "once" && argc > 4) { /* for a profiler: every op twice */
-        const bool qwen = strcmp(argv[2], "gpt-oss-20b") != 0;
-        const esp_qformat format = strcmp(argv[3], "nf4") == 0 ? ESP_NF4 : strcmp(argv[3], "mxfp4") == 0 ? ESP_MXFP4 : ESP_Q_NONE;
         generator.seed(99);
         layer l = {};
-        make_layer(l, shape_of(qwen, format, atoi(argv[4]), 16));
+        make_layer(l, shape_of(argv[2], argv[3], atoi(argv[4]), 16));
         run_all(l), run_all(l);
         MUST(cudaStreamSynchronize(l.cuda.stream));
         free_layer(l);
         return 0;
     }
     if (mode == "time" && argc > 4) {
-        const bool qwen = strcmp(argv[2], "gpt-oss-20b") != 0;
-        const esp_qformat format = strcmp(argv[3], "nf4") == 0 ? ESP_NF4 : strcmp(argv[3], "mxfp4") == 0 ? ESP_MXFP4 : ESP_Q_NONE;
         const double seconds = getenv("SECONDS_PER_ROW") ? atof(getenv("SECONDS_PER_ROW")) : 0.15;
         const int r = getenv("RANK") ? atoi(getenv("RANK")) : 16;
         for (int i = 4; i < argc; i++) {
             generator.seed(99);
-            const shape s = shape_of(qwen, format, atoi(argv[i]), r);
-            time_shape(s, seconds, seconds, getenv("CHECKED") != NULL);
+            time_shape(shape_of(argv[2], argv[3], atoi(argv[i]), r), seconds, seconds, getenv("CHECKED") != NULL);
         }
         return 0;
     }
-    printf("gpu_experts check [NAME] | time SHAPE FORMAT TOKENS...\n");
+    printf("gpu_experts check [NAME] | list | exact | time SHAPE FORMAT TOKENS... | once SHAPE FORMAT TOKENS\n");
     return 2;
 }

@@ -1,15 +1,15 @@
 /* esp_bench_gpu: seconds of whole SFT steps and of decoding on a GPU, random weights of a published shape, and what each op takes.
- *   esp_bench_gpu CONFIG_DIR [experts=nf4|mxfp4] [tokens=2048] [sequences=2] [steps=10] [rank=16] [budget=MiB] [decode=ROWS] [profile=1]
+ *   esp_bench_gpu CONFIG_DIR [experts=nf4|mxfp4] [tokens=2048] [sequences=2] [steps=10] [rank=16] [budget=MiB] [decode=ROWS] [prompt=128]
+ *                 [new=128] [adam8=1] [profile=1]
  * One line of JSON at the end. */
 #include "espalier/espalier.h"
 #include "kernels/backend.h"
+#include "measure.h"
 #include "random_model.h"
 
-#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 #define OK(call)                                                                                                                           \
     do {                                                                                                                                   \
@@ -18,22 +18,6 @@
             return 1;                                                                                                                      \
         }                                                                                                                                  \
     } while (0)
-
-static double now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-static int ascending(const void *a, const void *b) {
-    const double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
-static double median(double *x, int n) {
-    qsort(x, (size_t)n, sizeof *x, ascending);
-    return x[n / 2];
-}
 
 /* ---- what each op takes: the GPU is waited for around each one ---- */
 
@@ -236,6 +220,7 @@ int main(int argc, char **argv) {
     options o;
     esp_ctx *ctx;
     esp_model *model;
+    stopwatch = CLOCK_MONOTONIC;
     char trained[1024] = "\"step_s\": null", decoded[512] = "\"decode_rows\": 0";
     if (!read_options(&o, argc, argv)) {
         fprintf(stderr,

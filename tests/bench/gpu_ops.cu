@@ -429,18 +429,21 @@ void bench_rows(int64_t t) {
 
 void bench_optimiser(int64_t n) {
     const size_t before = used;
+    const auto settings = [n](auto &a) {
+        a.n = n;
+        a.step = 3;
+        a.lr = 1e-4;
+        a.beta1 = 0.9;
+        a.beta2 = 0.999;
+        a.eps = 1e-8;
+        a.grad_scale = 1;
+    };
     espi_adamw a = {};
+    settings(a);
     a.p = real(n);
     a.m = real(n);
     a.v = real(n);
     a.g = real(n);
-    a.n = n;
-    a.step = 3;
-    a.lr = 1e-4;
-    a.beta1 = 0.9;
-    a.beta2 = 0.999;
-    a.eps = 1e-8;
-    a.grad_scale = 1;
     measure("adamw", espi_backend_cuda.adamw, a, 0, 28.0 * (double)n);
     espi_sumsq s = {};
     s.out = (double *)take(8);
@@ -448,6 +451,7 @@ void bench_optimiser(int64_t n) {
     s.n = n;
     measure("sumsq", espi_backend_cuda.sumsq, s, 0, 4.0 * (double)n);
     espi_adamw8 q = {};
+    settings(q);
     q.p = a.p;
     q.g = a.g;
     q.state1 = (uint8_t *)take((size_t)n);
@@ -458,13 +462,6 @@ void bench_optimiser(int64_t n) {
     for (int i = 0; i < 256; i++) map[i] = (float)(i - 127) / 128;
     q.map1 = put(map, 256);
     q.map2 = q.map1;
-    q.n = n;
-    q.step = 3;
-    q.lr = 1e-4;
-    q.beta1 = 0.9;
-    q.beta2 = 0.999;
-    q.eps = 1e-8;
-    q.grad_scale = 1;
     measure("adamw8", espi_backend_cuda.adamw8, q, 0, 16.0 * (double)n);
     used = before;
 }
