@@ -275,13 +275,18 @@ __global__ void __launch_bounds__(THREADS)
 
 /* ---- Backward ---- */
 
+/* Of a warp. */
+__device__ float dot(const bf16 *x, const bf16 *y, int64_t n) {
+    float sum = 0;
+    for (int64_t i = threadIdx.x % ESPI_WARP; i < n; i += ESPI_WARP) sum += espi_value(x[i]) * espi_value(y[i]);
+    return espi_warp_sum(sum);
+}
+
 /* delta = d_out . out of each row of n values: a warp a row. */
 __global__ void __launch_bounds__(THREADS) row_products(float *delta, const bf16 *d_out, const bf16 *out, int64_t rows, int64_t n) {
     const int64_t row = static_cast<int64_t>(blockIdx.x) * (THREADS / ESPI_WARP) + threadIdx.x / ESPI_WARP;
     if (row >= rows) return;
-    float sum = 0;
-    for (int64_t i = threadIdx.x % ESPI_WARP; i < n; i += ESPI_WARP) sum += espi_value(d_out[row * n + i]) * espi_value(out[row * n + i]);
-    sum = espi_warp_sum(sum);
+    const float sum = dot(d_out + row * n, out + row * n, n);
     if (threadIdx.x % ESPI_WARP == 0) delta[row] = sum;
 }
 
@@ -512,12 +517,6 @@ __global__ void __launch_bounds__(THREADS) sum_parts(bf16 *out, const float *par
 }
 
 /* ---- Any head size: a warp for each row, its sums in shared memory ---- */
-
-__device__ float dot(const bf16 *x, const bf16 *y, int64_t n) {
-    float sum = 0;
-    for (int64_t i = threadIdx.x % ESPI_WARP; i < n; i += ESPI_WARP) sum += espi_value(x[i]) * espi_value(y[i]);
-    return espi_warp_sum(sum);
-}
 
 __device__ int sequence_at(const espi_spans &spans, int64_t token) {
     int low = 0, high = spans.n_seqs - 1; /* the last sequence that starts at or before the token */
