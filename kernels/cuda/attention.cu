@@ -624,8 +624,6 @@ __global__ void __launch_bounds__(SUM_WARPS *ESPI_WARP, 1) key_grad_any(const __
 
 /* ---- The cache ---- */
 
-template <int N> struct alignas(2 * N) pack { bf16 at[N]; };
-
 template <int N>
 __global__ void __launch_bounds__(THREADS)
     append(bf16 *k_cache, bf16 *v_cache, const bf16 *k, const bf16 *v, espi_spans spans, int64_t width) {
@@ -634,8 +632,8 @@ __global__ void __launch_bounds__(THREADS)
     const int64_t token = i / groups, c = i % groups;
     const sequence s = sequence_of(spans, sequence_at(spans, token));
     const int64_t row = s.key_row(s.before + static_cast<int>(token - s.first_query)), to = row * groups + c;
-    reinterpret_cast<pack<N> *>(k_cache)[to] = reinterpret_cast<const pack<N> *>(k)[i];
-    reinterpret_cast<pack<N> *>(v_cache)[to] = reinterpret_cast<const pack<N> *>(v)[i];
+    reinterpret_cast<bf16s<N> *>(k_cache)[to] = reinterpret_cast<const bf16s<N> *>(k)[i];
+    reinterpret_cast<bf16s<N> *>(v_cache)[to] = reinterpret_cast<const bf16s<N> *>(v)[i];
 }
 
 /* ---- Launches ---- */

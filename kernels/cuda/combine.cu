@@ -5,8 +5,6 @@ namespace {
 
 enum { THREADS = 256 };
 
-template <int N> struct alignas(2 * N) pack { bf16 at[N]; };
-
 /* to_t = add_t + sum over the slots of weight * rows[slot_row], in slot order; no weights: 1. */
 template <int N>
 __global__ void __launch_bounds__(THREADS)
@@ -15,7 +13,7 @@ __global__ void __launch_bounds__(THREADS)
     for (int64_t h = threadIdx.x; h < vectors; h += THREADS) {
         float sum[N] = {};
         if (add) {
-            const pack<N> v = reinterpret_cast<const pack<N> *>(add + t * hidden)[h];
+            const bf16s<N> v = reinterpret_cast<const bf16s<N> *>(add + t * hidden)[h];
 #pragma unroll
             for (int j = 0; j < N; j++) sum[j] = espi_value(v.at[j]);
         }
@@ -23,14 +21,14 @@ __global__ void __launch_bounds__(THREADS)
         for (int k = 0; k < top_k; k++) {
             const int64_t row = slot_row[t * top_k + k];
             const float weight = row_weight ? row_weight[row] : 1;
-            const pack<N> v = reinterpret_cast<const pack<N> *>(rows + row * hidden)[h];
+            const bf16s<N> v = reinterpret_cast<const bf16s<N> *>(rows + row * hidden)[h];
 #pragma unroll
             for (int j = 0; j < N; j++) sum[j] += weight * espi_value(v.at[j]);
         }
-        pack<N> result;
+        bf16s<N> result;
 #pragma unroll
         for (int j = 0; j < N; j++) espi_store(&result.at[j], sum[j]);
-        reinterpret_cast<pack<N> *>(to + t * hidden)[h] = result;
+        reinterpret_cast<bf16s<N> *>(to + t * hidden)[h] = result;
     }
 }
 

@@ -12,10 +12,11 @@
 
 typedef __nv_bfloat16 bf16;
 
+/* N values that are read at once. */
+template <int N> struct alignas(2 * N) bf16s { bf16 at[N]; };
+
 /* One load of 16 bytes. */
-struct alignas(16) bf16x8 {
-    bf16 at[8];
-};
+typedef bf16s<8> bf16x8;
 
 static inline espi_cuda *espi_cuda_of(const espi_exec *exec) {
     return static_cast<espi_cuda *>(exec->device);

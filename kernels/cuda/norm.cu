@@ -5,9 +5,7 @@ namespace {
 
 enum { THREADS = 256, HALF_WARP = ESPI_WARP / 2, SHORT_ROW = 512, ROW_CHUNKS = 256 };
 
-/* N values at a time; GROUP threads share a row: a part of a warp, or the block. */
-template <int N> struct alignas(2 * N) pack { bf16 at[N]; };
-
+/* The same number in f32 as in bf16s<N>.  Below, GROUP threads share a row: a part of a warp, or the block. */
 template <int N> struct alignas(N < 4 ? 4 : 16) floats { float at[N]; };
 
 template <int GROUP> __device__ float group_sum(float x) {
@@ -21,13 +19,13 @@ template <int GROUP> __device__ float group_sum(float x) {
 
 /* A thread's vectors of a row: the first stays in registers between the two passes. */
 template <int N> struct reader {
-    const pack<N> *row;
-    pack<N> first;
+    const bf16s<N> *row;
+    bf16s<N> first;
     int64_t lane;
-    __device__ reader(const bf16 *from, int64_t lane, int64_t n) : row(reinterpret_cast<const pack<N> *>(from)), first(), lane(lane) {
+    __device__ reader(const bf16 *from, int64_t lane, int64_t n) : row(reinterpret_cast<const bf16s<N> *>(from)), first(), lane(lane) {
         if (lane < n) first = row[lane];
     }
-    __device__ pack<N> at(int64_t i) const { return i == lane ? first : row[i]; }
+    __device__ bf16s<N> at(int64_t i) const { return i == lane ? first : row[i]; }
 };
 
 /* A group that has no row of its own does the last one again and keeps silent, for its lanes are needed. */
@@ -37,10 +35,10 @@ __global__ void __launch_bounds__(THREADS, 4)
     const int64_t mine = static_cast<int64_t>(blockIdx.x) * (THREADS / GROUP) + threadIdx.x / GROUP, lane = threadIdx.x % GROUP;
     const int64_t row = min(mine, rows - 1), vectors = n / N;
     const reader<N> from(x + row * n, lane, vectors);
-    pack<N> *to = reinterpret_cast<pack<N> *>(y + row * n);
+    bf16s<N> *to = reinterpret_cast<bf16s<N> *>(y + row * n);
     float squares = 0;
     for (int64_t i = lane; i < vectors; i += GROUP) {
-        const pack<N> v = from.at(i);
+        const bf16s<N> v = from.at(i);
 #pragma unroll
         for (int j = 0; j < N; j++) squares += espi_value(v.at[j]) * espi_value(v.at[j]);
     }
@@ -48,7 +46,7 @@ __global__ void __launch_bounds__(THREADS, 4)
     if (mine >= rows) return;
     const float r = 1 / sqrtf(squares / static_cast<float>(n) + eps);
     for (int64_t i = lane; i < vectors; i += GROUP) {
-        pack<N> v = from.at(i);
+        bf16s<N> v = from.at(i);
         const floats<N> weight = reinterpret_cast<const floats<N> *>(w)[i];
 #pragma unroll
         for (int j = 0; j < N; j++) espi_store(&v.at[j], weight.at[j] * (espi_value(v.at[j]) * r));
@@ -66,7 +64,7 @@ __global__ void __launch_bounds__(THREADS, 3) normalise_grad(bf16 *d_x, const bf
     const float r = rstd[row];
     float mean = 0;
     for (int64_t i = lane; i < vectors; i += GROUP) {
-        const pack<N> g = above.at(i), v = from.at(i);
+        const bf16s<N> g = above.at(i), v = from.at(i);
         const floats<N> weight = reinterpret_cast<const floats<N> *>(w)[i];
 #pragma unroll
         for (int j = 0; j < N; j++) mean += espi_value(g.at[j]) * weight.at[j] * (espi_value(v.at[j]) * r);
@@ -74,13 +72,13 @@ __global__ void __launch_bounds__(THREADS, 3) normalise_grad(bf16 *d_x, const bf
     mean = group_sum<GROUP>(mean) / static_cast<float>(n);
     if (mine >= rows) return;
     for (int64_t i = lane; i < vectors; i += GROUP) {
-        pack<N> g = above.at(i), v = from.at(i), add = {};
+        bf16s<N> g = above.at(i), v = from.at(i), add = {};
         const floats<N> weight = reinterpret_cast<const floats<N> *>(w)[i];
-        if (d_add) add = reinterpret_cast<const pack<N> *>(d_add + at)[i];
+        if (d_add) add = reinterpret_cast<const bf16s<N> *>(d_add + at)[i];
 #pragma unroll
         for (int j = 0; j < N; j++)
             espi_store(&g.at[j], r * (espi_value(g.at[j]) * weight.at[j] - espi_value(v.at[j]) * r * mean) + espi_value(add.at[j]));
-        reinterpret_cast<pack<N> *>(d_x + at)[i] = g;
+        reinterpret_cast<bf16s<N> *>(d_x + at)[i] = g;
     }
 }
 

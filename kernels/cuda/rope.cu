@@ -31,11 +31,9 @@ __global__ void __launch_bounds__(THREADS)
     const int64_t i = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x, groups = half / N;
     if (i >= n) return;
     const int64_t row = i / groups, j = i % groups * N, at = row / heads * half + j;
-    struct alignas(2 * N) pack {
-        bf16 at[N];
-    };
-    pack *low_at = reinterpret_cast<pack *>(x + row * head_dim + j), *high_at = reinterpret_cast<pack *>(x + row * head_dim + half + j);
-    pack low = *low_at, high = *high_at;
+    bf16s<N> *low_at = reinterpret_cast<bf16s<N> *>(x + row * head_dim + j),
+             *high_at = reinterpret_cast<bf16s<N> *>(x + row * head_dim + half + j);
+    bf16s<N> low = *low_at, high = *high_at;
 #pragma unroll
     for (int k = 0; k < N; k++) {
         const float l = espi_value(low.at[k]), h = espi_value(high.at[k]), c = cosines[at + k], s = direction * sines[at + k];
