@@ -72,4 +72,7 @@ esp_status espi_reward_open_repetition(esp_reward *reward, const espi_reward_des
 esp_status espi_reward_open_overlong(esp_reward *reward, const espi_reward_description *d);
 esp_status espi_reward_open_command(esp_reward *reward, const espi_reward_description *d);
 
+/* How far a completion is into the last `buffer` of `max` tokens: 0 before them, 1 at max and beyond. */
+double espi_overlong(int32_t length, double max, double buffer);
+
 #endif

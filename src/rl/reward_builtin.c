@@ -350,13 +350,16 @@ typedef struct overlong {
     double max, buffer;
 } overlong;
 
+double espi_overlong(int32_t length, double max, double buffer) {
+    return fmin(1, fmax(0, (length - (max - buffer)) / buffer));
+}
+
 static int score_overlong(void *user, const esp_reward_batch *batch, float *reward) {
     const overlong *r = user;
     const double max = r->max > 0 ? r->max : batch->max_completion;
     if (!(max >= r->buffer))
         return esp_reward_fail(batch, "the limit of a completion is not known or below the buffer: give overlong a max=");
-    for (int64_t i = 0; i < batch->n; i++)
-        reward[i] = (float)fmin(0, fmax(-1, (max - r->buffer - batch->completion_length[i]) / r->buffer));
+    for (int64_t i = 0; i < batch->n; i++) reward[i] = (float)(0 - espi_overlong(batch->completion_length[i], max, r->buffer));
     return 0;
 }
 

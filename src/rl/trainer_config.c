@@ -379,8 +379,7 @@ static esp_status check(esp_trainer_config *c) {
 static int overlong(void *user, const esp_reward_batch *batch, float *reward) {
     const esp_trainer_config *c = user;
     const double buffer = fmax(1, round(espi_decimal(c->overlong_share) * c->max_new_tokens));
-    for (int64_t i = 0; i < batch->n; i++)
-        reward[i] = (float)-fmin(1, fmax(0, (batch->completion_length[i] - (c->max_new_tokens - buffer)) / buffer));
+    for (int64_t i = 0; i < batch->n; i++) reward[i] = (float)-espi_overlong(batch->completion_length[i], c->max_new_tokens, buffer);
     return 0;
 }
 
