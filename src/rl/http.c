@@ -1,6 +1,7 @@
 /* HTTP requests over libcurl's multi interface: one thread, many transfers.  See http.h. */
 #include "rl/http.h"
 
+#include "core/bytes.h"
 #include "core/log.h"
 #include "core/rng.h"
 #include "core/status.h"
@@ -52,8 +53,7 @@ typedef struct transfer {
     CURL *easy;
     int64_t call; /* -1 = free */
     struct curl_slist *headers;
-    char *body;
-    size_t used, capacity;
+    espi_bytes body;
     bool too_large, no_memory;
     char error[CURL_ERROR_SIZE];
 } transfer;
@@ -159,7 +159,7 @@ void espi_http_destroy(espi_http *http) {
     for (int32_t i = 0; http->transfers && i < http->c.concurrent; i++) {
         if (http->transfers[i].easy) curl_easy_cleanup(http->transfers[i].easy);
         curl_slist_free_all(http->transfers[i].headers);
-        free(http->transfers[i].body);
+        free(http->transfers[i].body.data);
     }
     if (http->multi) curl_multi_cleanup(http->multi);
     free(http->transfers);
@@ -177,23 +177,9 @@ int64_t espi_http_retries(const espi_http *http) {
 static size_t receive(char *data, size_t size, size_t count, void *user) {
     transfer *t = user;
     const size_t n = size * count;
-    if (n > MOST_BYTES - t->used) {
-        t->too_large = true;
-        return 0;
-    }
-    if (t->used + n + 1 > t->capacity) {
-        const size_t capacity = 2 * (t->used + n + 1);
-        char *grown = realloc(t->body, capacity);
-        if (!grown) {
-            t->no_memory = true;
-            return 0;
-        }
-        t->body = grown;
-        t->capacity = capacity;
-    }
-    if (n) memcpy(t->body + t->used, data, n);
-    t->used += n;
-    return n;
+    t->too_large = n > MOST_BYTES - t->body.used;
+    t->no_memory = !t->too_large && !espi_bytes_add(&t->body, data, n);
+    return t->too_large || t->no_memory ? 0 : n;
 }
 
 static esp_status add_header(struct curl_slist **list, const char *line) {
@@ -230,7 +216,7 @@ static esp_status start(run *r, transfer *t, int64_t index, double now) {
     call->code = 0;
     if (call->tries > 1) h->retries++;
     curl_easy_reset(t->easy);
-    t->used = 0;
+    t->body.used = 0;
     t->too_large = t->no_memory = false;
     t->error[0] = '\0';
     ESPI_TRY(set_headers(h, t, call));
@@ -284,11 +270,11 @@ typedef enum verdict { ACCEPTED, AGAIN, FINAL } verdict;
 /* Of an answer that came whole; a failure leaves its sentence in esp_last_error(). */
 static verdict judge_answer(const run *r, const transfer *t, const espi_http_call *call, esp_status *status) {
     if (call->code >= 200 && call->code < 300) {
-        *status = r->answer(r->user, t->call, t->body ? t->body : "", t->used);
+        *status = r->answer(r->user, t->call, t->body.used ? t->body.data : "", t->body.used);
         return *status == ESP_OK ? ACCEPTED : *status == ESP_ERR_FORMAT ? AGAIN : FINAL;
     }
     char words[QUOTE];
-    quote(words, t->body ? t->body : "", t->used);
+    quote(words, t->body.used ? t->body.data : "", t->body.used);
     if (call->code >= 500 || call->code == 408 || call->code == 425 || call->code == 429) {
         *status = ESPI_FAIL(ESP_ERR_COMM, "%s%s answers %d: %s", r->http->base, call->path, call->code, words);
         return AGAIN;
@@ -303,7 +289,8 @@ static verdict judge(const run *r, transfer *t, CURLcode code, esp_status *statu
     curl_easy_getinfo(t->easy, CURLINFO_RESPONSE_CODE, &answered);
     call->code = (int32_t)answered;
     if (t->no_memory) {
-        *status = ESPI_FAIL(ESP_ERR_MEMORY, "%s%s: no memory for an answer of more than %zu bytes", r->http->base, call->path, t->used);
+        *status =
+            ESPI_FAIL(ESP_ERR_MEMORY, "%s%s: no memory for an answer of more than %zu bytes", r->http->base, call->path, t->body.used);
         return FINAL;
     }
     if (t->too_large) {
@@ -311,10 +298,7 @@ static verdict judge(const run *r, transfer *t, CURLcode code, esp_status *statu
             ESPI_FAIL(ESP_ERR_FORMAT, "%s%s: an answer of more than %zu bytes, expected fewer", r->http->base, call->path, MOST_BYTES);
         return FINAL;
     }
-    if (code == CURLE_OK) {
-        if (t->body) t->body[t->used] = '\0';
-        return judge_answer(r, t, call, status);
-    }
+    if (code == CURLE_OK) return judge_answer(r, t, call, status);
     *status = ESPI_FAIL(ESP_ERR_COMM, "%s%s: %s", r->http->base, call->path, t->error[0] ? t->error : curl_easy_strerror(code));
     switch (code) {
     case CURLE_URL_MALFORMAT:

@@ -310,11 +310,11 @@ static esp_status write_page(const page *p, const char *svg_file) {
     espi_svg_put(&whole,
                  "<style>.title{font-size:13px;font-weight:600;fill:#6b7280}.tick{font-size:10px;fill:#7f8794}.legend{font-size:10px}"
                  ".run{font-size:12px;fill:#6b7280}.grid{stroke:#888;stroke-opacity:.22}.axis{stroke:#888;fill:none}</style>\n");
-    for (size_t at = 0; at < p->svg.used; at += 1000) espi_svg_put(&whole, "%.1000s", p->svg.text + at);
+    espi_svg_add(&whole, p->svg.bytes.data, p->svg.bytes.used);
     espi_svg_put(&whole, "</svg>\n");
     esp_status status = whole.status;
-    if (status == ESP_OK) status = espi_file_write_atomic(svg_file, whole.text, whole.used);
-    free(whole.text);
+    if (status == ESP_OK) status = espi_file_write_atomic(svg_file, whole.bytes.data, whole.bytes.used);
+    free(whole.bytes.data);
     return status;
 }
 
@@ -326,7 +326,7 @@ static esp_status plot(run *runs, const char *svg_file, const char *const *given
     if (status == ESP_OK && p.drawn == 0)
         status = ESPI_FAIL(ESP_ERR_FORMAT, "%s: none of the known metrics in it, expected a trainer's metrics.jsonl", given[0]);
     if (status == ESP_OK) status = write_page(&p, svg_file);
-    free(p.svg.text);
+    free(p.svg.bytes.data);
     return status;
 }
 

@@ -4,6 +4,7 @@
 #ifndef ESPI_RL_PLOT_H
 #define ESPI_RL_PLOT_H
 
+#include "core/bytes.h"
 #include "core/status.h"
 
 #include <stdbool.h>
@@ -16,8 +17,7 @@
 
 /* The SVG while it is made.  The first failure stays. */
 typedef struct espi_svg {
-    char *text; /* owned */
-    size_t used, capacity;
+    espi_bytes bytes; /* owned */
     esp_status status;
 } espi_svg;
 
@@ -35,6 +35,8 @@ typedef struct espi_plot_frame {
     double smooth;      /* steps of the running mean that is drawn over a curve; 0 = none */
 } espi_plot_frame;
 
+/* Text as it is. */
+void espi_svg_add(espi_svg *svg, const char *text, size_t n);
 void espi_svg_put(espi_svg *svg, const char *format, ...) __attribute__((format(printf, 2, 3)));
 /* Any bytes as the text of an element: escaped, what XML does not allow as ?. */
 void espi_svg_text(espi_svg *svg, const char *text);

@@ -20,26 +20,18 @@
 static const char *const colours[ESPI_PLOT_COLOURS] = {"#3b82c4", "#d9822b", "#3f9a5f", "#c0504d",
                                                        "#8064a2", "#2a9d9d", "#b5893a", "#7f7f7f"};
 
+void espi_svg_add(espi_svg *svg, const char *text, size_t n) {
+    if (svg->status == ESP_OK && !espi_bytes_add(&svg->bytes, text, n))
+        svg->status = ESPI_FAIL(ESP_ERR_MEMORY, "plot: no memory for %zu bytes of SVG", svg->bytes.used + n);
+}
+
 void espi_svg_put(espi_svg *svg, const char *format, ...) {
     char piece[1024];
     va_list arguments;
     va_start(arguments, format);
     const int n = vsnprintf(piece, sizeof piece, format, arguments);
     va_end(arguments);
-    if (svg->status != ESP_OK || n <= 0) return;
-    const size_t bytes = (size_t)n < sizeof piece ? (size_t)n : sizeof piece - 1;
-    if (svg->used + bytes + 1 > svg->capacity) {
-        const size_t capacity = 2 * (svg->used + bytes + 1) + 4096;
-        char *grown = realloc(svg->text, capacity);
-        if (!grown) {
-            svg->status = ESPI_FAIL(ESP_ERR_MEMORY, "plot: no memory for %zu bytes of SVG", capacity);
-            return;
-        }
-        svg->text = grown;
-        svg->capacity = capacity;
-    }
-    memcpy(svg->text + svg->used, piece, bytes + 1);
-    svg->used += bytes;
+    if (n > 0) espi_svg_add(svg, piece, (size_t)n < sizeof piece ? (size_t)n : sizeof piece - 1);
 }
 
 void espi_svg_text(espi_svg *svg, const char *text) {

@@ -2,6 +2,7 @@
  * each child has a process group of its own, is never waited for without end, and never left as a zombie. */
 #include "rl/reward.h"
 
+#include "core/bytes.h"
 #include "core/clock.h"
 
 #include <errno.h>
@@ -29,16 +30,10 @@
 
 extern char **environ;
 
-/* Bytes that wait to be written, or to become a line. */
-typedef struct bytes {
-    char *data;
-    size_t used, capacity;
-} bytes;
-
 typedef struct child {
-    pid_t pid;   /* 0: not running */
-    int in, out; /* our ends of its standard input and output */
-    bytes input, output;
+    pid_t pid;                /* 0: not running */
+    int in, out;              /* our ends of its standard input and output */
+    espi_bytes input, output; /* what waits to be written, and to become a line */
     size_t sent;
     int64_t first, end, open; /* its rows of the batch, and how many of them are not answered */
     int64_t starts;           /* since its last answer, in this batch */
@@ -72,19 +67,6 @@ static int fail(scoring *s, const char *format, ...) {
     vsnprintf(s->why, sizeof s->why, format, arguments);
     va_end(arguments);
     return 1;
-}
-
-static bool append(bytes *b, const char *data, size_t n) {
-    if (b->used + n > b->capacity) {
-        const size_t capacity = 2 * (b->used + n) + 4096;
-        char *grown = realloc(b->data, capacity);
-        if (!grown) return false;
-        b->data = grown;
-        b->capacity = capacity;
-    }
-    memcpy(b->data + b->used, data, n);
-    b->used += n;
-    return true;
 }
 
 static void close_end(int *fd) {
@@ -186,7 +168,7 @@ static int append_request(scoring *s, child *k, int64_t row, int64_t index, int6
     char *text = line ? json_dumps(line, JSON_COMPACT) : NULL;
     json_decref(line);
     if (!text) return fail(s, "completion %lld cannot be written as JSON: not UTF-8, or no memory", (long long)row);
-    const bool fits = append(&k->input, text, strlen(text)) && append(&k->input, "\n", 1);
+    const bool fits = espi_bytes_add(&k->input, text, strlen(text)) && espi_bytes_add(&k->input, "\n", 1);
     free(text);
     return fits ? 0 : fail(s, "no memory for the lines of a batch");
 }
@@ -294,7 +276,7 @@ static int read_child(scoring *s, child *k) {
     const ssize_t n = read(k->out, piece, sizeof piece);
     if (n < 0 && (errno == EAGAIN || errno == EINTR)) return 0;
     if (n <= 0) return replace_child(s, k, NULL);
-    if (!append(&k->output, piece, (size_t)n)) return fail(s, "no memory for what \"%.80s\" wrote", s->c->line);
+    if (!espi_bytes_add(&k->output, piece, (size_t)n)) return fail(s, "no memory for what \"%.80s\" wrote", s->c->line);
     return take_lines(s, k);
 }
 

@@ -3,6 +3,7 @@
 #define ESPI_RL_SAMPLER_H
 
 #include "contract/decoder.h"
+#include "core/bytes.h"
 #include "espalier/sampler.h"
 
 /* Default of max_kept, where the vocabulary is larger. */
@@ -23,8 +24,7 @@ typedef struct espi_sampler_arrays {
 
 typedef struct espi_row_text {
     esp_decode_state state;
-    char *held; /* NUL-terminated: what may still turn out to be part of a stop string */
-    size_t used, capacity;
+    espi_bytes held; /* what may still turn out to be part of a stop string */
 } espi_row_text;
 
 /* Takes up one token.  *certain: that many bytes of held are text for sure; *stopped: a stop string follows them. */

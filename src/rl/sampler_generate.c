@@ -260,13 +260,13 @@ static esp_status tell_text(const call *g, draw *d, bool stop_id) {
     d->last = d->last || found;
     if (d->last && !found) {
         ESPI_TRY(espi_row_text_end(text));
-        certain = text->used;
+        certain = text->held.used;
     }
     if (g->c.on_text && (certain > 0 || d->last)) {
-        const char behind = text->held[certain];
-        text->held[certain] = '\0';
-        ESPI_TRY(told(g->c.on_text(g->c.on_text_user, live->row, text->held, certain, d->last), "on_text", live->drawn, live->row));
-        text->held[certain] = behind;
+        const char behind = text->held.data[certain];
+        text->held.data[certain] = '\0';
+        ESPI_TRY(told(g->c.on_text(g->c.on_text_user, live->row, text->held.data, certain, d->last), "on_text", live->drawn, live->row));
+        text->held.data[certain] = behind;
     }
     espi_row_text_drop(text, certain);
     return ESP_OK;
@@ -350,7 +350,7 @@ static esp_status record(const call *g, draw *d) {
 static void leave(call *g, espi_live_row *live) {
     g->s->taken[live->slot] = false;
     g->s->users[live->prompt]--;
-    free(live->text.held);
+    free(live->text.held.data);
 }
 
 /* Rows that end leave; the others close up. */
@@ -394,6 +394,6 @@ esp_status esp_sampler_generate(esp_sampler *sampler, const esp_generate_config 
     const espi_mark mark = espi_arena_mark(&sampler->arena);
     const esp_status status = run(&g);
     espi_arena_release(&sampler->arena, mark); /* a pass that failed half-way has not */
-    for (int32_t i = 0; i < g.n_live; i++) free(sampler->live[i].text.held);
+    for (int32_t i = 0; i < g.n_live; i++) free(sampler->live[i].text.held.data);
     return status;
 }

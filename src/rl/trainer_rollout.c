@@ -1,5 +1,6 @@
 /* The first half of a GRPO step: prompts, completions, rewards, advantages.  A generation may take several calls of its source: groups
  * whose rewards are all equal teach nothing and may give way to others.  Between two calls a run can be stopped and resumed. */
+#include "core/bytes.h"
 #include "core/rng.h"
 #include "models/model.h"
 #include "rl/run.h"
@@ -12,27 +13,12 @@
 
 #define REPLACEMENT "\xEF\xBF\xBD"
 
-/* Text that grows. */
-typedef struct text {
-    char *bytes;
-    size_t used, capacity;
-} text;
-
-static esp_status append(text *out, const char *bytes, size_t n) {
-    if (out->used + n + 1 > out->capacity) {
-        const size_t capacity = 2 * (out->used + n + 1) + 32;
-        char *grown = realloc(out->bytes, capacity);
-        if (!grown) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for a completion's text of %zu bytes", capacity);
-        out->bytes = grown;
-        out->capacity = capacity;
-    }
-    memcpy(out->bytes + out->used, bytes, n);
-    out->used += n;
-    out->bytes[out->used] = '\0';
-    return ESP_OK;
+static esp_status append(espi_bytes *out, const char *bytes, size_t n) {
+    if (espi_bytes_add(out, bytes, n)) return ESP_OK;
+    return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for a completion's text of %zu bytes", out->used + n);
 }
 
-static esp_status decode(text *out, const esp_tokenizer *tokenizer, const int32_t *ids, int32_t n) {
+static esp_status decode(espi_bytes *out, const esp_tokenizer *tokenizer, const int32_t *ids, int32_t n) {
     esp_decode_state state = {.n_pending = 0};
     ESPI_TRY(append(out, "", 0));
     for (int32_t i = 0; i < n; i++) {
@@ -47,13 +33,13 @@ static esp_status decode(text *out, const esp_tokenizer *tokenizer, const int32_
 }
 
 esp_status espi_completion_text(char **out, const esp_tokenizer *tokenizer, const int32_t *ids, int32_t n, bool stopped) {
-    text grown = {NULL, 0, 0};
+    espi_bytes grown = {0};
     const esp_status status = decode(&grown, tokenizer, ids, n - stopped);
     if (status != ESP_OK) {
-        free(grown.bytes);
+        free(grown.data);
         return status;
     }
-    *out = grown.bytes;
+    *out = grown.data;
     return ESP_OK;
 }
 

@@ -715,23 +715,23 @@ static bool feed_text(char *out, const esp_tokenizer *tokenizer, const char *tex
     int32_t ids[256];
     size_t n, used = 0;
     OK(esp_tokenizer_encode(tokenizer, text, strlen(text), false, false, ids, 256, &n));
-    espi_row_text row = {.held = NULL};
+    espi_row_text row = {0};
     bool stopped = false;
     for (*at = 0; *at < (int32_t)n && !stopped; ++*at) {
         size_t certain;
         OK(espi_row_text_add(&row, &certain, &stopped, &c, ids[*at]));
-        cr_assert(certain == row.used || ((unsigned char)row.held[certain] & 0xC0) != 0x80, "a character was cut");
-        memcpy(out + used, row.held, certain);
+        cr_assert(certain == row.held.used || ((unsigned char)row.held.data[certain] & 0xC0) != 0x80, "a character was cut");
+        memcpy(out + used, row.held.data, certain);
         used += certain;
         espi_row_text_drop(&row, certain);
     }
     if (!stopped) {
         OK(espi_row_text_end(&row));
-        memcpy(out + used, row.held, row.used);
-        used += row.used;
+        memcpy(out + used, row.held.data, row.held.used);
+        used += row.held.used;
     }
     out[used] = '\0';
-    free(row.held);
+    free(row.held.data);
     return stopped;
 }
 
