@@ -52,7 +52,6 @@ typedef struct results {
     unsigned char *routes;
     size_t routes_bytes;
     esp_memory memory;
-    esp_plan plan;
 } results;
 
 static void free_results(results *r) {
@@ -128,7 +127,7 @@ static void run(results *r, esp_model *model, const results *routes, bool free_r
     int32_t ids[TOKENS];
     fill_ids(ids, model);
     const int64_t n_routed = TOKENS * c->layers * c->top_k;
-    *r = (results){.memory = ESP_MEMORY_INIT, .plan = {.struct_size = sizeof(esp_plan)}, .routes_bytes = (size_t)n_routed};
+    *r = (results){.memory = ESP_MEMORY_INIT, .routes_bytes = (size_t)n_routed};
     r->routes = calloc((size_t)n_routed + 1, 1);
     esp_batch batch = ESP_BATCH(.tokens = ids, .cu_seqlens = borders, .n_tokens = TOKENS, .n_seqs = SEQS,
                                 .n_routed = free_routes ? 0 : n_routed, .routed_bytes = free_routes ? 0 : 1);
