@@ -59,6 +59,17 @@ static product_args down_back_product(const espi_down_bwd *a, void *scratch) {
     return p;
 }
 
+/* A forward: u = A in of every row, then the product. */
+static esp_status forward(const espi_exec *exec, const product_args *p, const espi_lora *lora, void *u, product_kind kind) {
+    if (p->r) {
+        low_args low = {};
+        low.low = (bf16 *)u, low.in = p->in, low.in_row = p->in_row, low.l = (const float *)lora->a;
+        low.r = p->r, low.width = p->w.cols, low.factor = 1;
+        ESPI_CUDA_TRY(lora_low(&low, &p->routing, ((const espi_cuda *)exec->device)->stream));
+    }
+    return product(exec, p, lora, kind, 0);
+}
+
 extern "C" size_t espi_gate_up_fwd_scratch_cuda(const espi_exec *exec, const espi_gate_up_fwd *a) {
     (void)exec;
     const product_args p = gate_up_product(a);
@@ -66,16 +77,9 @@ extern "C" size_t espi_gate_up_fwd_scratch_cuda(const espi_exec *exec, const esp
 }
 
 extern "C" esp_status espi_gate_up_fwd_cuda(const espi_exec *exec, const espi_gate_up_fwd *a) {
-    const espi_cuda *cuda = (const espi_cuda *)exec->device;
     if (a->routing.tokens == 0) return ESP_OK;
     const product_args p = gate_up_product(a);
-    if (p.r) {
-        low_args low = {};
-        low.low = (bf16 *)a->u, low.in = p.in, low.in_row = p.in_row, low.l = (const float *)a->lora.a;
-        low.r = p.r, low.width = a->w.cols, low.factor = 1;
-        ESPI_CUDA_TRY(lora_low(&low, &a->routing, cuda->stream));
-    }
-    return product(exec, &p, &a->lora, PRODUCT_GATE_UP, 0);
+    return forward(exec, &p, &a->lora, a->u, PRODUCT_GATE_UP);
 }
 
 extern "C" size_t espi_down_fwd_scratch_cuda(const espi_exec *exec, const espi_down_fwd *a) {
@@ -85,16 +89,9 @@ extern "C" size_t espi_down_fwd_scratch_cuda(const espi_exec *exec, const espi_d
 }
 
 extern "C" esp_status espi_down_fwd_cuda(const espi_exec *exec, const espi_down_fwd *a) {
-    const espi_cuda *cuda = (const espi_cuda *)exec->device;
     if (a->routing.tokens == 0) return ESP_OK;
     const product_args p = down_product(a);
-    if (p.r) {
-        low_args low = {};
-        low.low = (bf16 *)a->u, low.in = p.in, low.l = (const float *)a->lora.a;
-        low.r = p.r, low.width = a->w.cols, low.factor = 1;
-        ESPI_CUDA_TRY(lora_low(&low, &a->routing, cuda->stream));
-    }
-    return product(exec, &p, &a->lora, PRODUCT_DOWN, 0);
+    return forward(exec, &p, &a->lora, a->u, PRODUCT_DOWN);
 }
 
 /* q of every row, then the product's. */
