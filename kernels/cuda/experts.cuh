@@ -111,7 +111,8 @@ static __device__ __forceinline__ gate_up_words split_gate_up(uint4 first, uint4
 size_t espi_record_bytes(const espi_stack *w);
 cudaError_t espi_pack_records(void *records, const espi_stack *w, cudaStream_t stream);
 
-/* ---- products with the frozen stacks: experts_plain.cu (any shape) and experts_wgmma.cu (sm_90a, whole records) ---- */
+/* ---- products with the frozen stacks: experts_plain.cu (any shape) and experts_tiled.cu (whole records; on sm_90a by experts_wgmma.cu, elsewhere
+ * by experts_mma.cu) ---- */
 enum product_kind { PRODUCT_GATE_UP, PRODUCT_DOWN, PRODUCT_DOWN_BACK, PRODUCT_GATE_UP_BACK };
 
 /* out_s = W_e in_s (or W_e^T in_s, when back) + factor * L_e low_s [+ bias_e], and what the kind makes of it. */
