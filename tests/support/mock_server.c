@@ -128,7 +128,6 @@ static struct {
     esp_model *model;
     esp_sampler *sampler;
     esp_model_info info;
-    int64_t parameters;
     adapter adapters[MOST_ADAPTERS]; /* name "" = free */
     adapter left[MOST_ADAPTERS];     /* of unloaded ones: their names and values */
     int n_left;
@@ -416,7 +415,8 @@ static answer complete(const json_t *root, const char *id, kind kind) {
     return out;
 }
 
-static answer load(const json_t *root) {
+static answer load(const json_t *root, const char *id, kind kind) {
+    (void)id, (void)kind;
     const char *name = json_string_value(json_object_get(root, "lora_name")), *path = json_string_value(json_object_get(root, "lora_path"));
     char message[768];
     if (!mock.lora) return failure(404, "Not Found");
@@ -434,11 +434,11 @@ static answer load(const json_t *root) {
     if (!a) return failure(500, "no room for another adapter");
     esp_model_adapter_enable(mock.model, true);
     if (esp_model_load_adapter(mock.model, path) != ESP_OK) return failure(400, esp_last_error());
-    a->values = malloc((size_t)mock.parameters * sizeof *a->values);
+    a->values = malloc((size_t)mock.info.adapter_parameters * sizeof *a->values);
     each_parameter(a->values, false);
     const adapter *old = find(mock.left, name);
     if (old) {
-        memcpy(a->values, old->values, (size_t)mock.parameters * sizeof *a->values);
+        memcpy(a->values, old->values, (size_t)mock.info.adapter_parameters * sizeof *a->values);
         mock.stale++;
     }
     snprintf(a->name, sizeof a->name, "%s", name);
@@ -450,7 +450,8 @@ static answer load(const json_t *root) {
     return text(200, "Success");
 }
 
-static answer unload(const json_t *root) {
+static answer unload(const json_t *root, const char *id, kind kind) {
+    (void)id, (void)kind;
     const char *name = json_string_value(json_object_get(root, "lora_name"));
     adapter *a = name && *name ? find(mock.adapters, name) : NULL;
     char message[256];
@@ -540,6 +541,34 @@ static planned choose(int fits) {
     return n ? (planned){(kind)able[(int)(espi_uniform(mock.seed, ESPI_STREAM_CONTROL, draw, 1, 0, 0) * n)], 0.02} : (planned){NONE, 0};
 }
 
+/* A request that something may go wrong with. */
+static answer answer_or_not(const json_t *root, const char *id, answer (*done)(const json_t *root, const char *id, kind kind), int fits,
+                            double *slow) {
+    const planned p = choose(fits);
+    mock.done[p.kind]++;
+    *slow = p.kind == SLOW ? p.seconds : 0;
+    if (p.kind == ERROR_500 || p.kind == ERROR_503) return failure(p.kind == ERROR_500 ? 500 : 503, "the engine is not well");
+    if (p.kind == TOO_MANY || p.kind == REFUSED) return failure(p.kind == TOO_MANY ? 429 : 400, "the engine does not want this");
+    if (p.kind == DROPPED) return (answer){0};
+    answer out = done(root, id, p.kind);
+    out.cut = p.kind == CUT;
+    if (p.kind != DROPPED_AFTER) return out;
+    free(out.body);
+    return (answer){0};
+}
+
+/* What is posted, by its address. */
+static answer post(const char *url, const json_t *root, const char *id, double *slow) {
+    if (strcmp(url, "/mock/misbehave") == 0) return misbehave(root);
+    if (strcmp(url, "/mock/random") == 0) return misbehave_at_random(root);
+    if (strcmp(url, "/mock/forget") == 0) return forget_adapters();
+    if (strcmp(url, "/v1/load_lora_adapter") == 0) return answer_or_not(root, id, load, ADAPTERS, slow);
+    if (strcmp(url, "/v1/unload_lora_adapter") == 0) return answer_or_not(root, id, unload, ADAPTERS, slow);
+    if (strcmp(url, "/v1/completions") != 0) return failure(404, "Not Found");
+    mock.completions++;
+    return answer_or_not(root, id, complete, COMPLETIONS, slow);
+}
+
 /* The answer; *slow: seconds to wait before it is sent. */
 static answer serve(const char *method, const char *url, const request *r, const char *id, const char *authorization, double *slow) {
     static const char bearer[] = "Bearer ";
@@ -550,41 +579,10 @@ static answer serve(const char *method, const char *url, const request *r, const
     if (get && strcmp(url, "/health") == 0) return text(200, "");
     if (get && strcmp(url, "/v1/models") == 0) return list_models();
     if (get && strcmp(url, "/mock/stats") == 0) return stats();
+    if (get) return failure(404, "Not Found");
     json_error_t error;
     json_t *root = json_loadb(r->body ? r->body : "", r->used, 0, &error);
-    answer out;
-    const bool completions = strcmp(url, "/v1/completions") == 0, loads = strcmp(url, "/v1/load_lora_adapter") == 0,
-               unloads = strcmp(url, "/v1/unload_lora_adapter") == 0;
-    if (get || !root) {
-        out = failure(get ? 404 : 400, get ? "Not Found" : error.text);
-    } else if (strcmp(url, "/mock/misbehave") == 0) {
-        out = misbehave(root);
-    } else if (strcmp(url, "/mock/random") == 0) {
-        out = misbehave_at_random(root);
-    } else if (strcmp(url, "/mock/forget") == 0) {
-        out = forget_adapters();
-    } else if (!completions && !loads && !unloads) {
-        out = failure(404, "Not Found");
-    } else {
-        const planned p = choose(completions ? COMPLETIONS : ADAPTERS);
-        mock.completions += completions;
-        mock.done[p.kind]++;
-        *slow = p.kind == SLOW ? p.seconds : 0;
-        if (p.kind == ERROR_500 || p.kind == ERROR_503) {
-            out = failure(p.kind == ERROR_500 ? 500 : 503, "the engine is not well");
-        } else if (p.kind == TOO_MANY || p.kind == REFUSED) {
-            out = failure(p.kind == TOO_MANY ? 429 : 400, "the engine does not want this");
-        } else if (p.kind == DROPPED) {
-            out = (answer){0};
-        } else {
-            out = completions ? complete(root, id, p.kind) : loads ? load(root) : unload(root);
-            out.cut = p.kind == CUT;
-            if (p.kind == DROPPED_AFTER) {
-                free(out.body);
-                out = (answer){0};
-            }
-        }
-    }
+    const answer out = root ? post(url, root, id, slow) : failure(400, error.text);
     json_decref(root);
     return out;
 }
@@ -658,12 +656,6 @@ static void open_model(const char *dir) {
     mock.info = (esp_model_info)ESP_MODEL_INFO_INIT;
     check(esp_model_info_get(mock.model, &mock.info), "info");
     check(esp_sampler_create(&mock.sampler, mock.model, &ESP_SAMPLER_CONFIG(.max_sequences = MOST_ROWS, .max_length = LONGEST)), "sampler");
-    for (int64_t i = 0; i < esp_model_param_count(mock.model); i++) {
-        esp_param p = ESP_PARAM_INIT;
-        check(esp_model_param_get(mock.model, i, &p), "parameter");
-        const esp_tensor view = esp_tensor_view(p.data, p.dtype, p.rank, p.dims);
-        mock.parameters += esp_tensor_count(&view);
-    }
 }
 
 int main(int argc, char **argv) {
