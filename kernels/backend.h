@@ -66,9 +66,10 @@ typedef struct espi_quantise {
 } espi_quantise;
 
 typedef struct espi_backend {
-    const char *name; /* "ref", "ref64", "cpu-generic", "cpu-avx2", "cpu-avx512", "cuda" */
+    const char *name; /* "ref", "ref64", "cpu-generic", "cpu-avx2", "cpu-avx512", "cpu-avx512_bf16", "cpu-amx_bf16", "cuda" */
     esp_dtype real;
     esp_dtype act;                 /* of activations: real, but for a GPU's bf16 */
+    bool bf16_products;            /* its products round what they multiply to bf16, though act is f32: taken only when asked for */
     const espi_device *device;     /* NULL: arrays are in host memory */
     bool (*available)(void);       /* can this machine run it? */
     const char *(*describe)(void); /* one line for ESP_LOG=select (e.g. which dense GEMM), or NULL */

@@ -35,7 +35,8 @@ typedef void (*esp_free_fn)(void *user, void *p, size_t bytes);
 typedef struct esp_ctx_config {
     size_t struct_size;
     esp_comm *comm; ///< NULL: alone
-    /// "auto" (default) or "cpu"; "ref" (f32 storage, f64 sums) or "ref64" (all f64); "cuda": a GPU, on which tensors that the library hands
+    /// "auto" (default) or "cpu": products of f32, in the best instruction set there is; "cpu-bf16": the same, but products with 4-bit experts
+    /// round what they multiply to bf16 (sums stay f32), which is twice as fast where the machine has it; "ref" (f32 storage, f64 sums) or "ref64" (all f64); "cuda": a GPU, on which tensors that the library hands
     /// out (hidden states, parameters) lie in the GPU's memory; "any": "cuda" where there is a usable GPU, else "cpu"
     const char *backend;
     int threads;         ///< OpenMP threads; 0 = OMP_NUM_THREADS or the number of cores
@@ -50,7 +51,8 @@ typedef struct esp_ctx_config {
 
 /// Not collective.  One context per thread of the caller; a context is not to be used from two threads at once.
 /// config [in]  NULL = all defaults
-/// ESP_ERR_ARG on an unknown backend name (the sentence lists the known ones); ESP_ERR_UNSUPPORTED: "cuda" where there is no usable GPU
+/// ESP_ERR_ARG on an unknown backend name (the sentence lists the known ones); ESP_ERR_UNSUPPORTED: "cuda" where there is no usable GPU,
+/// "cpu-bf16" where the machine has no such products
 ESP_API esp_status esp_ctx_create(esp_ctx **ctx, const esp_ctx_config *config);
 
 /// NULL is allowed.  Objects made with the context must be destroyed first.

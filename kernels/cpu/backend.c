@@ -14,6 +14,9 @@ const espi_backend ESPI_CPU(espi_backend_cpu) = {
     .name = "cpu-" STRING(ESPI_CPU_ISA),
     .real = ESP_F32,
     .act = ESP_F32,
+#if defined(__AVX512BF16__)
+    .bf16_products = true,
+#endif
     .available = ESPI_CPU(espi_cpu_available),
 #define ESPI_OP(op, args) .op.run = ESPI_CPU(espi_##op),
 #include "kernels/ops.def"

@@ -12,9 +12,11 @@ set(cpu_sources
 set(cpu_isas generic)
 set(cpu_flags_generic)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
-  list(APPEND cpu_isas avx2 avx512)
+  list(APPEND cpu_isas avx2 avx512 avx512_bf16 amx_bf16)
   set(cpu_flags_avx2 -mavx2 -mfma)
   set(cpu_flags_avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512)
+  set(cpu_flags_avx512_bf16 ${cpu_flags_avx512} -mavx512bf16)
+  set(cpu_flags_amx_bf16 ${cpu_flags_avx512_bf16} -mamx-tile -mamx-bf16)
 endif()
 
 set(espalier_cpu_objects)

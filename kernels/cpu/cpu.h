@@ -1,5 +1,5 @@
 /* What the sources of one instruction set share: names, the vector type, and the matrix product that most ops are made of.
- * Every source here is compiled once per instruction set (ESPI_CPU_ISA = generic, avx2, avx512) with that set's flags; vectors are those of
+ * Every source here is compiled once per instruction set (ESPI_CPU_ISA = generic, avx2, avx512, avx512_bf16, amx_bf16) with that set's flags; vectors are those of
  * the compiler (GCC and clang), so one text serves all.
  *
  * Bits: each output of a product is made of chains of multiply-adds over PANEL_DEPTH steps of k, added in order, whatever tile it lies in.

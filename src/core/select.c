@@ -88,21 +88,22 @@ static void use(esp_ctx *ctx, const espi_backend *backend) {
     espi_log(ctx, ESP_LOG_SELECT, "backend %s, %d threads%s%s", backend->name, ctx->threads, more ? ": " : "", more ? more : "");
 }
 
-/* The cpu backend of an instruction set; NULL: the best that this machine has. */
-static esp_status find_cpu(const espi_backend **found, const char *isa, const char *asked_by) {
+/* The cpu backend of an instruction set; NULL: the best that this machine has and that does not round, or, with `bf16`, the best of those
+ * whose products are of bf16. */
+static esp_status find_cpu(const espi_backend **found, const char *isa, bool bf16, const char *asked_by) {
     refusals there = {.length = 0};
     for (int i = 0; espi_backends_cpu[i] != NULL; i++) {
         const espi_backend *backend = espi_backends_cpu[i];
-        if (!usable(backend)) continue;
-        if (isa == NULL || strcmp(isa, instruction_set(backend)) == 0) {
+        if (!usable(backend) || (bf16 && !backend->bf16_products)) continue;
+        if (isa == NULL ? backend->bf16_products == bf16 : strcmp(isa, instruction_set(backend)) == 0) {
             *found = backend;
             return ESP_OK;
         }
         add_text(&there, ", ", instruction_set(backend), "");
     }
     return ESPI_FAIL(isa == NULL ? ESP_ERR_UNSUPPORTED : ESP_ERR_ARG,
-                     "%s asks for the instruction set %s; this build on this machine has: %s", asked_by, isa == NULL ? "(any)" : isa,
-                     there.length ? there.text : "none");
+                     "%s asks for the instruction set %s%s; this build on this machine has: %s", asked_by, isa == NULL ? "(any)" : isa,
+                     bf16 ? " with products of bf16" : "", there.length ? there.text : "none");
 }
 
 static const espi_backend *usable_gpu(void) {
@@ -130,7 +131,8 @@ static esp_status find_gpu(const espi_backend **found, const char *name) {
 
 esp_status espi_select_backends(esp_ctx *ctx, const char *name) {
     const espi_backend *first = strcmp(name, "any") == 0 ? usable_gpu() : NULL;
-    const bool any_cpu = strcmp(name, "auto") == 0 || strcmp(name, "cpu") == 0 || strcmp(name, "any") == 0;
+    const bool bf16 = strcmp(name, "cpu-bf16") == 0;
+    const bool any_cpu = bf16 || strcmp(name, "auto") == 0 || strcmp(name, "cpu") == 0 || strcmp(name, "any") == 0;
     if (first != NULL) {
         espi_log(ctx, ESP_LOG_INFO, "backend any: taking %s", first->name);
     } else if (strcmp(name, "cuda") == 0) {
@@ -138,17 +140,19 @@ esp_status espi_select_backends(esp_ctx *ctx, const char *name) {
     } else if (any_cpu) {
         const char *forced = getenv("ESP_CPU_ISA");
         if (forced != NULL && forced[0] == '\0') forced = NULL;
-        ESPI_TRY(find_cpu(&first, forced, forced ? "ESP_CPU_ISA" : "esp_ctx_config.backend"));
+        ESPI_TRY(find_cpu(&first, forced, bf16, forced ? "ESP_CPU_ISA" : "esp_ctx_config.backend"));
     } else if (strncmp(name, "cpu-", 4) == 0) {
-        ESPI_TRY(find_cpu(&first, name + 4, "esp_ctx_config.backend"));
+        ESPI_TRY(find_cpu(&first, name + 4, false, "esp_ctx_config.backend"));
     } else if (strcmp(name, "ref") == 0) {
         first = &espi_backend_ref;
     } else if (strcmp(name, "ref64") == 0) {
         first = &espi_backend_ref64;
     } else {
-        return ESPI_FAIL(
-            ESP_ERR_ARG,
-            "esp_ctx_config.backend is \"%s\", expected auto, any, cpu, cuda, ref or ref64 (or cpu-generic, cpu-avx2, cpu-avx512)", name);
+        return ESPI_FAIL(ESP_ERR_ARG,
+                         "esp_ctx_config.backend is \"%s\", expected auto, any, cpu, cuda, ref or ref64 (or cpu-bf16, or an instruction "
+                         "set: cpu-generic, "
+                         "cpu-avx2, cpu-avx512, cpu-avx512_bf16, cpu-amx_bf16)",
+                         name);
     }
     ctx->n_backends = 0;
     ctx->real = first->real;

@@ -12,7 +12,8 @@
 #include "kernels/ops.def"
 #undef ESPI_OP
 
-/* The backends that a name means: "auto" or "cpu" (best instruction set, then ref), "cpu-avx2" .., "ref", "ref64", "cuda", or "any" (a GPU
+/* The backends that a name means: "auto" or "cpu" (best instruction set that keeps f32, then ref), "cpu-bf16" (best one whose products are of
+ * bf16, then ref), "cpu-avx2" .., "ref", "ref64", "cuda", or "any" (a GPU
  * where one can be used, else "cpu"; the log says which).  ESP_ERR_UNSUPPORTED: "cuda" without a GPU, or without its code.
  * ESP_ERR_ARG on an unknown name or an instruction set that this machine lacks; the sentence lists what there is. */
 esp_status espi_select_backends(esp_ctx *ctx, const char *name);

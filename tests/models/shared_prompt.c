@@ -290,8 +290,8 @@ static void same_logprobs(subject *s, const layout *l) {
     cr_expect(memcmp(got, want, (size_t)n * sizeof *got) == 0, "%s, %s: other log-probabilities", s->ctx->backends[0]->name, l->name);
 }
 
-static const char *const backend_names[] = {"ref64", "ref", "cpu-generic", "cpu-avx2", "cpu-avx512"};
-enum { CASES = MODELS * 5 };
+static const char *const backend_names[] = {"ref64", "ref", "cpu-generic", "cpu-avx2", "cpu-avx512", "cpu-avx512_bf16"};
+enum { CASES = MODELS * 6 };
 
 ParameterizedTestParameters(shared_prompt, equals_repeated) {
     static int index[CASES];

@@ -145,6 +145,24 @@ Test(ctx, every_instruction_set_by_name) {
     }
 }
 
+/* "cpu" keeps f32, "cpu-bf16" never does. */
+Test(ctx, rounded_products_only_when_asked_for) {
+    const espi_backend *best = NULL;
+    for (int i = 0; best == NULL && espi_backends_cpu[i] != NULL; i++)
+        if (espi_backends_cpu[i]->bf16_products && espi_backends_cpu[i]->available()) best = espi_backends_cpu[i];
+    unsetenv("ESP_CPU_ISA");
+    esp_ctx *ctx = make(ESP_CTX_CONFIG(.backend = "cpu"));
+    cr_expect_not(ctx->backends[0]->bf16_products);
+    esp_ctx_destroy(ctx);
+    const esp_status status = esp_ctx_create(&ctx, &ESP_CTX_CONFIG(.backend = "cpu-bf16"));
+    cr_assert_eq(status, best ? ESP_OK : ESP_ERR_UNSUPPORTED, "%s", esp_last_error());
+    if (status == ESP_OK) cr_expect(ctx->backends[0] == best);
+    esp_ctx_destroy(ctx);
+    setenv("ESP_CPU_ISA", "generic", 1);
+    cr_expect_eq(esp_ctx_create(&ctx, &ESP_CTX_CONFIG(.backend = "cpu-bf16")), ESP_ERR_ARG);
+    cr_expect(strstr(esp_last_error(), "products of bf16") != NULL, "%s", esp_last_error());
+}
+
 Test(ctx, instruction_set_by_environment) {
     esp_ctx *ctx;
     setenv("ESP_CPU_ISA", "generic", 1);
