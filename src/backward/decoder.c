@@ -36,12 +36,10 @@ static esp_status run(void *user) {
     espi_probe(pass, "d_h", c->layers, d, t, c->hidden);
     for (int64_t l = c->layers - 1; l >= 0; l--) {
         const espi_mark mark = espi_arena_mark(arena);
-        espi_block_saved again = saved->blocks[l]; /* of a checkpointed layer only the routing is alive */
+        espi_block_saved again = saved->blocks[l]; /* of a checkpointed layer only what lasts is alive */
         if (l < saved->first_kept) {
-            void *out; /* lands where h[l+1] stands already, with the same bits */
-            ESPI_TRY(espi_take_act(pass, t * c->hidden, &out));
             pass->quiet = true;
-            ESPI_TRY(espi_block_forward(pass, l, out, saved->h[l], &again, true));
+            ESPI_TRY(espi_block_forward(pass, l, NULL, saved->h[l], &again, true));
             pass->quiet = false;
         }
         /* Below layer 0 there is only the frozen embedding: its gradient is formed for a probe alone. */

@@ -1,5 +1,5 @@
 /* decoder: ids -> final hidden states through all layers.  Twins: forward/decoder.c, backward/decoder.c.
- * A layer keeps all its saved tensors, or, beyond the activation budget, only its input and its routing, and is run again in the backward
+ * A layer keeps all its saved tensors, or, beyond the activation budget, only its input, its routing and what is small, and is run again in the backward
  * with the same bits. */
 #ifndef ESPI_CONTRACT_DECODER_H
 #define ESPI_CONTRACT_DECODER_H

@@ -23,22 +23,25 @@ espi_experts espi_layer_experts(const espi_pass *pass, int64_t layer) {
                           .glu = pass->model->config.glu};
 }
 
-esp_status espi_block_take_route(espi_pass *pass, int64_t layer, espi_block_saved *saved) {
+esp_status espi_block_take_lasting(espi_pass *pass, int64_t layer, espi_block_saved *saved) {
     *saved = (espi_block_saved){0};
     if (pass->model->layers[layer].mlp != ESPI_MLP_MOE) return ESP_OK;
     const espi_router router = espi_layer_router(pass, layer);
-    return espi_route_take_saved(pass, layer, &router, &saved->moe.route);
+    const espi_experts experts = espi_layer_experts(pass, layer);
+    ESPI_TRY(espi_route_take_saved(pass, layer, &router, &saved->moe.route));
+    return espi_experts_take_lasting(pass, &experts, pass->tokens * router.top_k, &saved->moe.experts);
 }
 
 esp_status espi_moe_forward(espi_pass *pass, int64_t layer, void *out, const void *x, const void *add, const espi_router *router,
                             const espi_experts *experts, const espi_moe_saved *saved, bool replay) {
     const espi_routing *routing = &saved->route.routing;
     const int64_t slots = pass->tokens * router->top_k, hidden = experts->down.rows;
-    if (!replay) ESPI_TRY(espi_route_forward(pass, layer, x, router, &saved->route));
+    if (replay) return espi_experts_forward(pass, layer, NULL, x, experts, routing, &saved->experts, true);
+    ESPI_TRY(espi_route_forward(pass, layer, x, router, &saved->route));
     const espi_mark mark = espi_arena_mark(pass->arena);
     void *y;
     ESPI_TRY(espi_take_act(pass, slots * hidden, &y));
-    ESPI_TRY(espi_experts_forward(pass, layer, y, x, experts, routing, &saved->experts));
+    ESPI_TRY(espi_experts_forward(pass, layer, y, x, experts, routing, &saved->experts, false));
     if (pass->model->probe) {
         void *alone; /* the block's output without the residual exists for the probe only */
         ESPI_TRY(espi_take_act(pass, pass->tokens * hidden, &alone));
@@ -50,9 +53,9 @@ esp_status espi_moe_forward(espi_pass *pass, int64_t layer, void *out, const voi
     return ESP_OK;
 }
 
-/* The SwiGLU MLP of a dense layer, or the shared expert of a MoE layer: out = add + MLP(norm2); out may be add. */
+/* The SwiGLU MLP of a dense layer, or the shared expert of a MoE layer: out = add + MLP(norm2); out may be add.  replay: out is not made. */
 static esp_status mlp_forward(espi_pass *pass, const espi_linear *gate_up, const espi_linear *down, void *out, const void *add,
-                              espi_block_saved *saved) {
+                              espi_block_saved *saved, bool replay) {
     const int64_t t = pass->tokens, width = down->w.cols;
     ESPI_TRY(espi_take_act(pass, t * 2 * width, &saved->mlp_gu));
     ESPI_TRY(espi_linear_take_saved(pass, gate_up, &saved->u_mlp_gu));
@@ -66,7 +69,7 @@ static esp_status mlp_forward(espi_pass *pass, const espi_linear *gate_up, const
     ESPI_TRY(espi_op_swiglu_fwd(pass->ctx, pass->arena, &swiglu));
     ESPI_TRY(espi_linear_forward(pass, y, saved->u_mlp_dn, act, down));
     const espi_add sum = {.out = out, .a = add, .b = y, .n = t * down->w.rows};
-    ESPI_TRY(espi_op_add(pass->ctx, pass->arena, &sum));
+    if (!replay) ESPI_TRY(espi_op_add(pass->ctx, pass->arena, &sum));
     espi_arena_release(pass->arena, mark);
     return ESP_OK;
 }
@@ -89,10 +92,10 @@ esp_status espi_block_forward(espi_pass *pass, int64_t layer, void *out, const v
     espi_probe(pass, "h1", layer, saved->h1, t, hidden);
     ESPI_TRY(espi_norm_forward(pass, saved->norm2, saved->rstd2, saved->h1, w->norm2, t, hidden));
     espi_probe(pass, "norm2", layer, saved->norm2, t, hidden);
-    if (w->mlp == ESPI_MLP_DENSE) return mlp_forward(pass, &w->mlp_gate_up, &w->mlp_down, out, saved->h1, saved);
+    if (w->mlp == ESPI_MLP_DENSE) return mlp_forward(pass, &w->mlp_gate_up, &w->mlp_down, out, saved->h1, saved, replay);
     const espi_router router = espi_layer_router(pass, layer);
     const espi_experts experts = espi_layer_experts(pass, layer);
     ESPI_TRY(espi_experts_take_saved(pass, &experts, t * router.top_k, &saved->moe.experts));
     ESPI_TRY(espi_moe_forward(pass, layer, out, saved->norm2, saved->h1, &router, &experts, &saved->moe, replay));
-    return w->shared_down.w.rows ? mlp_forward(pass, &w->shared_gate_up, &w->shared_down, out, out, saved) : ESP_OK;
+    return w->shared_down.w.rows ? mlp_forward(pass, &w->shared_gate_up, &w->shared_down, out, out, saved, replay) : ESP_OK;
 }

@@ -53,13 +53,13 @@ static esp_status positions_table(espi_pass *pass) {
     return ESP_OK;
 }
 
-/* How many bytes a layer keeps beyond its input and its routing: found by walking it dry. */
+/* How many bytes a layer keeps beyond its input and what lasts: found by walking it dry. */
 static esp_status kept_bytes(const espi_pass *pass, int64_t layer, size_t *bytes) {
     espi_arena dry = espi_ctx_dry(pass->ctx);
     espi_pass walk = *pass;
     espi_block_saved saved;
     walk.arena = &dry;
-    ESPI_TRY(espi_block_take_route(&walk, layer, &saved));
+    ESPI_TRY(espi_block_take_lasting(&walk, layer, &saved));
     const size_t before = dry.main.used;
     ESPI_TRY(espi_block_forward(&walk, layer, NULL, NULL, &saved, false));
     *bytes = dry.main.used - before;
@@ -195,7 +195,7 @@ static esp_status run_training(void *user) {
     ESPI_TRY(espi_embed_forward(pass, saved->h[0]));
     for (int64_t l = 0; l < c->layers; l++) {
         ESPI_TRY(espi_take_act(pass, t * c->hidden, &saved->h[l + 1]));
-        ESPI_TRY(espi_block_take_route(pass, l, &saved->blocks[l]));
+        ESPI_TRY(espi_block_take_lasting(pass, l, &saved->blocks[l]));
         const espi_mark mark = espi_arena_mark(pass->arena);
         ESPI_TRY(espi_block_forward(pass, l, saved->h[l + 1], saved->h[l], &saved->blocks[l], false));
         if (l < saved->first_kept) espi_arena_release(pass->arena, mark);
@@ -238,7 +238,7 @@ static esp_status run_inference(void *user) {
     for (int64_t l = 0; l < c->layers; l++) {
         espi_block_saved saved;
         const espi_mark mark = espi_arena_mark(arena);
-        ESPI_TRY(espi_block_take_route(pass, l, &saved));
+        ESPI_TRY(espi_block_take_lasting(pass, l, &saved));
         ESPI_TRY(espi_block_forward(pass, l, h[(l + 1) % 2], h[l % 2], &saved, false));
         espi_arena_release(arena, mark);
     }

@@ -1,17 +1,34 @@
 /* Forward of experts.  Twin: backward/experts.c. */
 #include "contract/experts.h"
 
-esp_status espi_experts_take_saved(espi_pass *pass, const espi_experts *experts, int64_t slots, espi_experts_saved *saved) {
-    const espi_lora gate_up = espi_pass_lora(pass, experts->lora_gate_up), down = espi_pass_lora(pass, experts->lora_down);
+esp_status espi_experts_take_lasting(espi_pass *pass, const espi_experts *experts, int64_t slots, espi_experts_saved *saved) {
+    const espi_lora down = espi_pass_lora(pass, experts->lora_down);
     *saved = (espi_experts_saved){0};
+    return down.r ? espi_take_act(pass, slots * down.r, &saved->u_dn) : ESP_OK;
+}
+
+esp_status espi_experts_take_saved(espi_pass *pass, const espi_experts *experts, int64_t slots, espi_experts_saved *saved) {
+    const espi_lora gate_up = espi_pass_lora(pass, experts->lora_gate_up);
     ESPI_TRY(espi_take_act(pass, slots * experts->gate_up.rows, &saved->gu));
-    if (gate_up.r) ESPI_TRY(espi_take_act(pass, slots * gate_up.r, &saved->u_gu));
-    if (down.r) ESPI_TRY(espi_take_act(pass, slots * down.r, &saved->u_dn));
+    return gate_up.r ? espi_take_act(pass, slots * gate_up.r, &saved->u_gu) : ESP_OK;
+}
+
+static esp_status down(espi_pass *pass, int64_t layer, void *y, const void *act, const espi_experts *experts, const espi_routing *routing,
+                       const espi_experts_saved *saved) {
+    const espi_down_fwd args = {.y = y,
+                                .u = saved->u_dn,
+                                .act = act,
+                                .w = experts->down,
+                                .bias = experts->down_bias,
+                                .lora = espi_pass_lora(pass, experts->lora_down),
+                                .routing = *routing};
+    ESPI_TRY(espi_op_down_fwd(pass->ctx, pass->arena, &args));
+    espi_probe_slots(pass, "down", layer, y, routing, experts->down.rows);
     return ESP_OK;
 }
 
 esp_status espi_experts_forward(espi_pass *pass, int64_t layer, void *y, const void *x, const espi_experts *experts,
-                                const espi_routing *routing, const espi_experts_saved *saved) {
+                                const espi_routing *routing, const espi_experts_saved *saved, bool replay) {
     const int64_t slots = routing->tokens * routing->top_k, width = experts->down.cols;
     const espi_mark mark = espi_arena_mark(pass->arena);
     void *act;
@@ -28,15 +45,7 @@ esp_status espi_experts_forward(espi_pass *pass, int64_t layer, void *y, const v
     ESPI_TRY(espi_op_gate_up_fwd(pass->ctx, pass->arena, &gate_up));
     espi_probe_slots(pass, "gu", layer, saved->gu, routing, 2 * width);
     espi_probe_slots(pass, "act", layer, act, routing, width);
-    const espi_down_fwd down = {.y = y,
-                                .u = saved->u_dn,
-                                .act = act,
-                                .w = experts->down,
-                                .bias = experts->down_bias,
-                                .lora = espi_pass_lora(pass, experts->lora_down),
-                                .routing = *routing};
-    ESPI_TRY(espi_op_down_fwd(pass->ctx, pass->arena, &down));
-    espi_probe_slots(pass, "down", layer, y, routing, experts->down.rows);
+    if (!replay) ESPI_TRY(down(pass, layer, y, act, experts, routing, saved));
     espi_arena_release(pass->arena, mark);
     return ESP_OK;
 }

@@ -232,7 +232,9 @@ static espi_pass make_pass(esp_moe *moe, espi_arena *arena, int64_t tokens) {
 static esp_status take_saved(espi_pass *pass, esp_moe *moe, espi_moe_saved *saved) {
     *saved = (espi_moe_saved){0};
     ESPI_TRY(espi_route_take_saved(pass, 0, &moe->router, &saved->route));
-    return espi_experts_take_saved(pass, &moe->experts, pass->tokens * moe->options.top_k, &saved->experts);
+    const int64_t slots = pass->tokens * moe->options.top_k;
+    ESPI_TRY(espi_experts_take_lasting(pass, &moe->experts, slots, &saved->experts));
+    return espi_experts_take_saved(pass, &moe->experts, slots, &saved->experts);
 }
 
 /* The rooms take what they keep and their scratch from an arena; here these are two memories of the caller. */
