@@ -3,7 +3,7 @@
  *
  * The inputs marked act in ops.h are rounded to bf16 first, for all three: the double reference says what is right, the float reference with
  * its results rounded to bf16 how far a plain implementation in bf16 is from it, and the GPU may err by twice that and a floor
- * (the head's plain logits, the experts' decoded weights, u and gu are rounded before anything is made of them):
+ * (the head's plain logits, the experts' decoded weights, u, gu, and what d_a of down is made of are rounded before anything is made of them):
  *  - results in bf16: 2^-9 of the largest, for where a plain implementation adds several products it rounds each;
  *  - results in f32 that are made of bf16 products (gradients of branches, the head's rows) are measured against the reference rounded to bf16
  *    too, since the products' operands are; for the head, whose logits are in bf16, against one whose logits are rounded;
@@ -460,6 +460,30 @@ static void plain_gate_up(problem *p) {
     form_activation(p);
 }
 
+/* Of a down_bwd problem: d_a from the branch's gradient and the activation in bf16. */
+static void plain_down_bwd(problem *p) {
+    if (p->op != ESPI_OP_down_bwd || p->args.down_bwd.lora.r == 0) return;
+    const espi_down_bwd *a = &p->args.down_bwd;
+    const int64_t outs = a->w.rows, width = a->w.cols, r = a->lora.r, slots = p->shape.tokens * p->shape.top_k;
+    field *d_a = field_find(p, "d_a");
+    float *act = malloc((size_t)(slots * width + 1) * sizeof *act);
+    if (!act) exit(1);
+    (void)espi_backend_ref.swiglu_fwd.run(&(espi_exec){.threads = 1}, &(espi_swiglu_fwd){act, a->gu, slots, width, a->glu});
+    for (int64_t at = 0; at < a->w.experts * slots * r; at++) {
+        const int64_t e = at / (slots * r), s = at / r % slots, j = at % r;
+        if (s < a->routing.offsets[e] || s >= a->routing.offsets[e + 1]) continue;
+        const float *d_out = (const float *)a->d_out + a->routing.row_token[s] * outs, *b = (const float *)a->lora.b + e * outs * r + j;
+        double q = 0;
+        for (int64_t o = 0; o < outs; o++) q += (double)b[o * r] * d_out[o];
+        q *= a->lora.scale * ((const float *)a->routing.row_weight)[s];
+        for (int64_t i = 0; i < width; i++) {
+            const double x = act[s * width + i];
+            field_set(d_a, (e * r + j) * width + i, field_get(d_a, (e * r + j) * width + i) + rounded(q) * rounded(x) - q * x);
+        }
+    }
+    free(act);
+}
+
 /* A draw is right when it is one from the distribution of the reference's logits, up to the rounding of logits to bf16. */
 typedef struct drawn {
     const problem *p;
@@ -588,6 +612,7 @@ static bool conform(espi_op_id op, const shape *line) {
         run_reference(&plain, &espi_backend_ref);
         plain_head(&plain);
         plain_gate_up(&plain);
+        plain_down_bwd(&plain);
         if (op == ESPI_OP_head_sample)
             check_sample(&got, s);
         else
