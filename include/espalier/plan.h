@@ -11,7 +11,9 @@ extern "C" {
 /// Bytes by part.  peak is what esp_ctx_memory().peak will read after training on such batches: exact, found by walking the run dry.
 typedef struct esp_plan {
     size_t struct_size;
-    size_t dense_weights, expert_weights; ///< frozen; experts in their 4-bit form
+    size_t dense_weights,
+        expert_weights; ///< frozen; experts in their 4-bit form.  Of a GPU: without an embedding that is not the head too,
+                        ///< which stays in the host's memory
     size_t adapter, gradients, optimizer;
     size_t activations;        ///< one block: what the forward keeps, the loss head, the scratch of every op
     size_t head;               ///< of that, the loss head's part: constant in T but for a few values a token

@@ -137,7 +137,7 @@ static esp_status gpu_put(void *device, void *to, const void *from_host, size_t 
         slot *s = &g->slots[g->now];
         const size_t room = SLOT - s->used, n = bytes - done < room ? bytes - done : room;
         memcpy(s->host + s->used, (const unsigned char *)from_host + done, n);
-        ESPI_CUDA_TRY(cudaMemcpyAsync((unsigned char *)to + done, s->host + s->used, n, cudaMemcpyHostToDevice, g->shared.stream));
+        ESPI_CUDA_TRY(cudaMemcpyAsync((unsigned char *)to + done, s->host + s->used, n, cudaMemcpyDefault, g->shared.stream));
         const size_t next = s->used + (n + 255) / 256 * 256;
         s->used = next < SLOT ? next : SLOT;
         done += n;
@@ -166,7 +166,7 @@ static esp_status settle(gpu *g) {
 static esp_status gpu_get(void *device, void *to_host, const void *from, size_t bytes) {
     gpu *g = device;
     ESPI_TRY(not_recording(g, "a copy from the GPU"));
-    ESPI_CUDA_TRY(cudaMemcpyAsync(to_host, from, bytes, cudaMemcpyDeviceToHost, g->shared.stream));
+    ESPI_CUDA_TRY(cudaMemcpyAsync(to_host, from, bytes, cudaMemcpyDefault, g->shared.stream));
     return settle(g);
 }
 

@@ -77,6 +77,13 @@ static void place_stack(layout *l, espi_stack *s, const esp_model *m, const floa
         place_raw(l, s, m->options.double_quant);
 }
 
+/* Of the embedding, a pass reads a row for each token: on a device with little to spare it stays in the host's memory, from where the op reads
+ * it.  Not where it is the head too. */
+static size_t table_bytes(const esp_model *m) {
+    const espi_mat *table = &m->embed;
+    return m->ctx->device && !m->config.tied_head ? (size_t)(table->rows * table->cols) * esp_dtype_size(table->dtype) : 0;
+}
+
 /* Gives every pointer of the skeleton its place.  dense, experts: bytes of each kind; map: the table of double quantisation, or NULL; lut:
  * that of the experts' values, where it must lie on a device. */
 static void lay_out(esp_model *m, unsigned char *base, size_t *dense, size_t *experts, float **map, float **lut) {
@@ -86,7 +93,7 @@ static void lay_out(esp_model *m, unsigned char *base, size_t *dense, size_t *ex
     *experts = 0;
     *map = m->options.double_quant ? place(&l, 256 * sizeof(float)) : NULL;
     *lut = device && m->options.experts != ESP_Q_NONE ? place(&l, 16 * sizeof(float)) : NULL;
-    place_mat(&l, &m->embed);
+    if (!table_bytes(m)) place_mat(&l, &m->embed);
     if (c->tied_head)
         m->head = m->embed;
     else
@@ -964,13 +971,11 @@ static esp_status load_all(espi_loader *loader) {
 esp_status espi_model_take_weights(esp_model *model, float **map, float **lut) {
     size_t dense, experts;
     lay_out(model, NULL, &dense, &experts, map, lut);
-    model->weights = (espi_block){.purpose = ESPI_MEM_WEIGHTS, .bytes = dense + experts};
-    const esp_status status = espi_ctx_alloc(model->ctx, ESPI_MEM_WEIGHTS, dense + experts, &model->weights.p);
-    if (status == ESP_OK)
-        lay_out(model, model->weights.p, &dense, &experts, map, lut);
-    else
-        model->weights = (espi_block){0};
-    return status;
+    ESPI_TRY(
+        espi_room_take(&model->weights, model->ctx, ESPI_MEM_WEIGHTS, (espi_extent){.main = dense + experts, .host = table_bytes(model)}));
+    lay_out(model, model->weights.main, &dense, &experts, map, lut);
+    if (model->weights.host) model->embed.data = model->weights.host;
+    return ESP_OK;
 }
 
 esp_status espi_model_load_weights(esp_model *model, const char *dir) {

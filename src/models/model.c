@@ -134,7 +134,7 @@ static void free_block(esp_ctx *ctx, espi_block *block) {
 void esp_model_destroy(esp_model *model) {
     if (!model) return;
     espi_recordings_free(model->ctx);
-    free_block(model->ctx, &model->weights);
+    espi_room_free(&model->weights, model->ctx);
     free_block(model->ctx, &model->adapter);
     espi_room_free(&model->room, model->ctx);
     espi_decoder_saved_free(model->saved);
@@ -162,7 +162,7 @@ esp_status esp_model_info_get(const esp_model *model, esp_model_info *out) {
                            .bos_token_id = c->bos_id,
                            .eos_token_id = c->eos_id,
                            .pad_token_id = c->pad_id,
-                           .weight_bytes = model->weights.bytes};
+                           .weight_bytes = model->weights.extent.main + model->weights.extent.host};
     for (int i = 0; i < ESPI_T_COUNT; i++)
         if (model->lora[i].r > info.lora_rank) info.lora_rank = model->lora[i].r;
     for (int64_t i = 0; i < model->n_params; i++) {

@@ -61,8 +61,9 @@ struct esp_model {
     espi_layer *layers;
     double *inv_freq; /* [D/2], in host memory, where the op reads it */
 
-    espi_block weights, adapter; /* two blocks of the context: all frozen bytes; parameters then gradients */
-    esp_param *params;           /* the public view of the adapter, in canonical order: layer, then q k v o gate_up down, A before B */
+    espi_room weights;  /* all frozen bytes: one block of the context, and in a device's host memory the embedding, see load.c */
+    espi_block adapter; /* parameters, then gradients */
+    esp_param *params;  /* the public view of the adapter, in canonical order: layer, then q k v o gate_up down, A before B */
     int64_t n_params;
 
     espi_room room; /* of activations; grows between calls only */

@@ -109,8 +109,8 @@ static esp_status take_memory(esp_trainer *t) {
 
 /* Of all frozen weights, through a window in the host's memory. */
 static esp_status hash_weights(esp_trainer *t) {
-    const char *weights = t->model->weights.p;
-    const size_t bytes = t->model->weights.bytes;
+    const espi_room *weights = &t->model->weights;
+    const size_t bytes = weights->extent.main;
     char *window = NULL;
     ESPI_TRY(espi_take_array(&window, HASH_WINDOW, 1));
     XXH3_state_t *state = XXH3_createState();
@@ -118,9 +118,10 @@ static esp_status hash_weights(esp_trainer *t) {
     if (state) XXH3_64bits_reset(state);
     for (size_t at = 0; status == ESP_OK && at < bytes; at += HASH_WINDOW) {
         const size_t n = bytes - at < HASH_WINDOW ? bytes - at : HASH_WINDOW;
-        status = espi_ctx_get(t->model->ctx, window, weights + at, n);
+        status = espi_ctx_get(t->model->ctx, window, (const char *)weights->main + at, n);
         if (status == ESP_OK) XXH3_64bits_update(state, window, n);
     }
+    if (status == ESP_OK && weights->host) XXH3_64bits_update(state, weights->host, weights->extent.host);
     if (state) t->weights_hash = XXH3_64bits_digest(state);
     XXH3_freeState(state);
     free(window);

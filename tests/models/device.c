@@ -117,6 +117,9 @@ static void run(results *r, esp_ctx *ctx, const form *f) {
     r->z += z;
     esp_model_info info = {.struct_size = sizeof info};
     OK(esp_model_info_get(model, &info));
+    const size_t table = (size_t)(model->embed.rows * model->embed.cols) * esp_dtype_size(model->embed.dtype);
+    cr_expect_eq(info.weight_bytes - r->memory.weights, ctx->device && !model->config.tied_head ? table : 0,
+                 "%s: an embedding that is no head stays in the host's memory", f->folder);
     r->n = info.adapter_parameters;
     r->params = calloc((size_t)r->n, sizeof(float));
     r->grads = calloc((size_t)r->n, sizeof(float));

@@ -136,7 +136,7 @@ Test(loader, double_quantisation) {
     loaded_golden(&restored, "q3a/model_nf4_dq", NULL);
     loaded_golden(&shrunk, "q3a/model_nf4", &dq);
     cr_expect(loaded_same(&ours, &shrunk), "scales of a file are shrunk as our own are");
-    cr_expect_lt(ours.model->weights.bytes, plain.model->weights.bytes + 1024);
+    cr_expect_lt(ours.model->weights.extent.main, plain.model->weights.extent.main + 1024);
     for (int i = 0; i < 2 * 8 * 3; i++) {
         const int layer = i / 24, expert = i / 3 % 8, kind = i % 3;
         int64_t part;
@@ -330,7 +330,7 @@ static void expect_memory(const loaded *l, size_t staging, const char *what) {
     esp_memory m = ESP_MEMORY_INIT;
     OK(esp_ctx_memory(l->ctx, &m));
     cr_expect_eq(m.weights, plan.dense + plan.experts, "%s: weights %zu, planned %zu", what, m.weights, plan.dense + plan.experts);
-    cr_expect_eq(l->model->weights.bytes, m.weights, "%s", what);
+    cr_expect_eq(l->model->weights.extent.main, m.weights, "%s", what);
     cr_expect_eq(m.live, m.weights, "%s: %zu bytes stay besides the weights", what, m.live - m.weights);
     cr_expect_eq(m.peak, m.weights + staging, "%s: peak %zu, expected %zu weights + %zu staging", what, m.peak, m.weights, staging);
     cr_expect_leq(staging, (size_t)64 << 20);

@@ -30,7 +30,7 @@ static inline esp_status loaded_try(loaded *l, const char *dir, const esp_model_
 }
 
 static inline void loaded_free(loaded *l) {
-    espi_ctx_free(l->ctx, l->model->weights.purpose, l->model->weights.p, l->model->weights.bytes);
+    espi_room_free(&l->model->weights, l->ctx);
     espi_model_skeleton_free(l->model);
     espi_config_free(&l->model->config);
     free(l->model);
@@ -46,8 +46,8 @@ static inline void loaded_golden(loaded *l, const char *model, const esp_model_c
 
 /* All frozen bytes are equal: layouts agree, so one comparison says it of every weight. */
 static inline bool loaded_same(const loaded *a, const loaded *b) {
-    const espi_block *x = &a->model->weights, *y = &b->model->weights;
-    return x->bytes == y->bytes && memcmp(x->p, y->p, x->bytes) == 0;
+    const espi_room *x = &a->model->weights, *y = &b->model->weights;
+    return x->extent.main == y->extent.main && memcmp(x->main, y->main, x->extent.main) == 0;
 }
 
 #endif
