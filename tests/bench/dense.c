@@ -1,0 +1,410 @@
+/* esp_bench_dense: what is not an expert, in the shapes and under the names of public peers' tables, beside the roofs of this machine measured
+ * between the calls.  A number is a median over rounds; each round times every case once, and the roofs. */
+#include "core/status.h"
+#include "espalier/quant.h"
+#include "kernels/backend.h"
+#include "kernels/plain.h"
+#include "measure.h"
+
+#include <getopt.h>
+#include <jansson.h>
+#include <math.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+enum { HEADS = 32, KV_HEADS = 4, DIM = 128, HIDDEN = 2048, VOCAB = 151936, HEAD_ROWS = 512, PROJECTIONS = 4, MOST = 16 };
+
+/* A call, and what it is to be measured by: useful floating-point operations, bytes or weights. */
+typedef struct dense_case {
+    const char *section, *shape, *what;
+    int tokens;
+    double amount;
+    const char *unit; /* of amount a second, in 1e9 */
+    esp_status (*run)(struct dense_case *c);
+    void *data;
+    size_t scratch; /* largest of its ops */
+    double seconds[MAX_ROUNDS];
+} dense_case;
+
+static const espi_backend *backend;
+static int threads = 1;
+
+/* Deterministic, of order 1 and without structure. */
+static float noise(uint64_t i) {
+    i = (i + 1) * 0x9e3779b97f4a7c15u;
+    i = (i ^ i >> 29) * 0xbf58476d1ce4e5b9u;
+    return (float)(i >> 40) * 0x1p-23f - 1;
+}
+static float *floats(size_t n, float scale) {
+    float *x = allocate(n * sizeof *x);
+    for (size_t i = 0; i < n; i++) x[i] = scale * noise(i);
+    return x;
+}
+static uint16_t *halves(size_t n, float scale) {
+    uint16_t *x = allocate(n * sizeof *x);
+    for (size_t i = 0; i < n; i++) x[i] = espi_bf16_bits(scale * noise(i));
+    return x;
+}
+
+/* One op, its scratch and the count of it. */
+#define RUN(op, args)                                                                                                                      \
+    do {                                                                                                                                   \
+        espi_exec exec = {.threads = threads};                                                                                             \
+        const size_t bytes = backend->op.scratch ? backend->op.scratch(&exec, args) : 0;                                                   \
+        if (bytes > c->scratch) c->scratch = bytes;                                                                                        \
+        exec.scratch = room(bytes);                                                                                                        \
+        ESPI_TRY(backend->op.run(&exec, args));                                                                                            \
+    } while (0)
+
+static void *room(size_t bytes) {
+    static void *kept;
+    static size_t size;
+    if (bytes > size) {
+        free(kept);
+        kept = allocate(size = bytes);
+        memset(kept, 0, size);
+    }
+    return kept;
+}
+
+typedef struct attention_data {
+    espi_attention_fwd forward;
+    espi_attention_bwd backward;
+    int32_t cu[2], zero, length;
+} attention_data;
+
+static esp_status run_attention(dense_case *c) {
+    const attention_data *d = c->data;
+    RUN(attention_fwd, &d->forward);
+    RUN(attention_bwd, &d->backward);
+    return ESP_OK;
+}
+
+static void make_attention(dense_case *c, int tokens) {
+    const size_t wide = (size_t)tokens * HEADS * DIM, narrow = (size_t)tokens * KV_HEADS * DIM;
+    attention_data *d = allocate(sizeof *d);
+    *d = (attention_data){.cu = {0, tokens}, .length = tokens};
+    d->forward = (espi_attention_fwd){.out = floats(wide, 0),
+                                      .lse = floats((size_t)tokens * HEADS, 0),
+                                      .q = floats(wide, 2),
+                                      .k = floats(narrow, 2),
+                                      .v = floats(narrow, 2),
+                                      .heads = HEADS,
+                                      .kv_heads = KV_HEADS,
+                                      .head_dim = DIM,
+                                      .scale = 1 / sqrt(DIM)};
+    d->forward.spans = (espi_spans){.cu_q = d->cu, .k_start = &d->zero, .k_len = &d->length, .n_seqs = 1, .tokens = tokens};
+    const espi_attention_fwd *f = &d->forward;
+    d->backward = (espi_attention_bwd){.d_q = floats(wide, 0),
+                                       .d_k = floats(narrow, 0),
+                                       .d_v = floats(narrow, 0),
+                                       .d_out = floats(wide, 2),
+                                       .q = f->q,
+                                       .k = f->k,
+                                       .v = f->v,
+                                       .out = f->out,
+                                       .lse = f->lse,
+                                       .spans = f->spans,
+                                       .heads = HEADS,
+                                       .kv_heads = KV_HEADS,
+                                       .head_dim = DIM,
+                                       .scale = f->scale};
+    *c = (dense_case){.section = "attention",
+                      .shape = "32/4 x 128 causal",
+                      .what = "fwd+bwd",
+                      .tokens = tokens,
+                      .unit = "gflops",
+                      .amount = 3.5 * 4 * tokens * (double)tokens * DIM * HEADS / 2,
+                      .run = run_attention,
+                      .data = d};
+}
+
+typedef struct projections_data {
+    espi_linear_fwd forward[PROJECTIONS];
+    espi_linear_bwd backward[PROJECTIONS];
+} projections_data;
+
+static esp_status run_projections(dense_case *c) {
+    const projections_data *d = c->data;
+    for (int i = 0; i < PROJECTIONS; i++) {
+        RUN(linear_fwd, &d->forward[i]);
+        RUN(linear_bwd, &d->backward[i]);
+    }
+    return ESP_OK;
+}
+
+static void make_projections(dense_case *c, int tokens) {
+    static const int64_t sizes[PROJECTIONS][2] = {{4096, HIDDEN}, {512, HIDDEN}, {512, HIDDEN}, {HIDDEN, 4096}};
+    projections_data *d = allocate(sizeof *d);
+    *c = (dense_case){.section = "attention",
+                      .shape = "q k v o projections",
+                      .what = "fwd+dX",
+                      .tokens = tokens,
+                      .unit = "gflops",
+                      .run = run_projections,
+                      .data = d};
+    for (int i = 0; i < PROJECTIONS; i++) {
+        const int64_t out = sizes[i][0], in = sizes[i][1];
+        const espi_mat w = {floats((size_t)(out * in), 0.03f), ESP_F32, out, in};
+        const size_t x = (size_t)(tokens * in), y = (size_t)(tokens * out);
+        d->forward[i] = (espi_linear_fwd){.y = floats(y, 0), .x = floats(x, 1), .w = w, .tokens = tokens};
+        d->backward[i] = (espi_linear_bwd){.d_x = floats(x, 0), .d_y = floats(y, 1), .x = d->forward[i].x, .w = w, .tokens = tokens};
+        c->amount += 4.0 * tokens * (double)(out * in);
+    }
+}
+
+static esp_status coefficients(void *user, int64_t first, int64_t count) {
+    float *g = user;
+    for (int64_t i = first; i < first + count; i++) g[i] = -1;
+    return ESP_OK;
+}
+
+static esp_status run_head(dense_case *c) {
+    RUN(head_fused, (const espi_head_fused *)c->data);
+    return ESP_OK;
+}
+
+static void make_head(dense_case *c) {
+    int32_t *rows = allocate(HEAD_ROWS * sizeof *rows), *target = allocate(HEAD_ROWS * sizeof *target);
+    for (int i = 0; i < HEAD_ROWS; i++) {
+        rows[i] = i;
+        target[i] = (int32_t)(7919 * i % VOCAB);
+    }
+    espi_head_fused *a = allocate(sizeof *a);
+    const size_t n = HEAD_ROWS, wide = n * HIDDEN;
+    *a = (espi_head_fused){.head = {.hidden = floats(wide, 1.7f),
+                                    .rows = rows,
+                                    .target = target,
+                                    .n = HEAD_ROWS,
+                                    .temperature = 1,
+                                    .w = {halves((size_t)VOCAB * HIDDEN, 0.034f), ESP_BF16, VOCAB, HIDDEN},
+                                    .logit_scale = 1},
+                           .lp = floats(n, 0),
+                           .entropy = floats(n, 0),
+                           .lse = floats(n, 0),
+                           .g = floats(n, 0),
+                           .d_hidden = floats(wide, 0),
+                           .coef = coefficients};
+    a->coef_user = a->g;
+    *c = (dense_case){.section = "head",
+                      .shape = "512x151936x2048",
+                      .what = "fwd+bwd",
+                      .tokens = HEAD_ROWS,
+                      .unit = "gflops",
+                      .amount = 4.0 * HEAD_ROWS * (double)VOCAB * HIDDEN,
+                      .run = run_head,
+                      .data = a};
+}
+
+static esp_status run_adamw(dense_case *c) {
+    RUN(adamw, (const espi_adamw *)c->data);
+    return ESP_OK;
+}
+static void make_adamw(dense_case *c) {
+    const int64_t n = 13107200;
+    espi_adamw *a = allocate(sizeof *a);
+    *a = (espi_adamw){.p = floats((size_t)n, 1),
+                      .m = floats((size_t)n, 0),
+                      .v = floats((size_t)n, 0),
+                      .g = floats((size_t)n, 1),
+                      .n = n,
+                      .step = 3,
+                      .lr = 1e-3,
+                      .beta1 = 0.9,
+                      .beta2 = 0.999,
+                      .eps = 1e-8,
+                      .weight_decay = 0.01,
+                      .grad_scale = 1};
+    *c = (dense_case){
+        .section = "adamw", .shape = "13.1 M fp32", .what = "step", .unit = "gbs", .amount = 28.0 * (double)n, .run = run_adamw, .data = a};
+}
+
+typedef struct quant_data {
+    uint8_t *codes;
+    float *absmax, *values;
+    const void *x;
+    esp_dtype dtype;
+    int64_t n;
+} quant_data;
+
+static esp_status run_quantise(dense_case *c) {
+    const quant_data *d = c->data;
+    return esp_quantize(d->codes, d->absmax, d->x, d->dtype, d->n, 64, ESP_NF4);
+}
+static void make_quantise(dense_case *c, esp_dtype dtype) {
+    quant_data *d = allocate(sizeof *d);
+    const size_t n = 5120 * 2048;
+    *d = (quant_data){.codes = allocate(n / 2), .absmax = floats(n / 64, 0), .dtype = dtype, .n = (int64_t)n};
+    d->x = dtype == ESP_F32 ? (void *)floats(n, 0.02f) : (void *)halves(n, 0.02f);
+    *c = (dense_case){.section = "quant",
+                      .shape = "10.5 M",
+                      .what = dtype == ESP_F32 ? "NF4 quantise, from fp32" : "NF4 quantise, from bf16",
+                      .unit = "gws",
+                      .amount = (double)n,
+                      .run = run_quantise,
+                      .data = d};
+}
+
+/* ---- roofs ---- */
+
+enum { CHAINS = 12, COPIED = 256 << 20 };
+
+/* Multiply-adds of f32 and dot products of bf16 pairs a second, in as many independent chains as hide their latency; 0 where there is no such
+ * instruction. */
+#if defined(__x86_64__)
+#define EACH(M) M(0) M(1) M(2) M(3) M(4) M(5) M(6) M(7) M(8) M(9) M(10) M(11)
+#define CHAIN(i) __m512 c##i = _mm512_set1_ps(i);
+#define SUM(i) sum = _mm512_add_ps(sum, c##i);
+#define FMA(i) __asm__("vfmadd231ps %1, %1, %0" : "+v"(c##i) : "v"(x));
+#define DOT(i) __asm__("vdpbf16ps %1, %1, %0" : "+v"(c##i) : "v"(x));
+#define ROOF(name, STEP)                                                                                                                   \
+    __attribute__((target("avx512f"), noinline)) static float name(int64_t steps) {                                                        \
+        __m512 sum = _mm512_setzero_ps();                                                                                                  \
+        const __m512 x = _mm512_set1_ps(1e-9f);                                                                                            \
+        EACH(CHAIN)                                                                                                                        \
+        for (int64_t k = 0; k < steps; k++) {                                                                                              \
+            EACH(STEP)                                                                                                                     \
+        }                                                                                                                                  \
+        EACH(SUM)                                                                                                                          \
+        return _mm512_cvtss_f32(sum);                                                                                                      \
+    }
+ROOF(fma_chains, FMA)
+ROOF(dot_chains, DOT)
+#endif
+
+static double rate(float (*chains)(int64_t), double per_step) {
+    const int64_t steps = 2000000;
+    const double start = now();
+    volatile float keep = chains(steps);
+    (void)keep;
+    return per_step * (double)steps / (now() - start);
+}
+static double fma_roof(void) {
+#if defined(__x86_64__)
+    if (__builtin_cpu_supports("avx512f")) return rate(fma_chains, 2.0 * 16 * CHAINS);
+#endif
+    return 0;
+}
+static double dot_roof(void) {
+#if defined(__x86_64__)
+    if (__builtin_cpu_supports("avx512bf16")) return rate(dot_chains, 4.0 * 16 * CHAINS);
+#endif
+    return 0;
+}
+
+/* Bytes read and written a second, past the caches. */
+static double copy_roof(void) {
+    static char *from, *to;
+    if (!from) {
+        from = allocate(COPIED);
+        to = allocate(COPIED);
+        memset(from, 1, COPIED);
+        memset(to, 2, COPIED);
+    }
+    const double start = now();
+#if defined(__x86_64__)
+    for (size_t i = 0; i < COPIED; i += sizeof(__m128i))
+        _mm_stream_si128((__m128i *)(void *)(to + i), _mm_load_si128((const __m128i *)(const void *)(from + i)));
+#else
+    memcpy(to, from, COPIED);
+#endif
+    return 2.0 * COPIED / (now() - start);
+}
+
+/* ---- the program ---- */
+
+static const espi_backend *find_backend(const char *name) {
+    for (const espi_backend *const *b = espi_backends_cpu; *b; b++)
+        if ((*b)->available() && (!name || strcmp((*b)->name, name) == 0)) return *b;
+    fprintf(stderr, "%s: no backend %s on this machine\n", program, name ? name : "(any)");
+    exit(2);
+}
+
+static int make_cases(dense_case *cases, const char *only) {
+    int n = 0;
+    const bool all = !only;
+    if (all || strcmp(only, "attention") == 0) {
+        make_attention(&cases[n++], 512);
+        make_attention(&cases[n++], 2048);
+    }
+    if (all || strcmp(only, "projections") == 0) make_projections(&cases[n++], 512);
+    if (all || strcmp(only, "head") == 0) make_head(&cases[n++]);
+    if (all || strcmp(only, "adamw") == 0) make_adamw(&cases[n++]);
+    if (all || strcmp(only, "quant") == 0) {
+        make_quantise(&cases[n++], ESP_F32);
+        make_quantise(&cases[n++], ESP_BF16);
+    }
+    return n;
+}
+
+static void write_json(const char *path, const dense_case *cases, int n, int rounds, double fma, double dot, double copy) {
+    char date[LINE];
+    date_now(date);
+    json_t *rows = json_array();
+    for (int i = 0; i < n; i++) {
+        const dense_case *c = &cases[i];
+        const double seconds = median(c->seconds, rounds);
+        json_t *row = json_pack("{s:s, s:s, s:s, s:s, s:i, s:i, s:f, s:f, s:I}", "section", c->section, "shape", c->shape, "what", c->what,
+                                "peer", "espalier", "threads", threads, "windows", rounds, "ms", 1e3 * seconds, c->unit,
+                                1e-9 * c->amount / seconds, "scratch_bytes", (json_int_t)c->scratch);
+        if (c->tokens) json_object_set_new(row, "T", json_integer(c->tokens));
+        json_array_append_new(rows, row);
+    }
+    json_t *root = json_pack("{s:s, s:s, s:s, s:s, s:s, s:{s:f, s:f, s:f}, s:o}", "command", "esp_bench_dense", "compiler", ESP_COMPILER,
+                             "cpu", cpu_name(), "date", date, "backend", backend->name, "roof", "fp32_fma_gflops", 1e-9 * fma,
+                             "bf16_dot_gflops", 1e-9 * dot, "dram_copy_gbs", 1e-9 * copy, "rows", rows);
+    if (!root || json_dump_file(root, path, JSON_INDENT(1)) != 0) die(path);
+    json_decref(root);
+}
+
+int main(int argc, char **argv) {
+    static const struct option options[] = {{"backend", required_argument, NULL, 'b'}, {"threads", required_argument, NULL, 't'},
+                                            {"rounds", required_argument, NULL, 'r'},  {"only", required_argument, NULL, 'o'},
+                                            {"json", required_argument, NULL, 'j'},    {NULL, 0, NULL, 0}};
+    static dense_case cases[MOST];
+    static double fma[MAX_ROUNDS], dot[MAX_ROUNDS], copy[MAX_ROUNDS];
+    const char *name = NULL, *only = NULL, *json = NULL;
+    int rounds = 3;
+    program = "esp_bench_dense";
+    for (int o; (o = getopt_long(argc, argv, "", options, NULL)) != -1;) {
+        if (o == 'b') name = optarg;
+        if (o == 't') threads = atoi(optarg);
+        if (o == 'r') rounds = atoi(optarg);
+        if (o == 'o') only = optarg;
+        if (o == 'j') json = optarg;
+        if (o == '?') rounds = 0;
+    }
+    if (rounds < 1 || rounds > MAX_ROUNDS || threads < 1) {
+        fprintf(stderr,
+                "usage: esp_bench_dense [--backend NAME] [--threads N] [--rounds 1..%d] [--json FILE]\n"
+                "       [--only attention|projections|head|adamw|quant]\n",
+                MAX_ROUNDS);
+        return 2;
+    }
+    if (threads > 1) stopwatch = CLOCK_MONOTONIC;
+    backend = find_backend(name);
+    const int n = make_cases(cases, only);
+    for (int round = -1; round < rounds; round++) { /* the first round warms up */
+        const int at = round < 0 ? 0 : round;
+        fma[at] = fma_roof();
+        dot[at] = dot_roof();
+        copy[at] = copy_roof();
+        for (int i = 0; i < n; i++) {
+            const double start = now();
+            if (cases[i].run(&cases[i]) != ESP_OK) die(cases[i].section);
+            cases[i].seconds[at] = now() - start;
+        }
+    }
+    const double f = median(fma, rounds), d = median(dot, rounds), m = median(copy, rounds);
+    printf("%s, %d threads; one thread: %.1f GFLOP/s f32, %.1f bf16, %.1f GB/s copy\n", backend->name, threads, 1e-9 * f, 1e-9 * d,
+           1e-9 * m);
+    for (int i = 0; i < n; i++) {
+        const dense_case *c = &cases[i];
+        const double seconds = median(c->seconds, rounds);
+        printf("%-10s %-20s %-24s %5d %9.2f ms %8.2f %s, scratch %.1f MB\n", c->section, c->shape, c->what, c->tokens, 1e3 * seconds,
+               1e-9 * c->amount / seconds, c->unit, 1e-6 * (double)c->scratch);
+    }
+    if (json) write_json(json, cases, n, rounds, f, d, m);
+    return 0;
+}
