@@ -30,6 +30,14 @@ enum { LANES = 4, TILE_ROWS = 4, TILE_VECS = 2, OUTER_ROWS = 4, OUTER_VECS = 2 }
 /* Columns of a packed panel, and how many steps of k it holds: 32 KiB at most. */
 enum { PANEL_COLS = TILE_VECS * LANES, PANEL_DEPTH = 128 };
 
+/* Before a loop whose variable must be a constant, so that arrays indexed by it are registers.  GCC has to be told; clang unrolls such loops
+ * by itself, and after that stage when it is told. */
+#if defined(__clang__)
+#define CPU_UNROLL
+#else
+#define CPU_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 typedef float vec __attribute__((vector_size(LANES * 4)));
 typedef int32_t ivec __attribute__((vector_size(LANES * 4)));
 /* The same, at any address. */
@@ -216,10 +224,10 @@ void cpu_branch_grad(const cpu_branch *l, int64_t strip, const cpu_rows *x, cons
 #define ESPI_OP(name, args) esp_status ESPI_CPU(espi_##name)(const espi_exec *exec, const args *a);
 #include "kernels/ops.def"
 #undef ESPI_OP
+size_t ESPI_CPU(espi_attention_fwd_scratch)(const espi_exec *exec, const espi_attention_fwd *a);
+size_t ESPI_CPU(espi_attention_bwd_scratch)(const espi_exec *exec, const espi_attention_bwd *a);
 size_t ESPI_CPU(espi_linear_fwd_scratch)(const espi_exec *exec, const espi_linear_fwd *a);
 size_t ESPI_CPU(espi_linear_bwd_scratch)(const espi_exec *exec, const espi_linear_bwd *a);
-size_t ESPI_CPU(espi_gate_up_fwd_scratch)(const espi_exec *exec, const espi_gate_up_fwd *a);
-size_t ESPI_CPU(espi_down_fwd_scratch)(const espi_exec *exec, const espi_down_fwd *a);
 size_t ESPI_CPU(espi_gate_up_bwd_scratch)(const espi_exec *exec, const espi_gate_up_bwd *a);
 size_t ESPI_CPU(espi_down_bwd_scratch)(const espi_exec *exec, const espi_down_bwd *a);
 size_t ESPI_CPU(espi_head_sample_scratch)(const espi_exec *exec, const espi_head_sample *a);

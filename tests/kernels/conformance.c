@@ -3,7 +3,10 @@
  * The error of an array is its largest difference from ref64 over ref64's largest magnitude.  It may be twice the error of the float
  * reference, plus a floor: that one sums in double and rounds once, so a kernel that sums in float needs room for the rounding of its
  * partial sums, 2^-24 * sqrt(terms) if they err at random, and never less than 1e-6. Integers must be equal; 8-bit optimiser codes may be
- * neighbours, for a float moment may fall on the other side of a midpoint. */
+ * neighbours, for a float moment may fall on the other side of a midpoint.
+ *
+ * Where a backend's products are of bf16, the plain version is the float reference on operands rounded to bf16, and the floor is half a place
+ * of bf16: between two products a kernel rounds what the reference does not, weights of keys and gradients of scores. */
 #include "cases.h"
 
 #include <criterion/criterion.h>
@@ -12,6 +15,7 @@
 #include <string.h>
 
 #define FLOOR 1e-6
+#define BF16_FLOOR 0x1p-9
 /* Inputs are of order 1: an array all below this is what is left of a cancellation, and its error is taken against 1. */
 #define RESIDUE 1e-2
 
@@ -101,34 +105,36 @@ static double error_of(const field *got, const field *want) {
     return largest > RESIDUE ? worst / largest : worst;
 }
 
-/* Of packed experts what comes from their products is bound by what the float reference errs by when it is given what these round: `plain`
- * has such inputs.  What the branches make is bound as ever. */
-static bool of_packed(const field *f) {
-    static const char *const names[] = {"gu", "act", "y", "d_rows", "d_gu", "d_row_weight"};
-    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++)
-        if (strcmp(names[i], f->name) == 0) return true;
-    return false;
+/* Ops whose products are of bf16 where the backend says so. */
+static bool multiplies_bf16(const espi_backend *backend, espi_op_id op) {
+    return backend->bf16_products && (op == ESPI_OP_attention_fwd || op == ESPI_OP_attention_bwd);
 }
 
-static void round_inputs(problem *p) {
-    static const char *const names[] = {"x", "act", "d_gu", "d_out", "lut"};
+static bool is_operand(const field *f) {
+    static const char *const names[] = {"q", "k", "v", "d_out"};
+    bool found = false;
+    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) found = found || strcmp(f->name, names[i]) == 0;
+    return found && f->role == ROLE_IN && f->dtype == ESP_F32;
+}
+
+static void run_rounded(problem *p, espi_op_id op, const shape *shape) {
+    problem_build(p, op, shape, ESP_F32, &espi_backend_ref);
     for (int i = 0; i < p->n_fields; i++) {
         field *f = &p->fields[i];
-        bool rounded = false;
-        for (size_t k = 0; f->role == ROLE_IN && k < sizeof names / sizeof names[0]; k++) rounded |= strcmp(names[k], f->name) == 0;
-        for (int64_t k = 0; rounded && k < f->count; k++) field_set(f, k, espi_bf16_value(espi_bf16_bits((float)field_get(f, k))));
-        if (rounded) field_settle(f);
+        for (int64_t k = 0; is_operand(f) && k < f->count; k++) field_set(f, k, espi_bf16_value(espi_bf16_bits((float)field_get(f, k))));
+        field_settle(f);
     }
+    problem_call(p, &espi_backend_ref);
 }
 
-static void compare(const espi_backend *backend, problem *got, problem *plain, problem *want, problem *rounded) {
+static void compare(const espi_backend *backend, problem *got, problem *plain, problem *want) {
+    const bool rounded = multiplies_bf16(backend, want->op);
     for (int i = 0; i < want->n_fields; i++) {
         const field *g = &got->fields[i], *w = &want->fields[i];
         if (w->role == ROLE_IN) continue;
         double limit = 0;
         if (w->dtype == ESP_F32 || w->dtype == ESP_F64)
-            limit =
-                2 * error_of(&(rounded && of_packed(w) ? rounded : plain)->fields[i], w) + slope_of(want->op, w) * floor_of(&want->shape);
+            limit = 2 * error_of(&plain->fields[i], w) + (rounded ? BF16_FLOOR : slope_of(want->op, w) * floor_of(&want->shape));
         double error = error_of(g, w);
         if (w->dtype == ESP_U8) {
             limit = 1;
@@ -144,7 +150,6 @@ static void compare(const espi_backend *backend, problem *got, problem *plain, p
 static bool run_on(problem *p, espi_op_id op, const shape *shape, const espi_backend *backend, int threads) {
     const char *refusal = NULL, *damaged = NULL;
     problem_build(p, op, shape, backend->real, &espi_backend_ref);
-    problem_pack(p, backend);
     const esp_status status = op_cases[op].run(backend, p, threads, &refusal);
     if (refusal) {
         cr_log_info("%s on %s, shape %s: refused: %s", op_cases[op].name, backend->name, shape->name, refusal);
@@ -167,21 +172,15 @@ static void expect_same_bits(const problem *a, const problem *b, const char *wha
 }
 
 static void conform(espi_op_id op, const shape *shape, const espi_backend *backend, problem *plain, problem *want) {
-    problem one, two, rounded;
+    problem one, two, rounded = {.n_fields = 0};
     if (run_on(&one, op, shape, backend, 1)) {
-        espi_stack *w = expert_stack(&one);
-        const bool packed = w && w->packed;
-        if (packed) {
-            problem_build(&rounded, op, shape, ESP_F32, &espi_backend_ref);
-            round_inputs(&rounded);
-            problem_call(&rounded, &espi_backend_ref);
-        }
-        compare(backend, &one, plain, want, packed ? &rounded : NULL);
-        if (packed) problem_free(&rounded);
+        if (multiplies_bf16(backend, op)) run_rounded(plain = &rounded, op, shape);
+        compare(backend, &one, plain, want);
         run_on(&two, op, shape, backend, 2);
         expect_same_bits(&one, &two, "1 and 2 threads", backend);
         problem_free(&two);
     }
+    problem_free(&rounded);
     problem_free(&one);
 }
 
@@ -200,34 +199,9 @@ ParameterizedTest(int *op, kernels, conformance) {
         problem plain, want;
         cr_assert(run_on(&want, (espi_op_id)*op, &shapes[s], &espi_backend_ref64, 1), "ref64 refuses %s", op_cases[*op].name);
         cr_assert(run_on(&plain, (espi_op_id)*op, &shapes[s], &espi_backend_ref, 1), "ref refuses %s", op_cases[*op].name);
-        compare(&espi_backend_ref, &plain, &plain, &want, NULL);
+        compare(&espi_backend_ref, &plain, &plain, &want);
         for (const espi_backend *const *backend = espi_backends_cpu; *backend; backend++)
             if ((*backend)->available()) conform((espi_op_id)*op, &shapes[s], *backend, &plain, &want);
-        problem_free(&plain);
-        problem_free(&want);
-    }
-}
-
-/* Experts in a backend's own form.  Strips of rows, columns and blocks of every length; sums in one panel and in several. */
-static const shape packed_shapes[] = {
-    {"packed", 65, 192, 5, 2, 96, 16, 40, 2, 1, 8, ROUTE_SKEWED, ESP_NF4, ESP_F32, .packed = true, .bias = true},
-    {"packed, a row", 1, 64, 2, 1, 64, 4, 40, 2, 1, 8, ROUTE_RANDOM, ESP_FP4, ESP_F32, .packed = true},
-    {"packed, few rows", 14, 128, 8, 2, 64, 0, 40, 2, 1, 8, ROUTE_RANDOM, ESP_NF4, ESP_F32, .packed = true, .nested = true},
-    {"packed, many rows", 420, 64, 3, 2, 288, 8, 40, 2, 1, 8, ROUTE_ONE, ESP_NF4, ESP_F32, .packed = true},
-    {"packed, gates not whole records", 21, 64, 4, 2, 80, 33, 40, 2, 1, 8, ROUTE_EMPTY, ESP_FP4, ESP_F32, .packed = true, .clamped = true},
-    {"packed, as gpt-oss", 50, 128, 4, 2, 192, 16, 40, 2, 1, 8, ROUTE_SKEWED, ESP_MXFP4, ESP_F32, AS_GPT_OSS, .packed = true},
-    {"packed, one in two forms", 30, 128, 4, 3, 48, 4, 40, 2, 1, 8, ROUTE_RANDOM, ESP_NF4, ESP_F32, .packed = true},
-};
-
-Test(kernels, packed_experts) {
-    const espi_op_id ops[] = {ESPI_OP_gate_up_fwd, ESPI_OP_gate_up_bwd, ESPI_OP_down_fwd, ESPI_OP_down_bwd};
-    for (size_t i = 0; i < 4 * sizeof packed_shapes / sizeof packed_shapes[0]; i++) {
-        const shape *s = &packed_shapes[i / 4];
-        problem plain, want;
-        run_on(&want, ops[i % 4], s, &espi_backend_ref64, 1);
-        run_on(&plain, ops[i % 4], s, &espi_backend_ref, 1);
-        for (const espi_backend *const *backend = espi_backends_cpu; *backend; backend++)
-            if ((*backend)->pack && (*backend)->available()) conform(ops[i % 4], s, *backend, &plain, &want);
         problem_free(&plain);
         problem_free(&want);
     }

@@ -256,6 +256,11 @@ enum { OBJECTIVES = sizeof objectives / sizeof objectives[0] };
 static double tolerance_of(const subject *s) {
     return s->ctx->real == ESP_F64 ? 1e-12 : 4e-6;
 }
+/* Products of bf16 round a prompt's gradient once for all its completions, or once for each: some places of bf16 after two layers, most in
+ * the keys' gradients, which are what is left of a cancellation, since those of a query's scores sum to 0. */
+static double gradient_tolerance(const subject *s) {
+    return s->ctx->backends[0]->bf16_products ? 0x1p-5 : tolerance_of(s);
+}
 
 /* objective NULL: cross-entropy. */
 static void same_gradients(subject *s, const layout *l, const esp_objective *objective, const char *what) {
@@ -272,7 +277,7 @@ static void same_gradients(subject *s, const layout *l, const esp_objective *obj
     gradients got = gradients_of(s);
     cr_expect(!!(fabs(loss - want_loss) <= tolerance_of(s) * fmax(1, fabs(want_loss))), "%s: loss %.17g, expected %.17g", text, loss,
               want_loss);
-    compare(&got, &want, tolerance_of(s), text);
+    compare(&got, &want, gradient_tolerance(s), text);
     forget(&got);
     forget(&want);
 }

@@ -1,0 +1,208 @@
+/* Products in bf16: register tiles, panels, rounding. */
+#include "kernels/cpu/bf16.h"
+
+#define INLINE static inline __attribute__((always_inline))
+
+enum { ROWS = 6, VECS = 4, WORDS = 16 };
+
+/* ---- tiles ---- */
+
+INLINE void tile(float *const *c, const bf16_left *left, const uint32_t *panel, int64_t stride, int64_t pairs, __mmask16 last, bool add,
+                 const int rows, const int vecs) {
+    __m512 sum[ROWS][VECS];
+    CPU_UNROLL
+    for (int i = 0; i < rows; i++) {
+        CPU_UNROLL
+        for (int j = 0; j < vecs; j++) sum[i][j] = _mm512_maskz_loadu_ps(add ? (j == vecs - 1 ? last : 0xffff) : 0, c[i] + j * WORDS);
+    }
+    const uint32_t *x = left->pairs;
+    const int64_t row = left->row, step = left->step;
+    for (int64_t p = 0; p < pairs; p++, x += step, panel += stride) {
+        __m512bh b[VECS];
+        CPU_UNROLL
+        for (int j = 0; j < vecs; j++) b[j] = (__m512bh)_mm512_loadu_si512(panel + j * WORDS);
+        CPU_UNROLL
+        for (int i = 0; i < rows; i++) {
+            const __m512bh a = (__m512bh)_mm512_set1_epi32((int)x[i * row]);
+            CPU_UNROLL
+            for (int j = 0; j < vecs; j++) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], a, b[j]);
+        }
+    }
+    CPU_UNROLL
+    for (int i = 0; i < rows; i++) {
+        CPU_UNROLL
+        for (int j = 0; j < vecs; j++) _mm512_mask_storeu_ps(c[i] + j * WORDS, j == vecs - 1 ? last : 0xffff, sum[i][j]);
+    }
+}
+
+typedef void tile_fn(float *const *c, const bf16_left *left, const uint32_t *panel, int64_t stride, int64_t pairs, __mmask16 last,
+                     bool add);
+#define TILE(rows, vecs)                                                                                                                   \
+    static void tile_##rows##_##vecs(float *const *c, const bf16_left *left, const uint32_t *panel, int64_t stride, int64_t pairs,         \
+                                     __mmask16 last, bool add) {                                                                           \
+        tile(c, left, panel, stride, pairs, last, add, rows, vecs);                                                                        \
+    }
+#define TILES(vecs) TILE(1, vecs) TILE(2, vecs) TILE(3, vecs) TILE(4, vecs) TILE(5, vecs) TILE(6, vecs)
+TILES(1)
+TILES(2)
+TILES(3)
+TILES(4)
+#define TABLE(vecs)                                                                                                                        \
+    { tile_1_##vecs, tile_2_##vecs, tile_3_##vecs, tile_4_##vecs, tile_5_##vecs, tile_6_##vecs }
+static tile_fn *const tiles[VECS][ROWS] = {TABLE(1), TABLE(2), TABLE(3), TABLE(4)};
+
+void bf16_tiles(const cpu_rows *c, const bf16_left *left, const uint32_t *panel, int64_t stride, int64_t m, int64_t pairs, int64_t n,
+                bool add) {
+    for (int64_t col = 0; col < n; col += VECS * WORDS) {
+        const int64_t width = cpu_min(n - col, VECS * WORDS), vecs = cpu_blocks(width, WORDS);
+        const __mmask16 last = (__mmask16)(0xffffu >> (vecs * WORDS - width));
+        for (int64_t first = 0; first < m; first += ROWS) {
+            const int64_t rows = cpu_min(m - first, ROWS);
+            const bf16_left from = {left->pairs + first * left->row, left->row, left->step};
+            float *to[ROWS];
+            for (int64_t i = 0; i < rows; i++) to[i] = row_at(c, first + i) + col;
+            tiles[vecs - 1][rows - 1](to, &from, panel + col, stride, pairs, last, add);
+        }
+    }
+}
+
+/* ---- rounding and panels ---- */
+
+/* Up to 16 floats of x from `at` on, 0 where x has no more. */
+INLINE __m512 load_some(const float *x, int64_t at, int64_t n) {
+    const int64_t left = n - at;
+    if (left >= WORDS) return _mm512_loadu_ps(x + at);
+    return _mm512_maskz_loadu_ps(left > 0 ? (__mmask16)((1u << left) - 1) : 0, x + at);
+}
+
+INLINE __m512i round_32(const float *x, int64_t at, int64_t n) {
+    return (__m512i)_mm512_cvtne2ps_pbh(load_some(x, at + WORDS, n), load_some(x, at, n));
+}
+
+void bf16_round_rows(const bf16_rows *to, const cpu_rows *from, int64_t m, int64_t n) {
+    for (int64_t i = 0; i < m; i++) {
+        const float *x = row_at(from, i);
+        uint16_t *out = to->base + i * to->stride;
+        for (int64_t at = 0; at < bf16_stride(n); at += 2 * WORDS) _mm512_storeu_si512(out + at, round_32(x, at, n));
+    }
+}
+
+void bf16_pair_rows(uint32_t *panel, const float *x, const float *y, int64_t n) {
+    for (int64_t at = 0; at < n; at += WORDS) {
+        const __m512 second = y ? load_some(y, at, n) : _mm512_setzero_ps();
+        _mm512_storeu_si512(panel + at, bf16_interleave((__m512i)_mm512_cvtne2ps_pbh(second, load_some(x, at, n))));
+    }
+}
+
+/* 16 rows of 16 words: rows become columns. */
+INLINE void transpose_words(__m512i x[WORDS]) {
+    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    CPU_UNROLL
+    for (int apart = 1; apart < WORDS; apart *= 2) {
+        /* Row i keeps the lanes without this bit and takes from row i + apart those, moved up; that row the other way round. */
+        const __mmask16 up = _mm512_test_epi32_mask(lane, _mm512_set1_epi32(apart));
+        const __m512i low = _mm512_mask_add_epi32(lane, up, lane, _mm512_set1_epi32(WORDS - apart));
+        const __m512i high = _mm512_mask_add_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(apart)), up, lane, _mm512_set1_epi32(WORDS));
+        CPU_UNROLL
+        for (int i = 0; i < WORDS; i++) {
+            if (i & apart) continue;
+            const __m512i a = x[i], b = x[i + apart];
+            x[i] = _mm512_permutex2var_epi32(a, low, b);
+            x[i + apart] = _mm512_permutex2var_epi32(a, high, b);
+        }
+    }
+}
+
+/* Stores the first `pairs` rows of a transposed block. */
+INLINE void store_words(uint32_t *panel, int64_t stride, const __m512i x[WORDS], int64_t pairs) {
+    if (pairs >= WORDS) {
+        CPU_UNROLL
+        for (int i = 0; i < WORDS; i++) _mm512_storeu_si512(panel + i * stride, x[i]);
+    } else {
+        _Alignas(64) uint32_t words[WORDS][WORDS];
+        CPU_UNROLL
+        for (int i = 0; i < WORDS; i++) _mm512_store_si512(words[i], x[i]);
+        for (int64_t i = 0; i < pairs; i++) memcpy(panel + i * stride, words[i], sizeof words[i]);
+    }
+}
+
+void bf16_transpose(uint32_t *panel, int64_t stride, const float *const *row, int64_t rows, int64_t n) {
+    for (int64_t at = 0; at < n; at += 2 * WORDS) {
+        __m512i x[WORDS];
+        CPU_UNROLL
+        for (int i = 0; i < WORDS; i++) x[i] = i < rows ? round_32(row[i], at, n) : _mm512_setzero_si512();
+        transpose_words(x);
+        store_words(panel + at / 2 * stride, stride, x, (n - at + 1) / 2);
+    }
+}
+
+/* ---- products with a weight ---- */
+
+/* A panel holds DEPTH steps of the sum for COLS columns: 64 KiB, which the second cache keeps while the rows pass. */
+enum { DEPTH = 256, COLS = 128 };
+
+/* n values of row `row` from `col` on as bits of bf16: where they lie, or rounded into `buffer`. */
+static const uint16_t *half_row(uint16_t buffer[DEPTH], const cpu_weight *w, int64_t row, int64_t col, int64_t n) {
+    if (!w->stack && w->dtype == ESP_BF16 && w->scale == 1) return (const uint16_t *)w->data + row * w->cols + col;
+    const bool direct = !w->stack && w->dtype == ESP_F32 && w->scale == 1;
+    float decoded[DEPTH];
+    if (!direct) cpu_decode_row(decoded, w, row, col, n);
+    const float *x = direct ? (const float *)w->data + row * w->cols + col : decoded;
+    for (int64_t at = 0; at < n; at += 2 * WORDS) _mm512_storeu_si512(buffer + at, round_32(x, at, n));
+    return buffer;
+}
+
+INLINE __m512i half_32(const uint16_t *x, int64_t at, int64_t n) {
+    const int64_t left = n - at;
+    if (left >= 2 * WORDS) return _mm512_loadu_si512(x + at);
+    return _mm512_maskz_loadu_epi16(left > 0 ? (1u << left) - 1 : 0, x + at);
+}
+
+/* panel[p][j] = pair p of row col + j of w, from k0 on. */
+static void pack_transposed(uint32_t *panel, const cpu_weight *w, int64_t k0, int64_t depth, int64_t col, int64_t n) {
+    _Alignas(64) uint16_t buffer[WORDS][DEPTH];
+    for (int64_t j = 0; j < n; j += WORDS) {
+        const int64_t rows = cpu_min(n - j, WORDS);
+        const uint16_t *row[WORDS];
+        for (int64_t i = 0; i < rows; i++) row[i] = half_row(buffer[i], w, col + j + i, k0, depth);
+        for (int64_t at = 0; at < depth; at += 2 * WORDS) {
+            __m512i x[WORDS];
+            CPU_UNROLL
+            for (int i = 0; i < WORDS; i++) x[i] = i < rows ? half_32(row[i], at, depth) : _mm512_setzero_si512();
+            transpose_words(x);
+            store_words(panel + at / 2 * COLS + j, COLS, x, (depth - at + 1) / 2);
+        }
+    }
+}
+
+/* panel[p][j] = elements col + j of rows k0 + 2 p and k0 + 2 p + 1 of w. */
+static void pack_plain(uint32_t *panel, const cpu_weight *w, int64_t k0, int64_t depth, int64_t col, int64_t n) {
+    _Alignas(64) uint16_t buffer[2][DEPTH];
+    for (int64_t k = 0; k < depth; k += 2) {
+        const uint16_t *x = half_row(buffer[0], w, k0 + k, col, n), *y = NULL;
+        if (k + 1 < depth) y = half_row(buffer[1], w, k0 + k + 1, col, n);
+        for (int64_t at = 0; at < n; at += WORDS) {
+            const __mmask16 some = n - at >= WORDS ? 0xffff : (__mmask16)((1u << (n - at)) - 1);
+            const __m256i first = _mm256_maskz_loadu_epi16(some, x + at), second = _mm256_maskz_loadu_epi16(y ? some : 0, y + (y ? at : 0));
+            _mm512_storeu_si512(panel + k / 2 * COLS + at, bf16_interleave(_mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1)));
+        }
+    }
+}
+
+void bf16_product(const cpu_rows *c, const bf16_rows *a, const cpu_weight *b, int64_t m, int64_t depth, int64_t col, int64_t n, bool add) {
+    _Alignas(64) uint32_t panel[DEPTH / 2 * COLS];
+    if (m == 0) return;
+    for (int64_t done = 0; done < n; done += COLS) {
+        const int64_t width = cpu_min(n - done, COLS);
+        const cpu_rows to = {c->base + done, c->stride, c->index};
+        for (int64_t k = 0; k < depth; k += DEPTH) {
+            const int64_t steps = cpu_min(depth - k, DEPTH);
+            const bf16_left left = bf16_left_of(a, 0, k);
+            if (b->transposed)
+                pack_transposed(panel, b, k, steps, col + done, width);
+            else
+                pack_plain(panel, b, k, steps, col + done, width);
+            bf16_tiles(&to, &left, panel, COLS, m, cpu_blocks(steps, 2), width, add || k > 0);
+        }
+    }
+}
