@@ -44,6 +44,10 @@ typedef struct esp_model_config {
         *adapter_dir; ///< a PEFT folder: take rank, scale and targets from it and load it (the lora_ fields and rslora are then ignored)
     const esp_adapter_config *adapter_reading; ///< how adapter_dir is read, where it does not say so itself; NULL = as it says
     esp_mxfp4_rule mxfp4_rule;                 ///< how plain experts become MXFP4; default OCP's
+    /// Over how many ranks the experts of one model are spread; divides the number of ranks.  1: every rank holds all, and tokens stay; as
+    /// many as there are ranks (default): one model, and tokens travel.  Results do not depend on it.
+    int expert_ranks;
+    int64_t expert_rows; ///< routed rows that a rank takes at once, the rest in rounds; default 1.5 times its even share
 } esp_model_config;
 #define ESP_MODEL_CONFIG(...) ((esp_model_config){.struct_size = sizeof(esp_model_config), __VA_ARGS__})
 

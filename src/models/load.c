@@ -312,13 +312,13 @@ static esp_status read_plain(espi_loader *loader, const espi_st_tensor *t, void 
     return ESP_OK;
 }
 
-/* All of the tensor to `out` on a device. */
-static esp_status send_plain(espi_loader *loader, const espi_st_tensor *t, void *out, esp_dtype held, int64_t n) {
+/* The same to `out` on a device. */
+static esp_status send_plain(espi_loader *loader, const espi_st_tensor *t, void *out, esp_dtype held, int64_t first, int64_t n) {
     const size_t size = esp_dtype_size(t->dtype), held_size = esp_dtype_size(held);
     const int64_t most = (int64_t)(loader->raw_bytes / (size + held_size)) / 64 * 64;
     for (int64_t done = 0; done < n;) {
         const int64_t m = n - done < most ? n - done : most;
-        ESPI_TRY(espi_loader_read(t, loader->raw, done, m));
+        ESPI_TRY(espi_loader_read(t, loader->raw, first + done, m));
         ESPI_TRY(espi_loader_store(loader, (unsigned char *)out + (size_t)done * held_size, held, loader->raw, t->dtype, m,
                                    loader->raw + (size_t)most * size));
         done += m;
@@ -326,13 +326,17 @@ static esp_status send_plain(espi_loader *loader, const espi_st_tensor *t, void 
     return ESP_OK;
 }
 
+static esp_status take_values(espi_loader *loader, const espi_st_tensor *t, const void *out, esp_dtype held, int64_t first, int64_t n) {
+    return loader->model->ctx->device ? send_plain(loader, t, (void *)out, held, first, n)
+                                      : read_plain(loader, t, (void *)out, held, first, n);
+}
+
 /* A tensor that can be held exactly in `stated`, to where `held` is held. */
 static esp_status load_values(espi_loader *loader, const void *out, esp_dtype held, const char *name, esp_dtype stated, int rank,
                               const int64_t *dims) {
     const espi_st_tensor *t;
     ESPI_TRY(need_plain(loader, &t, name, stated, rank, dims));
-    const int64_t n = rank == 1 ? dims[0] : dims[0] * dims[1];
-    return loader->model->ctx->device ? send_plain(loader, t, (void *)out, held, n) : read_plain(loader, t, (void *)out, held, 0, n);
+    return take_values(loader, t, out, held, 0, rank == 1 ? dims[0] : dims[0] * dims[1]);
 }
 
 /* ---- dense parts ---- */
@@ -674,16 +678,18 @@ static esp_status plain_source(espi_source *from, espi_loader *loader, const esp
     const int64_t part_rows = s->rows / s->parts;
     *from = (espi_source){0};
     if (layout != ESPI_EXPERTS_FUSED) return need_plain(loader, &from->t, name, held_dtype(loader, s), 2, (int64_t[]){part_rows, s->cols});
-    const int64_t dims[] = {s->experts, turned ? s->cols : s->rows, turned ? s->rows : s->cols};
+    const int64_t dims[] = {loader->model->config.experts, turned ? s->cols : s->rows, turned ? s->rows : s->cols};
     const int64_t expert = part / s->parts, row = part % s->parts * part_rows;
     from->columns = turned ? s->rows : 0;
     from->first = expert * s->rows * s->cols + (turned ? row : row * s->cols);
     return need_plain(loader, &from->t, name, held_dtype(loader, s), 3, dims);
 }
 
-/* A stack of which some is quantised by bitsandbytes, or plain, or a mixture. */
+/* A stack of which some is quantised by bitsandbytes, or plain, or a mixture.  Files count experts from the model's first, stacks from this
+ * rank's first. */
 typedef struct stored_stack {
     const espi_stack *s;
+    int64_t first;     /* part of the files that is the stack's part 0 */
     espi_source *from; /* [experts*parts] of plain values; no tensor: quantised already */
     espi_expert_layout layout;
     int64_t layer;
@@ -691,15 +697,16 @@ typedef struct stored_stack {
 } stored_stack;
 
 static void matrix_name(char name[ESPI_TENSOR_NAME], const espi_loader *loader, const stored_stack *k, int64_t part) {
-    espi_expert_matrix_name(name, loader->model->config.family, k->layout, k->layer, k->down, part);
+    espi_expert_matrix_name(name, loader->model->config.family, k->layout, k->layer, k->down, k->first + part);
 }
 
-/* Where the values of the stack's matrices lie. */
+/* Where the values of the stack's matrices lie.  Those of other ranks are looked for too: a folder that lacks some is no model. */
 static esp_status find_parts(espi_loader *loader, const stored_stack *k, bool turned) {
-    for (int64_t part = 0; part < k->s->experts * k->s->parts; part++) {
+    for (int64_t part = -k->first; part < loader->model->config.experts * k->s->parts - k->first; part++) {
         char name[ESPI_TENSOR_NAME];
+        espi_source other, *from = part >= 0 && part < k->s->experts * k->s->parts ? &k->from[part] : &other;
         matrix_name(name, loader, k, part);
-        if (!espi_bnb_present(loader, name)) ESPI_TRY(plain_source(&k->from[part], loader, k->s, k->layout, turned, name, part));
+        if (!espi_bnb_present(loader, name)) ESPI_TRY(plain_source(from, loader, k->s, k->layout, turned, name, k->first + part));
     }
     return ESP_OK;
 }
@@ -723,6 +730,7 @@ static esp_status load_all_experts(espi_loader *loader, const stored_stack *k) {
     const espi_stack *s = k->s;
     const int64_t parts = s->experts * s->parts;
     char name[ESPI_TENSOR_NAME];
+    if (parts == 0) return ESP_OK;
     matrix_name(name, loader, k, 0);
     if (k->layout == ESPI_EXPERTS_FUSED && !k->from[0].t) return espi_bnb_load_fused(loader, s, name);
     bool alike = !loader->one && s->format != ESP_Q_NONE && !s->absmax8; /* the 8-bit scales of a matrix are made once it is complete */
@@ -734,7 +742,12 @@ static esp_status load_all_experts(espi_loader *loader, const stored_stack *k) {
 
 static esp_status load_stack(espi_loader *loader, const espi_stack *s, espi_expert_layout layout, bool turned, int64_t layer, bool down) {
     const int64_t parts = s->experts * s->parts;
-    stored_stack k = {.s = s, .layout = layout, .layer = layer, .down = down, .from = calloc((size_t)parts, sizeof(espi_source))};
+    stored_stack k = {.s = s,
+                      .layout = layout,
+                      .layer = layer,
+                      .down = down,
+                      .first = loader->model->share.first * s->parts,
+                      .from = calloc((size_t)parts + 1, sizeof(espi_source))};
     if (!k.from) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for a list of %lld matrices", (long long)parts);
     esp_status status = find_parts(loader, &k, turned);
     if (status == ESP_OK) status = load_all_experts(loader, &k);
@@ -746,7 +759,8 @@ static esp_status load_stack(espi_loader *loader, const espi_stack *s, espi_expe
 static esp_status load_blocks(espi_loader *loader, const espi_stack *s, const char *format, int64_t layer) {
     char name[ESPI_TENSOR_NAME];
     const espi_st_tensor *blocks, *scales;
-    const int64_t groups = s->cols / ESPI_MXBLOCK, dims[] = {s->experts, s->rows, groups, ESPI_MXBLOCK / 2};
+    const espi_share *share = &loader->model->share;
+    const int64_t groups = s->cols / ESPI_MXBLOCK, dims[] = {share->experts, s->rows, groups, ESPI_MXBLOCK / 2};
     layer_name(name, format, layer, "_blocks");
     if (s->format != ESP_MXFP4)
         return ESPI_FAIL(ESP_ERR_UNSUPPORTED,
@@ -759,12 +773,13 @@ static esp_status load_blocks(espi_loader *loader, const espi_stack *s, const ch
     const size_t n = (size_t)(s->parts * s->part_blocks), codes = (size_t)s->parts * s->part_bytes;
     for (int64_t e = 0; e < s->experts; e++) {
         const espi_stack one = espi_loader_expert(loader, s, e);
-        ESPI_TRY(espi_st_read(blocks, (void *)one.data, (uint64_t)e * codes, codes));
-        ESPI_TRY(espi_st_read(scales, (uint8_t *)one.scales, (uint64_t)e * n, n));
+        const uint64_t at = (uint64_t)(share->first + e);
+        ESPI_TRY(espi_st_read(blocks, (void *)one.data, at * codes, codes));
+        ESPI_TRY(espi_st_read(scales, (uint8_t *)one.scales, at * n, n));
         const uint8_t *bad = memchr(one.scales, 255, n);
         if (bad)
             return ESPI_FAIL(ESP_ERR_NONFINITE, "%s: tensor %s: element %lld is 255, which is NaN, expected 0 to 254",
-                             espi_st_path(scales->file), name, (long long)((uint64_t)e * n) + (long long)(bad - one.scales));
+                             espi_st_path(scales->file), name, (long long)(at * n) + (long long)(bad - one.scales));
         ESPI_TRY(espi_loader_expert_done(loader, s, e, &one));
     }
     return ESP_OK;
@@ -829,12 +844,18 @@ void espi_expert_bias_name(char out[ESPI_TENSOR_NAME], const espi_family *f, esp
 /* One row for each expert, in tensors of their own or in one. */
 static esp_status load_bias(espi_loader *loader, const float *out, const espi_stack *s, espi_expert_layout layout, int64_t layer,
                             bool down) {
+    const espi_share *share = &loader->model->share;
     const bool joined = layout == ESPI_EXPERTS_JOINED;
-    const int64_t all[] = {s->experts, s->rows};
-    for (int64_t e = 0; e < (joined ? s->experts : 1); e++) {
+    for (int64_t e = 0; e < (joined ? share->experts : 1); e++) {
         char name[ESPI_TENSOR_NAME];
+        const espi_st_tensor *t;
         espi_expert_bias_name(name, loader->model->config.family, layout, layer, down, e);
-        ESPI_TRY(load_values(loader, out + e * s->rows, ESP_F32, name, ESP_F32, joined ? 1 : 2, joined ? &s->rows : all));
+        ESPI_TRY(need_plain(loader, &t, name, ESP_F32, joined ? 1 : 2, joined ? &s->rows : (int64_t[]){share->experts, s->rows}));
+        const int64_t own = e - share->first;
+        if (!joined)
+            ESPI_TRY(take_values(loader, t, out, ESP_F32, share->first * s->rows, s->experts * s->rows));
+        else if (own >= 0 && own < s->experts)
+            ESPI_TRY(take_values(loader, t, out + own * s->rows, ESP_F32, 0, s->rows));
     }
     return ESP_OK;
 }
@@ -868,7 +889,7 @@ esp_status espi_loader_bias(espi_source *from, espi_loader *loader, const espi_s
     *from = (espi_source){0};
     if (layout == ESPI_EXPERTS_JOINED) return need_plain(loader, &from->t, name, ESP_F32, 1, &s->rows);
     from->first = part * s->rows;
-    return need_plain(loader, &from->t, name, ESP_F32, 2, (int64_t[]){s->experts, s->rows});
+    return need_plain(loader, &from->t, name, ESP_F32, 2, (int64_t[]){loader->model->config.experts, s->rows});
 }
 
 esp_status espi_loader_source(espi_source *from, espi_loader *loader, const espi_stack *s, int64_t layer, bool down, int64_t part) {

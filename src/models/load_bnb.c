@@ -247,7 +247,8 @@ esp_status espi_bnb_load_part(espi_loader *loader, const espi_stack *s, int64_t 
 }
 
 esp_status espi_bnb_load_fused(espi_loader *loader, const espi_stack *s, const char *name) {
-    const int64_t dims[] = {s->experts, s->rows, s->cols}, n = s->rows / s->parts * s->cols, parts = s->experts * s->parts;
+    const espi_share *share = &loader->model->share;
+    const int64_t dims[] = {share->experts, s->rows, s->cols}, n = s->rows / s->parts * s->cols, parts = share->experts * s->parts;
     quant_state state;
     const espi_st_tensor *codes;
     scales from;
@@ -264,7 +265,7 @@ esp_status espi_bnb_load_fused(espi_loader *loader, const espi_stack *s, const c
     ESPI_TRY(open_scales(loader, &from, &state, name, parts * s->part_blocks));
     for (int64_t e = 0; e < s->experts; e++) {
         const espi_stack one = espi_loader_expert(loader, s, e);
-        for (int64_t p = 0; p < s->parts; p++) ESPI_TRY(take_part(loader, &one, p, codes, &from, (e * s->parts + p) * n));
+        for (int64_t p = 0; p < s->parts; p++) ESPI_TRY(take_part(loader, &one, p, codes, &from, ((share->first + e) * s->parts + p) * n));
         ESPI_TRY(espi_loader_expert_done(loader, s, e, &one));
     }
     return ESP_OK;

@@ -4,6 +4,7 @@
 
 #include "core/arena.h"
 #include "core/ctx.h"
+#include "dist/share.h"
 #include "kernels/ops.h"
 #include "models/family.h"
 
@@ -25,8 +26,8 @@ typedef struct espi_layer {
     espi_mat router;                              /* f32 [E,H] */
     const float *router_bias, *router_correction; /* [E] or NULL */
     void *d_router;                               /* real [E,H] gradient, or NULL: frozen */
-    espi_stack gate_up, down;
-    const float *gate_up_bias, *down_bias; /* [E,2I], [E,H] or NULL */
+    espi_stack gate_up, down;                     /* of this rank's own experts, and so are biases and LoRA */
+    const float *gate_up_bias, *down_bias;        /* [E,2I], [E,H] or NULL */
     espi_lora lora_gate_up, lora_down;
     espi_linear shared_gate_up, shared_down; /* f32 [2Is,H], [H,Is]: the expert that sees every token; no rows: none */
     /* dense */
@@ -43,6 +44,13 @@ typedef struct espi_block {
 /* What the passes of one forward/backward pair share; see contract/decoder.h. */
 typedef struct espi_decoder_saved espi_decoder_saved;
 
+/* A gradient that is the sum of what all ranks add: see espi_share_sum. */
+typedef struct espi_sum {
+    void *total, *partial;
+    int64_t n;
+    bool of_experts; /* partial: one after the other, of every rank of the group */
+} espi_sum;
+
 /* LoRA as stated for one target: rank 0 = not trained. */
 typedef struct espi_lora_spec {
     int64_t r;
@@ -55,6 +63,7 @@ struct esp_model {
     espi_config config;
     esp_model_config options; /* defaults filled in; adapter_dir not kept */
     espi_lora_spec lora[ESPI_T_COUNT];
+    espi_share share; /* which experts the layers below hold */
 
     espi_mat embed, head; /* stored dtype [V,H]; the same matrix when tied */
     const float *final_norm;
@@ -62,9 +71,11 @@ struct esp_model {
     double *inv_freq; /* [D/2], in host memory, where the op reads it */
 
     espi_room weights;  /* all frozen bytes: one block of the context, and in a device's host memory the embedding, see load.c */
-    espi_block adapter; /* parameters, then gradients */
+    espi_block adapter; /* parameters, gradients, then what ranks add to them */
     esp_param *params;  /* the public view of the adapter, in canonical order: layer, then q k v o gate_up down, A before B */
     int64_t n_params;
+    espi_sum *sums; /* [n_sums] the gradients that ranks add up; none where this one is alone */
+    int64_t n_sums;
 
     espi_room room; /* of activations; grows between calls only */
     espi_arena arena;
@@ -107,10 +118,12 @@ esp_status espi_model_init_adapter(esp_model *model);
 void espi_adapter_bytes(size_t *parameters, size_t *gradients, esp_model *model, size_t real_size);
 /* The bookkeeping of model->params (the tensors themselves are the block model->adapter). */
 void espi_adapter_names_free(esp_model *model);
-/* A of one target for `experts` experts (1 for attention): real [experts,r,in], uniform in +-1/sqrt(in). */
-void espi_lora_draw(void *a, esp_dtype real, uint64_t seed, int64_t layer, int target, int64_t experts, int64_t r, int64_t in);
+/* A of one target for `experts` experts from `first` on (one for attention): real [experts,r,in], uniform in +-1/sqrt(in). */
+void espi_lora_draw(void *a, esp_dtype real, uint64_t seed, int64_t layer, int target, int64_t first, int64_t experts, int64_t r,
+                    int64_t in);
 /* The same into tensor memory. */
-esp_status espi_lora_draw_into(esp_ctx *ctx, void *a, uint64_t seed, int64_t layer, int target, int64_t experts, int64_t r, int64_t in);
+esp_status espi_lora_draw_into(esp_ctx *ctx, void *a, uint64_t seed, int64_t layer, int target, int64_t first, int64_t experts, int64_t r,
+                               int64_t in);
 
 /* io/adapter.c: rank, scale and targets that a PEFT folder states, before a model exists. */
 esp_status espi_adapter_read_spec(espi_lora_spec lora[ESPI_T_COUNT], float *alpha, bool *rslora, const char *dir, const espi_config *config,

@@ -98,9 +98,9 @@ static esp_status check(esp_moe_config *o) {
 static esp_status draw(esp_moe *moe) {
     const esp_moe_config *o = &moe->options;
     if (o->lora_rank == 0) return ESP_OK;
-    ESPI_TRY(espi_lora_draw_into(moe->model.ctx, (void *)moe->experts.lora_gate_up.a, o->seed, 0, ESPI_T_GATE_UP, o->experts, o->lora_rank,
-                                 o->hidden));
-    return espi_lora_draw_into(moe->model.ctx, (void *)moe->experts.lora_down.a, o->seed, 0, ESPI_T_DOWN, o->experts, o->lora_rank,
+    ESPI_TRY(espi_lora_draw_into(moe->model.ctx, (void *)moe->experts.lora_gate_up.a, o->seed, 0, ESPI_T_GATE_UP, 0, o->experts,
+                                 o->lora_rank, o->hidden));
+    return espi_lora_draw_into(moe->model.ctx, (void *)moe->experts.lora_down.a, o->seed, 0, ESPI_T_DOWN, 0, o->experts, o->lora_rank,
                                o->width);
 }
 

@@ -22,7 +22,7 @@ static espi_stack stack(const esp_model *model, int64_t rows, int64_t cols, int 
     const int64_t n = rows / parts * cols, block = format == ESP_MXFP4 ? ESPI_MXBLOCK : ESPI_QBLOCK, blocks = (n + block - 1) / block;
     return (espi_stack){.format = format,
                         .dtype = held(model, c->stored_dtype),
-                        .experts = c->experts,
+                        .experts = model->share.count,
                         .rows = rows,
                         .cols = cols,
                         .parts = parts,
@@ -34,6 +34,7 @@ static espi_stack stack(const esp_model *model, int64_t rows, int64_t cols, int 
 esp_status espi_model_skeleton(esp_model *model) {
     const espi_config *c = &model->config;
     const int64_t h = c->hidden, nq = c->heads * c->head_dim, nk = c->kv_heads * c->head_dim;
+    ESPI_TRY(espi_share_make(&model->share, model->ctx->comm, c->experts, model->options.expert_ranks, model->options.expert_rows));
     model->layers = calloc((size_t)c->layers, sizeof *model->layers);
     if (!model->layers) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for the bookkeeping of %lld layers", (long long)c->layers);
     model->embed = model->head = (espi_mat){.dtype = held(model, c->stored_dtype), .rows = c->vocab, .cols = h};
