@@ -4,7 +4,8 @@
  * `void *` fields marked "real" hold float, or double under the ref64 backend: parameters, their gradients, moments, statistics, routing
  * weights.  Those marked "act" hold activations and their gradients: the same type as real on a CPU, bf16 on a GPU.  On a GPU every pointer
  * of an argument struct is to device memory, unless said.  All arrays are dense row-major and do not overlap unless said.  Every op says of each output whether it overwrites or adds (rule 7: parameter gradients add, activation gradients
- * overwrite).  T = 0 is legal everywhere and does nothing.
+ * overwrite; what is added to a parameter gradient is one sum over the rows, formed apart from what is there: so it is the same for every
+ * way in which batches are added up).  T = 0 is legal everywhere and does nothing.
  *
  * Contract on bits (CPU): a row's result does not depend on how many other rows there are, on their content, or on the thread count. */
 #ifndef ESPI_KERNELS_OPS_H
@@ -118,6 +119,14 @@ typedef struct espi_rows_add {
     const int32_t *to; /* [n] a row may be named more than once */
     int64_t n, hidden;
 } espi_rows_add;
+
+/* out[i] = x[from[i]]. */
+typedef struct espi_rows_take {
+    void *out;           /* act [n,H] overwrite */
+    const void *x;       /* act [.,H] */
+    const int32_t *from; /* [n] */
+    int64_t n, hidden;
+} espi_rows_take;
 
 /* y = w * (x * rstd), rstd = 1/sqrt(mean(x^2) + eps), over rows of n values. */
 typedef struct espi_rmsnorm_fwd {
@@ -455,9 +464,9 @@ typedef struct espi_head_sample {
 } espi_head_sample;
 
 typedef struct espi_sumsq {
-    double *out; /* [1] ADDS the sum of squares: chunks of 4096 in order, each summed in double */
-    const void *x;
-    int64_t n;
+    double *out;   /* [parts] ADDS the sum of squares of each n / parts values: chunks of 4096 in order, each summed in double */
+    const void *x; /* real [n] */
+    int64_t n, parts;
 } espi_sumsq;
 
 /* torch.optim.AdamW: g' = grad_scale g;  p *= 1 - lr wd;  m += (1-b1)(g'-m);  v = b2 v + (1-b2) g'^2;

@@ -5,11 +5,9 @@ enum { SUMSQ_CHUNK = 4096, ADAM8_BLOCK = 256, MAP_SIZE = 256, CODE_ZERO_SIGNED =
 
 typedef double dvec __attribute__((vector_size(LANES * 8)));
 
-esp_status ESPI_CPU(espi_sumsq)(const espi_exec *exec, const espi_sumsq *a) {
-    (void)exec;
-    const float *x = a->x;
-    for (int64_t first = 0; first < a->n; first += SUMSQ_CHUNK) {
-        const int64_t end = cpu_min(a->n, first + SUMSQ_CHUNK);
+static void add_squares(double *out, const float *x, int64_t n) {
+    for (int64_t first = 0; first < n; first += SUMSQ_CHUNK) {
+        const int64_t end = cpu_min(n, first + SUMSQ_CHUNK);
         dvec lanes = {0};
         int64_t i = first;
         for (; i + LANES <= end; i += LANES) {
@@ -19,8 +17,15 @@ esp_status ESPI_CPU(espi_sumsq)(const espi_exec *exec, const espi_sumsq *a) {
         double sum = 0;
         for (int lane = 0; lane < LANES; lane++) sum += lanes[lane];
         for (; i < end; i++) sum += (double)x[i] * x[i];
-        *a->out += sum;
+        *out += sum;
     }
+}
+
+esp_status ESPI_CPU(espi_sumsq)(const espi_exec *exec, const espi_sumsq *a) {
+    const int64_t n = a->parts ? a->n / a->parts : 0;
+    const int threads = cpu_threads(exec, (double)a->n * 2);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && a->parts > 1)
+    for (int64_t p = 0; p < a->parts; p++) add_squares(a->out + p, (const float *)a->x + p * n, n);
     return ESP_OK;
 }
 

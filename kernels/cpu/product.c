@@ -414,21 +414,22 @@ void cpu_branch_grad(const cpu_branch *l, int64_t strip, const cpu_rows *x, cons
     const int64_t in_strips = cpu_blocks(l->in, STRIP);
     const bool of_a = strip < in_strips;
     const int64_t col = (of_a ? strip : strip - in_strips) * STRIP, n = cpu_min((of_a ? l->in : l->out) - col, STRIP);
-    float sum[OUTER_ROWS][STRIP];
-    for (int64_t s = 0; s < count; s += PANEL_DEPTH) {
-        const cpu_rows *rows = of_a ? x : d_y;
-        const cpu_rows part = {rows->index ? rows->base : row_at(rows, s), rows->stride, rows->index ? rows->index + s : NULL};
-        for (int64_t k = 0; k < l->r; k += OUTER_ROWS) {
-            const int64_t height = cpu_min(l->r - k, OUTER_ROWS);
+    float sum[OUTER_ROWS][STRIP], all[OUTER_ROWS][STRIP];
+    const cpu_rows *rows = of_a ? x : d_y;
+    for (int64_t k = 0; k < l->r && count > 0; k += OUTER_ROWS) {
+        const int64_t height = cpu_min(l->r - k, OUTER_ROWS);
+        for (int64_t s = 0; s < count; s += PANEL_DEPTH) {
+            const cpu_rows part = {rows->index ? rows->base : row_at(rows, s), rows->stride, rows->index ? rows->index + s : NULL};
             cpu_outer(sum[0], (of_a ? q : u) + s * l->r + k, l->r, &part, cpu_min(count - s, PANEL_DEPTH), height, col, n);
-            for (int64_t i = 0; i < height; i++) {
-                for (int64_t j = 0; j < n; j++) {
-                    if (of_a)
-                        l->d_a[(k + i) * l->in + col + j] += sum[i][j];
-                    else
-                        l->d_b[(col + j) * l->r + k + i] += l->scale * sum[i][j];
-                }
-            }
+            for (int64_t i = 0; i < height; i++)
+                for (int64_t j = 0; j < n; j++) all[i][j] = s == 0 ? sum[i][j] : all[i][j] + sum[i][j];
         }
+        for (int64_t i = 0; i < height; i++)
+            for (int64_t j = 0; j < n; j++) {
+                if (of_a)
+                    l->d_a[(k + i) * l->in + col + j] += all[i][j];
+                else
+                    l->d_b[(col + j) * l->r + k + i] += l->scale * all[i][j];
+            }
     }
 }

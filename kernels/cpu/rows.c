@@ -43,6 +43,14 @@ esp_status ESPI_CPU(espi_rows_add)(const espi_exec *exec, const espi_rows_add *a
     return ESP_OK;
 }
 
+esp_status ESPI_CPU(espi_rows_take)(const espi_exec *exec, const espi_rows_take *a) {
+    const int threads = cpu_threads(exec, (double)(a->n * a->hidden) * 4);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t i = 0; i < a->n; i++)
+        memcpy((float *)a->out + i * a->hidden, (const float *)a->x + a->from[i] * a->hidden, (size_t)a->hidden * sizeof(float));
+    return ESP_OK;
+}
+
 esp_status ESPI_CPU(espi_clamp_fwd)(const espi_exec *exec, const espi_clamp_fwd *a) {
     const float *x = a->x, limit = (float)a->limit;
     float *y = a->y;

@@ -103,6 +103,11 @@ __global__ void __launch_bounds__(THREADS) glu_forward(bf16 *act, const bf16 *gu
     espi_store(act + i, t.g * t.sigma * t.u);
 }
 
+__global__ void __launch_bounds__(THREADS) take_rows(bf16 *out, const bf16 *x, const int32_t *from, int64_t hidden) {
+    const int64_t to = blockIdx.x, at = from[to];
+    for (int64_t h = threadIdx.x; h < hidden; h += THREADS) out[to * hidden + h] = x[at * hidden + h];
+}
+
 __global__ void __launch_bounds__(THREADS)
     glu_backward(bf16 *d_gu, const bf16 *d_act, const bf16 *gu, int64_t n, int64_t width, espi_glu glu) {
     const int64_t i = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
@@ -114,9 +119,12 @@ __global__ void __launch_bounds__(THREADS)
     espi_store(d_gu + at + up, t.up_passes ? d * t.g * t.sigma : 0);
 }
 
+/* blockIdx.y: which of the parts of n values. */
 __global__ void __launch_bounds__(THREADS) chunk_squares(double *chunks, const float *x, int64_t n) {
     const int64_t first = static_cast<int64_t>(blockIdx.x) * SUMSQ_CHUNK, end = min(first + SUMSQ_CHUNK, n);
     double sum = 0;
+    x += blockIdx.y * n;
+    chunks += static_cast<int64_t>(blockIdx.y) * gridDim.x;
     for (int64_t i = first + threadIdx.x; i < end; i += THREADS) sum += static_cast<double>(x[i]) * x[i];
     sum = espi_block_sum<THREADS>(sum);
     if (threadIdx.x == 0) chunks[blockIdx.x] = sum;
@@ -124,9 +132,10 @@ __global__ void __launch_bounds__(THREADS) chunk_squares(double *chunks, const f
 
 __global__ void __launch_bounds__(SUMSQ_THREADS) add_chunks(double *out, const double *chunks, int64_t n) {
     double sum = 0;
+    chunks += blockIdx.x * n;
     for (int64_t i = threadIdx.x; i < n; i += SUMSQ_THREADS) sum += chunks[i];
     sum = espi_block_sum<SUMSQ_THREADS>(sum);
-    if (threadIdx.x == 0) *out += sum;
+    if (threadIdx.x == 0) out[blockIdx.x] += sum;
 }
 
 } // namespace
@@ -145,6 +154,13 @@ esp_status espi_rows_add_cuda(const espi_exec *exec, const espi_rows_add *a) {
     add_rows<<<static_cast<unsigned>(a->n), THREADS, 0, espi_cuda_of(exec)->stream>>>(
         static_cast<bf16 *>(a->out), static_cast<const bf16 *>(a->x), a->to, a->n, a->hidden);
     return ESPI_CUDA_LAUNCHED("sum of rows");
+}
+
+esp_status espi_rows_take_cuda(const espi_exec *exec, const espi_rows_take *a) {
+    if (a->n * a->hidden == 0) return ESP_OK;
+    take_rows<<<static_cast<unsigned>(a->n), THREADS, 0, espi_cuda_of(exec)->stream>>>(static_cast<bf16 *>(a->out),
+                                                                                       static_cast<const bf16 *>(a->x), a->from, a->hidden);
+    return ESPI_CUDA_LAUNCHED("copy of rows");
 }
 
 esp_status espi_clamp_fwd_cuda(const espi_exec *exec, const espi_clamp_fwd *a) {
@@ -173,15 +189,16 @@ esp_status espi_swiglu_bwd_cuda(const espi_exec *exec, const espi_swiglu_bwd *a)
 
 size_t espi_sumsq_scratch_cuda(const espi_exec *exec, const espi_sumsq *a) {
     (void)exec;
-    return espi_room(espi_ceil_div(a->n, SUMSQ_CHUNK), sizeof(double));
+    return a->n == 0 ? 0 : espi_room(a->parts * espi_ceil_div(a->n / a->parts, SUMSQ_CHUNK), sizeof(double));
 }
 
 esp_status espi_sumsq_cuda(const espi_exec *exec, const espi_sumsq *a) {
     if (a->n == 0) return ESP_OK;
     const cudaStream_t stream = espi_cuda_of(exec)->stream;
     double *chunks = static_cast<double *>(exec->scratch);
-    const unsigned n = espi_blocks(a->n, SUMSQ_CHUNK);
-    chunk_squares<<<n, THREADS, 0, stream>>>(chunks, static_cast<const float *>(a->x), a->n);
-    add_chunks<<<1, SUMSQ_THREADS, 0, stream>>>(a->out, chunks, n);
+    const int64_t each = a->n / a->parts;
+    const unsigned n = espi_blocks(each, SUMSQ_CHUNK), parts = static_cast<unsigned>(a->parts);
+    chunk_squares<<<dim3(n, parts), THREADS, 0, stream>>>(chunks, static_cast<const float *>(a->x), each);
+    add_chunks<<<parts, SUMSQ_THREADS, 0, stream>>>(a->out, chunks, n);
     return ESPI_CUDA_LAUNCHED("sum of squares");
 }

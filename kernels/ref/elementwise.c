@@ -32,6 +32,13 @@ esp_status ESPI_REF_NAME(espi_rows_add)(const espi_exec *exec, const espi_rows_a
     return ESP_OK;
 }
 
+esp_status ESPI_REF_NAME(espi_rows_take)(const espi_exec *exec, const espi_rows_take *a) {
+    (void)exec;
+    for (int64_t i = 0; i < a->n; i++)
+        for (int64_t h = 0; h < a->hidden; h++) ((real *)a->out)[i * a->hidden + h] = ((const real *)a->x)[a->from[i] * a->hidden + h];
+    return ESP_OK;
+}
+
 esp_status ESPI_REF_NAME(espi_clamp_fwd)(const espi_exec *exec, const espi_clamp_fwd *a) {
     (void)exec;
     const real *x = a->x, limit = (real)a->limit;
@@ -48,12 +55,15 @@ esp_status ESPI_REF_NAME(espi_clamp_bwd)(const espi_exec *exec, const espi_clamp
 
 esp_status ESPI_REF_NAME(espi_sumsq)(const espi_exec *exec, const espi_sumsq *a) {
     (void)exec;
-    const real *x = a->x;
-    for (int64_t first = 0; first < a->n; first += SUMSQ_CHUNK) {
-        const int64_t end = a->n - first < SUMSQ_CHUNK ? a->n : first + SUMSQ_CHUNK;
-        double sum = 0;
-        for (int64_t i = first; i < end; i++) sum += (double)x[i] * x[i];
-        *a->out += sum;
+    const int64_t n = a->parts ? a->n / a->parts : 0;
+    for (int64_t p = 0; p < a->parts; p++) {
+        const real *x = (const real *)a->x + p * n;
+        for (int64_t first = 0; first < n; first += SUMSQ_CHUNK) {
+            const int64_t end = n - first < SUMSQ_CHUNK ? n : first + SUMSQ_CHUNK;
+            double sum = 0;
+            for (int64_t i = first; i < end; i++) sum += (double)x[i] * x[i];
+            a->out[p] += sum;
+        }
     }
     return ESP_OK;
 }

@@ -57,7 +57,7 @@ static esp_status step_all(const adamw_run *r, espi_arena *arena, adamw_state *s
     for (int i = 0; i < r->n_params; i++) {
         const int64_t n = r->p[i]->n;
         for (int64_t k = 0; k < n && !arena->dry; k++) espi_real_set(states[i].g, k, r->g[i]->v[step * n + k], ctx->real);
-        const espi_sumsq op = {&sum, states[i].g, n};
+        const espi_sumsq op = {&sum, states[i].g, n, 1};
         ESPI_TRY(espi_op_sumsq(ctx, arena, &op));
     }
     *norm = sqrt(sum);

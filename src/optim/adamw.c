@@ -173,7 +173,7 @@ static esp_param param(const esp_optim *o, int64_t i) {
 static esp_status square_sum(esp_optim *o) {
     if (!o->arena.dry) ESPI_TRY(espi_ctx_zero(o->model->ctx, o->square_sum, sizeof *o->square_sum));
     for (int64_t i = 0; i < o->n; i += o->tensors[i].run) {
-        espi_sumsq args = {.out = o->square_sum, .x = param(o, i).grad, .n = run_count(o, i)};
+        espi_sumsq args = {.out = o->square_sum, .x = param(o, i).grad, .n = run_count(o, i), .parts = 1};
         ESPI_TRY(espi_op_sumsq(o->model->ctx, &o->arena, &args));
     }
     return ESP_OK;

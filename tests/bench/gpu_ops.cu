@@ -449,6 +449,7 @@ void bench_optimiser(int64_t n) {
     s.out = (double *)take(8);
     s.x = a.g;
     s.n = n;
+    s.parts = 1;
     measure("sumsq", espi_backend_cuda.sumsq, s, 0, 4.0 * (double)n);
     espi_adamw8 q = {};
     settings(q);

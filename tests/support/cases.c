@@ -227,6 +227,16 @@ static void build_rows_add(problem *p, espi_rows_add *a) {
     *a = (espi_rows_add){inout(p, "out", rows * s->hidden), in(p, "x", s->tokens * s->hidden), to, s->tokens, s->hidden};
 }
 
+/* Some rows more than once, one of them never. */
+static void build_rows_take(problem *p, espi_rows_take *a) {
+    const shape *s = &p->shape;
+    const int64_t rows = 2 + s->tokens / 2;
+    int32_t *from = in_i32(p, "from", s->tokens);
+    for (int64_t i = 0; i < s->tokens; i++) from[i] = (int32_t)(i * 5 % (rows - 1));
+    settle(p, "from");
+    *a = (espi_rows_take){out(p, "out", s->tokens * s->hidden), in(p, "x", rows * s->hidden), from, s->tokens, s->hidden};
+}
+
 static void build_rmsnorm_fwd(problem *p, espi_rmsnorm_fwd *a) {
     const shape *s = &p->shape;
     *a = (espi_rmsnorm_fwd){out(p, "y", s->tokens * s->hidden),
@@ -700,7 +710,7 @@ static void build_head_sample(problem *p, espi_head_sample *a) {
 
 static void build_sumsq(problem *p, espi_sumsq *a) {
     const int64_t n = p->shape.tokens * p->shape.hidden * 3;
-    *a = (espi_sumsq){field_add(p, "sum", ROLE_INOUT, ESP_F64, 1), in(p, "x", n), n};
+    *a = (espi_sumsq){field_add(p, "sum", ROLE_INOUT, ESP_F64, 3), in(p, "x", n), n, 3};
 }
 
 static void build_adamw(problem *p, espi_adamw *a) {
