@@ -75,7 +75,8 @@ typedef struct espi_backend {
     const char *(*describe)(void); /* one line for ESP_LOG=select (e.g. which dense GEMM), or NULL */
     /* What becomes of experts on their way into a device's memory; NULL without a device. */
     esp_status (*quantise)(const espi_exec *exec, const espi_quantise *a);
-    size_t (*packed_bytes)(const espi_stack *w); /* of one expert in the form that the expert ops want; 0: as it is.  NULL: always 0 */
+    /* The form that experts are kept in; NULL: as they are. */
+    size_t (*packed_bytes)(const espi_stack *w); /* of one expert in the form that the expert ops want; 0: as it is */
     esp_status (*pack)(const espi_exec *exec, void *packed, const espi_stack *one); /* one: one expert, as it is */
 #define ESPI_OP(name, args) espi_slot_##name name;
 #include "kernels/ops.def"

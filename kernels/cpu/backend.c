@@ -1,6 +1,7 @@
 /* The table of the cpu backend of one instruction set. */
 #include "kernels/cpu/cpu.h"
 #include "kernels/cpu/dense.h"
+#include "kernels/cpu/packed.h"
 #include "kernels/refuse.h"
 
 #define STRING2(x) #x
@@ -16,6 +17,8 @@ const espi_backend ESPI_CPU(espi_backend_cpu) = {
     .act = ESP_F32,
 #if defined(__AVX512BF16__)
     .bf16_products = true,
+    .packed_bytes = espi_cpu_packed_bytes,
+    .pack = espi_cpu_pack,
 #endif
     .available = ESPI_CPU(espi_cpu_available),
 #define ESPI_OP(op, args) .op.run = ESPI_CPU(espi_##op),
@@ -26,6 +29,8 @@ const espi_backend ESPI_CPU(espi_backend_cpu) = {
     .attention_bwd.scratch = ESPI_CPU(espi_attention_bwd_scratch),
     .linear_fwd.scratch = ESPI_CPU(espi_linear_fwd_scratch),
     .linear_bwd.scratch = ESPI_CPU(espi_linear_bwd_scratch),
+    .gate_up_fwd.scratch = ESPI_CPU(espi_gate_up_fwd_scratch),
+    .down_fwd.scratch = ESPI_CPU(espi_down_fwd_scratch),
     .gate_up_bwd.scratch = ESPI_CPU(espi_gate_up_bwd_scratch),
     .down_bwd.scratch = ESPI_CPU(espi_down_bwd_scratch),
     .head_sample.scratch = ESPI_CPU(espi_head_sample_scratch),

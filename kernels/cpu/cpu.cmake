@@ -11,7 +11,10 @@ set(cpu_sources
     kernels/cpu/rows.c)
 set(cpu_isas generic)
 set(cpu_flags_generic)
-# Beside those sources: without and with dot products of bf16 pairs.
+# Beside those sources, what an instruction set has of its own.
+set(cpu_own_avx512_bf16 kernels/cpu/packed_avx512_bf16.c)
+set(cpu_own_amx_bf16 kernels/cpu/packed_avx512_bf16.c)
+# And without and with dot products of bf16 pairs.
 set(cpu_f32_sources kernels/cpu/attention_f32.c)
 set(cpu_bf16_sources kernels/cpu/attention_bf16.c kernels/cpu/bf16.c)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
@@ -31,7 +34,7 @@ foreach(isa IN LISTS cpu_isas)
   else()
     set(cpu_some_sources ${cpu_f32_sources})
   endif()
-  add_library(${target} OBJECT ${cpu_sources} ${cpu_some_sources})
+  add_library(${target} OBJECT ${cpu_sources} ${cpu_some_sources} ${cpu_own_${isa}})
   # -ffp-contract=fast: multiply-adds are fused wherever the machine can, in every row alike.
   # -Wno-psabi: vectors are passed between functions of one file only.
   target_compile_options(${target} PRIVATE -O3 -ffp-contract=fast -fno-math-errno -Wno-psabi ${cpu_flags_${isa}})
@@ -41,7 +44,7 @@ foreach(isa IN LISTS cpu_isas)
   list(APPEND espalier_cpu_objects $<TARGET_OBJECTS:${target}>)
 endforeach()
 # What no instruction set's flags may touch: the list of backends, and the libraries of dense products.
-add_library(espalier_cpu_any OBJECT kernels/cpu/cpu.c kernels/cpu/dense.c)
+add_library(espalier_cpu_any OBJECT kernels/cpu/cpu.c kernels/cpu/dense.c kernels/cpu/pack.c)
 target_include_directories(espalier_cpu_any PRIVATE include src .)
 target_link_libraries(espalier_cpu_any PRIVATE OpenMP::OpenMP_C)
 if(avx512 IN_LIST cpu_isas)

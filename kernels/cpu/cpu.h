@@ -228,6 +228,8 @@ size_t ESPI_CPU(espi_attention_fwd_scratch)(const espi_exec *exec, const espi_at
 size_t ESPI_CPU(espi_attention_bwd_scratch)(const espi_exec *exec, const espi_attention_bwd *a);
 size_t ESPI_CPU(espi_linear_fwd_scratch)(const espi_exec *exec, const espi_linear_fwd *a);
 size_t ESPI_CPU(espi_linear_bwd_scratch)(const espi_exec *exec, const espi_linear_bwd *a);
+size_t ESPI_CPU(espi_gate_up_fwd_scratch)(const espi_exec *exec, const espi_gate_up_fwd *a);
+size_t ESPI_CPU(espi_down_fwd_scratch)(const espi_exec *exec, const espi_down_fwd *a);
 size_t ESPI_CPU(espi_gate_up_bwd_scratch)(const espi_exec *exec, const espi_gate_up_bwd *a);
 size_t ESPI_CPU(espi_down_bwd_scratch)(const espi_exec *exec, const espi_down_bwd *a);
 size_t ESPI_CPU(espi_head_sample_scratch)(const espi_exec *exec, const espi_head_sample *a);

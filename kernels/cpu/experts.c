@@ -1,6 +1,10 @@
 /* Everything between the router's choice and the block's output.  A task is (expert, panel of columns): its weights are decoded once and
- * meet all rows of the expert. */
+ * meet all rows of the expert.  Where experts come packed (packed.h) a task has more columns, and those who have most rows go first. */
+#include "kernels/cpu/packed.h"
+
 #include "kernels/cpu/cpu.h"
+
+#include <omp.h>
 
 esp_status ESPI_CPU(espi_dispatch)(const espi_exec *exec, const espi_dispatch *a) {
     (void)exec;
@@ -67,23 +71,26 @@ static inline vec glu_act(const espi_glu *glu, vec g, vec u) {
     return (up + splat(1.0f)) * gate * sigmoid(splat((float)glu->alpha) * gate);
 }
 
+/* Activations begin .. end - 1 of a row. */
+static void activate(const espi_glu *glu, float *act, const float *gu, int64_t begin, int64_t end, int64_t width) {
+    for (int64_t i = begin; i < end; i += LANES) {
+        const int64_t n = cpu_min(end - i, LANES);
+        vec g, u;
+        load_pair(&g, &u, gu, i, n, width, glu->interleaved);
+        const vec y = glu_act(glu, g, u);
+        if (n == LANES)
+            store(act + i, y);
+        else
+            store_part(act + i, y, n);
+    }
+}
+
 esp_status ESPI_CPU(espi_swiglu_fwd)(const espi_exec *exec, const espi_swiglu_fwd *a) {
     const int64_t width = a->width;
     const int threads = cpu_threads(exec, (double)a->rows * (double)width * 16);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t row = 0; row < a->rows; row++) {
-        float *act = (float *)a->act + row * width;
-        for (int64_t i = 0; i < width; i += LANES) {
-            const int64_t n = cpu_min(width - i, LANES);
-            vec g, u;
-            load_pair(&g, &u, (const float *)a->gu + row * 2 * width, i, n, width, a->glu.interleaved);
-            const vec y = glu_act(&a->glu, g, u);
-            if (n == LANES)
-                store(act + i, y);
-            else
-                store_part(act + i, y, n);
-        }
-    }
+    for (int64_t row = 0; row < a->rows; row++)
+        activate(&a->glu, (float *)a->act + row * width, (const float *)a->gu + row * 2 * width, 0, width, width);
     return ESP_OK;
 }
 
@@ -143,7 +150,7 @@ static int pass_threads(const espi_exec *exec, const expert_pass *p) {
 }
 
 /* y_s = W_e x_s + bias_e + scale B_e u_s, u_s = A_e x_s. */
-static void forward(const espi_exec *exec, const expert_pass *p, void *y, void *u, const void *x) {
+static void forward_unpacked(const espi_exec *exec, const expert_pass *p, void *y, void *u, const void *x) {
     const int64_t in = p->w->cols, out = p->w->rows, r = p->lora->r, panels = cpu_blocks(out, PANEL_COLS);
     const int32_t *offsets = p->routing->offsets;
     const int threads = pass_threads(exec, p);
@@ -176,7 +183,7 @@ static void forward(const espi_exec *exec, const expert_pass *p, void *y, void *
 }
 
 /* q_s = scale B_e^T d_y_s;  d_x_s = W_e^T d_y_s + A_e^T q_s.  d_y is per token when `gather`. */
-static void backward(const espi_exec *exec, const expert_pass *p, void *d_x, float *q, const void *d_y) {
+static void backward_unpacked(const espi_exec *exec, const expert_pass *p, void *d_x, float *q, const void *d_y) {
     const int64_t in = p->w->cols, out = p->w->rows, r = p->lora->r, panels = cpu_blocks(in, PANEL_COLS);
     const int32_t *offsets = p->routing->offsets;
     const int threads = pass_threads(exec, p);
@@ -227,40 +234,190 @@ static void branch_grads(const espi_exec *exec, const expert_pass *p, const void
     }
 }
 
+#if defined(__AVX512BF16__)
+/* Work memory of a packed product: the hit experts, most rows first, then every thread's own. */
+static size_t packed_scratch(const espi_exec *exec, const espi_stack *w) {
+    if (espi_cpu_packed_bytes(w) == 0) return 0;
+    return (size_t)cpu_blocks(w->experts * (int64_t)sizeof(int32_t), 64) * 64 + (size_t)exec->threads * cpu_packed_work(w);
+}
+
+static int64_t order_experts(int32_t *order, const espi_routing *routing) {
+    int64_t hit = 0;
+    for (int32_t e = 0; e < routing->experts; e++) {
+        const int32_t rows = routing->offsets[e + 1] - routing->offsets[e];
+        if (rows == 0) continue;
+        int64_t at = hit++;
+        for (; at > 0 && routing->offsets[order[at - 1] + 1] - routing->offsets[order[at - 1]] < rows; at--) order[at] = order[at - 1];
+        order[at] = e;
+    }
+    return hit;
+}
+
+/* Columns of task `panel`.  With an activation that has its gates first: as many gates as ups. */
+static cpu_columns task_columns(int64_t panel, int64_t all, const espi_glu *glu) {
+    if (!glu || glu->interleaved) return (cpu_columns){panel * TASK_COLS, 0, cpu_min(all - panel * TASK_COLS, TASK_COLS)};
+    const int64_t width = all / 2, half = TASK_COLS / 2, first = panel * half;
+    return (cpu_columns){first, width + first, cpu_min(width - first, half)};
+}
+
+/* Adds a branch's second product to the columns of a task. */
+static void add_branch(const cpu_rows *c, const cpu_columns *columns, const cpu_rows *low, const cpu_weight *weight, int64_t r, int64_t m) {
+    for (int range = 0; r > 0 && range < (columns->second ? 2 : 1); range++) {
+        const int64_t col = range ? columns->second : columns->first;
+        const cpu_rows to = {c->base + col, c->stride, c->index};
+        cpu_product(&to, low, weight, m, r, col, columns->n, true);
+    }
+}
+
+/* What is done for the rows of an expert with packed weights: forward, y of x, with the activation where there is one; or backward. */
+typedef struct packed_pass {
+    const expert_pass *pass;
+    bool backward;
+    void *to, *low;
+    const void *from;
+    void *act; /* NULL: none */
+    const espi_glu *glu;
+} packed_pass;
+
+static void packed_task(const packed_pass *k, int64_t e, int64_t panel, void *work) {
+    const expert_pass *p = k->pass;
+    const int64_t in = k->backward ? p->w->rows : p->w->cols, out = k->backward ? p->w->cols : p->w->rows, r = p->lora->r;
+    const int64_t first = p->routing->offsets[e], m = p->routing->offsets[e + 1] - first;
+    const cpu_rows from = input_rows(p, k->from, in, first), to = routed_rows(k->to, out, first), low = routed_rows(k->low, r, first);
+    const cpu_packed w = cpu_packed_of(p->w, e);
+    const cpu_columns columns = task_columns(panel, out, k->glu);
+    const cpu_branch l = cpu_branch_of(p->lora, e, p->w->cols, p->w->rows);
+    const cpu_weight weight = k->backward ? cpu_floats(l.a, l.in, 1, false) : cpu_floats(l.b, r, l.scale, true);
+    if (k->backward)
+        cpu_packed_backward(&to, &from, &w, m, columns, work);
+    else
+        cpu_packed_forward(&to, &from, &w, p->bias ? p->bias + e * out : NULL, m, columns, work);
+    add_branch(&to, &columns, &low, &weight, r, m);
+    if (!k->act) return;
+    const int64_t begin = k->glu->interleaved ? columns.first / 2 : columns.first;
+    const int64_t end = begin + (k->glu->interleaved ? columns.n / 2 : columns.n);
+    for (int64_t s = first; s < first + m; s++)
+        activate(k->glu, (float *)k->act + s * (out / 2), (const float *)k->to + s * out, begin, end, out / 2);
+}
+
+static void run_packed(const espi_exec *exec, const packed_pass *k, char *scratch) {
+    const expert_pass *p = k->pass;
+    const int64_t in = p->w->cols, out = p->w->rows, r = p->lora->r, panels = cpu_blocks(k->backward ? in : out, TASK_COLS);
+    const int threads = pass_threads(exec, p);
+    int32_t *order = (int32_t *)scratch;
+    char *work = scratch + cpu_blocks(p->w->experts * (int64_t)sizeof *order, 64) * 64;
+    const int64_t hit = order_experts(order, p->routing);
+    const size_t each = cpu_packed_work(p->w);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        if (r) {
+#pragma omp for schedule(dynamic, 1)
+            for (int64_t i = 0; i < hit; i++) {
+                const int64_t first = p->routing->offsets[order[i]], m = p->routing->offsets[order[i] + 1] - first;
+                const cpu_branch l = cpu_branch_of(p->lora, order[i], in, out);
+                const cpu_weight weight = k->backward ? cpu_floats(l.b, r, l.scale, false) : cpu_floats(l.a, in, 1, true);
+                const int64_t width = k->backward ? out : in;
+                const cpu_rows from = input_rows(p, k->from, width, first), to = routed_rows(k->low, r, first);
+                cpu_product(&to, &from, &weight, m, width, 0, r, false);
+            }
+        }
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t task = 0; task < hit * panels; task++)
+            packed_task(k, order[task / panels], task % panels, work + (size_t)omp_get_thread_num() * each);
+    }
+}
+
+/* Whether columns of gates and of ups are whole records, so that an activation can follow the products at once. */
+static bool activates_at_once(const espi_stack *w, const espi_glu *glu) {
+    return w->packed && (glu->interleaved || w->rows / 2 % RECORD_ROWS == 0);
+}
+#else
+static size_t packed_scratch(const espi_exec *exec, const espi_stack *w) {
+    (void)exec, (void)w;
+    return 0;
+}
+#endif
+
 static int64_t slots_of(const espi_routing *routing) {
     return routing->tokens * routing->top_k;
 }
 
+/* Either form.  scratch: that of the packed one. */
+static void forward(const espi_exec *exec, const expert_pass *p, void *y, void *u, const void *x, void *scratch) {
+#if defined(__AVX512BF16__)
+    if (p->w->packed) {
+        run_packed(exec, &(packed_pass){.pass = p, .to = y, .low = u, .from = x}, scratch);
+        return;
+    }
+#endif
+    (void)scratch;
+    forward_unpacked(exec, p, y, u, x);
+}
+
+static void backward(const espi_exec *exec, const expert_pass *p, void *d_x, float *q, const void *d_y, void *scratch) {
+#if defined(__AVX512BF16__)
+    if (p->w->packed) {
+        run_packed(exec, &(packed_pass){.pass = p, .backward = true, .to = d_x, .low = q, .from = d_y}, scratch);
+        return;
+    }
+#endif
+    (void)scratch;
+    backward_unpacked(exec, p, d_x, q, d_y);
+}
+
+/* Floats that begin a scratch; what packed products need follows them. */
+static size_t floats_first(int64_t n) {
+    return (size_t)cpu_blocks(n * (int64_t)sizeof(float), 64) * 64;
+}
+
+size_t ESPI_CPU(espi_gate_up_fwd_scratch)(const espi_exec *exec, const espi_gate_up_fwd *a) {
+    return packed_scratch(exec, &a->w);
+}
+
 esp_status ESPI_CPU(espi_gate_up_fwd)(const espi_exec *exec, const espi_gate_up_fwd *a) {
     if (a->routing.tokens == 0) return ESP_OK;
-    forward(exec, &(expert_pass){&a->w, a->bias, &a->lora, &a->routing, true}, a->gu, a->u, a->x);
+    const expert_pass p = {&a->w, a->bias, &a->lora, &a->routing, true};
+#if defined(__AVX512BF16__)
+    if (activates_at_once(&a->w, &a->glu)) {
+        run_packed(exec, &(packed_pass){&p, false, a->gu, a->u, a->x, a->act, &a->glu}, exec->scratch);
+        return ESP_OK;
+    }
+#endif
+    forward(exec, &p, a->gu, a->u, a->x, exec->scratch);
     return ESPI_CPU(espi_swiglu_fwd)(exec, &(espi_swiglu_fwd){a->act, a->gu, slots_of(&a->routing), a->w.rows / 2, a->glu});
+}
+
+size_t ESPI_CPU(espi_down_fwd_scratch)(const espi_exec *exec, const espi_down_fwd *a) {
+    return packed_scratch(exec, &a->w);
 }
 
 esp_status ESPI_CPU(espi_down_fwd)(const espi_exec *exec, const espi_down_fwd *a) {
     if (a->routing.tokens == 0) return ESP_OK;
-    forward(exec, &(expert_pass){&a->w, a->bias, &a->lora, &a->routing, false}, a->y, a->u, a->act);
+    forward(exec, &(expert_pass){&a->w, a->bias, &a->lora, &a->routing, false}, a->y, a->u, a->act, exec->scratch);
     return ESP_OK;
 }
 
 /* q. */
 size_t ESPI_CPU(espi_gate_up_bwd_scratch)(const espi_exec *exec, const espi_gate_up_bwd *a) {
-    (void)exec;
-    return (size_t)(slots_of(&a->routing) * a->lora.r) * sizeof(float);
+    return floats_first(slots_of(&a->routing) * a->lora.r) + packed_scratch(exec, &a->w);
 }
 
 esp_status ESPI_CPU(espi_gate_up_bwd)(const espi_exec *exec, const espi_gate_up_bwd *a) {
     if (a->routing.tokens == 0) return ESP_OK;
     const expert_pass p = {&a->w, NULL, &a->lora, &a->routing, false};
-    backward(exec, &p, a->d_rows, exec->scratch, a->d_gu);
-    branch_grads(exec, &p, a->x, a->d_gu, true, a->u, exec->scratch);
+    float *q = exec->scratch;
+    backward(exec, &p, a->d_rows, q, a->d_gu, (char *)q + floats_first(slots_of(&a->routing) * a->lora.r));
+    branch_grads(exec, &p, a->x, a->d_gu, true, a->u, q);
     return ESP_OK;
 }
 
 /* q, u times the row's weight, the activation and its gradient. */
+static size_t down_floats(const espi_down_bwd *a) {
+    return floats_first(slots_of(&a->routing) * 2 * (a->lora.r + a->w.cols));
+}
+
 size_t ESPI_CPU(espi_down_bwd_scratch)(const espi_exec *exec, const espi_down_bwd *a) {
-    (void)exec;
-    return (size_t)(slots_of(&a->routing) * 2 * (a->lora.r + a->w.cols)) * sizeof(float);
+    return down_floats(a) + packed_scratch(exec, &a->w);
 }
 
 /* From a_s, which d_act holds, to d_row_weight_s = act_s . a_s + bias_e . d_out_t and w_s a_s. */
@@ -281,7 +438,7 @@ esp_status ESPI_CPU(espi_down_bwd)(const espi_exec *exec, const espi_down_bwd *a
     const expert_pass p = {&a->w, NULL, &a->lora, &a->routing, true};
     const int threads = pass_threads(exec, &p);
     ESPI_TRY(ESPI_CPU(espi_swiglu_fwd)(exec, &(espi_swiglu_fwd){act, a->gu, slots, width, a->glu}));
-    backward(exec, &p, d_act, q, a->d_out);
+    backward(exec, &p, d_act, q, a->d_out, (char *)q + down_floats(a));
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
     for (int64_t e = 0; e < a->w.experts; e++)
         for (int64_t s = a->routing.offsets[e]; s < a->routing.offsets[e + 1]; s++) weigh_row(a, d_act, act, e, s);

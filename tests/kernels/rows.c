@@ -20,6 +20,8 @@ static const shape shapes[] = {
      .window = 41},
     {"rows, one key", 150, 24, 4, 2, 12, 4, 61, 4, 2, 32, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .sinks = true, .window = 1, .clamped = true},
     {"rows, forced and filtered", 70, 140, 8, 2, 12, 4, 300, 4, 2, 8, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .forced = true, .filtered = true},
+    {"rows, packed", 70, 128, 4, 2, 64, 16, 61, 2, 2, 8, ROUTE_SKEWED, ESP_NF4, ESP_F32, .packed = true, .nested = true},
+    {"rows, packed, as gpt-oss", 61, 64, 3, 2, 64, 3, 61, 2, 2, 8, ROUTE_RANDOM, ESP_MXFP4, ESP_F32, AS_GPT_OSS, .packed = true},
 };
 enum { SHAPES = sizeof shapes / sizeof shapes[0] };
 
@@ -36,6 +38,8 @@ static bool begin(twice *t, espi_op_id op, const shape *shape, const espi_backen
     t->size = esp_dtype_size(backend->real);
     problem_build(&t->whole, op, shape, backend->real, &espi_backend_ref);
     problem_build(&t->pieces, op, shape, backend->real, &espi_backend_ref);
+    problem_pack(&t->whole, backend);
+    problem_pack(&t->pieces, backend);
     cr_assert_eq(op_cases[op].run(backend, &t->whole, 2, &refusal), ESP_OK, "%s", esp_last_error());
     return refusal == NULL;
 }

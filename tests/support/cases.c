@@ -823,6 +823,28 @@ void problem_build(problem *p, espi_op_id op, const shape *shape, esp_dtype real
     op_cases[op].build(p);
 }
 
+bool problem_pack(problem *p, const espi_backend *backend) {
+    espi_stack *w = expert_stack(p);
+    const size_t bytes = p->shape.packed && w && backend->packed_bytes ? backend->packed_bytes(w) : 0;
+    if (bytes == 0) return false;
+    unsigned char *packed = field_add(p, "packed", ROLE_IN, ESP_U8, w->experts * (int64_t)bytes);
+    for (int64_t e = 0; e < w->experts; e++) {
+        espi_stack one = *w;
+        const int64_t part = e * w->parts;
+        one.experts = 1;
+        one.data = (const char *)w->data + (size_t)part * w->part_bytes;
+        if (w->absmax) one.absmax += part * w->part_blocks;
+        if (w->scales) one.scales += part * w->part_blocks;
+        if (w->absmax8) one.absmax8 += part * w->part_blocks, one.nested += part * w->part_nested, one.offset += part;
+        cr_assert_eq(backend->pack(&(espi_exec){.threads = 2}, packed + (size_t)e * bytes, &one), ESP_OK, "%s", esp_last_error());
+    }
+    settle(p, "packed");
+    w->packed = packed;
+    w->data = w->absmax8 = w->scales = NULL;
+    w->absmax = w->nested = w->offset = NULL;
+    return true;
+}
+
 void problem_call(problem *p, const espi_backend *backend) {
     const char *refusal = NULL, *name = "";
     const esp_status status = op_cases[p->op].run(backend, p, 1, &refusal);
@@ -834,5 +856,6 @@ void problem_call(problem *p, const espi_backend *backend) {
 
 void problem_run(problem *p, espi_op_id op, const shape *shape, const espi_backend *backend, const espi_backend *saver) {
     problem_build(p, op, shape, backend->real, saver);
+    problem_pack(p, backend);
     problem_call(p, backend);
 }

@@ -34,6 +34,9 @@ void form_activation(problem *p);
 /* The frozen matrices of a problem of the four expert ops; NULL: another op's. */
 espi_stack *expert_stack(problem *p);
 
+/* Puts the experts of a `packed` shape into the backend's form, where it has one for them.  Whether it did. */
+bool problem_pack(problem *p, const espi_backend *backend);
+
 /* Runs what has been built; every failure ends the test. */
 void problem_call(problem *p, const espi_backend *backend);
 

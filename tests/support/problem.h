@@ -49,6 +49,7 @@ typedef struct shape {
     bool clamped, interleaved;
     bool forced;   /* router: two tokens of three come with their experts */
     bool filtered; /* head: two rows of three are over some ids only, and drawing leaves some */
+    bool packed;   /* experts: where a backend has a form of its own, in that */
 } shape;
 
 typedef union any_args {
