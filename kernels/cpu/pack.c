@@ -6,27 +6,43 @@ size_t espi_cpu_packed_bytes(const espi_stack *w) {
     return (size_t)(w->rows / RECORD_ROWS * (w->cols / RECORD_COLS) * record_bytes(w->format));
 }
 
-static unsigned code_at(const espi_stack *one, const uint8_t *codes, int64_t k) {
-    const bool low = (k % 2 == 0) == (one->format == ESP_MXFP4);
-    return low ? codes[k / 2] & 15u : codes[k / 2] >> 4;
+/* Where a row's codes of a record begin, and which part's block is its first. */
+typedef struct record_row {
+    const uint8_t *codes;
+    int64_t part, block;
+} record_row;
+
+static record_row row_of(const espi_stack *one, int64_t row, int64_t col) {
+    const int64_t part_rows = one->rows / one->parts, part = row / part_rows, at = row % part_rows * one->cols + col;
+    return (record_row){(const uint8_t *)one->data + (size_t)part * one->part_bytes + at / 2, part,
+                        at / (one->format == ESP_MXFP4 ? ESPI_MXBLOCK : ESPI_QBLOCK)};
+}
+
+/* The codes of rows i, i + 4, i + 8 and i + 12 of 16: of every pair of k the two units, from four bytes. */
+static void pack_units(uint8_t *out, const uint8_t *const codes[4], bool low_first) {
+    const int first = low_first ? 0 : 4, second = 4 - first;
+    for (int64_t pair = 0; pair < RECORD_COLS / 2; pair++, out += 16) {
+        for (int low = 0; low < 2; low++) {
+            const unsigned a = codes[2 * low][pair], b = codes[2 * low + 1][pair];
+            out[low] = (uint8_t)((a >> first & 15u) | (b >> first & 15u) << 4);
+            out[2 + low] = (uint8_t)((a >> second & 15u) | (b >> second & 15u) << 4);
+        }
+    }
 }
 
 static void pack_record(uint8_t *out, const espi_stack *one, int64_t row0, int64_t col0) {
-    const int64_t part_rows = one->rows / one->parts, cols = one->cols;
-    const int64_t block = one->format == ESP_MXFP4 ? ESPI_MXBLOCK : ESPI_QBLOCK;
-    memset(out, 0, RECORD_CODES);
+    record_row rows[RECORD_ROWS];
+    for (int64_t n = 0; n < RECORD_ROWS; n++) rows[n] = row_of(one, row0 + n, col0);
     for (int64_t n = 0; n < RECORD_ROWS; n++) {
-        const int64_t part = (row0 + n) / part_rows, at = (row0 + n) % part_rows * cols + col0;
-        const uint8_t *codes = (const uint8_t *)one->data + (size_t)part * one->part_bytes + at / 2;
-        uint8_t *half = out + n / 16 * (RECORD_CODES / 2);
-        const int64_t unit = n % 4 * 2, nibble = n % 16 / 4;
-        for (int64_t k = 0; k < RECORD_COLS; k++)
-            half[k / 2 * 16 + (unit + k % 2) * 2 + nibble / 2] |= (uint8_t)(code_at(one, codes, k) << nibble % 2 * 4);
+        const record_row *r = &rows[n];
+        if (n % 16 < 4)
+            pack_units(out + n / 16 * (RECORD_CODES / 2) + n % 4 * 4,
+                       (const uint8_t *const[4]){r[0].codes, r[4].codes, r[8].codes, r[12].codes}, one->format == ESP_MXFP4);
         if (one->format == ESP_MXFP4) {
             for (int64_t b = 0; b < RECORD_COLS / ESPI_MXBLOCK; b++)
-                out[RECORD_CODES + b * RECORD_ROWS + n] = one->scales[part * one->part_blocks + at / block + b];
+                out[RECORD_CODES + b * RECORD_ROWS + n] = one->scales[r->part * one->part_blocks + r->block + b];
         } else {
-            const float scale = espi_stack_absmax(one, part, at / block);
+            const float scale = espi_stack_absmax(one, r->part, r->block);
             memcpy(out + RECORD_CODES + (size_t)n * sizeof scale, &scale, sizeof scale);
         }
     }

@@ -64,7 +64,7 @@ static void place_raw(layout *l, espi_stack *s, bool double_quant) {
 /* Bytes of one expert in the form that the backend's expert ops want; 0: as it is. */
 static size_t packed_bytes(const esp_ctx *ctx, const espi_stack *s) {
     const espi_backend *backend = ctx->backends[0];
-    return ctx->device && backend->packed_bytes ? backend->packed_bytes(s) : 0;
+    return backend->packed_bytes ? backend->packed_bytes(s) : 0;
 }
 
 static void place_stack(layout *l, espi_stack *s, const esp_model *m, const float *map, const float *lut) {
@@ -170,7 +170,8 @@ static espi_extent staging_extent(const staging *parts, const esp_ctx *ctx) {
 }
 
 /* One buffer: room for the largest piece that is ever on its way, and, under double quantisation, for one matrix's scales.  Columns that
- * become rows are there twice, as read and turned.  On a device also for one expert, and all of it there too. */
+ * become rows are there twice, as read and turned.  On a device, or where experts are packed, also for one expert; on a device all of it there
+ * too. */
 static staging plan_staging(const esp_model *m) {
     const bool double_quant = m->options.double_quant;
     int64_t values = mat_values(&m->embed), blocks = 0;
@@ -186,7 +187,8 @@ static staging plan_staging(const esp_model *m) {
         size_t gate_up, down;
         (void)one_over(&w->gate_up, NULL, double_quant, &gate_up);
         (void)one_over(&w->down, NULL, double_quant, &down);
-        if (m->ctx->device) parts.one = larger_size(parts.one, larger_size(gate_up, down));
+        if (m->ctx->device || packed_bytes(m->ctx, &w->gate_up)) parts.one = larger_size(parts.one, gate_up);
+        if (m->ctx->device || packed_bytes(m->ctx, &w->down)) parts.one = larger_size(parts.one, down);
     }
     const int64_t raw = larger(values * (int64_t)sizeof(float), RAW_MIN), most = copies == 1 ? RAW_MAX : RAW_MAX_TURNED;
     parts.raw = (size_t)(raw < most ? (raw + 255) / 256 * 256 : most);
@@ -542,7 +544,12 @@ esp_status espi_loader_take(espi_loader *loader, const espi_stack *s, int64_t pa
     return s->absmax8 ? espi_loader_shrink_absmax(loader, s, part) : ESP_OK;
 }
 
-/* ---- experts on their way to a device ---- */
+/* ---- experts on their way to a device, or to be packed ---- */
+
+/* Experts go one by one through loader->one. */
+static bool goes_apart(const espi_loader *loader, const espi_stack *s) {
+    return loader->d_one || s->packed;
+}
 
 /* Expert e where it is: the stack is not packed. */
 static espi_stack expert_view(const espi_stack *s, int64_t e) {
@@ -565,7 +572,7 @@ static espi_stack expert_target(const espi_loader *loader, const espi_stack *s, 
 }
 
 espi_stack espi_loader_expert(const espi_loader *loader, const espi_stack *s, int64_t e) {
-    return loader->one ? one_over(s, loader->one, loader->model->options.double_quant, NULL) : expert_view(s, e);
+    return goes_apart(loader, s) ? one_over(s, loader->one, loader->model->options.double_quant, NULL) : expert_view(s, e);
 }
 
 static esp_status pack(espi_loader *loader, const espi_stack *s, int64_t e, const espi_stack *one) {
@@ -584,7 +591,7 @@ static esp_status send_scales8(espi_loader *loader, const espi_stack *to, const 
 }
 
 esp_status espi_loader_expert_done(espi_loader *loader, const espi_stack *s, int64_t e, const espi_stack *one) {
-    if (!loader->one) return ESP_OK;
+    if (!loader->d_one) return pack(loader, s, e, one);
     esp_ctx *ctx = loader->model->ctx;
     const espi_stack to = expert_target(loader, s, e);
     const size_t blocks = (size_t)(to.parts * to.part_blocks);
@@ -716,7 +723,7 @@ static esp_status load_expert(espi_loader *loader, const stored_stack *k, int64_
     const espi_source *from = k->from + e * s->parts;
     bool plain = true;
     for (int64_t p = 0; p < s->parts; p++) plain &= from[p].t != NULL;
-    if (loader->one && plain && s->format != ESP_Q_NONE) return encode_expert(loader, s, e, from);
+    if (loader->d_one && plain && s->format != ESP_Q_NONE) return encode_expert(loader, s, e, from);
     const espi_stack one = espi_loader_expert(loader, s, e);
     for (int64_t p = 0; p < s->parts; p++) {
         char name[ESPI_TENSOR_NAME];
@@ -733,7 +740,8 @@ static esp_status load_all_experts(espi_loader *loader, const stored_stack *k) {
     if (parts == 0) return ESP_OK;
     matrix_name(name, loader, k, 0);
     if (k->layout == ESPI_EXPERTS_FUSED && !k->from[0].t) return espi_bnb_load_fused(loader, s, name);
-    bool alike = !loader->one && s->format != ESP_Q_NONE && !s->absmax8; /* the 8-bit scales of a matrix are made once it is complete */
+    bool alike =
+        !goes_apart(loader, s) && s->format != ESP_Q_NONE && !s->absmax8; /* the 8-bit scales of a matrix are made once it is complete */
     for (int64_t i = 0; i < parts; i++) alike &= k->from[i].t && k->from[0].t && k->from[i].t->dtype == k->from[0].t->dtype;
     if (alike) return take_parts(loader, s, 0, k->from, parts);
     for (int64_t e = 0; e < s->experts; e++) ESPI_TRY(load_expert(loader, k, e));
@@ -928,8 +936,8 @@ esp_status espi_loader_open(espi_loader *loader, esp_model *model, const char *d
     loader->raw_bytes = parts.raw;
     loader->raw = device ? loader->staging.host : loader->staging.main;
     loader->absmax = (float *)(void *)(loader->raw + parts.raw);
-    if (!device) return ESP_OK;
     loader->one = loader->raw + parts.raw + parts.absmax;
+    if (!device) return ESP_OK;
     loader->d_raw = loader->staging.main;
     loader->d_absmax = (float *)(void *)(loader->d_raw + parts.raw);
     loader->d_one = loader->d_raw + parts.raw + parts.absmax;

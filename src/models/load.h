@@ -15,8 +15,9 @@ typedef struct espi_loader {
     float *absmax;      /* room for the block scales of one matrix, under double quantisation */
     unsigned char *raw; /* stored values on their way */
     size_t raw_bytes;   /* a multiple of 64 elements of any dtype, at least 4096 */
-    /* On a device: one expert as it is, in host memory and there; the values of `raw` there; and the scales of `absmax`. */
-    unsigned char *one, *d_one, *d_raw;
+    unsigned char *one; /* one expert as it is, in host memory: on its way to a device, or to be packed */
+    /* On a device: the same there; the values of `raw`; and the scales of `absmax`.  Else NULL. */
+    unsigned char *d_one, *d_raw;
     float *d_absmax;
     float *map, *lut; /* where the stacks' map of double quantisation lies, or NULL; on a device, their table of values */
     float map_values[256];

@@ -43,8 +43,17 @@ static espi_stack shape(const esp_moe_config *o, int64_t rows, int64_t cols, int
                         .part_blocks = plain ? 0 : (n + ESPI_QBLOCK - 1) / ESPI_QBLOCK};
 }
 
-static void lay_stack(espi_stack *w, unsigned char *base, size_t *at) {
-    const size_t parts = (size_t)w->experts * (size_t)w->parts;
+/* Bytes of one expert in the form that a CPU backend's ops want; 0: as it is. */
+static size_t packed_bytes(const esp_ctx *ctx, const espi_stack *w) {
+    return !ctx->device && ctx->backends[0]->packed_bytes ? ctx->backends[0]->packed_bytes(w) : 0;
+}
+
+static void lay_stack(espi_stack *w, const esp_ctx *ctx, unsigned char *base, size_t *at) {
+    const size_t parts = (size_t)w->experts * (size_t)w->parts, packed = packed_bytes(ctx, w);
+    if (packed) {
+        w->packed = piece(base, at, (size_t)w->experts * packed);
+        return;
+    }
     w->data = piece(base, at, parts * w->part_bytes);
     if (w->format != ESP_Q_NONE) w->absmax = piece(base, at, parts * (size_t)w->part_blocks * sizeof(float));
 }
@@ -55,8 +64,8 @@ static size_t lay_weights(esp_moe *moe, unsigned char *base) {
     if (moe->model.ctx->device && lut) lut = piece(base, &at, 16 * sizeof(float));
     moe->experts.gate_up.lut = moe->experts.down.lut = lut;
     moe->router.w.data = piece(base, &at, (size_t)(moe->options.experts * moe->options.hidden) * sizeof(float));
-    lay_stack(&moe->experts.gate_up, base, &at);
-    lay_stack(&moe->experts.down, base, &at);
+    lay_stack(&moe->experts.gate_up, moe->model.ctx, base, &at);
+    lay_stack(&moe->experts.down, moe->model.ctx, base, &at);
     return at;
 }
 
@@ -194,14 +203,36 @@ static esp_status put(esp_ctx *ctx, const espi_stack *w, int64_t e, int part, co
     return status;
 }
 
+/* The matrices of one expert of a stack. */
+static esp_status put_parts(esp_ctx *ctx, const espi_stack *w, int64_t e, const float *const x[], const char *const names[]) {
+    if (!w->packed) {
+        for (int p = 0; p < w->parts; p++) ESPI_TRY(put(ctx, w, e, p, x[p], names[p]));
+        return ESP_OK;
+    }
+    const size_t scales = (size_t)(w->parts * w->part_blocks) * sizeof(float), codes = (size_t)w->parts * w->part_bytes;
+    unsigned char *memory = malloc(scales + codes);
+    if (!memory) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory to pack %s (%zu bytes)", names[0], scales + codes);
+    espi_stack one = *w;
+    one.experts = 1;
+    one.packed = NULL;
+    one.absmax = (const float *)(void *)memory;
+    one.data = memory + scales;
+    esp_status status = ESP_OK;
+    for (int p = 0; p < w->parts && status == ESP_OK; p++) status = put(ctx, &one, 0, p, x[p], names[p]);
+    const espi_exec exec = {.threads = ctx->threads};
+    unsigned char *to = (unsigned char *)w->packed + (size_t)e * packed_bytes(ctx, w);
+    if (status == ESP_OK) status = ctx->backends[0]->pack(&exec, to, &one);
+    free(memory);
+    return status;
+}
+
 esp_status esp_moe_set_expert(esp_moe *moe, int64_t e, const float *gate, const float *up, const float *down) {
     if (!moe || !gate || !up || !down) return ESPI_FAIL(ESP_ERR_ARG, "esp_moe_set_expert: an argument is NULL");
     if (e < 0 || e >= moe->options.experts)
         return ESPI_FAIL(ESP_ERR_ARG, "expert: got %lld, expected 0 to %lld", (long long)e, (long long)moe->options.experts - 1);
     moe->is_set[e] = 0; /* until all three are in: a failure must not leave a mixture */
-    ESPI_TRY(put(moe->model.ctx, &moe->experts.gate_up, e, 0, gate, "gate"));
-    ESPI_TRY(put(moe->model.ctx, &moe->experts.gate_up, e, 1, up, "up"));
-    ESPI_TRY(put(moe->model.ctx, &moe->experts.down, e, 0, down, "down"));
+    ESPI_TRY(put_parts(moe->model.ctx, &moe->experts.gate_up, e, (const float *const[]){gate, up}, (const char *const[]){"gate", "up"}));
+    ESPI_TRY(put_parts(moe->model.ctx, &moe->experts.down, e, &down, (const char *const[]){"down"}));
     moe->is_set[e] = 1;
     return ESP_OK;
 }
