@@ -2,11 +2,7 @@
  *
  * Forward: strips of up to 12 rows meet 32 columns, or up to 4 rows 64, codes being decoded in registers for each strip.  Backward: up to 4
  * rows likewise; more rows meet a panel that was decoded once. */
-#include "kernels/cpu/packed.h"
-
-#include <immintrin.h>
-
-#define INLINE static inline __attribute__((always_inline))
+#include "kernels/cpu/decode.h"
 
 enum {
     STRIP_ROWS = 12,   /* forward; 24 of 32 registers are sums */
@@ -61,19 +57,7 @@ INLINE __m512bh decode_pair(const uint8_t *codes, __m512i values, __m512i shifts
     return (__m512bh)_mm512_permutexvar_epi16(_mm512_srlv_epi16(units, shifts), values);
 }
 
-/* The scales of 16 rows; half: which of MXFP4's. */
-INLINE __m512 scales_of(const uint8_t *record, int tile, int half, const bool mx) {
-    if (!mx) return _mm512_loadu_ps((const float *)(record + RECORD_CODES) + tile * 16);
-    const __m128i bytes = _mm_loadu_si128((const __m128i *)(record + RECORD_CODES + half * RECORD_ROWS + tile * 16));
-    const __m512i exponent = _mm512_slli_epi32(_mm512_cvtepu8_epi32(bytes), 23);
-    return _mm512_castsi512_ps(_mm512_max_epi32(exponent, _mm512_set1_epi32(0x00400000))); /* 0 is the subnormal 2^-127 */
-}
-
 /* ---- forward ---- */
-
-INLINE void prefetch_record(const uint8_t *record, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch((const char *)record + i, _MM_HINT_T1);
-}
 
 /* sum[rows][tiles * 16] = a W^T over all of k.  tiles: 2, or 4 of two records that lie `stride` apart. */
 INLINE void forward_strip(float *sum, const uint8_t *a, const uint8_t *w, int64_t stride, int64_t blocks, const float *lut, const int rows,
@@ -208,48 +192,6 @@ void cpu_packed_forward(const cpu_rows *c, const cpu_rows *a, const cpu_packed *
 
 /* ---- backward ---- */
 
-/* Constants of decoding along k. */
-typedef struct gather {
-    __m512i unit[4], shift[2], low, odd;
-} gather;
-
-INLINE gather gather_make(void) {
-    gather g;
-    _Alignas(64) uint16_t at[32];
-    for (int i = 0; i < 4; i++) {
-        for (int k = 0; k < 16; k++) at[2 * k] = at[2 * k + 1] = (uint16_t)(k / 2 * 8 + 2 * i + k % 2);
-        g.unit[i] = _mm512_load_si512(at);
-    }
-    g.shift[0] = _mm512_set1_epi32(4 << 16);
-    g.shift[1] = _mm512_set1_epi32(12 << 16 | 8);
-    g.low = _mm512_set1_epi16(15);
-    g.odd = _mm512_set1_epi32(16 << 16);
-    return g;
-}
-
-/* 32 entries: the values of row i + 8 h of 16 rows, scaled, then those of row i + 8 h + 4. */
-INLINE __m512i pair_values(__m512 lut, const float *scale, int i, int h) {
-    const __m512 first = _mm512_mul_ps(lut, _mm512_set1_ps(scale[i + 8 * h]));
-    const __m512 second = _mm512_mul_ps(lut, _mm512_set1_ps(scale[i + 8 * h + 4]));
-    return (__m512i)_mm512_cvtne2ps_pbh(second, first);
-}
-
-INLINE __m512i gather_units(const gather *g, const uint8_t *codes, int i) {
-    return _mm512_permutex2var_epi16(_mm512_loadu_si512(codes), g->unit[i], _mm512_loadu_si512(codes + 64));
-}
-
-INLINE __m512bh decode_gathered(const gather *g, __m512i units, __m512i values, int h) {
-    const __m512i code = _mm512_srlv_epi16(units, g->shift[h]);
-    return (__m512bh)_mm512_permutexvar_epi16(_mm512_ternarylogic_epi32(code, g->low, g->odd, 0xea), values); /* code & low | odd */
-}
-
-/* Scales of 16 rows as floats in memory, for k of either half of a record. */
-INLINE const float *row_scales(float *buffer, const uint8_t *record, int tile, int half, const bool mx) {
-    if (!mx) return (const float *)(record + RECORD_CODES) + tile * 16;
-    _mm512_store_ps(buffer, scales_of(record, tile, half, true));
-    return buffer;
-}
-
 /* 32 rows of one record to panel[16 pairs][64]. */
 INLINE void decode_record(uint8_t *panel, const gather *g, const uint8_t *record, __m512 lut, const bool mx) {
     const int halves = mx ? 2 : 1;
@@ -283,12 +225,6 @@ static void decode_panel(uint8_t *panel, const uint8_t *w, int64_t stride, int64
         else
             decode_record(panel, &g, w, values, false);
     }
-}
-
-/* The order in which 16 rows pair up. */
-INLINE __m512i pairing(void) {
-    return _mm512_set_epi16(31, 27, 23, 19, 30, 26, 22, 18, 29, 25, 21, 17, 28, 24, 20, 16, 15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8,
-                            4, 0);
 }
 
 /* n floats, whole 32s, of each row, in pairs of rows of W: BACK_DEPTH * 2 bytes a row. */
