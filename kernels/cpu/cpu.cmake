@@ -13,7 +13,7 @@ set(cpu_isas generic)
 set(cpu_flags_generic)
 # Beside those sources, what an instruction set has of its own.
 set(cpu_own_avx512_bf16 kernels/cpu/packed_avx512_bf16.c)
-set(cpu_own_amx_bf16 kernels/cpu/packed_avx512_bf16.c)
+set(cpu_own_amx_bf16 kernels/cpu/packed_amx_bf16.c)
 # And without and with dot products of bf16 pairs.
 set(cpu_f32_sources kernels/cpu/attention_f32.c)
 set(cpu_bf16_sources kernels/cpu/attention_bf16.c kernels/cpu/bf16.c)

@@ -9,9 +9,9 @@
  * shift by the quarter's place leaves the code in the low bits.  A permutation looks 32 entries up, of which two halves are alike, so the bit
  * above the code does not matter.  Backward (a lane is one k, its halves n and n + 4): units of 16 k are gathered once for two pairs of n.
  *
- * Numbers.  Forward: the products of 64 k (MXFP4: of 32) are summed, values unscaled, then multiplied by the scale and added to the sum so
- * far.  Backward: values are scaled and rounded to bf16, and 512 n are summed before they are added.  Neither depends on how many rows there
- * are, so a row's bits do not. */
+ * Numbers of avx512_bf16.  Forward: the products of 64 k (MXFP4: of 32) are summed, values unscaled, then multiplied by the scale and added
+ * to the sum so far.  Backward: values are scaled and rounded to bf16, and 512 n are summed before they are added.  Of amx_bf16: values are
+ * scaled and rounded, and tiles add up over the whole depth.  None of it depends on how many rows there are, so a row's bits do not. */
 #ifndef ESPI_KERNELS_CPU_PACKED_H
 #define ESPI_KERNELS_CPU_PACKED_H
 
@@ -45,8 +45,12 @@ static inline cpu_packed cpu_packed_of(const espi_stack *w, int64_t expert) {
     return (cpu_packed){records, w->lut, w->format, w->rows, w->cols};
 }
 
-/* What a task works on: so many columns of one expert's y, or of its d_x. */
+/* What a task works on: so many columns of one expert's y, or of its d_x.  Tiles take longer to convert rows. */
+#if defined(__AMX_BF16__)
+enum { TASK_COLS = 1024 };
+#else
 enum { TASK_COLS = 256 };
+#endif
 
 /* Columns `first` .. first + n - 1 of an expert and, where `second` is not 0, `second` .. second + n - 1; all whole records.  Rows of c begin
  * at column 0. */
