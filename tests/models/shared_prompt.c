@@ -262,12 +262,6 @@ static double gradient_tolerance(const subject *s) {
     return s->ctx->backends[0]->bf16_products ? 0x1p-5 : tolerance_of(s);
 }
 
-/* Products of bf16 round what they are given, once the sum over a prompt's users and once every user's own: some roundings to 8 bits, through
- * the layers.  The loss comes from equal bits whatever the products. */
-static double gradient_tolerance(const subject *s) {
-    return s->ctx->backends[0]->bf16_products ? 0x1p-6 : tolerance_of(s);
-}
-
 /* objective NULL: cross-entropy. */
 static void same_gradients(subject *s, const layout *l, const esp_objective *objective, const char *what) {
     static packed repeated, shared;
