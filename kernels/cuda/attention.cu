@@ -392,7 +392,7 @@ template <int D> constexpr int key_grad_bytes() {
 }
 
 /* The gradients of a tile of keys and their values over the query rows of some heads of the group: part blockIdx.z of `splits`.
- * parts: [splits][tokens, kv_heads, D] of d_k, then the same of d_v. */
+ * parts: [tokens, kv_heads, splits, D]. */
 template <int D>
 __global__ void __launch_bounds__(KEYS / 16 * ESPI_WARP)
     key_grads(const __grid_constant__ espi_attention_bwd a, float *d_k_parts, float *d_v_parts, const float *delta) {
@@ -496,7 +496,7 @@ __global__ void __launch_bounds__(KEYS / 16 * ESPI_WARP)
     for (int h = 0; h < 2; h++) {
         const int key = first_key + warp * 16 + lane / 4 + h * 8;
         if (key >= first_key + keys) continue;
-        const int64_t at = ((blockIdx.z * a.spans.tokens + own.first_query + key) * a.kv_heads + kv_head) * D + lane % 4 * 2;
+        const int64_t at = (((own.first_query + key) * a.kv_heads + kv_head) * gridDim.z + blockIdx.z) * D + lane % 4 * 2;
 #pragma unroll
         for (int d = 0; d < D / 8; d++) {
             *reinterpret_cast<float2 *>(d_k_parts + at + d * 8) = make_float2(d_k[d][2 * h] * factor, d_k[d][2 * h + 1] * factor);
@@ -505,12 +505,13 @@ __global__ void __launch_bounds__(KEYS / 16 * ESPI_WARP)
     }
 }
 
-__global__ void __launch_bounds__(THREADS) sum_parts(bf16 *out, const float *parts, int splits, int64_t n) {
+template <int D> __global__ void __launch_bounds__(THREADS) sum_parts(bf16 *out, const float *parts, int splits, int64_t n) {
     const int64_t i = (static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x) * 4;
     if (i >= n) return;
-    float4 sum = *reinterpret_cast<const float4 *>(parts + i);
+    const float *own = parts + i / D * splits * D + i % D;
+    float4 sum = *reinterpret_cast<const float4 *>(own);
     for (int p = 1; p < splits; p++) {
-        const float4 part = *reinterpret_cast<const float4 *>(parts + p * n + i);
+        const float4 part = *reinterpret_cast<const float4 *>(own + p * D);
         sum = make_float4(sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w);
     }
     *reinterpret_cast<uint2 *>(out + i) = make_uint2(dev_bf16x2(sum.x, sum.y), dev_bf16x2(sum.z, sum.w));
@@ -709,8 +710,8 @@ template <int D> esp_status backward(const espi_exec *exec, const espi_attention
         ESPI_TRY(allow_bytes(query_grads<D, warps>, query_grad_bytes<D, warps>()));
         query_grads<D, warps><<<dim3(query_tiles, kv_heads), warps * ESPI_WARP, query_grad_bytes<D, warps>(), stream>>>(*a, delta);
     }
-    sum_parts<<<espi_blocks(n / 4, THREADS), THREADS, 0, stream>>>(static_cast<bf16 *>(a->d_k), d_k_parts, static_cast<int>(splits), n);
-    sum_parts<<<espi_blocks(n / 4, THREADS), THREADS, 0, stream>>>(static_cast<bf16 *>(a->d_v), d_v_parts, static_cast<int>(splits), n);
+    sum_parts<D><<<espi_blocks(n / 4, THREADS), THREADS, 0, stream>>>(static_cast<bf16 *>(a->d_k), d_k_parts, static_cast<int>(splits), n);
+    sum_parts<D><<<espi_blocks(n / 4, THREADS), THREADS, 0, stream>>>(static_cast<bf16 *>(a->d_v), d_v_parts, static_cast<int>(splits), n);
     return ESPI_CUDA_LAUNCHED("gradient of attention");
 }
 

@@ -77,10 +77,19 @@ __device__ int column_of_element(int i) {
 }
 
 template <int D> constexpr int STEP_BYTES = STEP *D * 2;
+/* Of what passes by in the backward: that which is read, that which the products before still read, and that which is on its way. */
+enum { STAGES = 3 };
 /* Bytes of shared memory, the tiles of a block's own first. */
-template <int D> constexpr int KEY_GRAD_BYTES = (2 * GROUPS + 4) * STEP_BYTES<D> + 3 * 2 * STEP * 4;
-template <int D> constexpr int QUERY_GRAD_BYTES = (2 * GROUPS + 4) * STEP_BYTES<D>;
+template <int D> constexpr int KEY_GRAD_BYTES = (2 * GROUPS + 2 * STAGES) * STEP_BYTES<D> + 3 * STAGES *STEP * 4;
+template <int D> constexpr int QUERY_GRAD_BYTES = (2 * GROUPS + 2 * STAGES) * STEP_BYTES<D>;
 template <int D> constexpr int FORWARD_BYTES = (GROUPS + 4) * STEP_BYTES<D>;
+
+/* Blocks go by tile first and by head then: the tiles that see most come first in every head, so that the last blocks are short ones. */
+struct place_of_block {
+    int tile, head;
+    __device__ explicit place_of_block(int heads)
+        : tile(static_cast<int>(blockIdx.x) / heads), head(static_cast<int>(blockIdx.x) % heads) {}
+};
 
 /* The online softmax of a thread's two rows. */
 struct row_sums {
@@ -115,10 +124,11 @@ __device__ void take_scores(float (&score)[32], float (&shrink)[2], row_sums *su
 template <int D> __global__ void __launch_bounds__(BLOCK, 1) forward_wgmma(const __grid_constant__ espi_attention_fwd a) {
     extern __shared__ __align__(1024) unsigned char memory[];
     const uint32_t shared = dev_shared(memory);
-    const int group = static_cast<int>(a.heads / a.kv_heads), kv_head = static_cast<int>(blockIdx.y);
+    const place_of_block block(static_cast<int>(a.kv_heads));
+    const int group = static_cast<int>(a.heads / a.kv_heads), kv_head = block.head;
     const int half = static_cast<int>(threadIdx.x) / GROUP * 64;
     int seq, index;
-    if (!find_tile(a.spans, group, OWN, static_cast<int>(blockIdx.x), true, &seq, &index)) return;
+    if (!find_tile(a.spans, group, OWN, block.tile, true, &seq, &index)) return;
     const sequence s = sequence_of(a.spans, seq);
     const row_tile rows = {s, index * OWN, s.queries * group, group, kv_head * group, static_cast<int>(a.heads)};
     const uint32_t q_tile = shared, k_tiles = q_tile + OWN * D * 2, v_tiles = k_tiles + 2 * STEP_BYTES<D>;
@@ -234,27 +244,28 @@ template <int D> __global__ void __launch_bounds__(BLOCK, 1) forward_wgmma(const
     }
 }
 
-/* As key_grads of attention.cu. */
+/* As key_grads of attention.cu; blockIdx.x is the head and the part of it, of gridDim.x. */
 template <int D>
 __global__ void __launch_bounds__(BLOCK, 1)
     key_grads_wgmma(const __grid_constant__ espi_attention_bwd a, float *d_k_parts, float *d_v_parts, const float *delta) {
     extern __shared__ __align__(1024) unsigned char memory[];
     const uint32_t shared = dev_shared(memory);
-    const int group = static_cast<int>(a.heads / a.kv_heads / gridDim.z), kv_head = static_cast<int>(blockIdx.y);
+    const int heads = static_cast<int>(a.heads), group = heads / static_cast<int>(gridDim.x), head = static_cast<int>(blockIdx.x) * group;
+    const int kv_head = head * static_cast<int>(a.kv_heads) / heads;
     const int half = static_cast<int>(threadIdx.x) / GROUP * 64; /* the first of the warpgroup's own keys */
     int seq, index;
-    if (!find_tile(a.spans, 1, OWN, static_cast<int>(blockIdx.x), false, &seq, &index)) return;
-    const sequence own = sequence_of(a.spans, seq);
-    const int first_key = index * OWN, keys = min(static_cast<int>(OWN), own.queries - first_key);
-    const int head = (kv_head * static_cast<int>(gridDim.z) + static_cast<int>(blockIdx.z)) * group;
+    if (!find_tile(a.spans, 1, OWN, static_cast<int>(blockIdx.y), false, &seq, &index)) return;
+    const int first_key = index * OWN;
+    /* Worked out again where it is wanted, as are others: registers are scarce. */
+    const auto keys_here = [&] { return min(static_cast<int>(OWN), a.spans.cu_q[seq + 1] - a.spans.cu_q[seq] - first_key); };
     const uint32_t k_tile = shared, v_tile = k_tile + OWN * D * 2, q_tiles = v_tile + OWN * D * 2,
-                   d_out_tiles = q_tiles + 2 * STEP_BYTES<D>;
-    float *lse_rows = reinterpret_cast<float *>(memory + 2 * OWN * D * 2 + 4 * STEP_BYTES<D>), *delta_rows = lse_rows + 2 * STEP;
-    int *seen_rows = reinterpret_cast<int *>(delta_rows + 2 * STEP); /* the last place that a row sees; -1: no row */
-    const bf16 *q = static_cast<const bf16 *>(a.q), *k = static_cast<const bf16 *>(a.k), *v = static_cast<const bf16 *>(a.v);
-    const bf16 *d_out = static_cast<const bf16 *>(a.d_out);
+                   d_out_tiles = q_tiles + STAGES * STEP_BYTES<D>;
+    float2 *row_terms = reinterpret_cast<float2 *>(memory + 2 * OWN * D * 2 + 2 * STAGES * STEP_BYTES<D>); /* log-sum and delta */
+    int *seen_rows = reinterpret_cast<int *>(row_terms + STAGES * STEP); /* the last of the tile's keys that a row sees; negative: none */
+    const bf16 *k = static_cast<const bf16 *>(a.k), *v = static_cast<const bf16 *>(a.v);
+    const int keys = keys_here();
     const auto key_row = [&](const bf16 *from, int row) -> const bf16 * {
-        return row < keys ? from + ((own.first_query + first_key + row) * a.kv_heads + kv_head) * D : nullptr;
+        return row < keys ? from + ((a.spans.cu_q[seq] + first_key + row) * a.kv_heads + kv_head) * D : nullptr;
     };
     load_strips<D, OWN, 1>(
         k_tile, [&](int row) { return key_row(k, row); }, k);
@@ -265,82 +276,114 @@ __global__ void __launch_bounds__(BLOCK, 1)
     float d_k[D / 64][32] = {}, d_v[D / 64][32] = {};
     /* The queries of the tile's own sequence, then of those that have it as their prefix. */
     for (int user = seq; user < a.spans.n_seqs; user++) {
-        if (user > seq && (prefix_of(a.spans, user) == 0 || a.spans.prefix_start[user] != own.first_query)) continue;
+        if (user > seq && (prefix_of(a.spans, user) == 0 || a.spans.prefix_start[user] != a.spans.cu_q[seq])) continue;
         const sequence s = sequence_of(a.spans, user);
-        const int place = first_key + (user == seq ? own.prefix : 0); /* of the tile's first key before these queries */
-        const int64_t window = a.window > 0 ? a.window : s.keys;
+        const int place = first_key + (user == seq ? prefix_of(a.spans, seq) : 0); /* of the tile's first key before these queries */
+        const int window = a.window > 0 && a.window < s.keys ? static_cast<int>(a.window) : s.keys;
         const int first_token = max(place - s.before, 0);
-        const int end_token = static_cast<int>(min(static_cast<int64_t>(s.queries), place + keys - 1 + window - s.before));
+        const int end_token = min(s.queries, place + keys_here() - 1 + window - s.before);
         const int first_step = first_token * group / STEP, end_step = (end_token * group + STEP - 1) / STEP;
         if (first_token >= end_token) continue;
+        const int64_t first_row = s.first_query * a.heads + blockIdx.x * (a.heads / gridDim.x); /* head, again */
+        const int end_row = s.queries * group, before = s.before - place;
         const auto load_rows = [&](int step) {
-            const int stage = step % 2;
-            const row_tile rows = {s, step * STEP, s.queries * group, group, head, static_cast<int>(a.heads)};
-            const auto row_at = [&](const bf16 *from, int row) -> const bf16 * {
-                const int64_t at = rows.place(row);
-                return at >= 0 ? from + at * D : nullptr;
+            const int stage = step % STAGES;
+            const auto place_of = [&](int row) { return first_row + (step * STEP + row) / group * a.heads + (step * STEP + row) % group; };
+            const auto row_at = [&](const void *from, int row) -> const bf16 * {
+                return step * STEP + row < end_row ? static_cast<const bf16 *>(from) + place_of(row) * D : nullptr;
             };
             load_strips<D, STEP, 2>(
-                q_tiles + stage * STEP_BYTES<D>, [&](int row) { return row_at(q, row); }, q);
+                q_tiles + stage * STEP_BYTES<D>, [&](int row) { return row_at(a.q, row); }, a.q);
             load_strips<D, STEP, 2>(
-                d_out_tiles + stage * STEP_BYTES<D>, [&](int row) { return row_at(d_out, row); }, d_out);
+                d_out_tiles + stage * STEP_BYTES<D>, [&](int row) { return row_at(a.d_out, row); }, a.d_out);
             dev_copy_commit();
             if (threadIdx.x < STEP) {
-                const int64_t at = rows.place(static_cast<int>(threadIdx.x));
-                lse_rows[stage * STEP + threadIdx.x] = at >= 0 ? static_cast<const float *>(a.lse)[at] * LOG2_E : 0;
-                delta_rows[stage * STEP + threadIdx.x] = at >= 0 ? delta[at] : 0;
-                seen_rows[stage * STEP + threadIdx.x] = at >= 0 ? s.before + rows.token(static_cast<int>(threadIdx.x)) : -1;
+                const int row = static_cast<int>(threadIdx.x);
+                const bool is_there = step * STEP + row < end_row;
+                row_terms[stage * STEP + row] =
+                    is_there ? make_float2(static_cast<const float *>(a.lse)[place_of(row)] * LOG2_E, delta[place_of(row)])
+                             : make_float2(0, 0);
+                seen_rows[stage * STEP + row] = is_there ? before + (step * STEP + row) / group : -1;
             }
         };
-        __syncthreads(); /* the stages of the sequence before have been read */
-        load_rows(first_step);
-        for (int step = first_step; step < end_step; step++) {
-            dev_copy_wait<0>();
-            dev_fence_async();
-            __syncthreads();
-            if (step + 1 < end_step) load_rows(step + 1);
-            const int stage = step % 2;
-            const uint32_t q_tile = q_tiles + stage * STEP_BYTES<D>, d_out_tile = d_out_tiles + stage * STEP_BYTES<D>;
-            const int *seen = seen_rows + stage * STEP;
-            float score[32], d_p[32];
-            dev_wgmma_begin();
-            multiply_rows<D, OWN>(score, k_tile, half, q_tile);
-            multiply_rows<D, OWN>(d_p, v_tile, half, d_out_tile);
+        float score[32], d_p[32];
+        weights p, d_s;
+        /* The scores of a step and the gradients of its weights.  Asynchronous. */
+        const auto score_step = [&](int step) {
+            multiply_rows<D, OWN>(score, k_tile, half, q_tiles + step % STAGES * STEP_BYTES<D>);
+            multiply_rows<D, OWN>(d_p, v_tile, half, d_out_tiles + step % STAGES * STEP_BYTES<D>);
             dev_wgmma_commit();
-            dev_wgmma_wait<0>();
+        };
+        /* What a step adds to the sums.  Asynchronous. */
+        const auto add_step = [&](int step) {
+            multiply_across<D>(d_v, p, d_out_tiles + step % STAGES * STEP_BYTES<D>);
+            multiply_across<D>(d_k, d_s, q_tiles + step % STAGES * STEP_BYTES<D>);
+            dev_wgmma_commit();
+        };
+        const auto weigh_step = [&](int step) {
+            const int first = step % STAGES * STEP, *seen = seen_rows + first;
             dev_wgmma64_settle(score);
             dev_wgmma64_settle(d_p);
-            if (seen[0] < place + OWN - 1 || seen[STEP - 1] - place >= window || seen[STEP - 1] < 0) {
+            if (seen[0] < OWN - 1 || seen[STEP - 1] >= window || seen[STEP - 1] < 0) {
 #pragma unroll
                 for (int i = 0; i < 32; i++) {
-                    const int key = place + half + row_of_element(i), last = seen[column_of_element(i)];
+                    const int key = half + row_of_element(i), last = seen[column_of_element(i)];
                     if (last < key || last - key >= window) score[i] = -INFINITY;
                 }
             }
 #pragma unroll
-            for (int i = 0; i < 32; i++) {
-                const int row = stage * STEP + column_of_element(i);
-                const float p = dev_exp2(score[i] * scale - lse_rows[row]);
-                score[i] = p;
-                d_p[i] = p * (d_p[i] - delta_rows[row]);
+            for (int i = 0; i < 32; i += 2) {
+                const float4 terms = *reinterpret_cast<const float4 *>(row_terms + first + column_of_element(i));
+                score[i] = dev_exp2(score[i] * scale - terms.x);
+                score[i + 1] = dev_exp2(score[i + 1] * scale - terms.z);
+                d_p[i] = score[i] * (d_p[i] - terms.y);
+                d_p[i + 1] = score[i + 1] * (d_p[i + 1] - terms.w);
             }
-            const weights p = weights_of(score), d_s = weights_of(d_p);
+        };
+        const auto next_stage = [&](int step) {
+            dev_copy_wait<0>();
+            dev_fence_async();
+            __syncthreads();
+            if (step + 1 < end_step) load_rows(step + 1);
+        };
+        __syncthreads(); /* the stages of the sequence before have been read */
+        load_rows(first_step);
+        next_stage(first_step);
+        dev_wgmma_begin();
+        score_step(first_step);
+        dev_wgmma_wait<0>();
+        weigh_step(first_step);
+        p = weights_of(score);
+        d_s = weights_of(d_p);
+        /* The next scores are weighed while the products with these are made. */
+        for (int step = first_step; step + 1 < end_step; step++) {
+            next_stage(step + 1);
             dev_wgmma_begin();
-            multiply_across<D>(d_v, p, d_out_tile);
-            multiply_across<D>(d_k, d_s, q_tile);
-            dev_wgmma_commit();
+            score_step(step + 1);
+            add_step(step);
+            dev_wgmma_wait<1>();
+            weigh_step(step + 1);
             dev_wgmma_wait<0>();
             settle<D>(d_v);
             settle<D>(d_k);
+            p = weights_of(score);
+            d_s = weights_of(d_p);
         }
+        dev_wgmma_begin();
+        add_step(end_step - 1);
+        dev_wgmma_wait<0>();
+        settle<D>(d_v);
+        settle<D>(d_k);
     }
     dev_copy_wait<0>();
     const float factor = static_cast<float>(a.scale);
+    const int64_t first_row = a.spans.cu_q[seq] + first_key;
+    const int end = keys_here();
 #pragma unroll
     for (int i = 0; i < 32; i += 2) {
-        const int key = first_key + half + row_of_element(i);
-        if (key >= first_key + keys) continue;
-        const int64_t at = ((blockIdx.z * a.spans.tokens + own.first_query + key) * a.kv_heads + kv_head) * D + column_of_element(i);
+        const int row = half + row_of_element(i);
+        if (row >= end) continue;
+        const int64_t at = ((first_row + row) * gridDim.x + blockIdx.x) * D + column_of_element(i);
 #pragma unroll
         for (int strip = 0; strip < D / 64; strip++) {
             *reinterpret_cast<float2 *>(d_k_parts + at + strip * 64) = make_float2(d_k[strip][i] * factor, d_k[strip][i + 1] * factor);
@@ -354,21 +397,22 @@ template <int D>
 __global__ void __launch_bounds__(BLOCK, 1) query_grads_wgmma(const __grid_constant__ espi_attention_bwd a, const float *delta) {
     extern __shared__ __align__(1024) unsigned char memory[];
     const uint32_t shared = dev_shared(memory);
-    const int group = static_cast<int>(a.heads / a.kv_heads), kv_head = static_cast<int>(blockIdx.y);
+    const place_of_block block(static_cast<int>(a.kv_heads));
+    const int group = static_cast<int>(a.heads / a.kv_heads), kv_head = block.head;
     const int half = static_cast<int>(threadIdx.x) / GROUP * 64;
     int seq, index;
-    if (!find_tile(a.spans, group, OWN, static_cast<int>(blockIdx.x), true, &seq, &index)) return;
+    if (!find_tile(a.spans, group, OWN, block.tile, true, &seq, &index)) return;
     const sequence s = sequence_of(a.spans, seq);
     const row_tile rows = {s, index * OWN, s.queries * group, group, kv_head * group, static_cast<int>(a.heads)};
     const uint32_t q_tile = shared, d_out_tile = q_tile + OWN * D * 2, k_tiles = d_out_tile + OWN * D * 2,
-                   v_tiles = k_tiles + 2 * STEP_BYTES<D>;
+                   v_tiles = k_tiles + STAGES * STEP_BYTES<D>;
     const bf16 *q = static_cast<const bf16 *>(a.q), *k = static_cast<const bf16 *>(a.k), *v = static_cast<const bf16 *>(a.v);
     const bf16 *d_out = static_cast<const bf16 *>(a.d_out);
     const int last = (min(rows.first + static_cast<int>(OWN), rows.end) - 1) / group;
     const key_range range = keys_of(s, rows.token(0), last, a.window);
     const int first_step = range.begin / STEP, end_step = (range.end + STEP - 1) / STEP;
     const auto load_keys = [&](int step) {
-        const int stage = step % 2;
+        const int stage = step % STAGES;
         const auto row_at = [&](const bf16 *from, int row) -> const bf16 * {
             const int key = step * STEP + row;
             return key < s.keys ? from + (s.key_row(key) * a.kv_heads + kv_head) * D : nullptr;
@@ -401,19 +445,18 @@ __global__ void __launch_bounds__(BLOCK, 1) query_grads_wgmma(const __grid_const
         seen[h] = s.before + rows.token(row);
     }
     const int window = a.window > 0 && a.window < s.keys ? static_cast<int>(a.window) : s.keys;
-    float sum[D / 64][32] = {};
-    for (int step = first_step; step < end_step; step++) {
-        dev_copy_wait<0>();
-        dev_fence_async();
-        __syncthreads();
-        if (step + 1 < end_step) load_keys(step + 1);
-        const uint32_t k_tile = k_tiles + step % 2 * STEP_BYTES<D>, v_tile = v_tiles + step % 2 * STEP_BYTES<D>;
-        float score[32], d_p[32];
-        dev_wgmma_begin();
-        multiply_rows<D, OWN>(score, q_tile, half, k_tile);
-        multiply_rows<D, OWN>(d_p, d_out_tile, half, v_tile);
+    float sum[D / 64][32] = {}, score[32], d_p[32];
+    weights d_s;
+    const auto score_step = [&](int step) {
+        multiply_rows<D, OWN>(score, q_tile, half, k_tiles + step % STAGES * STEP_BYTES<D>);
+        multiply_rows<D, OWN>(d_p, d_out_tile, half, v_tiles + step % STAGES * STEP_BYTES<D>);
         dev_wgmma_commit();
-        dev_wgmma_wait<0>();
+    };
+    const auto add_step = [&](int step) {
+        multiply_across<D>(sum, d_s, k_tiles + step % STAGES * STEP_BYTES<D>);
+        dev_wgmma_commit();
+    };
+    const auto weigh_step = [&](int step) {
         dev_wgmma64_settle(score);
         dev_wgmma64_settle(d_p);
         if (!sees_all(rows, step * STEP, STEP, last, window)) {
@@ -425,13 +468,34 @@ __global__ void __launch_bounds__(BLOCK, 1) query_grads_wgmma(const __grid_const
         }
 #pragma unroll
         for (int i = 0; i < 32; i++) d_p[i] = dev_exp2(score[i] * scale - lse[i / 2 % 2]) * (d_p[i] - row_delta[i / 2 % 2]);
-        const weights d_s = weights_of(d_p);
+    };
+    const auto next_stage = [&](int step) {
+        dev_copy_wait<0>();
+        dev_fence_async();
+        __syncthreads();
+        if (step + 1 < end_step) load_keys(step + 1);
+    };
+    next_stage(first_step);
+    dev_wgmma_begin();
+    score_step(first_step);
+    dev_wgmma_wait<0>();
+    weigh_step(first_step);
+    d_s = weights_of(d_p);
+    for (int step = first_step; step + 1 < end_step; step++) { /* as key_grads_wgmma */
+        next_stage(step + 1);
         dev_wgmma_begin();
-        multiply_across<D>(sum, d_s, k_tile);
-        dev_wgmma_commit();
+        score_step(step + 1);
+        add_step(step);
+        dev_wgmma_wait<1>();
+        weigh_step(step + 1);
         dev_wgmma_wait<0>();
         settle<D>(sum);
+        d_s = weights_of(d_p);
     }
+    dev_wgmma_begin();
+    add_step(end_step - 1);
+    dev_wgmma_wait<0>();
+    settle<D>(sum);
     const float factor = static_cast<float>(a.scale);
 #pragma unroll
     for (int i = 0; i < 32; i += 2) {
@@ -447,7 +511,7 @@ __global__ void __launch_bounds__(BLOCK, 1) query_grads_wgmma(const __grid_const
 
 template <int D> esp_status espi_attention_fwd_wgmma(const espi_exec *exec, const espi_attention_fwd *a) {
     const int64_t rows = a->spans.tokens * (a->heads / a->kv_heads);
-    const dim3 blocks(static_cast<unsigned>(rows / OWN + a->spans.n_seqs), static_cast<unsigned>(a->kv_heads));
+    const unsigned blocks = static_cast<unsigned>((rows / OWN + a->spans.n_seqs) * a->kv_heads);
     ESPI_CUDA_TRY(cudaFuncSetAttribute(forward_wgmma<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, FORWARD_BYTES<D>));
     forward_wgmma<D><<<blocks, BLOCK, FORWARD_BYTES<D>, espi_cuda_of(exec)->stream>>>(*a);
     return ESPI_CUDA_LAUNCHED("attention");
@@ -461,14 +525,12 @@ esp_status espi_attention_bwd_wgmma(const espi_exec *exec, const espi_attention_
                                     float *d_v_parts, int64_t splits) {
     const cudaStream_t stream = espi_cuda_of(exec)->stream;
     const int64_t rows = a->spans.tokens * (a->heads / a->kv_heads);
-    const unsigned kv_heads = static_cast<unsigned>(a->kv_heads);
-    const unsigned key_tiles = static_cast<unsigned>(a->spans.tokens / OWN + a->spans.n_seqs);
-    const unsigned query_tiles = static_cast<unsigned>(rows / OWN + a->spans.n_seqs);
+    const dim3 key_blocks(static_cast<unsigned>(a->kv_heads * splits), static_cast<unsigned>(a->spans.tokens / OWN + a->spans.n_seqs));
+    const unsigned query_blocks = static_cast<unsigned>((rows / OWN + a->spans.n_seqs) * a->kv_heads);
     ESPI_CUDA_TRY(cudaFuncSetAttribute(key_grads_wgmma<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, KEY_GRAD_BYTES<D>));
     ESPI_CUDA_TRY(cudaFuncSetAttribute(query_grads_wgmma<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, QUERY_GRAD_BYTES<D>));
-    key_grads_wgmma<D>
-        <<<dim3(key_tiles, kv_heads, static_cast<unsigned>(splits)), BLOCK, KEY_GRAD_BYTES<D>, stream>>>(*a, d_k_parts, d_v_parts, delta);
-    query_grads_wgmma<D><<<dim3(query_tiles, kv_heads), BLOCK, QUERY_GRAD_BYTES<D>, stream>>>(*a, delta);
+    key_grads_wgmma<D><<<key_blocks, BLOCK, KEY_GRAD_BYTES<D>, stream>>>(*a, d_k_parts, d_v_parts, delta);
+    query_grads_wgmma<D><<<query_blocks, BLOCK, QUERY_GRAD_BYTES<D>, stream>>>(*a, delta);
     return ESPI_CUDA_LAUNCHED("gradient of attention");
 }
 
