@@ -1,5 +1,6 @@
 /* Backward of block.  Twin: forward/block.c. */
 #include "contract/block.h"
+#include "contract/exchange.h"
 
 esp_status espi_moe_backward(espi_pass *pass, int64_t layer, void *d_x, const void *d_out, const void *x, const espi_router *router,
                              const espi_experts *experts, const espi_moe_saved *saved) {
@@ -10,7 +11,9 @@ esp_status espi_moe_backward(espi_pass *pass, int64_t layer, void *d_x, const vo
     ESPI_TRY(espi_take_act(pass, slots * hidden, &d_rows));
     ESPI_TRY(espi_take_real(pass, slots, &d_row_weight));
     ESPI_TRY(espi_take_real(pass, slots, &d_weight));
-    ESPI_TRY(espi_experts_backward(pass, d_rows, d_row_weight, d_out, x, experts, routing, &saved->experts));
+    ESPI_TRY(espi_share_travels(&pass->model->share)
+                 ? espi_exchange_backward(pass, layer, d_rows, d_row_weight, d_out, x, experts, routing, &saved->experts)
+                 : espi_experts_backward(pass, d_rows, d_row_weight, d_out, x, experts, routing, &saved->experts));
     ESPI_TRY(espi_combine_backward(pass, d_x, d_weight, d_rows, d_row_weight, routing, hidden));
     ESPI_TRY(espi_route_backward(pass, layer, d_x, d_weight, x, router, &saved->route));
     espi_arena_release(pass->arena, mark);

@@ -14,11 +14,14 @@ typedef struct espi_experts {
 typedef struct espi_experts_saved {
     void *gu;          /* real [S,2I] pre-activations; the activation is formed again in the backward */
     void *u_gu, *u_dn; /* real [S,R] x A^T of the two branches, NULL without */
+    /* Where ranks share the experts, S is what espi_share_capacity() says, and: */
+    void *x;         /* real [S,H] rows that came */
+    int32_t *counts; /* [spread,E] in host memory: whose rows went where; lasts */
 } espi_experts_saved;
 
 /* u_dn outlives a checkpoint, so it is taken apart from the rest: it is small, and the product that it comes with is not made again. */
-esp_status espi_experts_take_lasting(espi_pass *pass, const espi_experts *experts, int64_t slots, espi_experts_saved *saved);
-esp_status espi_experts_take_saved(espi_pass *pass, const espi_experts *experts, int64_t slots, espi_experts_saved *saved);
+esp_status espi_experts_take_lasting(espi_pass *pass, const espi_experts *experts, int64_t top_k, espi_experts_saved *saved);
+esp_status espi_experts_take_saved(espi_pass *pass, const espi_experts *experts, int64_t top_k, espi_experts_saved *saved);
 /* y real [S,H] overwrite: each routed row's output, not yet weighted.  replay: a checkpointed layer is run again
  * for its backward, which reads no y: it is not made. */
 esp_status espi_experts_forward(espi_pass *pass, int64_t layer, void *y, const void *x, const espi_experts *experts,

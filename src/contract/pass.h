@@ -50,9 +50,9 @@ static inline bool espi_is_prefix(const esp_batch *batch, int32_t seq) {
     return false;
 }
 
-/* Whether the passes may be run from a recording: nobody looks on. */
+/* Whether the passes may be run from a recording: nobody looks on, and no other rank has a part in them. */
 static inline bool espi_pass_recordable(const espi_pass *pass) {
-    return !pass->model->probe;
+    return !pass->model->probe && !espi_share_travels(&pass->model->share);
 }
 
 /* `count` values of the dtype of statistics, or of activations. */

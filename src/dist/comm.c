@@ -78,14 +78,20 @@ static esp_status transfer(esp_comm *c, const header *mine, const espi_message *
     return ESPI_FAIL(status, "rank %d of %d, at %s: %s", c->rank, c->size, where, reason);
 }
 
-/* The headers first; then what send and recv say. */
-static esp_status call(esp_comm *c, espi_place place, const espi_message *send, const espi_message *recv) {
+static size_t bytes_of(const espi_message *messages, int rank, int n, int size) {
+    size_t bytes = 0;
+    for (int i = 0; i < n; i++) bytes += messages[i * size + rank].bytes;
+    return bytes;
+}
+
+/* The headers first; then what send and recv say: n messages [size] each, one after the other. */
+static esp_status call(esp_comm *c, espi_place place, const espi_message *send, const espi_message *recv, int n) {
     if (c->broken) return ESPI_FAIL(ESP_ERR_COMM, "rank %d: an earlier call between the ranks failed: nothing more can be said", c->rank);
     header mine = {.call = ++c->calls, .layer = place.layer};
     snprintf(mine.what, sizeof mine.what, "%s", place.what);
     for (int r = 0; r < c->size; r++) {
         c->ours[r] = mine;
-        c->ours[r].bytes = send[r].bytes;
+        c->ours[r].bytes = bytes_of(send, r, n, c->size);
     }
     const double deadline = espi_seconds() + c->patience;
     esp_status status = transfer(c, &mine, c->send, c->recv, deadline);
@@ -96,21 +102,22 @@ static esp_status call(esp_comm *c, espi_place place, const espi_message *send, 
         describe(there, theirs);
         if (theirs->call != mine.call || theirs->layer != mine.layer || memcmp(theirs->what, mine.what, sizeof mine.what) != 0)
             status = ESPI_FAIL(ESP_ERR_MISMATCH, "rank %d is at %s, rank %d at %s: the ranks went different ways", c->rank, here, r, there);
-        else if (theirs->bytes != recv[r].bytes)
+        else if (theirs->bytes != bytes_of(recv, r, n, c->size))
             status = ESPI_FAIL(ESP_ERR_MISMATCH, "rank %d, at %s: got %llu bytes announced by rank %d, expected %zu", c->rank, here,
-                               (unsigned long long)theirs->bytes, r, recv[r].bytes);
+                               (unsigned long long)theirs->bytes, r, bytes_of(recv, r, n, c->size));
     }
     if (status != ESP_OK) {
         c->broken = true;
         return status;
     }
-    return transfer(c, &mine, send, recv, deadline);
+    for (int i = 0; i < n && status == ESP_OK; i++) status = transfer(c, &mine, send + i * c->size, recv + i * c->size, deadline);
+    return status;
 }
 
-/* Room for the messages of one call: 2 [size]. */
-static esp_status messages(espi_message **send, espi_message **recv, const esp_comm *c) {
-    *send = calloc(2 * (size_t)c->size, sizeof **send);
-    *recv = *send == NULL ? NULL : *send + c->size;
+/* Room for the messages of one call: 2 [n][size]. */
+static esp_status messages(espi_message **send, espi_message **recv, const esp_comm *c, int n) {
+    *send = calloc(2 * (size_t)n * (size_t)c->size, sizeof **send);
+    *recv = *send == NULL ? NULL : *send + n * c->size;
     return *send != NULL ? ESP_OK : ESPI_FAIL(ESP_ERR_MEMORY, "no memory for the messages of %d ranks", c->size);
 }
 
@@ -120,39 +127,51 @@ esp_status espi_comm_gather(esp_comm *comm, espi_place place, void *out, const v
         return ESP_OK;
     }
     espi_message *send = NULL, *recv = NULL;
-    ESPI_TRY(messages(&send, &recv, comm));
+    ESPI_TRY(messages(&send, &recv, comm, 1));
     for (int r = 0; r < comm->size; r++) {
         send[r] = (espi_message){(void *)in, bytes};
         recv[r] = (espi_message){(char *)out + (size_t)r * bytes, bytes};
     }
-    const esp_status status = call(comm, place, send, recv);
+    const esp_status status = call(comm, place, send, recv, 1);
     free(send);
     return status;
 }
 
-esp_status espi_comm_exchange(esp_comm *comm, espi_place place, void *to, const int64_t *to_rows, const void *from,
-                              const int64_t *from_rows, size_t row_bytes) {
+static espi_message rows_of(const void *base, espi_row_ranges ranges, int rank, size_t row_bytes) {
+    const size_t bytes = (size_t)ranges.rows[rank] * row_bytes;
+    return (espi_message){bytes > 0 ? (char *)base + (size_t)ranges.at[rank] * row_bytes : NULL, bytes};
+}
+
+esp_status espi_comm_exchange(esp_comm *comm, espi_place place, const espi_row_array *arrays, int n_arrays, espi_row_ranges to,
+                              espi_row_ranges from) {
     if (esp_comm_size(comm) == 1) {
-        if (from_rows[0] > 0) memcpy(to, from, (size_t)from_rows[0] * row_bytes);
+        for (int i = 0; i < n_arrays; i++) {
+            const espi_message out = rows_of(arrays[i].from, from, 0, arrays[i].row_bytes),
+                               in = rows_of(arrays[i].to, to, 0, arrays[i].row_bytes);
+            if (out.bytes > 0) memcpy(in.data, out.data, out.bytes);
+        }
         return ESP_OK;
     }
     espi_message *send = NULL, *recv = NULL;
-    ESPI_TRY(messages(&send, &recv, comm));
-    char *in = to;
-    const char *out = from;
-    for (int r = 0; r < comm->size; r++) {
-        send[r] = (espi_message){(void *)out, (size_t)from_rows[r] * row_bytes};
-        recv[r] = (espi_message){in, (size_t)to_rows[r] * row_bytes};
-        out += send[r].bytes;
-        in += recv[r].bytes;
-    }
-    const esp_status status = call(comm, place, send, recv);
+    ESPI_TRY(messages(&send, &recv, comm, n_arrays));
+    for (int i = 0; i < n_arrays; i++)
+        for (int r = 0; r < comm->size; r++) {
+            send[i * comm->size + r] = rows_of(arrays[i].from, from, r, arrays[i].row_bytes);
+            recv[i * comm->size + r] = rows_of(arrays[i].to, to, r, arrays[i].row_bytes);
+        }
+    const esp_status status = call(comm, place, send, recv, n_arrays);
     free(send);
     return status;
 }
 
+/* Many ranks take small pieces: every rank holds one of each. */
+int64_t espi_comm_piece(const esp_comm *comm) {
+    const int64_t most = 65536, all = 4 * most, each = all / esp_comm_size(comm);
+    return each < most ? each : most;
+}
+
 size_t espi_comm_add_bytes(const esp_comm *comm) {
-    return (size_t)esp_comm_size(comm) * (size_t)ESPI_COMM_ADD_VALUES * sizeof(double);
+    return (size_t)esp_comm_size(comm) * (size_t)espi_comm_piece(comm) * sizeof(double);
 }
 
 static void add_values(void *total, const void *partial, int64_t n, esp_dtype dtype) {
@@ -165,8 +184,9 @@ static void add_values(void *total, const void *partial, int64_t n, esp_dtype dt
 esp_status espi_comm_add(esp_comm *comm, espi_place place, void *total, const void *partial, int64_t n, esp_dtype dtype, void *scratch) {
     const size_t size = esp_dtype_size(dtype);
     const int ranks = esp_comm_size(comm);
-    for (int64_t first = 0; first < n; first += ESPI_COMM_ADD_VALUES) {
-        const int64_t count = n - first < ESPI_COMM_ADD_VALUES ? n - first : ESPI_COMM_ADD_VALUES;
+    const int64_t piece = espi_comm_piece(comm);
+    for (int64_t first = 0; first < n; first += piece) {
+        const int64_t count = n - first < piece ? n - first : piece;
         char *sum = (char *)total + (size_t)first * size;
         const char *mine = (const char *)partial + (size_t)first * size;
         if (ranks == 1) {

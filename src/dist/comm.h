@@ -58,13 +58,21 @@ void espi_comm_patience(esp_comm *comm, double seconds);
 
 /* out [size][bytes] in rank order, from each rank's `in` [bytes]. */
 esp_status espi_comm_gather(esp_comm *comm, espi_place place, void *out, const void *in, size_t bytes);
-/* Rows from every rank to every rank.  from: those to rank 0, then to rank 1, ..; to: those from rank 0, then from rank 1, ..
+/* Rows from every rank to every rank, of one array or of several that go together.  Of each rank: rows[r] rows, from row at[r] on.
  * ESP_ERR_MISMATCH when a peer sends another number than was expected. */
-esp_status espi_comm_exchange(esp_comm *comm, espi_place place, void *to, const int64_t *to_rows, const void *from,
-                              const int64_t *from_rows, size_t row_bytes);
+typedef struct espi_row_ranges {
+    const int64_t *at, *rows; /* [size] */
+} espi_row_ranges;
+typedef struct espi_row_array {
+    void *to;
+    const void *from;
+    size_t row_bytes;
+} espi_row_array;
+esp_status espi_comm_exchange(esp_comm *comm, espi_place place, const espi_row_array *arrays, int n_arrays, espi_row_ranges to,
+                              espi_row_ranges from);
 /* total += partial of rank 0, then of rank 1, ..: on every rank the same bits.  n values of F32 or F64.
- * scratch: espi_comm_add_bytes() bytes. */
-#define ESPI_COMM_ADD_VALUES INT64_C(65536)
+ * scratch: espi_comm_add_bytes() bytes, for pieces of espi_comm_piece() values of every rank. */
+int64_t espi_comm_piece(const esp_comm *comm);
 size_t espi_comm_add_bytes(const esp_comm *comm);
 esp_status espi_comm_add(esp_comm *comm, espi_place place, void *total, const void *partial, int64_t n, esp_dtype dtype, void *scratch);
 /* ESP_OK when every rank says ESP_OK; otherwise the status of the lowest rank that does not, with its sentence, on all of them. */

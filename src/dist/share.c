@@ -1,7 +1,10 @@
-/* Who holds which expert. */
+/* Who holds which expert, which rows travel when, and sums over ranks. */
 #include "dist/share.h"
 
-#include "core/status.h"
+#include "core/ctx.h"
+
+#include <stdlib.h>
+#include <string.h>
 
 esp_status espi_share_make(espi_share *share, esp_comm *comm, int64_t experts, int spread, int64_t row_budget) {
     const int ranks = esp_comm_size(comm);
@@ -19,4 +22,198 @@ esp_status espi_share_make(espi_share *share, esp_comm *comm, int64_t experts, i
     share->first = espi_share_border(share, espi_share_member(share));
     share->count = espi_share_border(share, espi_share_member(share) + 1) - share->first;
     return ESP_OK;
+}
+
+esp_status espi_share_meet(espi_share *share, int64_t tokens) {
+    int64_t *all = NULL;
+    share->most_tokens = tokens;
+    if (!espi_share_travels(share)) return ESP_OK;
+    all = malloc((size_t)share->ranks * sizeof *all);
+    if (!all) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for the sizes of %d batches", share->ranks);
+    const esp_status status = espi_comm_gather(share->comm, (espi_place){"tokens of a pass", -1}, all, &tokens, sizeof tokens);
+    for (int r = 0; r < share->ranks && status == ESP_OK; r++)
+        if (all[r] > share->most_tokens) share->most_tokens = all[r];
+    free(all);
+    return status;
+}
+
+static int64_t larger(int64_t a, int64_t b) {
+    return a > b ? a : b;
+}
+
+int64_t espi_share_capacity(const espi_share *s, int64_t tokens, int64_t top_k) {
+    const int64_t most = larger(tokens, s->most_tokens), owned = (s->experts + s->spread - 1) / s->spread;
+    const int64_t worst = s->spread * most * (top_k < owned ? top_k : owned), even = most * top_k;
+    const int64_t rows = larger(s->row_budget ? s->row_budget : even + (even + 1) / 2, most);
+    return rows < worst ? rows : worst;
+}
+
+esp_status espi_share_counts(const espi_share *s, int64_t layer, int32_t *counts, const int32_t *offsets, int32_t *all) {
+    const size_t own = (size_t)s->experts;
+    int32_t *mine = counts + espi_share_member(s) * s->experts;
+    for (int64_t e = 0; e < s->experts; e++) mine[e] = offsets[e + 1] - offsets[e];
+    ESPI_TRY(espi_comm_gather(s->comm, (espi_place){"rows of every expert", layer}, all, mine, own * sizeof *all));
+    memcpy(counts, all + (size_t)espi_share_group(s) * own, (size_t)s->spread * own * sizeof *counts);
+    return ESP_OK;
+}
+
+static int64_t count_rows(const int32_t *counts, int64_t first, int64_t last) {
+    int64_t rows = 0;
+    for (int64_t e = first; e < last; e++) rows += counts[e];
+    return rows;
+}
+
+bool espi_share_fits(const espi_share *s, const int32_t *counts, int64_t capacity) {
+    for (int m = 0; m < s->spread; m++) {
+        int64_t rows = 0;
+        for (int from = 0; from < s->spread; from++)
+            rows += count_rows(counts + from * s->experts, espi_share_border(s, m), espi_share_border(s, m + 1));
+        if (rows > capacity) return false;
+    }
+    return true;
+}
+
+esp_status espi_round_take(espi_round *round, const espi_share *s, espi_arena *arena) {
+    const size_t ranks = (size_t)s->ranks, spread = (size_t)s->spread;
+    int64_t *room;
+    ESPI_TRY(espi_arena_take_host(arena, (4 * ranks + 4 * spread) * sizeof *room, &room));
+    if (arena->dry) return ESP_OK;
+    *round = (espi_round){.out_at = room,
+                          .out_rows = room + ranks,
+                          .in_at = room + 2 * ranks,
+                          .in_rows = room + 3 * ranks,
+                          .first = room + 4 * ranks,
+                          .last = room + 4 * ranks + spread,
+                          .source = room + 4 * ranks + 2 * spread,
+                          .expert = room + 4 * ranks + 3 * spread};
+    return ESP_OK;
+}
+
+void espi_round_begin(espi_round *round, const espi_share *s, const int32_t *counts, int64_t capacity) {
+    round->counts = counts;
+    round->capacity = capacity;
+    round->begun = false;
+    for (int m = 0; m < s->spread; m++) {
+        round->source[m] = 0;
+        round->expert[m] = espi_share_border(s, m);
+    }
+}
+
+/* The pieces of member m in this round: of each source a range of experts. */
+static void fill_receiver(espi_round *r, const espi_share *s, int m) {
+    const int me = espi_share_member(s), group = espi_share_group(s);
+    const int64_t begin = espi_share_border(s, m), end = espi_share_border(s, m + 1);
+    int64_t rows = 0;
+    for (int from = 0; from < s->spread; from++) {
+        const int32_t *counts = r->counts + from * s->experts;
+        int64_t first = end, last = end, came = 0;
+        if (r->source[m] == from) {
+            first = last = r->expert[m];
+            while (last < end && rows + came + counts[last] <= r->capacity) came += counts[last++];
+            r->expert[m] = last;
+            if (last == end) {
+                r->source[m]++;
+                r->expert[m] = begin;
+            }
+        }
+        if (m == me) {
+            r->first[from] = first;
+            r->last[from] = last;
+            r->in_at[group + from] = rows;
+            r->in_rows[group + from] = came;
+        }
+        if (from == me) {
+            r->out_at[group + m] = count_rows(counts, 0, first);
+            r->out_rows[group + m] = came;
+        }
+        rows += came;
+    }
+}
+
+bool espi_round_next(espi_round *r, const espi_share *s) {
+    bool left = !r->begun;
+    for (int m = 0; m < s->spread; m++) left = left || r->source[m] < s->spread;
+    if (!left) return false;
+    r->begun = true;
+    for (int64_t i = 0; i < s->ranks; i++) r->out_at[i] = r->out_rows[i] = r->in_at[i] = r->in_rows[i] = 0;
+    for (int m = 0; m < s->spread; m++) fill_receiver(r, s, m);
+    return true;
+}
+
+/* Tensor memory is host memory here; on a device another way must be found. */
+static esp_status check_host(const esp_ctx *ctx) {
+    if (!ctx->device) return ESP_OK;
+    return ESPI_FAIL(ESP_ERR_UNSUPPORTED, "several ranks with backend %s: rows and sums go through host memory only, expected backend cpu",
+                     esp_ctx_backend(ctx));
+}
+
+esp_status espi_share_exchange(esp_ctx *ctx, const espi_share *s, espi_place place, const espi_row_array *arrays, int n_arrays,
+                               const espi_round *round, bool back) {
+    const espi_row_ranges home = {round->out_at, round->out_rows}, there = {round->in_at, round->in_rows};
+    ESPI_TRY(check_host(ctx));
+    return espi_comm_exchange(s->comm, place, arrays, n_arrays, back ? home : there, back ? there : home);
+}
+
+size_t espi_share_add_bytes(const espi_share *s) {
+    return s->ranks > 1 ? espi_comm_add_bytes(s->comm) : 0;
+}
+
+esp_status espi_share_add(const espi_share *s, const char *what, double *total, const double *mine, int64_t n, void *scratch) {
+    if (n == 0) return ESP_OK;
+    memset(total, 0, (size_t)n * sizeof *total);
+    return espi_comm_add(s->comm, (espi_place){what, -1}, total, mine, n, ESP_F64, scratch);
+}
+
+size_t espi_share_sum_bytes(const espi_share *s) {
+    return s->ranks > 1 ? 2 * espi_comm_add_bytes(s->comm) : 0;
+}
+
+static void add_values(void *total, const void *part, int64_t n, esp_dtype dtype) {
+    if (dtype == ESP_F64)
+        for (int64_t i = 0; i < n; i++) ((double *)total)[i] += ((const double *)part)[i];
+    else
+        for (int64_t i = 0; i < n; i++) ((float *)total)[i] += ((const float *)part)[i];
+}
+
+/* The ranks that hold the same experts tell each other what they have of every rank of their group, and add it up in rank order. */
+static esp_status sum_experts(esp_ctx *ctx, const espi_share *s, const espi_sum *sum, int64_t most, void *scratch, int64_t *places) {
+    const int me = espi_share_member(s), copies = espi_share_copies(s);
+    const int64_t piece = espi_comm_piece(s->comm);
+    const size_t size = ctx->real_size;
+    int64_t *at = places, *rows = places + s->ranks, *from_at = places + 2 * s->ranks;
+    char *mine = scratch, *theirs = mine + (size_t)(s->spread * piece) * size;
+    for (int64_t first = 0; first < most; first += piece) {
+        const int64_t left = sum->n - first, n = left < 0 ? 0 : left < piece ? left : piece;
+        for (int m = 0; m < s->spread && n > 0; m++)
+            memcpy(mine + (size_t)(m * n) * size, (const char *)sum->partial + (size_t)(m * sum->n + first) * size, (size_t)n * size);
+        for (int r = 0; r < s->ranks; r++) {
+            rows[r] = r % s->spread == me && n > 0 ? 1 : 0;
+            at[r] = r / s->spread;
+            from_at[r] = 0;
+        }
+        const espi_row_array pieces = {.to = theirs, .from = mine, .row_bytes = (size_t)(s->spread * n) * size};
+        ESPI_TRY(espi_comm_exchange(s->comm, (espi_place){"gradients of experts", -1}, &pieces, 1, (espi_row_ranges){at, rows},
+                                    (espi_row_ranges){from_at, rows}));
+        for (int64_t p = 0; p < copies * s->spread && n > 0; p++)
+            add_values((char *)sum->total + (size_t)first * size, theirs + (size_t)(p * n) * size, n, ctx->real);
+    }
+    return ESP_OK;
+}
+
+esp_status espi_share_sum(esp_ctx *ctx, const espi_share *s, const espi_sum *sums, int64_t n_sums, void *scratch) {
+    if (n_sums == 0) return ESP_OK;
+    ESPI_TRY(check_host(ctx));
+    int64_t *places = malloc(3 * (size_t)s->ranks * sizeof *places);
+    if (!places) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for the places of %d ranks", s->ranks);
+    const int64_t owned = (s->experts + s->spread - 1) / s->spread;
+    esp_status status = ESP_OK;
+    for (int64_t i = 0; i < n_sums && status == ESP_OK; i++) {
+        const espi_sum *sum = &sums[i];
+        if (sum->of_experts) /* as many pieces as the rank with most experts has */
+            status = sum_experts(ctx, s, sum, owned * sum->each, scratch, places);
+        else
+            status = espi_comm_add(s->comm, (espi_place){"gradients", -1}, sum->total, sum->partial, sum->n, ctx->real, scratch);
+    }
+    free(places);
+    return status;
 }

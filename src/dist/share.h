@@ -3,6 +3,7 @@
 #ifndef ESPI_DIST_SHARE_H
 #define ESPI_DIST_SHARE_H
 
+#include "core/arena.h"
 #include "dist/comm.h"
 
 typedef struct espi_share {
@@ -41,5 +42,58 @@ static inline bool espi_share_sums(const espi_share *s, bool of_experts) {
 
 /* spread 0: as many as there are ranks.  ESP_ERR_ARG: spread does not divide the number of ranks. */
 esp_status espi_share_make(espi_share *share, esp_comm *comm, int64_t experts, int spread, int64_t row_budget);
+
+/* How many tokens every rank has in the pass that follows: share->most_tokens. */
+esp_status espi_share_meet(espi_share *share, int64_t tokens);
+/* Rows that a rank of the group takes at once, when each token goes to top_k experts and no rank has more than `tokens` or most_tokens.
+ * Never less than what one expert may get from one rank, which is not cut: its products are the same in any number of rounds. */
+int64_t espi_share_capacity(const espi_share *share, int64_t tokens, int64_t top_k);
+
+/* counts [spread, experts] overwrite: the routed rows of every rank of the group for every expert.  offsets [experts+1]: of this rank's
+ * rows, in host memory.  all: room for ranks * experts. */
+esp_status espi_share_counts(const espi_share *share, int64_t layer, int32_t *counts, const int32_t *offsets, int32_t *all);
+/* Do the rows that every rank of the group gets fit at once? */
+bool espi_share_fits(const espi_share *share, const int32_t *counts, int64_t capacity);
+
+/* One round of rows on their way to the experts.  What goes in which round follows from the counts, and every rank finds the same. */
+typedef struct espi_round {
+    /* [ranks] in routed order here: what goes to each rank; where what came from each rank lies there. */
+    int64_t *out_at, *out_rows, *in_at, *in_rows;
+    int64_t *first, *last;    /* [spread] experts, counted from the model's first, whose rows came from each member */
+    int64_t *source, *expert; /* [spread] of every receiving member: the next piece */
+    const int32_t *counts;
+    int64_t capacity;
+    bool begun;
+} espi_round;
+/* The arrays; nothing is written. */
+esp_status espi_round_take(espi_round *round, const espi_share *share, espi_arena *arena);
+void espi_round_begin(espi_round *round, const espi_share *share, const int32_t *counts, int64_t capacity);
+/* False when all have gone.  At least one round is made, though it may be empty: every rank makes the same calls. */
+bool espi_round_next(espi_round *round, const espi_share *share);
+
+/* Rows to the experts' ranks, or, back: results to the ranks where the rows came from. */
+esp_status espi_share_exchange(esp_ctx *ctx, const espi_share *share, espi_place place, const espi_row_array *arrays, int n_arrays,
+                               const espi_round *round, bool back);
+
+/* Of what several ranks hold, one speaks for all. */
+static inline bool espi_share_speaks(const espi_share *s, bool of_experts) {
+    return of_experts ? s->rank < s->spread : s->rank == 0;
+}
+/* total [n] overwrite: the sum of every rank's `mine`, in host memory.  scratch: espi_share_add_bytes(). */
+size_t espi_share_add_bytes(const espi_share *share);
+esp_status espi_share_add(const espi_share *share, const char *what, double *total, const double *mine, int64_t n, void *scratch);
+
+/* A gradient that is the sum of what all ranks add.  Of experts: of the ranks that hold the same; `partial` has what came from every rank
+ * of this group, one after the other. */
+typedef struct espi_sum {
+    void *total, *partial;
+    int64_t n;    /* values here */
+    int64_t each; /* of one expert */
+    bool of_experts;
+} espi_sum;
+/* Bytes of work memory for espi_share_sum. */
+size_t espi_share_sum_bytes(const espi_share *share);
+/* total += partial of rank 0, then of rank 1, ..: on every rank the same bits as if one rank had seen the batches in that order. */
+esp_status espi_share_sum(esp_ctx *ctx, const espi_share *share, const espi_sum *sums, int64_t n_sums, void *scratch);
 
 #endif

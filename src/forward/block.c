@@ -1,5 +1,6 @@
 /* Forward of block.  Twin: backward/block.c. */
 #include "contract/block.h"
+#include "contract/exchange.h"
 
 espi_router espi_layer_router(const espi_pass *pass, int64_t layer) {
     const espi_layer *w = &pass->model->layers[layer];
@@ -29,19 +30,23 @@ esp_status espi_block_take_lasting(espi_pass *pass, int64_t layer, espi_block_sa
     const espi_router router = espi_layer_router(pass, layer);
     const espi_experts experts = espi_layer_experts(pass, layer);
     ESPI_TRY(espi_route_take_saved(pass, layer, &router, &saved->moe.route));
-    return espi_experts_take_lasting(pass, &experts, pass->tokens * router.top_k, &saved->moe.experts);
+    return espi_experts_take_lasting(pass, &experts, router.top_k, &saved->moe.experts);
 }
 
 esp_status espi_moe_forward(espi_pass *pass, int64_t layer, void *out, const void *x, const void *add, const espi_router *router,
                             const espi_experts *experts, const espi_moe_saved *saved, bool replay) {
     const espi_routing *routing = &saved->route.routing;
     const int64_t slots = pass->tokens * router->top_k, hidden = experts->down.rows;
-    if (replay) return espi_experts_forward(pass, layer, NULL, x, experts, routing, &saved->experts, true);
+    const bool travels = espi_share_travels(&pass->model->share);
+    if (replay)
+        return travels ? espi_exchange_forward(pass, layer, NULL, x, experts, routing, &saved->experts, true)
+                       : espi_experts_forward(pass, layer, NULL, x, experts, routing, &saved->experts, true);
     ESPI_TRY(espi_route_forward(pass, layer, x, router, &saved->route));
     const espi_mark mark = espi_arena_mark(pass->arena);
     void *y;
     ESPI_TRY(espi_take_act(pass, slots * hidden, &y));
-    ESPI_TRY(espi_experts_forward(pass, layer, y, x, experts, routing, &saved->experts, false));
+    ESPI_TRY(travels ? espi_exchange_forward(pass, layer, y, x, experts, routing, &saved->experts, false)
+                     : espi_experts_forward(pass, layer, y, x, experts, routing, &saved->experts, false));
     if (pass->model->probe) {
         void *alone; /* the block's output without the residual exists for the probe only */
         ESPI_TRY(espi_take_act(pass, pass->tokens * hidden, &alone));
@@ -95,7 +100,7 @@ esp_status espi_block_forward(espi_pass *pass, int64_t layer, void *out, const v
     if (w->mlp == ESPI_MLP_DENSE) return mlp_forward(pass, &w->mlp_gate_up, &w->mlp_down, out, saved->h1, saved, replay);
     const espi_router router = espi_layer_router(pass, layer);
     const espi_experts experts = espi_layer_experts(pass, layer);
-    ESPI_TRY(espi_experts_take_saved(pass, &experts, t * router.top_k, &saved->moe.experts));
+    ESPI_TRY(espi_experts_take_saved(pass, &experts, router.top_k, &saved->moe.experts));
     ESPI_TRY(espi_moe_forward(pass, layer, out, saved->norm2, saved->h1, &router, &experts, &saved->moe, replay));
     return w->shared_down.w.rows ? mlp_forward(pass, &w->shared_gate_up, &w->shared_down, out, out, saved, replay) : ESP_OK;
 }

@@ -1,16 +1,27 @@
 /* Forward of experts.  Twin: backward/experts.c. */
 #include "contract/experts.h"
 
-esp_status espi_experts_take_lasting(espi_pass *pass, const espi_experts *experts, int64_t slots, espi_experts_saved *saved) {
-    const espi_lora down = espi_pass_lora(pass, experts->lora_down);
-    *saved = (espi_experts_saved){0};
-    return down.r ? espi_take_act(pass, slots * down.r, &saved->u_dn) : ESP_OK;
+/* Rows that the experts here see. */
+static int64_t rows_of(const espi_pass *pass, int64_t top_k) {
+    const espi_share *share = &pass->model->share;
+    return espi_share_travels(share) ? espi_share_capacity(share, pass->tokens, top_k) : pass->tokens * top_k;
 }
 
-esp_status espi_experts_take_saved(espi_pass *pass, const espi_experts *experts, int64_t slots, espi_experts_saved *saved) {
+esp_status espi_experts_take_lasting(espi_pass *pass, const espi_experts *experts, int64_t top_k, espi_experts_saved *saved) {
+    const espi_share *share = &pass->model->share;
+    const espi_lora down = espi_pass_lora(pass, experts->lora_down);
+    *saved = (espi_experts_saved){0};
+    if (espi_share_travels(share))
+        ESPI_TRY(espi_arena_take_host(pass->arena, (size_t)(share->spread * share->experts) * sizeof *saved->counts, &saved->counts));
+    return down.r ? espi_take_act(pass, rows_of(pass, top_k) * down.r, &saved->u_dn) : ESP_OK;
+}
+
+esp_status espi_experts_take_saved(espi_pass *pass, const espi_experts *experts, int64_t top_k, espi_experts_saved *saved) {
     const espi_lora gate_up = espi_pass_lora(pass, experts->lora_gate_up);
-    ESPI_TRY(espi_take_act(pass, slots * experts->gate_up.rows, &saved->gu));
-    return gate_up.r ? espi_take_act(pass, slots * gate_up.r, &saved->u_gu) : ESP_OK;
+    const int64_t rows = rows_of(pass, top_k);
+    ESPI_TRY(espi_take_act(pass, rows * experts->gate_up.rows, &saved->gu));
+    if (espi_share_travels(&pass->model->share)) ESPI_TRY(espi_take_act(pass, rows * experts->gate_up.cols, &saved->x));
+    return gate_up.r ? espi_take_act(pass, rows * gate_up.r, &saved->u_gu) : ESP_OK;
 }
 
 static esp_status down(espi_pass *pass, int64_t layer, void *y, const void *act, const espi_experts *experts, const espi_routing *routing,

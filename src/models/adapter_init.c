@@ -43,14 +43,15 @@ static void *at(const layout *l, size_t offset) {
     return l->base ? l->base + offset : NULL;
 }
 
-/* Where n values, and what ranks add to them, lie.  *gradient: what the ops add to; total: what it belongs to in the end. */
-static void *place_gradient(void **gradient, layout *l, esp_model *model, int64_t n, bool of_experts) {
+/* Where a gradient, and what ranks add to it, lie.  *gradient: what the ops add to; total: what it belongs to in the end. */
+static void *place_gradient(void **gradient, layout *l, esp_model *model, int64_t experts, int64_t each, bool of_experts) {
+    const int64_t n = experts * each;
     void *total = at(l, l->gradients_at + l->gradients), *partial = at(l, l->sums_at + l->partial);
     l->gradients += ESPI_ALIGNED((size_t)n * l->real_size);
     const bool sums = espi_share_sums(&model->share, of_experts);
     if (l->base) *gradient = sums ? partial : total;
     if (!sums) return total;
-    if (l->base) model->sums[l->sums] = (espi_sum){.total = total, .partial = partial, .n = n, .of_experts = of_experts};
+    if (l->base) model->sums[l->sums] = (espi_sum){.total = total, .partial = partial, .n = n, .each = each, .of_experts = of_experts};
     /* Of experts that several ranks hold: one for each rank of the group, whose rows they see one after the other. */
     l->partial += ESPI_ALIGNED((size_t)(n * (of_experts ? model->share.spread : 1)) * l->real_size);
     l->sums++;
@@ -59,7 +60,7 @@ static void *place_gradient(void **gradient, layout *l, esp_model *model, int64_
 
 static void place_matrix(void **parameter, void **gradient, layout *l, esp_model *model, const branch *b, int64_t each) {
     const int64_t n = b->experts * each;
-    void *data = at(l, l->parameters), *total = place_gradient(gradient, l, model, n, b->of_experts);
+    void *data = at(l, l->parameters), *total = place_gradient(gradient, l, model, b->experts, each, b->of_experts);
     l->parameters += ESPI_ALIGNED((size_t)n * l->real_size);
     if (l->base) {
         *parameter = data;
@@ -83,8 +84,8 @@ static layout walk(esp_model *model, size_t real_size, unsigned char *base, size
             place_matrix((void **)&lora->b, &lora->d_b, &l, model, &b[t], b[t].out * lora->r);
         }
         if (!model->options.train_router) continue;
-        if (w->mlp == ESPI_MLP_MOE) place_gradient(&w->d_router, &l, model, w->router.rows * w->router.cols, false);
-        if (model->config.sinks) place_gradient(&w->d_sinks, &l, model, model->config.heads, false);
+        if (w->mlp == ESPI_MLP_MOE) place_gradient(&w->d_router, &l, model, 1, w->router.rows * w->router.cols, false);
+        if (model->config.sinks) place_gradient(&w->d_sinks, &l, model, 1, model->config.heads, false);
     }
     return l;
 }
@@ -92,7 +93,7 @@ static layout walk(esp_model *model, size_t real_size, unsigned char *base, size
 void espi_adapter_bytes(size_t *parameters, size_t *gradients, esp_model *model, size_t real_size) {
     const layout all = walk(model, real_size, NULL, 0, 0);
     *parameters = all.parameters;
-    *gradients = all.gradients + all.partial;
+    *gradients = all.gradients + all.partial + espi_share_sum_bytes(&model->share);
 }
 
 void espi_lora_draw(void *a, esp_dtype real, uint64_t seed, int64_t layer, int target, int64_t first, int64_t experts, int64_t r,
@@ -151,7 +152,7 @@ static esp_status describe(esp_model *model, int64_t layer, const branch *b, cha
 
 esp_status espi_model_init_adapter(esp_model *model) {
     const layout all = walk(model, model->ctx->real_size, NULL, 0, 0);
-    const size_t bytes = all.parameters + all.gradients + all.partial;
+    const size_t sums_at = all.parameters + all.gradients, bytes = sums_at + all.partial + espi_share_sum_bytes(&model->share);
     model->params = calloc((size_t)all.tensors + 1, sizeof *model->params);
     model->sums = calloc((size_t)all.sums + 1, sizeof *model->sums);
     if (!model->params || !model->sums)
@@ -159,8 +160,11 @@ esp_status espi_model_init_adapter(esp_model *model) {
     void *p;
     ESPI_TRY(espi_ctx_alloc(model->ctx, ESPI_MEM_ADAPTER, bytes, &p));
     model->adapter = (espi_block){.purpose = ESPI_MEM_ADAPTER, .p = p, .bytes = bytes};
-    walk(model, model->ctx->real_size, p, all.parameters, all.parameters + all.gradients);
+    walk(model, model->ctx->real_size, p, all.parameters, sums_at);
     model->n_sums = all.sums;
+    model->sums_begin = (unsigned char *)p + sums_at;
+    model->sums_bytes = all.partial;
+    model->sum_scratch = (unsigned char *)p + sums_at + all.partial;
     for (int64_t l = 0; l < model->config.layers; l++) {
         branch b[ESPI_T_COUNT];
         const int n = branches_of(b, &model->layers[l]);

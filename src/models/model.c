@@ -270,6 +270,7 @@ static esp_status forward_begin(esp_model *model, const esp_batch *batch, bool t
     model->route_flips = NULL;
     ESPI_TRY(check_batch(model, batch));
     ESPI_TRY(espi_routes_check(&model->routes_replayed, model, batch));
+    ESPI_TRY(espi_share_meet(&model->share, batch->n_tokens));
     ESPI_TRY(espi_model_reserve(model, batch, training));
     model->saved_valid = false;
     espi_arena_release(&model->arena, (espi_mark){0});
@@ -346,13 +347,21 @@ double espi_loss_share(const esp_batch *batch) {
     return batch->step_tokens > 0 ? (double)espi_head_count_rows(batch) / batch->step_tokens : 1.0;
 }
 
+/* What this rank's batch added to gradients that belong to all ranks. */
+static esp_status add_up(esp_model *model) {
+    if (model->n_sums == 0) return ESP_OK;
+    ESPI_TRY(espi_share_sum(model->ctx, &model->share, model->sums, model->n_sums, model->sum_scratch));
+    espi_arena none = espi_arena_over(NULL, 0);
+    return espi_op_zero(model->ctx, &none, &(espi_zero){.out = model->sums_begin, .bytes = model->sums_bytes});
+}
+
 esp_status esp_model_backward(esp_model *model, const esp_batch *batch, const esp_tensor *d_hidden) {
     ESPI_TRY(check_batch(model, batch));
     ESPI_TRY(check_saved(model, batch));
     ESPI_TRY(espi_check_hidden(model, batch, d_hidden, "d_hidden"));
     ESPI_TRY(espi_decoder_backward(model, &model->arena, d_hidden->data, espi_loss_share(batch), model->saved));
     note_use(model);
-    return ESP_OK;
+    return add_up(model);
 }
 
 esp_status espi_loss_begin(esp_model *model, const esp_batch *batch, const esp_tensor *hidden, void *d_hidden) {
@@ -508,6 +517,10 @@ esp_status esp_model_zero_grad(esp_model *model) {
         const espi_zero sinks = {.out = model->layers[l].d_sinks, .bytes = (size_t)model->config.heads * real};
         if (router.out) ESPI_TRY(espi_op_zero(model->ctx, &none, &router));
         if (sinks.out) ESPI_TRY(espi_op_zero(model->ctx, &none, &sinks));
+    }
+    for (int64_t i = 0; i < model->n_sums; i++) { /* routers and sinks again: what the layers point to is this rank's part */
+        const espi_zero total = {.out = model->sums[i].total, .bytes = (size_t)model->sums[i].n * real};
+        ESPI_TRY(espi_op_zero(model->ctx, &none, &total));
     }
     return ESP_OK;
 }

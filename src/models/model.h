@@ -44,13 +44,6 @@ typedef struct espi_block {
 /* What the passes of one forward/backward pair share; see contract/decoder.h. */
 typedef struct espi_decoder_saved espi_decoder_saved;
 
-/* A gradient that is the sum of what all ranks add: see espi_share_sum. */
-typedef struct espi_sum {
-    void *total, *partial;
-    int64_t n;
-    bool of_experts; /* partial: one after the other, of every rank of the group */
-} espi_sum;
-
 /* LoRA as stated for one target: rank 0 = not trained. */
 typedef struct espi_lora_spec {
     int64_t r;
@@ -76,6 +69,8 @@ struct esp_model {
     int64_t n_params;
     espi_sum *sums; /* [n_sums] the gradients that ranks add up; none where this one is alone */
     int64_t n_sums;
+    void *sum_scratch, *sums_begin; /* work memory of that; where what this rank adds begins */
+    size_t sums_bytes;
 
     espi_room room; /* of activations; grows between calls only */
     espi_arena arena;

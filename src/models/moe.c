@@ -151,6 +151,7 @@ esp_status esp_moe_create(esp_moe **moe, esp_ctx *ctx, const esp_moe_config *con
     esp_moe *m = calloc(1, sizeof *m);
     if (!m) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for a block's bookkeeping");
     m->model.ctx = ctx;
+    m->model.share = (espi_share){.ranks = 1, .spread = 1}; /* a block is not shared */
     m->options = options;
     m->last_tokens = -1;
     const esp_status status = build(m);
@@ -263,9 +264,8 @@ static espi_pass make_pass(esp_moe *moe, espi_arena *arena, int64_t tokens) {
 static esp_status take_saved(espi_pass *pass, esp_moe *moe, espi_moe_saved *saved) {
     *saved = (espi_moe_saved){0};
     ESPI_TRY(espi_route_take_saved(pass, 0, &moe->router, &saved->route));
-    const int64_t slots = pass->tokens * moe->options.top_k;
-    ESPI_TRY(espi_experts_take_lasting(pass, &moe->experts, slots, &saved->experts));
-    return espi_experts_take_saved(pass, &moe->experts, slots, &saved->experts);
+    ESPI_TRY(espi_experts_take_lasting(pass, &moe->experts, moe->options.top_k, &saved->experts));
+    return espi_experts_take_saved(pass, &moe->experts, moe->options.top_k, &saved->experts);
 }
 
 /* The rooms take what they keep and their scratch from an arena; here these are two memories of the caller. */

@@ -17,6 +17,8 @@
 /* Of one trained tensor. */
 typedef struct moments {
     int64_t count;
+    int64_t parts;  /* experts here, each with its own sum of squares; 1 of others */
+    bool by_expert; /* ... or of tensors that are summed in one call, see find_runs */
     bool eight_bit;
     void *m, *v;                /* real [count], or codes u8 [count] */
     float *absmax_m, *absmax_v; /* [blocks] of codes, else NULL */
@@ -31,9 +33,10 @@ struct esp_optim {
     esp_optim_array *arrays; /* [n_arrays] what a checkpoint keeps */
     int64_t n_arrays;
     espi_block block;
-    espi_arena arena; /* over the block: moments, then the scratch of the ops */
-    double *square_sum;
-    const float *map1, *map2; /* of the 8-bit form, where the ops read them */
+    espi_arena arena;                /* over the block: moments, then the scratch of the ops */
+    double *square_sums, *host_sums; /* [n_parts] sums of squares here; room in host memory for find_norm */
+    int64_t n_parts, n_sums;         /* parts of all tensors here; of the whole model */
+    const float *map1, *map2;        /* of the 8-bit form, where the ops read them */
     int64_t step, skipped;
     double grad_norm, lr;
 };
@@ -82,26 +85,30 @@ esp_status espi_adamw_settings_read(espi_adamw_settings *s, const esp_adamw_conf
     return check_settings(s);
 }
 
-static void add_branch(esp_optim *o, const espi_lora *lora, int64_t copies, int64_t in, int64_t out) {
+static void add_branch(esp_optim *o, const espi_lora *lora, int64_t experts, bool of_experts, int64_t in, int64_t out) {
     if (lora->r == 0) return;
-    o->tensors[o->n++].count = copies * lora->r * in;
-    o->tensors[o->n++].count = copies * out * lora->r;
+    const int64_t each[] = {lora->r * in, out * lora->r}, whole = of_experts ? o->model->share.experts : 1;
+    for (int i = 0; i < ESPI_COUNT(each); i++)
+        o->tensors[o->n++] = (moments){.count = experts * each[i],
+                                       .parts = experts,
+                                       .by_expert = of_experts,
+                                       .eight_bit = o->set.eight_bit && whole * each[i] >= EIGHT_BIT_MIN};
 }
 
 static void add_linear(esp_optim *o, const espi_linear *linear) {
-    add_branch(o, &linear->lora, 1, linear->w.cols, linear->w.rows);
+    add_branch(o, &linear->lora, 1, false, linear->w.cols, linear->w.rows);
 }
 
 static void add_stack(esp_optim *o, const espi_lora *lora, const espi_stack *w) {
-    add_branch(o, lora, w->experts, w->cols, w->rows);
+    add_branch(o, lora, w->experts, true, w->cols, w->rows);
 }
 
-/* On a device each call costs more than a small tensor: those that stand behind one another without a gap, and whose blocks end with them,
+/* On a device each call costs more than a small tensor: for a rank that is alone those that stand behind one another without a gap, and whose blocks end with them,
  * are updated as one.  Parameters do so where no gradient of another kind stands between theirs.  (On a CPU every tensor has its own call:
  * the norm is then summed tensor by tensor.) */
 static void find_runs(esp_optim *o) {
     const esp_model *model = o->model;
-    const bool merge = model->ctx->device && !model->options.train_router;
+    const bool merge = model->ctx->device && !model->options.train_router && model->share.ranks == 1;
     for (int64_t i = 0, n; i < o->n; i += n) {
         n = 1;
         for (const moments *t = &o->tensors[i]; merge && i + n < o->n; n++) {
@@ -128,8 +135,23 @@ static esp_status describe(esp_optim *o, esp_model *model, const esp_adamw_confi
         add_stack(o, &layer->lora_gate_up, &layer->gate_up);
         add_stack(o, &layer->lora_down, &layer->down);
     }
-    for (int64_t i = 0; i < o->n; i++) o->tensors[i].eight_bit = o->set.eight_bit && o->tensors[i].count >= EIGHT_BIT_MIN;
     find_runs(o);
+    for (int64_t i = 0; i < o->n; i += o->tensors[i].run) {
+        moments *t = &o->tensors[i];
+        if (t->run > 1) {
+            t->parts = 1;
+            t->by_expert = false;
+        }
+        o->n_parts += t->parts;
+        o->n_sums += t->by_expert ? model->share.experts : 1;
+        const int64_t each = t->parts ? t->count / t->parts : 0;
+        if (t->eight_bit && t->by_expert && espi_share_travels(&model->share) && each % EIGHT_BIT_BLOCK != 0)
+            return ESPI_FAIL(
+                ESP_ERR_UNSUPPORTED,
+                "adamw: eight_bit with experts spread over %d ranks: an expert has %lld values of a tensor, expected a multiple "
+                "of %d, as a block of scales would be cut where a rank's share ends: set expert_ranks to 1 or eight_bit to false",
+                model->share.spread, (long long)each, EIGHT_BIT_BLOCK);
+    }
     return ESP_OK;
 }
 
@@ -170,12 +192,37 @@ static esp_param param(const esp_optim *o, int64_t i) {
     return o->model->params ? o->model->params[i] : (esp_param){0};
 }
 
-static esp_status square_sum(esp_optim *o) {
-    if (!o->arena.dry) ESPI_TRY(espi_ctx_zero(o->model->ctx, o->square_sum, sizeof *o->square_sum));
+static esp_status square_sums(esp_optim *o) {
+    if (!o->arena.dry) ESPI_TRY(espi_ctx_zero(o->model->ctx, o->square_sums, (size_t)o->n_parts * sizeof *o->square_sums));
+    double *out = o->square_sums;
     for (int64_t i = 0; i < o->n; i += o->tensors[i].run) {
-        espi_sumsq args = {.out = o->square_sum, .x = param(o, i).grad, .n = run_count(o, i), .parts = 1};
+        const int64_t parts = o->tensors[i].parts;
+        espi_sumsq args = {.out = out, .x = param(o, i).grad, .n = run_count(o, i), .parts = parts};
         ESPI_TRY(espi_op_sumsq(o->model->ctx, &o->arena, &args));
+        out = after(out, (size_t)parts * sizeof *out);
     }
+    return ESP_OK;
+}
+
+/* Every expert of every tensor counts once, whoever holds it, and in the order of the model: the same norm on every rank, for any number
+ * of them. */
+static esp_status find_norm(esp_optim *o) {
+    const espi_share *share = &o->model->share;
+    double *here = o->host_sums, *const mine = here + o->n_parts, *const all = mine + o->n_sums, *place = mine;
+    ESPI_TRY(square_sums(o));
+    ESPI_TRY(espi_ctx_get(o->model->ctx, here, o->square_sums, (size_t)o->n_parts * sizeof *here));
+    memset(mine, 0, 2 * (size_t)o->n_sums * sizeof *mine);
+    for (int64_t i = 0; i < o->n; i += o->tensors[i].run) {
+        const moments *t = &o->tensors[i];
+        const int64_t first = t->by_expert ? share->first : 0;
+        if (espi_share_speaks(share, t->by_expert)) memcpy(place + first, here, (size_t)t->parts * sizeof *mine);
+        here += t->parts;
+        place += t->by_expert ? share->experts : 1;
+    }
+    ESPI_TRY(espi_share_add(share, "squares of gradients", all, mine, o->n_sums, all + o->n_sums));
+    double total = 0;
+    for (int64_t i = 0; i < o->n_sums; i++) total += all[i];
+    o->grad_norm = sqrt(total);
     return ESP_OK;
 }
 
@@ -239,7 +286,7 @@ static esp_status take_all(esp_optim *o) {
     ESPI_TRY(take_map(&o->map1, o, true));
     ESPI_TRY(take_map(&o->map2, o, false));
     for (int64_t i = 0; i < o->n; i += o->tensors[i].run) ESPI_TRY(take_moments(o, i));
-    return espi_arena_take(&o->arena, sizeof *o->square_sum, &o->square_sum);
+    return espi_arena_take(&o->arena, (size_t)o->n_parts * sizeof *o->square_sums, &o->square_sums);
 }
 
 static esp_status plan_bytes(size_t *bytes, esp_optim *o) {
@@ -247,7 +294,7 @@ static esp_status plan_bytes(size_t *bytes, esp_optim *o) {
     if (o->n == 0) return ESP_OK;
     o->arena = espi_ctx_dry(o->model->ctx);
     ESPI_TRY(take_all(o));
-    ESPI_TRY(square_sum(o));
+    ESPI_TRY(square_sums(o));
     ESPI_TRY(update(o, 0, 0));
     *bytes = o->arena.main.high;
     return ESP_OK;
@@ -330,6 +377,8 @@ static esp_status build(esp_optim *o, esp_model *model, const esp_adamw_config *
     o->block = (espi_block){.purpose = ESPI_MEM_OPTIMIZER, .p = p, .bytes = bytes};
     o->arena = espi_arena_over(p, bytes);
     ESPI_TRY(take_all(o));
+    o->host_sums = malloc((size_t)(o->n_parts + 2 * o->n_sums) * sizeof *o->host_sums + espi_share_add_bytes(&model->share));
+    if (!o->host_sums) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for the norms of %lld tensors", (long long)o->n);
     return list_arrays(o);
 }
 
@@ -352,16 +401,14 @@ void esp_optim_destroy(esp_optim *optim) {
     for (int64_t i = 0; i < optim->n_arrays; i++) free((void *)optim->arrays[i].name);
     free(optim->arrays);
     free(optim->tensors);
+    free(optim->host_sums);
     free(optim);
 }
 
 esp_status esp_optim_step(esp_optim *optim) {
     if (!optim) return ESPI_FAIL(ESP_ERR_ARG, "esp_optim_step: optim is NULL");
     const espi_adamw_settings *s = &optim->set;
-    ESPI_TRY(square_sum(optim));
-    double square_sum_value;
-    ESPI_TRY(espi_ctx_get(optim->model->ctx, &square_sum_value, optim->square_sum, sizeof square_sum_value));
-    optim->grad_norm = sqrt(square_sum_value);
+    ESPI_TRY(find_norm(optim));
     optim->lr = s->lr * esp_schedule_multiplier(s->schedule, optim->step, s->warmup_steps, s->total_steps, s->num_cycles);
     if (isfinite(optim->grad_norm)) {
         double clip = s->max_grad_norm < 0 ? 1 : fmin(1, s->max_grad_norm / (optim->grad_norm + CLIP_FLOOR));

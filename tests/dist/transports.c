@@ -58,18 +58,27 @@ static int64_t rows_of(int from, int to) {
     return (from + to) % 3;
 }
 
+/* One rank's rows behind the other's. */
+static espi_row_ranges packed(int64_t *at, const int64_t *rows, int size) {
+    for (int p = 0; p < size; p++) at[p] = p == 0 ? 0 : at[p - 1] + rows[p - 1];
+    return (espi_row_ranges){at, rows};
+}
+
 static esp_status exchange(rank_call *r) {
-    int64_t to[MOST], from[MOST];
-    int32_t out[3 * MOST][3], in[3 * MOST][3];
+    int64_t to[MOST], from[MOST], to_at[MOST], from_at[MOST];
+    int32_t out[3 * MOST][3], in[3 * MOST][3], more_out[3 * MOST], more_in[3 * MOST];
     int n_out = 0, n_in = 0;
     for (int p = 0; p < r->size; p++) {
         from[p] = rows_of(r->rank, p);
         to[p] = rows_of(p, r->rank);
-        for (int i = 0; i < from[p]; i++, n_out++) out[n_out][0] = r->rank, out[n_out][1] = p, out[n_out][2] = i;
+        for (int i = 0; i < from[p]; i++, n_out++)
+            out[n_out][0] = r->rank, out[n_out][1] = p, out[n_out][2] = i, more_out[n_out] = 1000 * r->rank + p;
     }
-    ESPI_TRY(espi_comm_exchange(r->comm, here, in, to, out, from, sizeof out[0]));
+    const espi_row_array both[] = {{in, out, sizeof out[0]}, {more_in, more_out, sizeof more_out[0]}};
+    ESPI_TRY(espi_comm_exchange(r->comm, here, both, 2, packed(to_at, to, r->size), packed(from_at, from, r->size)));
     for (int p = 0; p < r->size; p++)
-        for (int i = 0; i < to[p]; i++, n_in++) r->wrong += in[n_in][0] != p || in[n_in][1] != r->rank || in[n_in][2] != i;
+        for (int i = 0; i < to[p]; i++, n_in++)
+            r->wrong += in[n_in][0] != p || in[n_in][1] != r->rank || in[n_in][2] != i || more_in[n_in] != 1000 * p + r->rank;
     return ESP_OK;
 }
 
@@ -79,7 +88,7 @@ static float term(int rank) {
 }
 
 static esp_status add(rank_call *r) {
-    const int64_t n = ESPI_COMM_ADD_VALUES + 7;
+    const int64_t n = espi_comm_piece(r->comm) + 7;
     float *total = calloc((size_t)n, sizeof *total), *mine = calloc((size_t)n, sizeof *mine), want = 0;
     void *scratch = malloc(espi_comm_add_bytes(r->comm));
     for (int64_t i = 0; i < n; i++) mine[i] = term(r->rank);
@@ -122,10 +131,11 @@ static esp_status other_layer(rank_call *r) {
 }
 /* Rank 2 sends a row more than the others expect. */
 static esp_status other_count(rank_call *r) {
-    int64_t to[3] = {1, 1, 1}, from[3] = {1, 1, 1};
+    int64_t to[3] = {1, 1, 1}, from[3] = {1, 1, 1}, to_at[3], from_at[3];
     int32_t in[4] = {0}, out[4] = {0};
     if (r->rank == 2) from[0] = 2;
-    return espi_comm_exchange(r->comm, here, in, to, out, from, sizeof in[0]);
+    const espi_row_array rows = {in, out, sizeof in[0]};
+    return espi_comm_exchange(r->comm, here, &rows, 1, packed(to_at, to, r->size), packed(from_at, from, r->size));
 }
 /* Rank 0 leaves; the others wait for it. */
 static esp_status absent(rank_call *r) {

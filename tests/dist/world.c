@@ -18,17 +18,22 @@
 enum { ROWS = 70000 }; /* more than a socket's buffers hold */
 
 static esp_status exchange_rows(esp_comm *comm, int rank, int size) {
-    int64_t *counts = calloc(2 * (size_t)size, sizeof *counts), *to = counts, *from = counts + size, n = 0, m = 0;
+    int64_t *counts = calloc(4 * (size_t)size, sizeof *counts), *to = counts, *from = counts + size, n = 0, m = 0;
+    int64_t *to_at = from + size, *from_at = to_at + size;
     for (int p = 0; p < size; p++) {
         from[p] = (rank + 2 * p) % 3 * ROWS / size;
         to[p] = (p + 2 * rank) % 3 * ROWS / size;
+        from_at[p] = n;
+        to_at[p] = m;
         n += from[p];
         m += to[p];
     }
     int32_t *out = malloc((size_t)n * 8 + 1), *in = malloc((size_t)m * 8 + 1);
     for (int64_t p = 0, i = 0; p < size; p++)
         for (int64_t k = 0; k < from[p]; k++, i++) out[2 * i] = rank * size + (int32_t)p, out[2 * i + 1] = (int32_t)k;
-    const esp_status status = espi_comm_exchange(comm, (espi_place){"rows", 2}, in, to, out, from, 8);
+    const espi_row_array rows = {in, out, 8};
+    const esp_status status =
+        espi_comm_exchange(comm, (espi_place){"rows", 2}, &rows, 1, (espi_row_ranges){to_at, to}, (espi_row_ranges){from_at, from});
     int64_t wrong = 0;
     for (int64_t p = 0, i = 0; status == ESP_OK && p < size; p++)
         for (int64_t k = 0; k < to[p]; k++, i++) wrong += in[2 * i] != (int32_t)p * size + rank || in[2 * i + 1] != k;

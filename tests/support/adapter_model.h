@@ -38,7 +38,7 @@ static inline void adapter_branch(adapter_model *m, espi_linear *linear, adapter
 
 /* k.r = 0: q alone.  Not to be moved afterwards: the model points into it. */
 static inline void adapter_model_make(adapter_model *m, esp_ctx *ctx, adapter_shape q, adapter_shape k) {
-    *m = (adapter_model){.model = {.ctx = ctx, .config = {.layers = 1}}};
+    *m = (adapter_model){.model = {.ctx = ctx, .config = {.layers = 1}, .share = {.ranks = 1, .spread = 1}}};
     m->model.layers = &m->layer;
     m->model.params = m->params;
     adapter_branch(m, &m->layer.q, q);
