@@ -167,8 +167,9 @@ esp_status esp_model_info_get(const esp_model *model, esp_model_info *out) {
         if (model->lora[i].r > info.lora_rank) info.lora_rank = model->lora[i].r;
     for (int64_t i = 0; i < model->n_params; i++) {
         const esp_param *p = &model->params[i];
-        const esp_tensor view = esp_tensor_view(p->data, p->dtype, p->rank, p->dims);
-        info.adapter_parameters += esp_tensor_count(&view);
+        /* Of the whole model: a rank may hold some of the experts only. */
+        const int64_t copies = p->rank == 3 ? c->experts * p->dims[2] : 1;
+        info.adapter_parameters += copies * (p->rank == 3 ? p->dims[1] : p->dims[0] * p->dims[1]);
     }
     return espi_struct_write(out, &info, sizeof info, "esp_model_info");
 }

@@ -100,6 +100,8 @@ void espi_model_skeleton_free(esp_model *model);
 /* models/load.c: the block of a skeleton's frozen weights, not yet filled.  map: the table of double quantisation, or NULL; lut: that of the
  * experts' values where it lies on a device, or NULL. */
 esp_status espi_model_take_weights(esp_model *model, float **map, float **lut);
+/* models/fingerprint.c: tells these weights from others, and is the same on any number of ranks.  Collective. */
+esp_status espi_model_fingerprint(uint64_t *hash, const esp_model *model);
 /* models/model.c: all that a model has beside its weights. */
 esp_status espi_model_finish(esp_model *model);
 

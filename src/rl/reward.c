@@ -2,6 +2,7 @@
 #include "rl/reward.h"
 
 #include "core/clock.h"
+#include "rl/ranks.h"
 
 #include <math.h>
 #include <pthread.h>
@@ -416,6 +417,38 @@ esp_status espi_rewards_score(double *parts, espi_rewards *rewards, const esp_re
         for (int64_t i = 0; i < b.n; i++) parts[i * rewards->n + f] = o.reward[i];
     }
     return ESP_OK;
+}
+
+/* mine [most], all [ranks,most]: padded to the longest list. */
+static esp_status add_lists(espi_rewards *rewards, const esp_model *model, const int64_t *counts, int64_t most, extra *mine, extra *all) {
+    notes *totals = &rewards->totals;
+    if (totals->n > 0) memcpy(mine, totals->items, (size_t)totals->n * sizeof *mine);
+    ESPI_TRY(espi_ranks_gather(all, model, "numbers that rewards log", mine, (size_t)most * sizeof *mine));
+    totals->n = 0;
+    for (int r = 0; r < espi_ranks_count(model); r++) add_notes(totals, &(notes){.items = all + r * most, .n = counts[r]});
+    return totals->lost ? ESPI_FAIL(ESP_ERR_MEMORY, "no memory for the numbers that rewards log") : ESP_OK;
+}
+
+static esp_status gather(espi_rewards *rewards, const esp_model *model, int64_t *counts) {
+    int64_t most = 0;
+    ESPI_TRY(espi_ranks_gather(counts, model, "how many numbers rewards log", &rewards->totals.n, sizeof *counts));
+    for (int r = 0; r < espi_ranks_count(model); r++) most = counts[r] > most ? counts[r] : most;
+    if (most == 0) return ESP_OK;
+    extra *room = calloc((size_t)(most * (espi_ranks_count(model) + 1)), sizeof *room);
+    if (!room) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for the numbers that rewards log");
+    const esp_status status = add_lists(rewards, model, counts, most, room, room + most);
+    free(room);
+    return status;
+}
+
+esp_status espi_rewards_gather(espi_rewards *rewards, const esp_model *model) {
+    const int ranks = espi_ranks_count(model);
+    if (ranks == 1) return ESP_OK;
+    int64_t *counts = calloc((size_t)ranks, sizeof *counts);
+    if (!counts) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for the numbers that rewards log on %d ranks", ranks);
+    const esp_status status = gather(rewards, model, counts);
+    free(counts);
+    return status;
 }
 
 void espi_rewards_stop_by(espi_rewards *rewards, int (*stop)(void *user), void *user) {

@@ -7,6 +7,7 @@
 #define ESPI_RL_REWARD_H
 
 #include "core/status.h"
+#include "espalier/model.h"
 #include "espalier/reward.h"
 
 #define ESPI_REWARD_NAME 64 /* bytes of a reward's name, NUL included; also of an extra scalar's */
@@ -27,6 +28,8 @@ esp_status espi_rewards_score(double *parts, espi_rewards *rewards, const esp_re
 
 /* Extra scalars of all batches since the last reset: "<reward>/<name>" and its mean, or its sum for what is counted. */
 void espi_rewards_reset(espi_rewards *rewards);
+/* Those of all ranks together, in their order.  Collective. */
+esp_status espi_rewards_gather(espi_rewards *rewards, const esp_model *model);
 int64_t espi_rewards_extra_count(const espi_rewards *rewards);
 const char *espi_rewards_extra_get(double *value, const espi_rewards *rewards, int64_t i);
 

@@ -2,6 +2,7 @@
 #include "rl/rollout.h"
 
 #include "core/status.h"
+#include "rl/ranks.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -33,12 +34,15 @@ static const column columns[] = {
     {"rollout/kept_ids", AT(kept_ids), ESP_I32, KEPT, ONE, UNITS},
     {"rollout/rewards", AT(rewards), ESP_F64, ROW, REWARDS, UNITS},
     {"rollout/advantage", AT(advantage), ESP_F64, ROW, ONE, UNITS},
+    /* Those before are a source's. */
     {"rollout/reward", AT(reward), ESP_F64, ROW, ONE, UNITS},
     {"rollout/exact", AT(exact), ESP_F64, ROW, ONE, UNITS},
     {"rollout/old_logprob", AT(old_logprob), ESP_F32, TOKEN, ONE, UNITS},
     {"rollout/ref_logprob", AT(ref_logprob), ESP_F32, TOKEN, ONE, UNITS},
     {"rollout/is_ratio", AT(is_ratio), ESP_F32, TOKEN, ONE, UNITS},
 };
+
+enum { OF_SOURCE = 13 };
 
 static bool present(const column *c, const espi_rollouts_shape *s) {
     if (c->width == ROUTES) return s->route_bytes > 0;
@@ -134,6 +138,12 @@ static void copy_rows(espi_rollouts *r, place *to, const espi_rollouts *from, in
     for (int u = 0; u < UNITS; u++) to->at[u] += b.at[u] - a.at[u];
 }
 
+/* May their rows stand in one batch? */
+static bool same_form(const espi_rollouts_shape *a, const espi_rollouts_shape *b) {
+    return a->group_size == b->group_size && a->rewards == b->rewards && a->layers == b->layers && a->top_k == b->top_k &&
+           a->route_bytes == b->route_bytes && a->filtered == b->filtered;
+}
+
 static void copy_flags(espi_rollouts *r, const espi_rollouts *from) {
     r->has_rewards = from->has_rewards;
     r->has_advantages = from->has_advantages;
@@ -146,8 +156,7 @@ esp_status espi_rollouts_append(espi_rollouts *r, const espi_rollouts *from) {
     const espi_rollouts_shape *s = &from->shape, *mine = &r->shape;
     espi_rollouts_shape sum = *s;
     if (mine->group_size > 0) {
-        if (mine->group_size != s->group_size || mine->rewards != s->rewards || mine->layers != s->layers || mine->top_k != s->top_k ||
-            mine->route_bytes != s->route_bytes || mine->filtered != s->filtered || r->has_rewards != from->has_rewards)
+        if (!same_form(mine, s) || r->has_rewards != from->has_rewards)
             return ESPI_FAIL(ESP_ERR_MISMATCH,
                              "rollouts: a batch in groups of %lld with %lld rewards, routes of %lld bytes and kept ids %lld joins one with "
                              "%lld, %lld, %lld and %lld, expected the same: one source gives all of a generation",
@@ -196,6 +205,71 @@ esp_status espi_rollouts_select(espi_rollouts *r, const int64_t *groups, int64_t
     espi_rollouts_free(r);
     *r = picked;
     return ESP_OK;
+}
+
+/* Of the ranks' batches: the shape of each, and of all together. */
+static esp_status add_shapes(espi_rollouts_shape *sum, const espi_rollouts_shape *each, int ranks) {
+    *sum = each[0];
+    for (int i = 1; i < ranks; i++) {
+        const espi_rollouts_shape *s = &each[i];
+        if (!same_form(s, sum))
+            return ESPI_FAIL(ESP_ERR_MISMATCH, "rollouts: those of rank %d are not of the form of rank 0's, expected one source for all",
+                             i);
+        sum->rows += s->rows;
+        sum->tokens += s->tokens;
+        sum->kept += s->kept;
+    }
+    return ESP_OK;
+}
+
+/* Where the batch of each rank begins: borders [UNITS][ranks+1]. */
+static void find_borders(int64_t *borders, const espi_rollouts_shape *each, int ranks) {
+    for (int u = 0; u < UNITS; u++) {
+        int64_t *b = borders + u * (ranks + 1);
+        b[0] = 0;
+        for (int i = 0; i < ranks; i++) b[i + 1] = b[i] + units(&each[i], (unit)u);
+    }
+}
+
+/* Every rank has its own rows in place; scratch [ranks+1]. */
+static esp_status share_columns(espi_rollouts *r, const esp_model *model, const int64_t *borders, int64_t *scratch) {
+    const int ranks = espi_ranks_count(model);
+    for (int i = 0; i < OF_SOURCE; i++) {
+        const column *c = &columns[i];
+        const int64_t *b = borders + c->unit * (ranks + 1), width = wide(&r->shape, c), first = c->border != UNITS;
+        for (int k = 0; k <= ranks; k++) scratch[k] = (b[k] + first) * width; /* the 0 before all offsets is there */
+        if (get(r, c)) ESPI_TRY(espi_ranks_share(get(r, c), model, c->name, scratch, esp_dtype_size(c->dtype)));
+    }
+    return ESP_OK;
+}
+
+static esp_status gather(espi_rollouts *r, const esp_model *model, espi_rollouts_shape *each, int64_t *borders) {
+    const int ranks = espi_ranks_count(model), own = espi_ranks_own(model), stride = ranks + 1;
+    espi_rollouts all;
+    espi_rollouts_shape sum;
+    ESPI_TRY(espi_ranks_gather(each, model, "sizes of rollouts", &r->shape, sizeof r->shape));
+    ESPI_TRY(add_shapes(&sum, each, ranks));
+    ESPI_TRY(espi_rollouts_create(&all, &sum));
+    find_borders(borders, each, ranks);
+    place to = {{borders[ROW * stride + own], borders[TOKEN * stride + own], borders[KEPT * stride + own]}};
+    copy_rows(&all, &to, r, 0, r->shape.rows);
+    const esp_status status = share_columns(&all, model, borders, borders + UNITS * stride);
+    copy_flags(&all, r);
+    espi_rollouts_free(r);
+    *r = all;
+    return status;
+}
+
+esp_status espi_rollouts_gather(espi_rollouts *r, const esp_model *model) {
+    const size_t ranks = (size_t)espi_ranks_count(model);
+    if (ranks == 1) return ESP_OK;
+    espi_rollouts_shape *each = calloc(ranks, sizeof *each);
+    int64_t *borders = calloc((UNITS + 1) * (ranks + 1), sizeof *borders);
+    const esp_status status = each && borders ? gather(r, model, each, borders)
+                                              : ESPI_FAIL(ESP_ERR_MEMORY, "rollouts: no memory for the sizes of %zu ranks", ranks);
+    free(each);
+    free(borders);
+    return status;
 }
 
 static esp_status check_borders(const int64_t *borders, int64_t n, int64_t total, const char *name, bool strict) {

@@ -5,7 +5,7 @@
 #ifndef ESPI_RL_ROLLOUT_H
 #define ESPI_RL_ROLLOUT_H
 
-#include "espalier/status.h"
+#include "espalier/model.h"
 #include "io/checkpoint.h"
 
 #include <stdbool.h>
@@ -64,6 +64,9 @@ esp_status espi_rollouts_append(espi_rollouts *r, const espi_rollouts *from);
 esp_status espi_rollouts_widen(espi_rollouts *r, espi_rollouts *from, const espi_rollouts_shape *shape);
 /* Becomes the given groups of itself (numbers of groups, not ids), in that order. */
 esp_status espi_rollouts_select(espi_rollouts *r, const int64_t *groups, int64_t n_groups);
+
+/* Becomes what all ranks have, one after the other: what a source gave each of them, not the trainer's own columns.  Collective. */
+esp_status espi_rollouts_gather(espi_rollouts *r, const esp_model *model);
 
 /* ESP_ERR_FORMAT, naming the row: offsets that do not ascend, an empty prompt or completion, an id at or beyond vocab, a mask on a prompt,
  * an expert at or beyond `experts` that is not all ones, a kept list that lacks its token. */

@@ -15,6 +15,7 @@
 #include "espalier/trainer.h"
 #include "io/file.h"
 #include "rl/objective.h"
+#include "rl/ranks.h"
 #include "rl/reward.h"
 #include "rl/rollout.h"
 #include "rl/tasks.h"
@@ -56,6 +57,14 @@ typedef struct espi_correction_stats {
     double cut_share, rejected_share, absent_share; /* of tokens; of sequences; tokens without the sampler's log-probability */
 } espi_correction_stats;
 
+/* What a micro-batch tells of itself.  Ranks run one each at the same time; then all add those of all, in the order of the micro-batches. */
+typedef struct espi_micro_stats {
+    esp_grpo_stats grpo;
+    double loss, aux_loss; /* of SFT; of the routers */
+    int64_t forward_tokens, route_flips, routes_replayed;
+    int64_t load[]; /* [experts] token-expert pairs over all layers */
+} espi_micro_stats;
+
 /* Arrays of one micro-batch, token-aligned. */
 typedef struct espi_packed {
     int64_t capacity, most_seqs; /* most_seqs: shared prompts included */
@@ -73,6 +82,9 @@ typedef struct espi_packed {
     int64_t n;
     int64_t *which;           /* [rows] */
     int32_t *prompt, *middle; /* [rows] */
+    /* Of the micro-batches that are run at the same time: borders[r] .. borders[r+1]-1 are the sequences of rank r's. */
+    int64_t *borders; /* [ranks+1] */
+    int n_batches;    /* how many have any: those of the first ranks; 0: none is left */
 } espi_packed;
 
 /* Copies of the adapter's tensors, in the host's memory; NULL: none. */
@@ -125,7 +137,10 @@ struct esp_trainer {
     int64_t *groups;          /* order of the generation's groups in its slices */
     espi_packed packed;
     espi_step_sums sums;
-    int64_t *load, *load_part; /* [experts] token-expert pairs of the step's forwards, over all layers; of one forward */
+    int64_t *load; /* [experts] token-expert pairs of the step's forwards, over all layers */
+    char *told;    /* [ranks+1] espi_micro_stats of told_bytes: those of all ranks, and this one's */
+    size_t told_bytes;
+    int64_t *dealt; /* [ranks+1] borders of what is dealt to the ranks in blocks */
     espi_correction_stats correction;
     espi_snapshot snapshot;
     double entropy_coef; /* the controller's, or the objective's */
@@ -171,7 +186,8 @@ esp_status espi_completion_text(char **text, const esp_tokenizer *tokenizer, con
 /* The task line a row came from; NULL where the source brought its own prompts. */
 const espi_task *espi_row_task(const esp_trainer *t, int64_t row);
 void espi_rollout_free(esp_trainer *t);
-bool espi_stop_asked(const esp_trainer *t);
+/* *asked: by anyone, on any rank. */
+esp_status espi_stop_asked(bool *asked, const esp_trainer *t);
 
 /* Packed prompts of a request. */
 typedef struct espi_prompts {
@@ -202,7 +218,8 @@ double espi_correction_weight(const esp_trainer_config *c, double log_rho);
 esp_status espi_update_reserve(size_t *bytes, esp_trainer *t, bool take);
 esp_status espi_update_create(esp_trainer *t);
 void espi_update_free(esp_trainer *t);
-/* Packs sequences from *next on, as many as fit, those to be skipped left out unless `all`.  batch.n_seqs = 0: none is left. */
+/* Cuts micro-batches from sequence *next on, one for each rank, as many sequences as fit, those to be skipped left out unless `all`; packs
+ * this rank's, which is empty where none is left for it: it is run all the same, as passes are of all ranks.  See packed.n_batches. */
 esp_status espi_pack(esp_batch *batch, esp_trainer *t, const espi_sequence *sequences, int64_t n, int64_t *next, bool all);
 /* Room for the routes that the rollouts have. */
 esp_status espi_update_routes(esp_trainer *t);
@@ -228,6 +245,8 @@ esp_status espi_log_start(esp_trainer *t);
 
 /* trainer_state.c */
 esp_status espi_state_save(esp_trainer *t);
+/* ESP_ERR_MISMATCH, naming the key, where the ranks were given different runs.  Collective. */
+esp_status espi_state_alike(const esp_trainer *t);
 /* from: a folder or a checkpoint file.  folder [out]: where the logs beside it are. */
 esp_status espi_state_restore(esp_trainer *t, char folder[ESPI_PATH_MAX], const char *from, int64_t *metrics_bytes,
                               int64_t *completions_bytes);

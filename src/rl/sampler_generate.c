@@ -4,6 +4,7 @@
  * batch nor the order shows in a result. */
 #include "contract/head.h"
 #include "core/rng.h"
+#include "rl/ranks.h"
 #include "rl/sampler.h"
 
 #include <math.h>
@@ -206,6 +207,20 @@ static void admit(call *g) {
     }
 }
 
+static esp_status draw_tokens(call *g) {
+    esp_sampler *s = g->s;
+    for (int32_t i = 0; i < g->n_live; i++) {
+        const espi_live_row *live = &s->live[i];
+        const int32_t prompt = live->row / g->c.samples, sample = live->row % g->c.samples;
+        const uint32_t key = g->c.keys ? g->c.keys[prompt] : (uint32_t)prompt;
+        s->host.row[i] = live->hidden;
+        s->host.uniform[i] = espi_uniform(g->c.seed, g->c.evaluation ? ESPI_STREAM_EVAL : ESPI_STREAM_SAMPLE, g->c.step, key,
+                                          (uint32_t)sample, (uint32_t)live->drawn);
+    }
+    return espi_sampler_draw(s, &s->arena, g->n_live, g->c.greedy ? 0.0 : (double)g->c.temperature, &g->filter);
+}
+
+/* Where experts lie on several ranks a pass is one of all ranks, and may have nothing of this one's. */
 static esp_status run_pass(call *g) {
     esp_sampler *s = g->s;
     g->n_tokens = g->n_seqs = 0;
@@ -215,15 +230,7 @@ static esp_status run_pass(call *g) {
     admit(g);
     const espi_mark mark = espi_arena_mark(&s->arena);
     ESPI_TRY(espi_sampler_extend(s, &s->arena, g->n_tokens, g->n_seqs, s->record && g->c.on_drawn));
-    for (int32_t i = 0; i < g->n_live; i++) {
-        const espi_live_row *live = &s->live[i];
-        const int32_t prompt = live->row / g->c.samples, sample = live->row % g->c.samples;
-        const uint32_t key = g->c.keys ? g->c.keys[prompt] : (uint32_t)prompt;
-        s->host.row[i] = live->hidden;
-        s->host.uniform[i] = espi_uniform(g->c.seed, g->c.evaluation ? ESPI_STREAM_EVAL : ESPI_STREAM_SAMPLE, g->c.step, key,
-                                          (uint32_t)sample, (uint32_t)live->drawn);
-    }
-    ESPI_TRY(espi_sampler_draw(s, &s->arena, g->n_live, g->c.greedy ? 0.0 : (double)g->c.temperature, &g->filter));
+    if (g->n_live > 0) ESPI_TRY(draw_tokens(g));
     espi_arena_release(&s->arena, mark);
     return ESP_OK;
 }
@@ -370,12 +377,32 @@ static esp_status take_draws(call *g) {
     return status;
 }
 
-static esp_status run(call *g) {
-    while (g->n_live > 0 || g->waiting < g->rows) {
-        ESPI_TRY(run_pass(g));
-        ESPI_TRY(take_draws(g));
+/* Are there passes to come?  Where they are of all ranks: as long as one of them has any, and none has failed. */
+static esp_status goes_on(bool *more, const call *g, esp_status mine) {
+    const esp_model *model = g->s->model;
+    *more = mine == ESP_OK && (g->n_live > 0 || g->waiting < g->rows);
+    if (!espi_share_travels(&model->share)) return mine;
+    ESPI_TRY(espi_ranks_agree(model, "a pass of the sampler", mine));
+    return espi_ranks_any(more, model, "the sampler's next pass", *more);
+}
+
+static esp_status run(call *g, esp_status mine) {
+    for (bool more;;) {
+        ESPI_TRY(goes_on(&more, g, mine));
+        if (!more) return ESP_OK;
+        mine = run_pass(g);
+        if (mine == ESP_OK) mine = take_draws(g);
     }
-    return ESP_OK;
+}
+
+/* Every row still waits. */
+static void begin(const call *g) {
+    const size_t cells = (size_t)g->rows * (size_t)g->c.max_new_tokens;
+    memset(g->tokens, 0, cells * sizeof *g->tokens);
+    if (g->logprobs) memset(g->logprobs, 0, cells * sizeof *g->logprobs);
+    memset(g->lengths, 0, (size_t)g->rows * sizeof *g->lengths);
+    memset(g->s->taken, 0, (size_t)g->s->sequences * sizeof *g->s->taken);
+    memset(g->s->users, 0, (size_t)g->s->prompts * sizeof *g->s->users);
 }
 
 esp_status esp_sampler_generate(esp_sampler *sampler, const esp_generate_config *config, int32_t *tokens, float *logprobs, int32_t *lengths,
@@ -383,16 +410,10 @@ esp_status esp_sampler_generate(esp_sampler *sampler, const esp_generate_config 
     if (!sampler || !config || !tokens || !lengths)
         return ESPI_FAIL(ESP_ERR_ARG, "esp_sampler_generate: sampler, config, tokens or lengths is NULL, expected all four");
     call g = {.s = sampler, .tokens = tokens, .lengths = lengths, .logprobs = logprobs, .stopped = stopped};
-    ESPI_TRY(read_request(&g, config));
-    const size_t cells = (size_t)g.rows * (size_t)g.c.max_new_tokens;
-    if (g.rows == 0) return ESP_OK;
-    memset(tokens, 0, cells * sizeof *tokens);
-    if (logprobs) memset(logprobs, 0, cells * sizeof *logprobs);
-    memset(lengths, 0, (size_t)g.rows * sizeof *lengths);
-    memset(sampler->taken, 0, (size_t)sampler->sequences * sizeof *sampler->taken);
-    memset(sampler->users, 0, (size_t)sampler->prompts * sizeof *sampler->users);
+    const esp_status read = read_request(&g, config);
+    if (read == ESP_OK) begin(&g);
     const espi_mark mark = espi_arena_mark(&sampler->arena);
-    const esp_status status = run(&g);
+    const esp_status status = run(&g, read);
     espi_arena_release(&sampler->arena, mark); /* a pass that failed half-way has not */
     for (int32_t i = 0; i < g.n_live; i++) free(sampler->live[i].text.held.data);
     return status;

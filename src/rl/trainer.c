@@ -8,10 +8,8 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
-#include <xxhash.h>
 
 #define SFT_EVAL_SEQUENCES 128
-#define HASH_WINDOW ((size_t)4 << 20)
 
 esp_status espi_take_array(void *out, int64_t count, size_t size) {
     void *p = calloc(count > 0 ? (size_t)count : 1, size);
@@ -107,33 +105,14 @@ static esp_status take_memory(esp_trainer *t) {
     return espi_update_reserve(&activations, t, true);
 }
 
-/* Of all frozen weights, through a window in the host's memory. */
-static esp_status hash_weights(esp_trainer *t) {
-    const espi_room *weights = &t->model->weights;
-    const size_t bytes = weights->extent.main;
-    char *window = NULL;
-    ESPI_TRY(espi_take_array(&window, HASH_WINDOW, 1));
-    XXH3_state_t *state = XXH3_createState();
-    esp_status status = state ? ESP_OK : ESPI_FAIL(ESP_ERR_MEMORY, "no memory for a checksum");
-    if (state) XXH3_64bits_reset(state);
-    for (size_t at = 0; status == ESP_OK && at < bytes; at += HASH_WINDOW) {
-        const size_t n = bytes - at < HASH_WINDOW ? bytes - at : HASH_WINDOW;
-        status = espi_ctx_get(t->model->ctx, window, (const char *)weights->main + at, n);
-        if (status == ESP_OK) XXH3_64bits_update(state, window, n);
-    }
-    if (status == ESP_OK && weights->host) XXH3_64bits_update(state, weights->host, weights->extent.host);
-    if (state) t->weights_hash = XXH3_64bits_digest(state);
-    XXH3_freeState(state);
-    free(window);
-    return status;
-}
-
 static esp_status restore(esp_trainer *t) {
     char folder[ESPI_PATH_MAX] = "";
-    if (t->c.resume_dir || t->out_dir) ESPI_TRY(hash_weights(t));
+    if (t->c.resume_dir || t->out_dir || espi_ranks_count(t->model) > 1) ESPI_TRY(espi_model_fingerprint(&t->weights_hash, t->model));
+    ESPI_TRY(espi_ranks_same(t->model, "the model's weights", &t->weights_hash, sizeof t->weights_hash));
     int64_t metrics_bytes = 0, completions_bytes = 0;
     if (t->c.resume_dir) ESPI_TRY(espi_state_restore(t, folder, t->c.resume_dir, &metrics_bytes, &completions_bytes));
-    return t->out_dir ? espi_logs_open(t, folder, metrics_bytes, completions_bytes) : ESP_OK;
+    const bool logs = t->out_dir && espi_ranks_first(t->model);
+    return espi_ranks_agree(t->model, "the logs", logs ? espi_logs_open(t, folder, metrics_bytes, completions_bytes) : ESP_OK);
 }
 
 /* Runs that were killed while they wrote leave files of no use behind. */
@@ -147,18 +126,35 @@ static esp_status sweep(const char *out_dir) {
     return ESP_OK;
 }
 
-static esp_status build(esp_trainer *t, const esp_trainer_config *config) {
-    ESPI_TRY(espi_trainer_settle(t, config));
+/* The folders and the lock, which there is one of. */
+static esp_status take_folders(esp_trainer *t) {
+    if (!espi_ranks_first(t->model)) return ESP_OK;
     if (t->out_dir) {
         ESPI_TRY(espi_dir_make(t->out_dir));
         ESPI_TRY(espi_lock_take(&t->lock, t->out_dir));
         ESPI_TRY(sweep(t->out_dir));
     }
-    if (t->save_rollouts) ESPI_TRY(espi_dir_make(t->save_rollouts));
+    return t->save_rollouts ? espi_dir_make(t->save_rollouts) : ESP_OK;
+}
+
+/* What every rank does by itself. */
+static esp_status prepare(esp_trainer *t, const esp_trainer_config *config) {
+    ESPI_TRY(espi_trainer_settle(t, config));
+    if (t->c.server && espi_ranks_count(t->model) > 1)
+        return ESPI_FAIL(ESP_ERR_UNSUPPORTED,
+                         "server: got one with %d ranks, expected one rank: the ranks write completions themselves; leave it out, or start "
+                         "one rank",
+                         espi_ranks_count(t->model));
+    ESPI_TRY(take_folders(t));
     ESPI_TRY(read_tasks(t));
     ESPI_TRY(espi_take_array(&t->order, t->train.n, sizeof *t->order));
-    ESPI_TRY(espi_update_create(t));
-    ESPI_TRY(take_memory(t));
+    return espi_update_create(t);
+}
+
+static esp_status build(esp_trainer *t, const esp_trainer_config *config) {
+    ESPI_TRY(espi_ranks_agree(t->model, "the settings", prepare(t, config)));
+    ESPI_TRY(espi_state_alike(t));
+    ESPI_TRY(espi_ranks_agree(t->model, "the memory of a run", take_memory(t)));
     if (samples(t) && !t->c.server) espi_sampler_source(&t->source, t->sampler, t->model);
     ESPI_TRY(esp_model_zero_grad(t->model));
     if (t->c.reference == ESP_REFERENCE_SNAPSHOT) ESPI_TRY(espi_snapshot_take(t));
@@ -289,10 +285,11 @@ static esp_status evaluate_and_judge(esp_trainer *t, esp_step_stats *stats) {
 static esp_status finish_step(esp_trainer *t, esp_step_stats *stats) {
     for (int64_t i = 0; i < t->n_sequences; i++) t->num_tokens += t->sequences[i].n_prompt + t->sequences[i].n_completion;
     t->step++;
+    ESPI_TRY(espi_rewards_gather(t->scorer, t->model));
     espi_stats_fill(t, stats);
     if (evaluation_due(t)) ESPI_TRY(evaluate_and_judge(t, stats));
     stats->early_stop = stopped_early(t);
-    if (t->out_dir) ESPI_TRY(espi_log_step(t, stats));
+    ESPI_TRY(espi_ranks_agree(t->model, "a step's line", t->metrics ? espi_log_step(t, stats) : ESP_OK));
     if (t->c.ref_sync_every > 0 && t->step % t->c.ref_sync_every == 0) ESPI_TRY(espi_snapshot_take(t));
     if (t->c.kind == ESP_TRAIN_GRPO && ++t->slice == t->slices) t->phase = ESPI_PHASE_EMPTY;
     const bool save = t->out_dir && (t->step % t->c.checkpoint_every == 0 || esp_trainer_finished(t));
@@ -307,19 +304,17 @@ esp_status espi_trainer_update(esp_trainer *t, esp_step_stats *stats) {
 static esp_status step(esp_trainer *t, esp_step_stats *stats) {
     if (!t->started && t->eval.n > 0) {
         ESPI_TRY(evaluate_and_judge(t, stats));
-        if (t->out_dir) ESPI_TRY(espi_log_start(t));
+        ESPI_TRY(espi_ranks_agree(t->model, "the first line", t->metrics ? espi_log_start(t) : ESP_OK));
     }
     t->started = true;
     if (t->c.kind == ESP_TRAIN_SFT) {
         next_lines(t);
-    } else {
-        ESPI_TRY(espi_trainer_sample(t));
-        if (t->phase != ESPI_PHASE_READY || espi_stop_asked(t)) {
-            stats->interrupted = true;
-            return ESP_OK;
-        }
+        return espi_trainer_update(t, stats);
     }
-    return espi_trainer_update(t, stats);
+    ESPI_TRY(espi_trainer_sample(t));
+    ESPI_TRY(espi_stop_asked(&stats->interrupted, t));
+    stats->interrupted = stats->interrupted || t->phase != ESPI_PHASE_READY;
+    return stats->interrupted ? ESP_OK : espi_trainer_update(t, stats);
 }
 
 esp_status esp_trainer_step(esp_trainer *trainer, esp_step_stats *stats) {

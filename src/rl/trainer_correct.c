@@ -76,26 +76,41 @@ static void keep_routes(esp_trainer *t, const espi_sequence *all) {
     }
 }
 
+/* Of one micro-batch. */
+static esp_status forward(esp_trainer *t, espi_sequence *all, esp_batch *batch, float *logprob, bool record) {
+    const espi_rollouts *r = &t->rollouts;
+    esp_tensor hidden;
+    if (record) {
+        batch->record_experts = t->packed.recorded;
+        batch->routed_bytes = (int32_t)r->shape.route_bytes;
+        batch->n_routed = batch->n_tokens * r->shape.layers * r->shape.top_k;
+    }
+    ESPI_TRY(esp_model_forward_only(t->model, batch, &hidden));
+    ESPI_TRY(esp_model_logprob(t->model, batch, &hidden, t->c.temperature, t->packed.out, NULL));
+    for (int64_t i = 0; i < t->packed.n; i++) {
+        const espi_sequence *s = &all[t->packed.which[i]];
+        float *to = logprob + r->offsets[s->row] + s->n_prompt;
+        memcpy(to, t->packed.out + t->packed.middle[i], (size_t)s->n_completion * sizeof *logprob);
+    }
+    if (record) keep_routes(t, all);
+    return ESP_OK;
+}
+
+/* Each rank has written the rows of its own micro-batch. */
+static esp_status share_rows(esp_trainer *t, float *logprob, bool record) {
+    const espi_rollouts *r = &t->rollouts;
+    for (int k = 0; k <= espi_ranks_count(t->model); k++) t->dealt[k] = r->offsets[t->packed.borders[k]];
+    ESPI_TRY(espi_ranks_share(logprob, t->model, "log-probabilities", t->dealt, sizeof *logprob));
+    return record ? espi_ranks_share(r->routes, t->model, "routes", t->dealt, (size_t)t->packed.route_width) : ESP_OK;
+}
+
 /* Log-probabilities of all completions under the model as it is now; record: and the experts it chose. */
 static esp_status pass(esp_trainer *t, espi_sequence *all, float *logprob, bool record) {
-    const espi_rollouts *r = &t->rollouts;
-    for (int64_t next = 0; next < r->shape.rows;) {
+    for (int64_t next = 0; next < t->rollouts.shape.rows;) {
         esp_batch batch;
-        esp_tensor hidden;
-        ESPI_TRY(espi_pack(&batch, t, all, r->shape.rows, &next, true));
-        if (record) {
-            batch.record_experts = t->packed.recorded;
-            batch.routed_bytes = (int32_t)r->shape.route_bytes;
-            batch.n_routed = batch.n_tokens * r->shape.layers * r->shape.top_k;
-        }
-        ESPI_TRY(esp_model_forward_only(t->model, &batch, &hidden));
-        ESPI_TRY(esp_model_logprob(t->model, &batch, &hidden, t->c.temperature, t->packed.out, NULL));
-        for (int64_t i = 0; i < t->packed.n; i++) {
-            const espi_sequence *s = &all[t->packed.which[i]];
-            float *to = logprob + r->offsets[s->row] + s->n_prompt;
-            memcpy(to, t->packed.out + t->packed.middle[i], (size_t)s->n_completion * sizeof *logprob);
-        }
-        if (record) keep_routes(t, all);
+        ESPI_TRY(espi_pack(&batch, t, all, t->rollouts.shape.rows, &next, true));
+        ESPI_TRY(espi_ranks_agree(t->model, "a pass for log-probabilities", forward(t, all, &batch, logprob, record)));
+        ESPI_TRY(share_rows(t, logprob, record));
     }
     return ESP_OK;
 }

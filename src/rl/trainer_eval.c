@@ -37,28 +37,39 @@ static esp_status take(evaluation *e, const esp_trainer *t) {
     return espi_take_array(&e->text, e->n, sizeof *e->text);
 }
 
+/* Of the lines that are dealt to this rank: their rows of e->exact. */
+static esp_status answer_lines(esp_trainer *t, evaluation *e, int32_t samples, bool greedy) {
+    const int own = espi_ranks_own(t->model);
+    const int64_t first = t->dealt[own], lines = t->dealt[own + 1] - first;
+    for (int64_t i = 0; i < lines; i++) espi_prompts_add(&e->p, i, &t->eval.items[first + i], first + i, (uint32_t)(first + i));
+    const esp_generate_config c = ESP_GENERATE_CONFIG(.prompts = e->p.ids, .cu_prompts = e->p.cu, .n_prompts = (int32_t)lines,
+                                                      .samples = samples, .max_new_tokens = t->c.max_new_tokens, .greedy = greedy,
+                                                      .seed = t->c.seed, .step = (uint32_t)t->step, .evaluation = true, .keys = e->p.keys);
+    ESPI_TRY(esp_sampler_generate(t->sampler, &c, e->tokens, NULL, e->lengths, e->stopped));
+    for (int64_t i = 0; i < lines * samples; i++) {
+        ESPI_TRY(espi_completion_text(&e->text[i], t->tokenizer, e->tokens + i * t->c.max_new_tokens, e->lengths[i], e->stopped[i] != 0));
+        e->answer[i] = t->eval.items[first + i / samples].answer;
+    }
+    const esp_reward_batch batch = {.struct_size = sizeof batch,
+                                    .n = lines * samples,
+                                    .group_size = samples,
+                                    .completion = (const char *const *)e->text,
+                                    .answer = e->answer,
+                                    .stopped = e->stopped};
+    esp_reward_exact(NULL, &batch, e->exact + first * samples);
+    return ESP_OK;
+}
+
 static esp_status evaluate(esp_trainer *t, evaluation *e, double *share, int32_t samples, bool greedy) {
     const int64_t lines = t->eval.n;
     e->n = lines * samples;
     if (e->n > INT32_MAX)
         return ESPI_FAIL(ESP_ERR_ARG, "evaluation of %lld lines, %d samples each: expected fewer rows", (long long)lines, samples);
     ESPI_TRY(take(e, t));
-    for (int64_t i = 0; i < lines; i++) espi_prompts_add(&e->p, i, &t->eval.items[i], i, (uint32_t)i);
-    const esp_generate_config c = ESP_GENERATE_CONFIG(.prompts = e->p.ids, .cu_prompts = e->p.cu, .n_prompts = (int32_t)lines,
-                                                      .samples = samples, .max_new_tokens = t->c.max_new_tokens, .greedy = greedy,
-                                                      .seed = t->c.seed, .step = (uint32_t)t->step, .evaluation = true, .keys = e->p.keys);
-    ESPI_TRY(esp_sampler_generate(t->sampler, &c, e->tokens, NULL, e->lengths, e->stopped));
-    for (int64_t i = 0; i < e->n; i++) {
-        ESPI_TRY(espi_completion_text(&e->text[i], t->tokenizer, e->tokens + i * t->c.max_new_tokens, e->lengths[i], e->stopped[i] != 0));
-        e->answer[i] = t->eval.items[i / samples].answer;
-    }
-    const esp_reward_batch batch = {.struct_size = sizeof batch,
-                                    .n = e->n,
-                                    .group_size = samples,
-                                    .completion = (const char *const *)e->text,
-                                    .answer = e->answer,
-                                    .stopped = e->stopped};
-    esp_reward_exact(NULL, &batch, e->exact);
+    espi_ranks_deal(t->dealt, t->model, lines);
+    ESPI_TRY(espi_ranks_agree(t->model, "an evaluation", answer_lines(t, e, samples, greedy)));
+    for (int r = 0; r <= espi_ranks_count(t->model); r++) t->dealt[r] *= samples;
+    ESPI_TRY(espi_ranks_share(e->exact, t->model, "exact answers", t->dealt, sizeof *e->exact));
     double right = 0;
     for (int64_t i = 0; i < e->n; i++) right += e->exact[i];
     *share = right / (double)e->n;

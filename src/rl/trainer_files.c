@@ -74,7 +74,7 @@ esp_status espi_files_save(const esp_trainer *t) {
                                 .temperature = (double)t->c.temperature,
                                 .top_p = (double)t->c.top_p,
                                 .min_p = (double)t->c.min_p};
-    if (!t->save_rollouts) return ESP_OK;
+    if (!t->save_rollouts || !espi_ranks_first(t->model)) return ESP_OK;
     espi_tokenizer_hash(facts.tokenizer_hash, t->tokenizer);
     snprintf(facts.model_id, sizeof facts.model_id, "%s", t->model->config.family->name);
     snprintf(name, sizeof name, "rollouts-%08lld.h5", (long long)t->generation);

@@ -6,6 +6,7 @@
 #include "rl/run.h"
 
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -57,11 +58,12 @@ static const int32_t *completion(const espi_rollouts *r, int64_t row) {
     return r->tokens + r->offsets[row] + r->n_prompt[row];
 }
 
-static esp_status make_texts(char ***out, const esp_trainer *t, const espi_rollouts *r) {
-    ESPI_TRY(espi_take_array(out, r->shape.rows, sizeof **out));
-    for (int64_t i = 0; i < r->shape.rows; i++)
-        ESPI_TRY(
-            espi_completion_text(&(*out)[i], t->tokenizer, completion(r, i), completion_length(r, i), r->finish[i] == ESPI_FINISH_STOP));
+/* Of rows first .. first+n-1. */
+static esp_status make_texts(char ***out, const esp_trainer *t, const espi_rollouts *r, int64_t first, int64_t n) {
+    ESPI_TRY(espi_take_array(out, n, sizeof **out));
+    for (int64_t i = 0; i < n; i++)
+        ESPI_TRY(espi_completion_text(&(*out)[i], t->tokenizer, completion(r, first + i), completion_length(r, first + i),
+                                      r->finish[first + i] == ESPI_FINISH_STOP));
     return ESP_OK;
 }
 
@@ -110,8 +112,8 @@ const espi_task *espi_row_task(const esp_trainer *t, int64_t row) {
     return t->source.own_prompts ? NULL : &t->train.items[t->rollouts.group[row]];
 }
 
-bool espi_stop_asked(const esp_trainer *t) {
-    return t->c.stop && t->c.stop(t->c.stop_user) != 0;
+esp_status espi_stop_asked(bool *asked, const esp_trainer *t) {
+    return espi_ranks_any(asked, t->model, "is a stop asked for", t->c.stop && t->c.stop(t->c.stop_user) != 0);
 }
 
 /* ---- one call of the source ---- */
@@ -135,20 +137,32 @@ static esp_status check_answer(const esp_trainer *t, const espi_rollouts *r, int
     return ESP_OK;
 }
 
-static esp_status ask(esp_trainer *t, espi_rollouts *r, espi_prompts *p, int64_t n) {
-    const int64_t position = t->cursor;
-    ESPI_TRY(espi_prompts_take(p, n, t->train.longest_prompt));
+/* Of the next n lines those that are dealt to this rank; of a source's own prompts every rank gets all. */
+static esp_status next_prompts(esp_trainer *t, espi_prompts *p, int64_t n, int64_t *mine) {
+    const int own = espi_ranks_own(t->model);
+    espi_ranks_deal(t->dealt, t->model, n);
+    const int64_t first = t->dealt[own], last = t->dealt[own + 1];
+    *mine = t->source.own_prompts ? n : last - first;
+    ESPI_TRY(espi_prompts_take(p, *mine, t->train.longest_prompt));
     for (int64_t i = 0; i < n && !t->source.own_prompts; i++) {
         int64_t line;
         uint32_t key;
         ESPI_TRY(espi_next_line(t, &line, &key));
-        espi_prompts_add(p, i, &t->train.items[line], line, key);
+        if (i >= first && i < last) espi_prompts_add(p, i - first, &t->train.items[line], line, key);
     }
+    return ESP_OK;
+}
+
+/* What the source gives to this rank. */
+static esp_status ask(esp_trainer *t, espi_rollouts *r, espi_prompts *p, int64_t n) {
+    const int64_t position = t->cursor;
+    int64_t mine;
+    ESPI_TRY(next_prompts(t, p, n, &mine));
     const espi_rollout_request request = {.prompts = p->ids,
                                           .cu_prompts = p->cu,
                                           .group_ids = p->lines,
                                           .keys = p->keys,
-                                          .n_prompts = (int32_t)n,
+                                          .n_prompts = (int32_t)mine,
                                           .samples = t->c.group_size,
                                           .max_new_tokens = t->c.max_new_tokens,
                                           .temperature = t->c.temperature,
@@ -163,6 +177,13 @@ static esp_status ask(esp_trainer *t, espi_rollouts *r, espi_prompts *p, int64_t
                                           .deadline = t->c.rollout_timeout > 0 ? espi_seconds() + (double)t->c.rollout_timeout : 0};
     ESPI_TRY(t->source.generate(t->source.self, r, &request));
     if (t->source.own_prompts) t->cursor += n;
+    return ESP_OK;
+}
+
+/* What it gives to all of them. */
+static esp_status ask_on_all_ranks(esp_trainer *t, espi_rollouts *r, espi_prompts *p, int64_t n) {
+    ESPI_TRY(espi_ranks_agree(t->model, "a generation", ask(t, r, p, n)));
+    if (!t->source.own_prompts) ESPI_TRY(espi_rollouts_gather(r, t->model));
     return check_answer(t, r, n);
 }
 
@@ -200,13 +221,13 @@ static void free_scoring(scoring *s) {
     free(s->exact);
 }
 
-static esp_status take_scoring(scoring *s, const esp_trainer *t, const espi_rollouts *r) {
-    const int64_t n = r->shape.rows;
+/* Rows first .. first+n-1. */
+static esp_status take_scoring(scoring *s, const esp_trainer *t, const espi_rollouts *r, int64_t first, int64_t n) {
     s->batch = (esp_reward_batch){.struct_size = sizeof s->batch,
                                   .n = n,
                                   .group_size = t->c.group_size,
                                   .step = t->step + 1,
-                                  .prompt_length = r->n_prompt,
+                                  .prompt_length = r->n_prompt + first,
                                   .max_completion = t->c.max_new_tokens};
     ESPI_TRY(espi_take_array(&s->prompt, n, sizeof *s->prompt));
     ESPI_TRY(espi_take_array(&s->answer, n, sizeof *s->answer));
@@ -215,7 +236,7 @@ static esp_status take_scoring(scoring *s, const esp_trainer *t, const espi_roll
     ESPI_TRY(espi_take_array(&s->stopped, n, sizeof *s->stopped));
     ESPI_TRY(espi_take_array(&s->prompt_ids, n, sizeof *s->prompt_ids));
     ESPI_TRY(espi_take_array(&s->exact, n, sizeof *s->exact));
-    ESPI_TRY(make_texts(&s->text, t, r));
+    ESPI_TRY(make_texts(&s->text, t, r, first, n));
     s->batch.prompt = s->prompt;
     s->batch.completion = (const char *const *)s->text;
     s->batch.answer = s->answer;
@@ -224,22 +245,34 @@ static esp_status take_scoring(scoring *s, const esp_trainer *t, const espi_roll
     s->batch.completion_length = s->lengths;
     s->batch.stopped = s->stopped;
     for (int64_t i = 0; i < n; i++) {
-        const espi_task *task = &t->train.items[r->group[i]];
+        const int64_t row = first + i;
+        const espi_task *task = &t->train.items[r->group[row]];
         s->prompt[i] = task->prompt;
         s->answer[i] = task->answer;
-        s->ids[i] = completion(r, i);
-        s->prompt_ids[i] = r->tokens + r->offsets[i];
-        s->lengths[i] = completion_length(r, i);
-        s->stopped[i] = r->finish[i] == ESPI_FINISH_STOP;
+        s->ids[i] = completion(r, row);
+        s->prompt_ids[i] = r->tokens + r->offsets[row];
+        s->lengths[i] = completion_length(r, row);
+        s->stopped[i] = r->finish[row] == ESPI_FINISH_STOP;
     }
     return ESP_OK;
 }
 
-static esp_status run_rewards(esp_trainer *t, espi_rollouts *r, scoring *s) {
-    ESPI_TRY(espi_rewards_score(r->rewards, t->scorer, &s->batch));
+static esp_status run_rewards(esp_trainer *t, espi_rollouts *r, scoring *s, int64_t first) {
+    ESPI_TRY(espi_rewards_score(r->rewards + first * t->c.n_rewards, t->scorer, &s->batch));
     esp_reward_exact(NULL, &s->batch, s->exact);
-    for (int64_t i = 0; i < s->batch.n; i++) r->exact[i] = (double)s->exact[i];
+    for (int64_t i = 0; i < s->batch.n; i++) r->exact[first + i] = (double)s->exact[i];
     return ESP_OK;
+}
+
+/* The rows of the groups that are dealt to this rank. */
+static esp_status score_rows(esp_trainer *t, espi_rollouts *r) {
+    const int64_t first = t->dealt[espi_ranks_own(t->model)], n = t->dealt[espi_ranks_own(t->model) + 1] - first;
+    if (n == 0) return ESP_OK;
+    scoring s = {0};
+    esp_status status = take_scoring(&s, t, r, first, n);
+    if (status == ESP_OK) status = run_rewards(t, r, &s, first);
+    free_scoring(&s);
+    return status;
 }
 
 /* Weighted sums, by the rule that also makes the advantages. */
@@ -250,16 +283,16 @@ static esp_status advantages(esp_trainer *t, espi_rollouts *r) {
 
 /* `from` becomes a batch with columns for our rewards, filled in. */
 static esp_status score(esp_trainer *t, espi_rollouts *from) {
-    scoring s = {0};
     espi_rollouts wide;
     espi_rollouts_shape shape = from->shape;
     shape.rewards = t->c.n_rewards;
     ESPI_TRY(espi_rollouts_widen(&wide, from, &shape));
     *from = wide;
-    esp_status status = take_scoring(&s, t, from);
-    if (status == ESP_OK) status = run_rewards(t, from, &s);
-    free_scoring(&s);
-    ESPI_TRY(status);
+    espi_ranks_deal(t->dealt, t->model, shape.rows / shape.group_size);
+    for (int r = 0; r <= espi_ranks_count(t->model); r++) t->dealt[r] *= shape.group_size;
+    ESPI_TRY(espi_ranks_agree(t->model, "rewards", score_rows(t, from)));
+    ESPI_TRY(espi_ranks_share(from->rewards, t->model, "rewards", t->dealt, (size_t)t->c.n_rewards * sizeof *from->rewards));
+    ESPI_TRY(espi_ranks_share(from->exact, t->model, "exact answers", t->dealt, sizeof *from->exact));
     return advantages(t, from);
 }
 
@@ -315,6 +348,14 @@ static esp_status join(esp_trainer *t, espi_rollouts *fresh) {
     return espi_rollouts_append(&t->rollouts, fresh);
 }
 
+/* A failure while a stop was asked for is the stop. */
+static esp_status by_stop(bool *stopped, const esp_trainer *t, esp_status failed) {
+    char why[512];
+    snprintf(why, sizeof why, "%s", esp_last_error());
+    if (espi_stop_asked(stopped, t) != ESP_OK) return ESPI_FAIL(failed, "%s", why);
+    return *stopped ? ESP_OK : failed;
+}
+
 /* One call, scored, joined to what is there.  *stopped: source or rewards failed while the run was asked to stop.  After any failure the same lines
  * are asked for again. */
 static esp_status gather(esp_trainer *t, int64_t n, bool *stopped) {
@@ -323,16 +364,16 @@ static esp_status gather(esp_trainer *t, int64_t n, bool *stopped) {
     const int64_t position = t->cursor;
     esp_status status = publish(t);
     const double start = espi_seconds();
-    if (status == ESP_OK) status = ask(t, &fresh, &p, n);
+    if (status == ESP_OK) status = ask_on_all_ranks(t, &fresh, &p, n);
     const double sampled = espi_seconds();
     const int64_t brought = status == ESP_OK && fresh.shape.rows > 0 ? fresh.shape.rows / fresh.shape.group_size : 0;
     espi_prompts_free(&p);
     if (brought > 0) status = join(t, &fresh);
     espi_rollouts_free(&fresh);
-    *stopped = status != ESP_OK && espi_stop_asked(t);
-    if (status != ESP_OK) t->cursor = position;
-    if (*stopped) return ESP_OK;
-    ESPI_TRY(status);
+    if (status != ESP_OK) {
+        t->cursor = position;
+        return by_stop(stopped, t, status);
+    }
     t->sums.seconds_sample += sampled - start;
     t->sums.seconds_reward += espi_seconds() - sampled;
     t->lost += n - brought;
@@ -377,14 +418,14 @@ static esp_status complete(esp_trainer *t) {
     t->slice = 0;
     t->generation++;
     t->phase = ESPI_PHASE_READY;
-    ESPI_TRY(espi_rollout_ready(t));
-    return espi_files_save(t);
+    const esp_status status = espi_rollout_ready(t);
+    return espi_ranks_agree(t->model, "a file of rollouts", status == ESP_OK ? espi_files_save(t) : status);
 }
 
 esp_status espi_rollout_ready(esp_trainer *t) {
     free_texts(&t->text, t->n_text);
-    t->n_text = t->rollouts.shape.rows;
-    return make_texts(&t->text, t, &t->rollouts);
+    t->n_text = espi_ranks_first(t->model) ? t->rollouts.shape.rows : 0; /* for the files */
+    return make_texts(&t->text, t, &t->rollouts, 0, t->n_text);
 }
 
 esp_status espi_rollout_make(esp_trainer *t) {
@@ -392,12 +433,14 @@ esp_status espi_rollout_make(esp_trainer *t) {
         espi_rollouts_free(&t->rollouts);
         t->tries = t->lost = t->resampled = 0;
     }
+    bool stopped = false;
     for (int64_t n; (n = missing(t)) > 0;) {
-        bool stopped = espi_stop_asked(t);
+        ESPI_TRY(espi_stop_asked(&stopped, t));
         if (!stopped) ESPI_TRY(gather(t, n, &stopped));
         if (stopped) return ESP_OK;
     }
-    return espi_stop_asked(t) ? ESP_OK : complete(t);
+    ESPI_TRY(espi_stop_asked(&stopped, t));
+    return stopped ? ESP_OK : complete(t);
 }
 
 void espi_rollout_free(esp_trainer *t) {

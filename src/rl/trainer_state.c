@@ -227,6 +227,35 @@ static int set_reals(json_t *root, const esp_trainer *t, const espi_adamw_settin
     return bad | json_object_set_new(root, "rewards", rewards);
 }
 
+/* What else decides the course of a run. */
+static int set_course(json_t *root, const esp_trainer *t) {
+    const esp_trainer_config *c = &t->c;
+    const struct {
+        const char *key;
+        int64_t value;
+    } numbers[] = {
+        {"steps", c->steps},
+        {"eval_every", c->eval_every},
+        {"eval_samples", c->eval_samples},
+        {"eval_lines", t->eval.n},
+        {"checkpoint_every", c->checkpoint_every},
+        {"keep_checkpoints", c->keep_checkpoints},
+        {"keep_best", c->keep_best},
+        {"early_stop", c->early_stop},
+        {"decode_rows", c->decode_rows},
+        {"out", t->out_dir != NULL},
+        {"resume", c->resume_dir != NULL},
+        {"save_rollouts", t->save_rollouts != NULL},
+        {"lora_targets", t->model->options.lora_targets},
+        {"expert_rows", t->model->options.expert_rows},
+    };
+    int bad = set_text(root, "model_seed", "%llu", (unsigned long long)t->model->options.seed);
+    bad |= set_text(root, "eval_file_hash", "%016llx", (unsigned long long)t->eval.hash);
+    bad |= json_object_set_new(root, "backend", json_string(esp_ctx_backend(t->model->ctx)));
+    for (int i = 0; i < ESPI_COUNT(numbers); i++) bad |= json_object_set_new(root, numbers[i].key, json_integer(numbers[i].value));
+    return bad;
+}
+
 /* What two runs must have in common for one to go on with the other's state.  How long it runs and where it writes is not among it. */
 static esp_status describe(json_t **config, const esp_trainer *t) {
     espi_objective objective;
@@ -242,7 +271,30 @@ static esp_status describe(json_t **config, const esp_trainer *t) {
     return ESP_OK;
 }
 
+static esp_status same_key(const esp_trainer *t, const char *key, const json_t *value) {
+    char name[128];
+    char *text = json_dumps(value, JSON_ENCODE_ANY | JSON_SORT_KEYS);
+    if (!text) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for the text of %s", key);
+    snprintf(name, sizeof name, "config.%s", key);
+    const esp_status status = espi_ranks_same(t->model, name, text, strlen(text));
+    free(text);
+    return status;
+}
+
+esp_status espi_state_alike(const esp_trainer *t) {
+    const char *key;
+    json_t *config, *value;
+    if (espi_ranks_count(t->model) == 1) return ESP_OK;
+    ESPI_TRY(describe(&config, t));
+    esp_status status = set_course(config, t) ? ESPI_FAIL(ESP_ERR_MEMORY, "no memory for the config as JSON") : ESP_OK;
+    json_object_foreach(config, key, value) if (status == ESP_OK) status = same_key(t, key, value);
+    json_decref(config);
+    return status;
+}
+
 static esp_status write_list(esp_trainer *t, list *l, const char *path, char *config_text) {
+    int64_t logs[] = {t->metrics ? espi_log_file_bytes(t->metrics) : 0, t->completions ? espi_log_file_bytes(t->completions) : 0};
+    ESPI_TRY(espi_ranks_follow(logs, t->model, "the sizes of the logs", sizeof logs));
     esp_optim_stats optim = ESP_OPTIM_STATS_INIT;
     ESPI_TRY(esp_optim_stats_get(t->optim, &optim));
     const bool has_rollouts = t->phase != ESPI_PHASE_EMPTY && t->rollouts.shape.rows > 0;
@@ -263,8 +315,8 @@ static esp_status write_list(esp_trainer *t, list *l, const char *path, char *co
                               [S_STARTED] = t->started,
                               [S_BEST_STEP] = t->best_step,
                               [S_WORSE] = t->worse,
-                              [S_METRICS_BYTES] = espi_log_file_bytes(t->metrics),
-                              [S_COMPLETIONS_BYTES] = t->completions ? espi_log_file_bytes(t->completions) : 0,
+                              [S_METRICS_BYTES] = logs[0],
+                              [S_COMPLETIONS_BYTES] = logs[1],
                               [S_N_KEPT] = t->n_kept};
     double reals[R_COUNT] = {[R_ENTROPY_COEF] = t->entropy_coef, [R_BEST] = t->best};
     memcpy(state + S_KEPT, t->kept, sizeof t->kept);

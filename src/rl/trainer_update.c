@@ -114,7 +114,10 @@ esp_status espi_update_create(esp_trainer *t) {
     ESPI_TRY(espi_take_array(&t->sequences, t->rows, sizeof *t->sequences));
     ESPI_TRY(espi_take_array(&t->groups, t->rows * t->c.steps_per_generation, sizeof *t->groups));
     ESPI_TRY(espi_take_array(&t->load, t->info.experts, sizeof *t->load));
-    ESPI_TRY(espi_take_array(&t->load_part, t->info.experts, sizeof *t->load_part));
+    t->told_bytes = sizeof(espi_micro_stats) + (size_t)t->info.experts * sizeof *t->load;
+    ESPI_TRY(espi_take_array(&t->told, espi_ranks_count(t->model) + 1, t->told_bytes));
+    ESPI_TRY(espi_take_array(&t->dealt, espi_ranks_count(t->model) + 1, sizeof *t->dealt));
+    ESPI_TRY(espi_take_array(&p->borders, espi_ranks_count(t->model) + 1, sizeof *p->borders));
     ESPI_TRY(espi_take_array(&p->tokens, n, sizeof *p->tokens));
     ESPI_TRY(espi_take_array(&p->cu, p->most_seqs + 1, sizeof *p->cu));
     ESPI_TRY(espi_take_array(&p->prefix_of, p->most_seqs, sizeof *p->prefix_of));
@@ -131,9 +134,9 @@ esp_status espi_update_create(esp_trainer *t) {
 
 void espi_update_free(esp_trainer *t) {
     espi_packed *p = &t->packed;
-    void *const arrays[] = {t->load,   t->load_part, t->sequences,    t->groups,   p->tokens, p->cu,     p->prefix_of,
-                            p->mask,   p->advantage, p->sampler,      p->old,      p->ref,    p->ratio,  p->out,
-                            p->routes, p->recorded,  p->kept_offsets, p->kept_ids, p->which,  p->prompt, p->middle};
+    void *const arrays[] = {t->load,     t->told,         t->dealt,    t->sequences, t->groups, p->tokens, p->cu,     p->prefix_of,
+                            p->mask,     p->advantage,    p->sampler,  p->old,       p->ref,    p->ratio,  p->out,    p->routes,
+                            p->recorded, p->kept_offsets, p->kept_ids, p->which,     p->prompt, p->middle, p->borders};
     for (int i = 0; i < ESPI_COUNT(arrays); i++) free(arrays[i]);
 }
 
@@ -194,36 +197,60 @@ static esp_status put(esp_trainer *t, packing *to, const espi_sequence *s, int64
     return ESP_OK;
 }
 
-esp_status espi_pack(esp_batch *batch, esp_trainer *t, const espi_sequence *sequences, int64_t n, int64_t *next, bool all) {
+/* Where the micro-batch from sequence `first` on ends; *count: how many sequences it has.  Neither depends on the ranks. */
+static int64_t cut(int64_t *count, const esp_trainer *t, const espi_sequence *sequences, int64_t n, int64_t first, bool all) {
+    const espi_packed *p = &t->packed;
+    int64_t tokens = 0, n_seqs = 0, group = -1, i = first;
+    for (*count = 0; i < n && *count < t->rows; i++) {
+        const espi_sequence *s = &sequences[i];
+        if (s->skip && !all) continue;
+        const bool shared = p->share && s->group >= 0, follows = shared && group == s->group;
+        const int64_t more = (follows ? 0 : s->n_prompt) + s->n_completion;
+        if (tokens + more > p->capacity || (n_seqs + 2 > p->most_seqs && !follows && p->share)) break;
+        tokens += more;
+        n_seqs += shared && !follows ? 2 : 1;
+        if (shared) group = s->group;
+        ++*count;
+    }
+    return i;
+}
+
+/* The micro-batch of sequences first .. last-1. */
+static esp_status pack(esp_batch *batch, esp_trainer *t, const espi_sequence *sequences, int64_t first, int64_t last, bool all) {
     espi_packed *p = &t->packed;
     packing to = {.group = -1};
     p->n = 0;
     p->cu[0] = 0;
-    bool routes = false, kept = false;
-    for (; *next < n && p->n < t->rows; ++*next) {
-        const espi_sequence *s = &sequences[*next];
-        if (s->skip && !all) continue;
-        const bool follows = p->share && s->group >= 0 && to.group == s->group;
-        if (p->cu[to.n_seqs] + (follows ? 0 : s->n_prompt) + s->n_completion > p->capacity) break;
-        if (to.n_seqs + 2 > p->most_seqs && !follows && p->share) break;
-        ESPI_TRY(put(t, &to, s, *next));
-        routes = s->routes != NULL;
-        kept = s->kept_offsets != NULL;
-    }
+    for (int64_t i = first; i < last; i++)
+        if (all || !sequences[i].skip) ESPI_TRY(put(t, &to, &sequences[i], i));
     const espi_rollouts_shape *shape = &t->rollouts.shape;
     *batch = ESP_BATCH(.tokens = p->tokens, .cu_seqlens = p->cu, .n_tokens = p->cu[to.n_seqs], .n_seqs = to.n_seqs, .loss_mask = p->mask,
                        .prefix_of = p->share ? p->prefix_of : NULL);
-    if (routes) {
+    if (sequences->routes) { /* so have all, or none; an empty batch says so too */
         batch->routed_experts = p->routes;
         batch->routed_bytes = (int32_t)shape->route_bytes;
         batch->n_routed = batch->n_tokens * shape->layers * shape->top_k;
     }
-    if (kept) {
+    if (sequences->kept_offsets) {
         batch->kept_offsets = p->kept_offsets;
         batch->kept_ids = p->kept_ids;
         batch->n_kept = p->kept_offsets[batch->n_tokens];
     }
     return ESP_OK;
+}
+
+esp_status espi_pack(esp_batch *batch, esp_trainer *t, const espi_sequence *sequences, int64_t n, int64_t *next, bool all) {
+    espi_packed *p = &t->packed;
+    p->borders[0] = *next;
+    p->n_batches = 0;
+    for (int r = 0; r < espi_ranks_count(t->model); r++) {
+        int64_t count;
+        p->borders[r + 1] = cut(&count, t, sequences, n, p->borders[r], all);
+        p->n_batches += count > 0;
+    }
+    const int own = espi_ranks_own(t->model);
+    *next = p->borders[espi_ranks_count(t->model)];
+    return pack(batch, t, sequences, p->borders[own], p->borders[own + 1], all);
 }
 
 static void add_stats(espi_step_sums *sums, const esp_grpo_stats *s) {
@@ -244,15 +271,9 @@ static void add_stats(espi_step_sums *sums, const esp_grpo_stats *s) {
     sums->tokens += n;
 }
 
-static esp_status loss(esp_trainer *t, esp_batch *batch, const esp_tensor *hidden, esp_tensor *d_hidden) {
-    if (t->c.kind == ESP_TRAIN_SFT) {
-        double loss;
-        ESPI_TRY(esp_model_cross_entropy(t->model, batch, hidden, &loss, d_hidden));
-        t->sums.loss += loss;
-        return ESP_OK;
-    }
+static esp_status loss(espi_micro_stats *stats, esp_trainer *t, esp_batch *batch, const esp_tensor *hidden, esp_tensor *d_hidden) {
+    if (t->c.kind == ESP_TRAIN_SFT) return esp_model_cross_entropy(t->model, batch, hidden, &stats->loss, d_hidden);
     const espi_rollouts *r = &t->rollouts;
-    esp_grpo_stats stats = ESP_GRPO_STATS_INIT;
     esp_objective objective = t->c.objective;
     if (t->c.entropy_target != 0) objective.entropy_coef = (float)t->entropy_coef * (float)t->entropy_acts;
     batch->objective = &objective;
@@ -261,41 +282,59 @@ static esp_status loss(esp_trainer *t, esp_batch *batch, const esp_tensor *hidde
     batch->old_logprob = t->slices > 1 ? t->packed.old : NULL; /* else the current policy is the old one, exactly */
     batch->ref_logprob = r->has_ref && objective.beta > 0 ? t->packed.ref : NULL;
     batch->is_ratio = r->has_ratio ? t->packed.ratio : NULL;
-    const esp_status status = esp_grpo_loss(t->model, batch, hidden, d_hidden, &stats);
+    stats->grpo = (esp_grpo_stats)ESP_GRPO_STATS_INIT;
+    const esp_status status = esp_grpo_loss(t->model, batch, hidden, d_hidden, &stats->grpo);
     batch->objective = NULL;
-    ESPI_TRY(status);
-    add_stats(&t->sums, &stats);
-    return ESP_OK;
+    return status;
 }
 
 /* What the routers did in the last forward. */
-static esp_status note_routing(esp_trainer *t) {
-    int64_t flips, replayed;
-    const int64_t experts = t->info.experts;
-    ESPI_TRY(esp_model_route_flips(t->model, &flips, &replayed));
-    t->sums.route_flips += (double)flips;
-    t->sums.routes_replayed += (double)replayed;
-    ESPI_TRY(espi_ctx_get(t->model->ctx, t->load_part, t->model->saved->router_counts, (size_t)experts * sizeof *t->load_part));
-    for (int64_t e = 0; e < experts; e++) t->load[e] += t->load_part[e];
-    t->sums.forward_tokens += (double)t->model->saved->tokens;
-    if (t->model->options.router_aux_coef == 0) return ESP_OK;
-    double aux, z;
-    ESPI_TRY(esp_model_router_losses(t->model, &aux, &z));
-    t->sums.aux_loss += aux * (double)t->model->saved->tokens;
-    return ESP_OK;
+static esp_status note_routing(espi_micro_stats *stats, const esp_trainer *t) {
+    esp_model *m = t->model;
+    double z;
+    ESPI_TRY(esp_model_route_flips(m, &stats->route_flips, &stats->routes_replayed));
+    ESPI_TRY(espi_ctx_get(m->ctx, stats->load, m->saved->router_counts, (size_t)t->info.experts * sizeof *stats->load));
+    stats->forward_tokens = m->saved->tokens;
+    return m->options.router_aux_coef == 0 ? ESP_OK : esp_model_router_losses(m, &stats->aux_loss, &z);
 }
 
-/* The gradient of one micro-batch. */
-static esp_status accumulate(esp_trainer *t, esp_batch *batch) {
-    esp_tensor hidden, d_hidden;
+static void add_micro_stats(esp_trainer *t, const espi_micro_stats *stats) {
+    espi_step_sums *sums = &t->sums;
+    sums->route_flips += (double)stats->route_flips;
+    sums->routes_replayed += (double)stats->routes_replayed;
+    sums->forward_tokens += (double)stats->forward_tokens;
+    sums->aux_loss += stats->aux_loss * (double)stats->forward_tokens;
+    for (int64_t e = 0; e < t->info.experts; e++) t->load[e] += stats->load[e];
+    if (t->c.kind == ESP_TRAIN_SFT)
+        sums->loss += stats->loss;
+    else
+        add_stats(sums, &stats->grpo);
+}
+
+static espi_micro_stats *told_by(const esp_trainer *t, int rank) {
+    return (espi_micro_stats *)(void *)(t->told + (size_t)rank * t->told_bytes);
+}
+
+static esp_status forward(espi_micro_stats *stats, esp_trainer *t, esp_batch *batch, esp_tensor *d_hidden) {
+    esp_tensor hidden;
     const double start = espi_seconds();
     ESPI_TRY(esp_model_forward(t->model, batch, &hidden));
-    ESPI_TRY(note_routing(t));
-    const double forwarded = espi_seconds();
-    ESPI_TRY(loss(t, batch, &hidden, &d_hidden));
+    ESPI_TRY(note_routing(stats, t));
+    t->sums.seconds_forward += espi_seconds() - start;
+    return loss(stats, t, batch, &hidden, d_hidden);
+}
+
+/* The gradients of the micro-batches that are run at the same time. */
+static esp_status accumulate(esp_trainer *t, esp_batch *batch) {
+    esp_tensor d_hidden;
+    espi_micro_stats *mine = told_by(t, espi_ranks_count(t->model));
+    const double start = espi_seconds(), before = t->sums.seconds_forward;
+    memset(mine, 0, t->told_bytes);
+    ESPI_TRY(espi_ranks_agree(t->model, "the loss", forward(mine, t, batch, &d_hidden)));
+    ESPI_TRY(espi_ranks_gather(t->told, t->model, "statistics", mine, t->told_bytes));
+    for (int r = 0; r < t->packed.n_batches; r++) add_micro_stats(t, told_by(t, r));
     ESPI_TRY(esp_model_backward(t->model, batch, &d_hidden));
-    t->sums.seconds_forward += forwarded - start;
-    t->sums.seconds_backward += espi_seconds() - forwarded;
+    t->sums.seconds_backward += espi_seconds() - start - (t->sums.seconds_forward - before);
     return ESP_OK;
 }
 
@@ -332,7 +371,7 @@ esp_status espi_update(esp_trainer *t) {
     for (int64_t next = 0; next < t->n_sequences;) {
         esp_batch batch;
         ESPI_TRY(espi_pack(&batch, t, t->sequences, t->n_sequences, &next, false));
-        if (batch.n_seqs == 0) break;
+        if (t->packed.n_batches == 0) break;
         batch.step_tokens = counted;
         batch.step_seqs = (double)t->n_sequences;
         ESPI_TRY(accumulate(t, &batch));
