@@ -52,6 +52,7 @@ static const struct format_dtype {
 struct espi_st_file {
     char *path;
     int fd;
+    bool forget;    /* what has been read leaves the page cache */
     json_t *header; /* owns the names */
     espi_st_tensor *tensors;
     size_t n;
@@ -265,6 +266,7 @@ esp_status espi_st_open(espi_st_file **file, const char *path) {
 
 void espi_st_close(espi_st_file *file) {
     if (!file) return;
+    if (file->forget) (void)posix_fadvise(file->fd, 0, 0, POSIX_FADV_DONTNEED);
     if (file->fd >= 0) close(file->fd);
     json_decref(file->header);
     free(file->tensors);
@@ -296,7 +298,10 @@ esp_status espi_st_read(const espi_st_tensor *tensor, void *buffer, uint64_t fir
     if (first > tensor->bytes || bytes > tensor->bytes - first)
         return ESPI_FAIL(ESP_ERR_ARG, "%s: tensor %s: %zu bytes from byte %" PRIu64 " asked for, it has %" PRIu64, f->path, tensor->name,
                          bytes, first, tensor->bytes);
-    return pread_full(f->fd, buffer, bytes, tensor->offset + first, f->path);
+    ESPI_TRY(pread_full(f->fd, buffer, bytes, tensor->offset + first, f->path));
+    /* All up to here: of the pages just read some are still held, and go with the next.  Advice, whose failure changes nothing. */
+    if (f->forget) (void)posix_fadvise(f->fd, 0, (off_t)(tensor->offset + first + bytes), POSIX_FADV_DONTNEED);
+    return ESP_OK;
 }
 
 void espi_dims_text(char out[ESPI_DIMS_TEXT], int rank, const int64_t *dims) {
@@ -435,6 +440,9 @@ void espi_st_set_close(espi_st_set *set) {
     free(set);
 }
 
+void espi_st_set_forget(espi_st_set *set) {
+    for (size_t i = 0; i < set->n_files; i++) set->files[i]->forget = true;
+}
 const char *espi_st_set_path(const espi_st_set *set) {
     return set->path;
 }

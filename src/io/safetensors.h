@@ -48,6 +48,8 @@ void espi_dims_text(char out[ESPI_DIMS_TEXT], int rank, const int64_t *dims);
 typedef struct espi_st_set espi_st_set;
 esp_status espi_st_set_open(espi_st_set **set, const char *dir);
 void espi_st_set_close(espi_st_set *set);
+/* From now on what has been read leaves the page cache behind the reader: several ranks of one machine that read a large model would fill it. */
+void espi_st_set_forget(espi_st_set *set);
 const char *espi_st_set_path(const espi_st_set *set); /* the single file, or the index: what to name when a tensor is missing */
 size_t espi_st_set_count(const espi_st_set *set);
 const espi_st_tensor *espi_st_set_at(const espi_st_set *set, size_t i); /* ascending by name */

@@ -711,9 +711,13 @@ static void matrix_name(char name[ESPI_TENSOR_NAME], const espi_loader *loader, 
 static esp_status find_parts(espi_loader *loader, const stored_stack *k, bool turned) {
     for (int64_t part = -k->first; part < loader->model->config.experts * k->s->parts - k->first; part++) {
         char name[ESPI_TENSOR_NAME];
-        espi_source other, *from = part >= 0 && part < k->s->experts * k->s->parts ? &k->from[part] : &other;
+        const bool own = part >= 0 && part < k->s->experts * k->s->parts;
+        espi_source other, *from = own ? &k->from[part] : &other;
         matrix_name(name, loader, k, part);
-        if (!espi_bnb_present(loader, name)) ESPI_TRY(plain_source(from, loader, k->s, k->layout, turned, name, k->first + part));
+        if (!espi_bnb_present(loader, name))
+            ESPI_TRY(plain_source(from, loader, k->s, k->layout, turned, name, k->first + part));
+        else if (!own && k->layout != ESPI_EXPERTS_FUSED)
+            ESPI_TRY(espi_bnb_expect_part(loader, k->s, name));
     }
     return ESP_OK;
 }
@@ -737,9 +741,9 @@ static esp_status load_all_experts(espi_loader *loader, const stored_stack *k) {
     const espi_stack *s = k->s;
     const int64_t parts = s->experts * s->parts;
     char name[ESPI_TENSOR_NAME];
-    if (parts == 0) return ESP_OK;
     matrix_name(name, loader, k, 0);
-    if (k->layout == ESPI_EXPERTS_FUSED && !k->from[0].t) return espi_bnb_load_fused(loader, s, name);
+    if (k->layout == ESPI_EXPERTS_FUSED && espi_bnb_present(loader, name)) return espi_bnb_load_fused(loader, s, name);
+    if (parts == 0) return ESP_OK;
     bool alike =
         !goes_apart(loader, s) && s->format != ESP_Q_NONE && !s->absmax8; /* the 8-bit scales of a matrix are made once it is complete */
     for (int64_t i = 0; i < parts; i++) alike &= k->from[i].t && k->from[0].t && k->from[i].t->dtype == k->from[0].t->dtype;
@@ -928,6 +932,7 @@ static esp_status load_moe(espi_loader *loader, const espi_layer *w, int64_t lay
 esp_status espi_loader_open(espi_loader *loader, esp_model *model, const char *dir) {
     *loader = (espi_loader){.model = model};
     ESPI_TRY(espi_st_set_open(&loader->set, dir));
+    if (model->share.ranks > 1) espi_st_set_forget(loader->set);
     loader->used = calloc(espi_st_set_count(loader->set) + 1, sizeof *loader->used);
     if (!loader->used) return ESPI_FAIL(ESP_ERR_MEMORY, "%s: no memory for a list of its tensors", espi_st_set_path(loader->set));
     const staging parts = plan_staging(model);

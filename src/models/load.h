@@ -66,7 +66,9 @@ esp_status espi_loader_take(espi_loader *loader, const espi_stack *stack, int64_
 bool espi_bnb_present(espi_loader *loader, const char *name);
 /* Takes the codes of matrix `part` as they are.  The file's format, block size, shape and tables must be those of the stack. */
 esp_status espi_bnb_load_part(espi_loader *loader, const espi_stack *stack, int64_t part, const char *name);
-/* The same for a whole stack that is stored as one array [experts,rows,cols]; every matrix of it must fill whole blocks. */
+/* Takes nothing: looks at what that would take, for an expert that another rank holds. */
+esp_status espi_bnb_expect_part(espi_loader *loader, const espi_stack *stack, const char *name);
+/* As espi_bnb_load_part, for a whole stack that is stored as one array [experts,rows,cols]; every matrix of it must fill whole blocks. */
 esp_status espi_bnb_load_fused(espi_loader *loader, const espi_stack *stack, const char *name);
 /* A dense matrix, NF4 or FP4, restored to f32, which becomes what `to` holds. */
 esp_status espi_bnb_load_dense(espi_loader *loader, const espi_mat *to, const char *name);

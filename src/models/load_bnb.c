@@ -232,17 +232,28 @@ static esp_status take_part(espi_loader *loader, const espi_stack *s, int64_t pa
     return s->absmax8 ? espi_loader_shrink_absmax(loader, s, part) : ESP_OK;
 }
 
-esp_status espi_bnb_load_part(espi_loader *loader, const espi_stack *s, int64_t part, const char *name) {
+/* One matrix of a stack that is stored by itself: all that is said of it, and its codes, are what they must be. */
+static esp_status open_part(espi_loader *loader, const espi_st_tensor **codes, scales *from, const espi_stack *s, const char *name) {
     const int64_t dims[] = {s->rows / s->parts, s->cols};
     quant_state state;
-    const espi_st_tensor *codes;
-    scales from;
     ESPI_TRY(read_state(&state, loader, name));
     ESPI_TRY(check_format(&state, loader, s, name));
     ESPI_TRY(check_state(&state, loader, name, 2, dims));
     ESPI_TRY(check_table(loader, s->format, name));
-    ESPI_TRY(need_codes(loader, &codes, name, dims[0] * dims[1]));
-    ESPI_TRY(open_scales(loader, &from, &state, name, s->part_blocks));
+    ESPI_TRY(need_codes(loader, codes, name, dims[0] * dims[1]));
+    return open_scales(loader, from, &state, name, s->part_blocks);
+}
+
+esp_status espi_bnb_expect_part(espi_loader *loader, const espi_stack *s, const char *name) {
+    const espi_st_tensor *codes;
+    scales from;
+    return open_part(loader, &codes, &from, s, name);
+}
+
+esp_status espi_bnb_load_part(espi_loader *loader, const espi_stack *s, int64_t part, const char *name) {
+    const espi_st_tensor *codes;
+    scales from;
+    ESPI_TRY(open_part(loader, &codes, &from, s, name));
     return take_part(loader, s, part, codes, &from, 0);
 }
 
