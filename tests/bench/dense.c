@@ -5,13 +5,11 @@
 #include "kernels/backend.h"
 #include "kernels/plain.h"
 #include "measure.h"
+#include "roof.h"
 
 #include <getopt.h>
 #include <jansson.h>
 #include <math.h>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 enum { HEADS = 32, KV_HEADS = 4, DIM = 128, HIDDEN = 2048, VOCAB = 151936, HEAD_ROWS = 512, PROJECTIONS = 4, MOST = 16 };
 
@@ -30,17 +28,6 @@ typedef struct dense_case {
 static const espi_backend *backend;
 static int threads = 1;
 
-/* Deterministic, of order 1 and without structure. */
-static float noise(uint64_t i) {
-    i = (i + 1) * 0x9e3779b97f4a7c15u;
-    i = (i ^ i >> 29) * 0xbf58476d1ce4e5b9u;
-    return (float)(i >> 40) * 0x1p-23f - 1;
-}
-static float *floats(size_t n, float scale) {
-    float *x = allocate(n * sizeof *x);
-    for (size_t i = 0; i < n; i++) x[i] = scale * noise(i);
-    return x;
-}
 static uint16_t *halves(size_t n, float scale) {
     uint16_t *x = allocate(n * sizeof *x);
     for (size_t i = 0; i < n; i++) x[i] = espi_bf16_bits(scale * noise(i));
@@ -56,17 +43,6 @@ static uint16_t *halves(size_t n, float scale) {
         exec.scratch = room(bytes);                                                                                                        \
         ESPI_TRY(backend->op.run(&exec, args));                                                                                            \
     } while (0)
-
-static void *room(size_t bytes) {
-    static void *kept;
-    static size_t size;
-    if (bytes > size) {
-        free(kept);
-        kept = allocate(size = bytes);
-        memset(kept, 0, size);
-    }
-    return kept;
-}
 
 typedef struct attention_data {
     espi_attention_fwd forward;
@@ -246,80 +222,7 @@ static void make_quantise(dense_case *c, esp_dtype dtype) {
                       .data = d};
 }
 
-/* ---- roofs ---- */
-
-enum { CHAINS = 12, COPIED = 256 << 20 };
-
-/* Multiply-adds of f32 and dot products of bf16 pairs a second, in as many independent chains as hide their latency; 0 where there is no such
- * instruction. */
-#if defined(__x86_64__)
-#define EACH(M) M(0) M(1) M(2) M(3) M(4) M(5) M(6) M(7) M(8) M(9) M(10) M(11)
-#define CHAIN(i) __m512 c##i = _mm512_set1_ps(i);
-#define SUM(i) sum = _mm512_add_ps(sum, c##i);
-#define FMA(i) __asm__("vfmadd231ps %1, %1, %0" : "+v"(c##i) : "v"(x));
-#define DOT(i) __asm__("vdpbf16ps %1, %1, %0" : "+v"(c##i) : "v"(x));
-#define ROOF(name, STEP)                                                                                                                   \
-    __attribute__((target("avx512f"), noinline)) static float name(int64_t steps) {                                                        \
-        __m512 sum = _mm512_setzero_ps();                                                                                                  \
-        const __m512 x = _mm512_set1_ps(1e-9f);                                                                                            \
-        EACH(CHAIN)                                                                                                                        \
-        for (int64_t k = 0; k < steps; k++) {                                                                                              \
-            EACH(STEP)                                                                                                                     \
-        }                                                                                                                                  \
-        EACH(SUM)                                                                                                                          \
-        return _mm512_cvtss_f32(sum);                                                                                                      \
-    }
-ROOF(fma_chains, FMA)
-ROOF(dot_chains, DOT)
-#endif
-
-static double rate(float (*chains)(int64_t), double per_step) {
-    const int64_t steps = 2000000;
-    const double start = now();
-    volatile float keep = chains(steps);
-    (void)keep;
-    return per_step * (double)steps / (now() - start);
-}
-static double fma_roof(void) {
-#if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx512f")) return rate(fma_chains, 2.0 * 16 * CHAINS);
-#endif
-    return 0;
-}
-static double dot_roof(void) {
-#if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx512bf16")) return rate(dot_chains, 4.0 * 16 * CHAINS);
-#endif
-    return 0;
-}
-
-/* Bytes read and written a second, past the caches. */
-static double copy_roof(void) {
-    static char *from, *to;
-    if (!from) {
-        from = allocate(COPIED);
-        to = allocate(COPIED);
-        memset(from, 1, COPIED);
-        memset(to, 2, COPIED);
-    }
-    const double start = now();
-#if defined(__x86_64__)
-    for (size_t i = 0; i < COPIED; i += sizeof(__m128i))
-        _mm_stream_si128((__m128i *)(void *)(to + i), _mm_load_si128((const __m128i *)(const void *)(from + i)));
-#else
-    memcpy(to, from, COPIED);
-#endif
-    return 2.0 * COPIED / (now() - start);
-}
-
 /* ---- the program ---- */
-
-static const espi_backend *find_backend(const char *name) {
-    for (const espi_backend *const *b = espi_backends_cpu; *b; b++)
-        if ((*b)->available() && (!name || strcmp((*b)->name, name) == 0)) return *b;
-    fprintf(stderr, "%s: no backend %s on this machine\n", program, name ? name : "(any)");
-    exit(2);
-}
 
 static int make_cases(dense_case *cases, const char *only) {
     int n = 0;
