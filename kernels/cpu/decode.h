@@ -7,12 +7,24 @@
 #include <immintrin.h>
 
 #define INLINE static inline __attribute__((always_inline))
+/* A loop of few steps, a constant number once its function is inlined, that must not stay one: what it indexes are registers. */
+#if defined(__clang__)
+#define UNROLL _Pragma("unroll")
+#define UNROLL_4 _Pragma("unroll 4")
+#else
+#define UNROLL _Pragma("GCC unroll 32")
+#define UNROLL_4 _Pragma("GCC unroll 4")
+#endif
+
+/* MXFP4: those of 16 rows, for k of either half. */
+INLINE __m512i exponents_of(const uint8_t *record, int tile, int half) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(record + RECORD_CODES + half * RECORD_ROWS + tile * 16)));
+}
 
 /* The scales of 16 rows; half: which of MXFP4's. */
 INLINE __m512 scales_of(const uint8_t *record, int tile, int half, const bool mx) {
     if (!mx) return _mm512_loadu_ps((const float *)(record + RECORD_CODES) + tile * 16);
-    const __m128i bytes = _mm_loadu_si128((const __m128i *)(record + RECORD_CODES + half * RECORD_ROWS + tile * 16));
-    const __m512i exponent = _mm512_slli_epi32(_mm512_cvtepu8_epi32(bytes), 23);
+    const __m512i exponent = _mm512_slli_epi32(exponents_of(record, tile, half), 23);
     return _mm512_castsi512_ps(_mm512_max_epi32(exponent, _mm512_set1_epi32(0x00400000))); /* 0 is the subnormal 2^-127 */
 }
 
@@ -20,23 +32,23 @@ INLINE void prefetch_record(const uint8_t *record, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch((const char *)record + i, _MM_HINT_T1);
 }
 
-/* Constants of decoding along k. */
+/* Unit 2 i of 16 k, each twice, in 128 bytes: where the 16-bit numbers lie.  Behind them what marks the second half of a table. */
+#define TWICE(i, k) (k) + 2 * (i), (k) + 2 * (i), (k) + 2 * (i) + 1, (k) + 2 * (i) + 1
+#define PLACES(i)                                                                                                                          \
+    { TWICE(i, 0), TWICE(i, 8), TWICE(i, 16), TWICE(i, 24), TWICE(i, 32), TWICE(i, 40), TWICE(i, 48), TWICE(i, 56) }
+#define ODD 0, 16, 0, 16, 0, 16, 0, 16
+static const _Alignas(64) uint16_t unit_places[5][32] = {PLACES(0), PLACES(1), PLACES(2), PLACES(3), {ODD, ODD, ODD, ODD}};
+
+/* Constants of decoding along k.  The compiler is not to know where the places lie: it would keep them in registers, which are for sums. */
 typedef struct gather {
-    __m512i unit[4], shift[2], low, odd;
+    const uint16_t (*places)[32];
+    __m512i shift[2], low;
 } gather;
 
 INLINE gather gather_make(void) {
-    gather g;
-    _Alignas(64) uint16_t at[32];
-    for (int i = 0; i < 4; i++) {
-        for (int k = 0; k < 16; k++) at[2 * k] = at[2 * k + 1] = (uint16_t)(k / 2 * 8 + 2 * i + k % 2);
-        g.unit[i] = _mm512_load_si512(at);
-    }
-    g.shift[0] = _mm512_set1_epi32(4 << 16);
-    g.shift[1] = _mm512_set1_epi32(12 << 16 | 8);
-    g.low = _mm512_set1_epi16(15);
-    g.odd = _mm512_set1_epi32(16 << 16);
-    return g;
+    const uint16_t(*places)[32] = unit_places;
+    __asm__("" : "+r"(places));
+    return (gather){.places = places, .shift = {_mm512_set1_epi32(4 << 16), _mm512_set1_epi32(12 << 16 | 8)}, .low = _mm512_set1_epi16(15)};
 }
 
 /* 32 entries: the values of row i + 8 h of 16 rows, scaled, then those of row i + 8 h + 4. */
@@ -47,12 +59,12 @@ INLINE __m512i pair_values(__m512 lut, const float *scale, int i, int h) {
 }
 
 INLINE __m512i gather_units(const gather *g, const uint8_t *codes, int i) {
-    return _mm512_permutex2var_epi16(_mm512_loadu_si512(codes), g->unit[i], _mm512_loadu_si512(codes + 64));
+    return _mm512_permutex2var_epi16(_mm512_loadu_si512(codes), _mm512_load_si512(g->places[i]), _mm512_loadu_si512(codes + 64));
 }
 
 INLINE __m512bh decode_gathered(const gather *g, __m512i units, __m512i values, int h) {
-    const __m512i code = _mm512_srlv_epi16(units, g->shift[h]);
-    return (__m512bh)_mm512_permutexvar_epi16(_mm512_ternarylogic_epi32(code, g->low, g->odd, 0xea), values); /* code & low | odd */
+    const __m512i code = _mm512_srlv_epi16(units, g->shift[h]), odd = _mm512_load_si512(g->places[4]);
+    return (__m512bh)_mm512_permutexvar_epi16(_mm512_ternarylogic_epi32(code, g->low, odd, 0xea), values); /* code & low | odd */
 }
 
 /* Scales of 16 rows as floats in memory, for k of either half of a record. */

@@ -9,8 +9,8 @@
  * shift by the quarter's place leaves the code in the low bits.  A permutation looks 32 entries up, of which two halves are alike, so the bit
  * above the code does not matter.  Backward (a lane is one k, its halves n and n + 4): units of 16 k are gathered once for two pairs of n.
  *
- * Numbers of avx512_bf16.  Forward: the products of 64 k (MXFP4: of 32) are summed, values unscaled, then multiplied by the scale and added
- * to the sum so far.  Backward: values are scaled and rounded to bf16, and 512 n are summed before they are added.  Of amx_bf16: values are
+ * Numbers of avx512_bf16.  Forward: the products of 64 k are summed, values unscaled, then multiplied by the scale and added to the sum so
+ * far; of MXFP4's two scales the first 32 k go over to the second.  Backward: values are scaled and rounded to bf16, and 512 n are summed before they are added.  Of amx_bf16: values are
  * scaled and rounded, and tiles add up over the whole depth.  None of it depends on how many rows there are, so a row's bits do not. */
 #ifndef ESPI_KERNELS_CPU_PACKED_H
 #define ESPI_KERNELS_CPU_PACKED_H
