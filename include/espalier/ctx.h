@@ -6,6 +6,7 @@
 
 #include <stdbool.h>
 #include <stddef.h>
+#include <stdint.h>
 
 #ifdef __cplusplus
 extern "C" {
@@ -14,19 +15,55 @@ extern "C" {
 typedef struct esp_ctx esp_ctx;
 typedef struct esp_comm esp_comm;
 
-/// One process, or one rank of a job.  This version runs alone: under a launcher with more than one rank it returns
-/// ESP_ERR_UNSUPPORTED and says so, rather than training the same model N times.
-/// argc, argv [in,out]  may be NULL; launcher options would be removed
+/// One process, or one rank of a job, as the environment says:
+///   alone     nothing set
+///   mpirun    Open MPI, MPICH and what speaks its PMI; needs the shared object espalier_mpi beside the library
+///   by hand   ESP_WORLD ranks, this one is ESP_RANK, they meet at ESP_RENDEZVOUS: "host:port", where rank 0 listens, or "file:FOLDER", which
+///             all see.  ESP_HOST: the name under which others reach this machine (unset: all are on one machine)
+/// ESP_DEADLINE: seconds that a call waits for the other ranks; default 300.
+/// Collective: returns once all ranks have come and are found to be the same program, library, version and settings of the environment.
+/// argc, argv [in,out]  may be NULL; what is meant for MPI is removed
+/// ESP_ERR_MISMATCH: the sentence names what differs and on which rank; ESP_ERR_COMM: a rank did not come before the deadline;
+/// ESP_ERR_UNSUPPORTED: under mpirun, but MPI cannot be used here
 ESP_API esp_status esp_comm_init(esp_comm **comm, int *argc, char ***argv);
+/// After the last collective call: the ranks wait for each other, so that none leaves while another still needs it, unless an earlier call
+/// failed.  NULL is allowed.
 ESP_API void esp_comm_destroy(esp_comm *comm);
 /// comm may be NULL: rank 0 of 1.
 ESP_API int esp_comm_rank(const esp_comm *comm);
 ESP_API int esp_comm_size(const esp_comm *comm);
 
+/// What failed on one rank, its files or callbacks, must end all: collective; returns ESP_OK where every rank says ESP_OK, else on all of
+/// them the status and sentence of the lowest rank that does not.  With ESP_OK: nobody goes on before all have come.
+/// what [in]  names the place in messages: "the end of step 3"
+ESP_API esp_status esp_comm_agree(esp_comm *comm, const char *what, esp_status mine);
+/// Collective; ESP_ERR_MISMATCH, naming `key` and the ranks, where `bytes` of data are not the same on all ranks.
+ESP_API esp_status esp_comm_same(esp_comm *comm, const char *key, const void *data, size_t bytes);
+/// The optimiser step that messages name from now on.  Not collective.
+ESP_API void esp_comm_step(esp_comm *comm, int64_t step);
+
+/// What a program ends with after `status`, alone or as a rank:
+///   0 done   64 wrong use   65 bad input   70 anything else (memory, internal, ..)   71 what must be alike differs, between ranks or between
+///   files   73 files: the operating system refused, no space   74 another rank or its connection is gone   75 a deadline passed   76 not finite
+ESP_API int esp_comm_exit_code(const esp_comm *comm, esp_status status);
+/// The one line about a failure, without newline: rank, host, step, the call or the one before, layer, number of the call, status and
+/// sentence.  Alone: status and sentence.
+ESP_API void esp_comm_line(esp_comm *comm, esp_status status, char *line, size_t bytes);
+/// Ends the job from this rank, whose program then exits with `code`.  Under mpirun all ranks are killed and this does not return.  By hand
+/// the connections are closed, which the others find; those of this machine that do not within 3 seconds (stopped, or busy) are killed.
+ESP_API void esp_comm_abort(esp_comm *comm, int code);
+
 typedef enum esp_log_level { ESP_LOG_ERROR = 0, ESP_LOG_WARN = 1, ESP_LOG_INFO = 2, ESP_LOG_SELECT = 3, ESP_LOG_DEBUG = 4 } esp_log_level;
 
 /// Receives one finished line (no newline).  Called on the thread that made the call.
 typedef void (*esp_log_fn)(void *user, esp_log_level level, const char *line);
+
+/// Told to a program that has to end now, by itself and without calling the library: _exit(code).  Called on a thread of the library's.
+typedef void (*esp_comm_end_fn)(void *user, int code, const char *line);
+/// Watches over this rank, on a thread that makes no call between ranks.  log gets a warning when a call has taken a quarter of its
+/// deadline, and the last calls when one failed for its deadline or because the ranks went different ways.  end is called when the job has
+/// ended without this rank, which is busy elsewhere; when a call does not return though its deadline is over; when an abort does not return.
+ESP_API esp_status esp_comm_watch(esp_comm *comm, esp_log_fn log, esp_comm_end_fn end, void *user);
 
 /// Allocator hooks.  alloc returns `bytes` bytes aligned to 64, or NULL; free takes what alloc gave.
 typedef void *(*esp_alloc_fn)(void *user, size_t bytes);

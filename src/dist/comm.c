@@ -1,14 +1,16 @@
-/* The collective calls, over any transport; start-up; the public face. */
+/* The collective calls, over any transport, and their public face.  Start-up is in start.c. */
 #include "dist/comm.h"
 
 #include "core/clock.h"
 #include "core/status.h"
+#include "dist/watch.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
+#include <xxhash.h>
 
-#define PATIENCE 300.0
 #define SENTENCE 512
 
 /* Two ranks that make the same call send the same header, but for the bytes. */
@@ -24,7 +26,8 @@ struct esp_comm {
     int rank, size;
     double patience;
     uint64_t calls;
-    bool broken, late;         /* a call failed; because its deadline passed */
+    bool broken, late; /* a call failed; because its deadline passed */
+    espi_watch *watch;
     header *ours, *theirs;     /* [size] each: the headers of a call */
     espi_message *send, *recv; /* [size] each: where those are */
 };
@@ -40,12 +43,13 @@ void espi_comm_patience(esp_comm *comm, double seconds) {
 esp_status espi_comm_make(esp_comm **comm, const espi_transport *transport, void *self, int rank, int size) {
     esp_comm *c = calloc(1, sizeof *c);
     if (c != NULL) {
-        *c = (esp_comm){.transport = transport, .self = self, .rank = rank, .size = size, .patience = PATIENCE};
+        *c = (esp_comm){.transport = transport, .self = self, .rank = rank, .size = size, .patience = ESPI_COMM_PATIENCE};
         c->send = calloc((size_t)size, sizeof *c->send);
         c->recv = calloc((size_t)size, sizeof *c->recv);
         c->ours = calloc((size_t)size, sizeof *c->ours);
         c->theirs = calloc((size_t)size, sizeof *c->theirs);
-        if (c->send != NULL && c->recv != NULL && c->ours != NULL && c->theirs != NULL) {
+        const esp_status watched = espi_watch_make(&c->watch, rank, size);
+        if (watched == ESP_OK && c->send != NULL && c->recv != NULL && c->ours != NULL && c->theirs != NULL) {
             for (int r = 0; r < size; r++) {
                 c->send[r] = (espi_message){c->ours + r, sizeof *c->ours};
                 c->recv[r] = (espi_message){c->theirs + r, sizeof *c->theirs};
@@ -53,6 +57,7 @@ esp_status espi_comm_make(esp_comm **comm, const espi_transport *transport, void
             *comm = c;
             return ESP_OK;
         }
+        c->broken = true;
         esp_comm_destroy(c);
     } else if (transport->close != NULL) {
         transport->close(self, true);
@@ -85,9 +90,8 @@ static size_t bytes_of(const espi_message *messages, int rank, int n, int size) 
 }
 
 /* The headers first; then what send and recv say: n messages [size] each, one after the other. */
-static esp_status call(esp_comm *c, espi_place place, const espi_message *send, const espi_message *recv, int n) {
-    if (c->broken) return ESPI_FAIL(ESP_ERR_COMM, "rank %d: an earlier call between the ranks failed: nothing more can be said", c->rank);
-    header mine = {.call = ++c->calls, .layer = place.layer};
+static esp_status headers_and_messages(esp_comm *c, espi_place place, const espi_message *send, const espi_message *recv, int n) {
+    header mine = {.call = c->calls, .layer = place.layer};
     snprintf(mine.what, sizeof mine.what, "%s", place.what);
     for (int r = 0; r < c->size; r++) {
         c->ours[r] = mine;
@@ -111,6 +115,15 @@ static esp_status call(esp_comm *c, espi_place place, const espi_message *send, 
         return status;
     }
     for (int i = 0; i < n && status == ESP_OK; i++) status = transfer(c, &mine, send + i * c->size, recv + i * c->size, deadline);
+    return status;
+}
+
+static esp_status call(esp_comm *c, espi_place place, const espi_message *send, const espi_message *recv, int n) {
+    if (c->broken) return ESPI_FAIL(ESP_ERR_COMM, "rank %d: an earlier call between the ranks failed: nothing more can be said", c->rank);
+    espi_watch_enter(c->watch, ++c->calls, place, bytes_of(send, 0, n * c->size, 1), bytes_of(recv, 0, n * c->size, 1), c->patience);
+    const esp_status status = headers_and_messages(c, place, send, recv, n);
+    espi_watch_leave(c->watch, status != ESP_OK);
+    if (status != ESP_OK && (c->late || status == ESP_ERR_MISMATCH)) espi_watch_tell(c->watch);
     return status;
 }
 
@@ -234,7 +247,7 @@ esp_status espi_comm_same(esp_comm *comm, const char *key, uint64_t value) {
     return status;
 }
 
-int espi_comm_exit_code(const esp_comm *comm, esp_status status) {
+int esp_comm_exit_code(const esp_comm *comm, esp_status status) {
     switch (status) {
     case ESP_OK:
         return 0;
@@ -258,83 +271,47 @@ int espi_comm_exit_code(const esp_comm *comm, esp_status status) {
     }
 }
 
-void espi_comm_abort(esp_comm *comm, esp_status status) {
-    if (comm != NULL && comm->transport->end_job != NULL) comm->transport->end_job(comm->self, espi_comm_exit_code(comm, status));
+void esp_comm_line(esp_comm *comm, esp_status status, char *line, size_t bytes) {
+    char where[SENTENCE] = "";
+    if (esp_comm_size(comm) > 1) espi_watch_place(comm->watch, where, sizeof where);
+    snprintf(line, bytes, "%s%s%s: %s", where, where[0] ? ": " : "", esp_status_name(status), esp_last_error());
 }
 
-/* ---- start-up ---- */
+/* How much later than rank 0 the others end the job, so that what it has to say is said. */
+#define AFTER_RANK_0 0.3
 
-static const espi_transport alone = {.name = "alone"};
-
-/* A positive number from the environment; *found: whether it is set. */
-static esp_status number(long *value, bool *found, const char *variable, long least) {
-    const char *text = getenv(variable);
-    *found = text != NULL && text[0] != '\0';
-    if (!*found) return ESP_OK;
-    char *end;
-    *value = strtol(text, &end, 10);
-    if (*end != '\0' || *value < least || *value > INT32_MAX)
-        return ESPI_FAIL(ESP_ERR_ARG, "the environment has %s=%s, expected a whole number from %ld", variable, text, least);
-    return ESP_OK;
+void esp_comm_abort(esp_comm *comm, int code) {
+    if (esp_comm_size(comm) == 1 || comm->transport->end_job == NULL) return;
+    comm->broken = true;
+    espi_watch_abort(comm->watch, code, true);
+    if (comm->rank > 0) nanosleep(&(struct timespec){.tv_nsec = (long)(AFTER_RANK_0 * 1e9)}, NULL);
+    comm->transport->end_job(comm->self, code);
+    espi_watch_abort(comm->watch, code, false);
 }
 
-static esp_status patience_of(double *seconds) {
-    long value = 0;
-    bool found;
-    ESPI_TRY(number(&value, &found, "ESP_DEADLINE", 1));
-    *seconds = found ? (double)value : PATIENCE;
-    return ESP_OK;
+void esp_comm_step(esp_comm *comm, int64_t step) {
+    if (comm != NULL) espi_watch_step(comm->watch, step);
 }
 
-/* Started by hand: ESP_RANK, ESP_WORLD, ESP_RENDEZVOUS. */
-static esp_status by_hand(esp_comm **comm, long size, double patience) {
-    long rank = 0;
-    bool found;
-    ESPI_TRY(number(&rank, &found, "ESP_RANK", 0));
-    const char *rendezvous = getenv("ESP_RENDEZVOUS");
-    if (!found || rank >= size || rendezvous == NULL || rendezvous[0] == '\0')
-        return ESPI_FAIL(
-            ESP_ERR_ARG,
-            "ESP_WORLD=%ld: got ESP_RANK=%s and ESP_RENDEZVOUS=%s, expected a rank below ESP_WORLD and host:port or file:FOLDER", size,
-            found ? getenv("ESP_RANK") : "(unset)", rendezvous ? rendezvous : "(unset)");
-    return espi_comm_tcp(comm, (int)rank, (int)size, rendezvous, patience);
+esp_status esp_comm_agree(esp_comm *comm, const char *what, esp_status mine) {
+    return espi_comm_agree(comm, (espi_place){what, -1}, mine);
 }
 
-esp_status espi_comm_start(esp_comm **comm, int *argc, char ***argv) {
-    /* Open MPI; MPICH and what speaks its PMI. */
-    static const char *const launchers[] = {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE"};
-    if (comm == NULL) return ESPI_FAIL(ESP_ERR_ARG, "esp_comm_init: comm is NULL");
-    *comm = NULL;
-    double patience;
-    ESPI_TRY(patience_of(&patience));
-    long world = 1;
-    bool found;
-    ESPI_TRY(number(&world, &found, "ESP_WORLD", 1));
-    esp_status status = ESP_OK;
-    if (found) {
-        if (world > 1) status = by_hand(comm, world, patience);
-    } else {
-        for (int i = 0; i < ESPI_COUNT(launchers) && world == 1; i++) ESPI_TRY(number(&world, &found, launchers[i], 1));
-        if (world > 1) status = espi_comm_mpi(comm, argc, argv);
-    }
-    if (status == ESP_OK && *comm == NULL) status = espi_comm_make(comm, &alone, NULL, 0, 1);
-    if (status == ESP_OK) espi_comm_patience(*comm, patience);
-    return status;
+esp_status esp_comm_same(esp_comm *comm, const char *key, const void *data, size_t bytes) {
+    return espi_comm_same(comm, key, XXH3_64bits(data, bytes));
 }
 
-/* The ranks can talk, but nothing above knows yet how to share a model: N ranks would train the same one N times. */
-esp_status esp_comm_init(esp_comm **comm, int *argc, char ***argv) {
-    ESPI_TRY(espi_comm_start(comm, argc, argv));
-    if ((*comm)->size == 1) return ESP_OK;
-    const int size = (*comm)->size;
-    esp_comm_destroy(*comm);
-    *comm = NULL;
-    return ESPI_FAIL(ESP_ERR_UNSUPPORTED,
-                     "started as one of %d ranks, but this version runs alone: start it without a launcher, or with one rank", size);
+esp_status esp_comm_watch(esp_comm *comm, esp_log_fn log, esp_comm_end_fn end, void *user) {
+    if (esp_comm_size(comm) == 1) return ESP_OK;
+    return espi_watch_start(comm->watch, comm->transport->lost, comm->self, log, end, user);
 }
 
 void esp_comm_destroy(esp_comm *comm) {
     if (comm == NULL) return;
+    if (comm->watch != NULL) espi_watch_leaving(comm->watch);
+    /* MPI waits for ever for a rank that is gone; over TCP a rank that closes early looks as if it had died. */
+    if (comm->transport->leave_together && !comm->broken) (void)espi_comm_meet(comm, (espi_place){"the end", -1});
+    espi_watch_free(comm->watch);
     if (comm->transport->close != NULL) comm->transport->close(comm->self, comm->broken);
     free(comm->send);
     free(comm->recv);

@@ -36,9 +36,15 @@ typedef struct espi_transport {
     void (*end_job)(void *self, int code);
     /* broken: a call failed, the peers may be gone. */
     void (*close)(void *self, bool broken);
+    /* Whether a rank has left.  Called by another thread, at any time; NULL: cannot be told. */
+    bool (*lost)(void *self);
+    bool leave_together; /* no rank may close while another still needs it */
 } espi_transport;
 
-/* As the environment says: alone, by hand (ESP_RANK, ESP_WORLD, ESP_RENDEZVOUS), or under mpirun.  ESP_DEADLINE: the patience in seconds. */
+/* How long a call waits for the others, where nothing else is said; seconds. */
+#define ESPI_COMM_PATIENCE 300.0
+
+/* start.c.  As the environment says: alone, by hand (ESP_RANK, ESP_WORLD, ESP_RENDEZVOUS), or under mpirun.  ESP_DEADLINE: the patience in seconds. */
 esp_status espi_comm_start(esp_comm **comm, int *argc, char ***argv);
 
 /* `self` belongs to the communicator, also when this fails. */
@@ -81,11 +87,5 @@ esp_status espi_comm_agree(esp_comm *comm, espi_place place, esp_status mine);
 esp_status espi_comm_meet(esp_comm *comm, espi_place place);
 /* ESP_ERR_MISMATCH, naming the key and the ranks, when `value` is not the same everywhere. */
 esp_status espi_comm_same(esp_comm *comm, const char *key, uint64_t value);
-
-/* What a program ends with: 64 usage, 65 bad input, 70 internal, 71 the ranks disagree, 73 files, 74 a peer
- * failed, 75 a deadline passed, 76 not finite. */
-int espi_comm_exit_code(const esp_comm *comm, esp_status status);
-/* Ends the job from this rank: under mpirun it does not return. */
-void espi_comm_abort(esp_comm *comm, esp_status status);
 
 #endif

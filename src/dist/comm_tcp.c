@@ -1,4 +1,6 @@
 /* Ranks that find each other without a launcher, by a file or an address, and talk over TCP: one connection for every pair. */
+#define _GNU_SOURCE /* POLLRDHUP */
+
 #include "dist/comm.h"
 
 #include "core/clock.h"
@@ -16,14 +18,22 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #define ADDRESS 256
 #define GREETING UINT64_C(0x657370616c696572) /* "espalier" */
 
+/* A process, as those of the same machine know it. */
+typedef struct process {
+    uint64_t processes; /* which set of process numbers: containers have their own */
+    int64_t number;
+} process;
+
 typedef struct mesh {
     int rank, size, listener;
     int *peer;            /* [size] connections; -1: none, or oneself */
+    process *process;     /* [size] behind them, and this one */
     struct pollfd *polls; /* [size] */
     size_t *sent, *taken; /* [size] bytes of the message under way */
 } mesh;
@@ -44,6 +54,7 @@ static void close_mesh(void *self, bool broken) {
         if (m->peer[r] >= 0) close(m->peer[r]);
     if (m->listener >= 0) close(m->listener);
     free(m->peer);
+    free(m->process);
     free(m->polls);
     free(m->sent);
     free(m->taken);
@@ -54,12 +65,13 @@ static mesh *make_mesh(int rank, int size) {
     mesh *m = calloc(1, sizeof *m);
     if (m == NULL) return NULL;
     *m = (mesh){.rank = rank, .size = size, .listener = -1};
+    m->process = calloc((size_t)size, sizeof *m->process);
     m->peer = malloc((size_t)size * sizeof *m->peer);
     m->polls = calloc((size_t)size, sizeof *m->polls);
     m->sent = calloc((size_t)size, sizeof *m->sent);
     m->taken = calloc((size_t)size, sizeof *m->taken);
     for (int r = 0; m->peer && r < size; r++) m->peer[r] = -1;
-    if (m->peer && m->polls && m->sent && m->taken) return m;
+    if (m->peer && m->process && m->polls && m->sent && m->taken) return m;
     close_mesh(m, true);
     return NULL;
 }
@@ -122,14 +134,54 @@ static esp_status transfer(void *self, const espi_message *out, const espi_messa
     }
 }
 
+/* ---- the end of a job ---- */
+
+/* Whether a peer has closed its side, or does so until the deadline; what it still sends is dropped. */
+static bool closed_by(int fd, double deadline) {
+    char dropped[4096];
+    for (;;) {
+        const ssize_t n = recv(fd, dropped, sizeof dropped, 0);
+        if (n > 0 || (n < 0 && errno == EINTR)) continue;
+        if (n == 0 || errno != EAGAIN) return true;
+        if (left(deadline) <= 0) return false;
+        (void)poll(&(struct pollfd){.fd = fd, .events = POLLIN}, 1, milliseconds(deadline));
+    }
+}
+
+/* Both ends of the connection are at one address. */
+static bool on_this_machine(int fd) {
+    struct sockaddr_in here, there;
+    socklen_t bytes = sizeof here, their_bytes = sizeof there;
+    return getsockname(fd, (struct sockaddr *)&here, &bytes) == 0 && getpeername(fd, (struct sockaddr *)&there, &their_bytes) == 0 &&
+           here.sin_addr.s_addr == there.sin_addr.s_addr;
+}
+
+/* The others find the connections closed.  Who does not is stopped or busy, and nobody else is there to end it. */
 static void give_up(void *self, int code) {
     (void)code;
     mesh *m = self;
+    const process *mine = &m->process[m->rank];
+    const double deadline = espi_seconds() + 3;
     for (int r = 0; r < m->size; r++)
-        if (m->peer[r] >= 0) shutdown(m->peer[r], SHUT_RDWR); /* the others find it closed */
+        if (m->peer[r] >= 0) shutdown(m->peer[r], SHUT_WR);
+    for (int r = 0; r < m->size; r++) {
+        if (m->peer[r] < 0 || closed_by(m->peer[r], deadline)) continue;
+        const process *p = &m->process[r];
+        if (p->processes == mine->processes && p->processes != 0 && on_this_machine(m->peer[r])) kill((pid_t)p->number, SIGKILL);
+    }
 }
 
-static const espi_transport tcp = {.name = "tcp", .transfer = transfer, .end_job = give_up, .close = close_mesh};
+static bool somebody_left(void *self) {
+    const mesh *m = self;
+    for (int r = 0; r < m->size; r++) {
+        struct pollfd p = {.fd = m->peer[r], .events = POLLRDHUP};
+        if (m->peer[r] >= 0 && poll(&p, 1, 0) > 0) return true;
+    }
+    return false;
+}
+
+static const espi_transport tcp = {
+    .name = "tcp", .transfer = transfer, .end_job = give_up, .close = close_mesh, .lost = somebody_left, .leave_together = true};
 
 /* ---- finding each other ---- */
 
@@ -335,13 +387,29 @@ static esp_status by_folder(mesh *m, const char *folder, double deadline) {
     return status;
 }
 
+/* Every rank learns which processes the others are. */
+static esp_status introduce(mesh *m, double deadline) {
+    struct stat at;
+    espi_message *send = calloc(2 * (size_t)m->size, sizeof *send), *recv = send + m->size;
+    if (send == NULL) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for the messages of %d ranks", m->size);
+    process mine = {.processes = stat("/proc/self/ns/pid", &at) == 0 ? (uint64_t)at.st_ino : 0, .number = getpid()};
+    for (int r = 0; r < m->size; r++) {
+        send[r] = (espi_message){&mine, sizeof mine};
+        recv[r] = (espi_message){&m->process[r], sizeof mine};
+    }
+    const esp_status status = transfer(m, send, recv, deadline);
+    free(send);
+    return status;
+}
+
 esp_status espi_comm_tcp(esp_comm **comm, int rank, int size, const char *rendezvous, double patience) {
     static const char folder[] = "file:";
     mesh *m = make_mesh(rank, size);
     if (m == NULL) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for the connections to %d ranks", size);
     const double deadline = espi_seconds() + patience;
-    const esp_status status = strncmp(rendezvous, folder, sizeof folder - 1) == 0 ? by_folder(m, rendezvous + sizeof folder - 1, deadline)
-                                                                                  : by_address(m, rendezvous, deadline);
+    esp_status status = strncmp(rendezvous, folder, sizeof folder - 1) == 0 ? by_folder(m, rendezvous + sizeof folder - 1, deadline)
+                                                                            : by_address(m, rendezvous, deadline);
+    if (status == ESP_OK) status = introduce(m, deadline);
     if (status != ESP_OK) {
         close_mesh(m, true);
         return status;

@@ -5,7 +5,7 @@
 
 #include <stddef.h>
 
-#define ESPI_MPI_PLUGIN_SYMBOL "espalier_mpi_v1"
+#define ESPI_MPI_PLUGIN_SYMBOL "espalier_mpi_v2"
 
 typedef struct espi_mpi {
     int (*start)(int *argc, char ***argv, int *rank, int *size);
@@ -13,8 +13,8 @@ typedef struct espi_mpi {
     size_t request_bytes;
     int (*isend)(const void *data, int bytes, int rank, void *request);
     int (*irecv)(void *data, int bytes, int rank, void *request);
-    /* *done: all of n requests are finished. */
-    int (*test)(int n, void *requests, int *done);
+    /* *done: all of n requests are finished; then bytes [n] are what came, for those that receive. */
+    int (*test)(int n, void *requests, int *done, int *bytes);
     void (*error_text)(int code, char *text, size_t bytes);
     void (*end_job)(int code);
     void (*stop)(void);

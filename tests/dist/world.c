@@ -1,5 +1,6 @@
 /* A rank of a real job: tests/dist/transports.sh starts several of these under mpirun and by hand, and some of them misbehave.
- * world MODE: "right" runs every collective call; "die", "stop", "leave" and "desync" let rank 1 do that in the middle. */
+ * world MODE: "right" runs every collective call; with "die", "stop", "leave", "early" (done before the others), "busy" (outside the calls, for
+ * ever) and "desync" rank 1 does that in the middle. */
 #include "dist/comm.h"
 
 #include "core/status.h"
@@ -57,8 +58,7 @@ static esp_status right(esp_comm *comm) {
     free(scratch);
     ESPI_TRY(status);
     CHECK(total[0] == size * (size - 1) / 2.0 && total[1] == size && total[2] == size / 2.0);
-    ESPI_TRY(espi_comm_same(comm, "key", 7));
-    return espi_comm_meet(comm, (espi_place){"the end", -1});
+    return espi_comm_same(comm, "key", 7);
 }
 
 static esp_status misbehave(esp_comm *comm, const char *mode) {
@@ -67,23 +67,40 @@ static esp_status misbehave(esp_comm *comm, const char *mode) {
         if (strcmp(mode, "die") == 0) raise(SIGKILL);
         if (strcmp(mode, "stop") == 0) raise(SIGSTOP);
         if (strcmp(mode, "leave") == 0) _exit(0);
+        if (strcmp(mode, "early") == 0) return ESP_OK;
+        while (strcmp(mode, "busy") == 0) pause();
         if (strcmp(mode, "desync") == 0) return espi_comm_meet(comm, (espi_place){"another place", 4});
     }
     return espi_comm_meet(comm, (espi_place){"the middle", 4});
+}
+
+static void print_log(void *user, esp_log_level level, const char *line) {
+    (void)user;
+    fprintf(stderr, "%s%s\n", level == ESP_LOG_WARN ? "warning: " : "", line);
+}
+
+static void end(void *user, int code, const char *line) {
+    (void)user;
+    fprintf(stderr, "world: %s\n", line);
+    _exit(code);
 }
 
 int main(int argc, char **argv) {
     esp_comm *comm = NULL;
     esp_status status = espi_comm_start(&comm, &argc, &argv);
     const char *mode = argc > 1 ? argv[1] : "right";
+    if (status == ESP_OK) status = esp_comm_watch(comm, print_log, end, NULL);
     if (status == ESP_OK) status = strcmp(mode, "right") == 0 ? right(comm) : misbehave(comm, mode);
+    if (status == ESP_OK) status = esp_comm_agree(comm, "the end", ESP_OK);
     if (status == ESP_OK) {
         printf("rank %d of %d: right\n", esp_comm_rank(comm), esp_comm_size(comm));
         esp_comm_destroy(comm);
         return 0;
     }
-    fprintf(stderr, "world: %s\n", esp_last_error());
-    const int code = espi_comm_exit_code(comm, status);
-    espi_comm_abort(comm, status);
+    char line[1024];
+    const int code = esp_comm_exit_code(comm, status);
+    esp_comm_line(comm, status, line, sizeof line);
+    fprintf(stderr, "world: %s\n", line);
+    esp_comm_abort(comm, code);
     return code;
 }
