@@ -14,6 +14,11 @@ esp_qformat espi_cli_format(int choice) {
     return formats[choice];
 }
 
+const char *espi_cli_device(const char *name) {
+    if (!name) return "cpu";
+    return strcmp(name, "auto") == 0 ? "any" : name;
+}
+
 void *espi_cli_memory(size_t bytes) {
     void *p = calloc(1, bytes ? bytes : 1);
     if (!p) {

@@ -63,6 +63,9 @@ char *espi_cli_path(const char *dir, const char *name);
 extern const char espi_cli_experts[];
 esp_qformat espi_cli_format(int choice);
 
+/* The backend of --device NAME, or of none. */
+const char *espi_cli_device(const char *name);
+
 /* The choices of esp_adapter_widths and esp_adapter_columns. */
 extern const char espi_cli_widths[], espi_cli_columns[];
 

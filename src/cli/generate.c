@@ -41,7 +41,7 @@ static void close_session(session *s) {
 }
 
 static esp_status open_session(session *s, const generate_options *o) {
-    ESPI_TRY(esp_ctx_create(&s->ctx, &ESP_CTX_CONFIG(.backend = o->device && strcmp(o->device, "auto") == 0 ? "any" : o->device)));
+    ESPI_TRY(esp_ctx_create(&s->ctx, &ESP_CTX_CONFIG(.backend = espi_cli_device(o->device))));
     ESPI_TRY(esp_tokenizer_load(&s->tokenizer, o->dir));
     ESPI_TRY(esp_model_load(&s->model, s->ctx, o->dir,
                             &ESP_MODEL_CONFIG(.experts = espi_cli_format(o->experts), .adapter_dir = o->adapter,

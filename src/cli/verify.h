@@ -49,6 +49,7 @@ typedef struct espi_verify {
     esp_ctx *ctx;
     const char *tokenizer; /* --tokenizer, or NULL */
     const char *folder;    /* name in front of every line */
+    bool clamped;          /* does the model clamp activations? */
     int64_t passed, failed, skipped;
 } espi_verify;
 

@@ -115,7 +115,17 @@ Test(cli, failures_are_told) {
     expect("plan /nonexistent --tokens 5", 1, "/nonexistent");
     expect("generate /nonexistent --prompt a", 1, "/nonexistent");
     expect("plot /nonexistent", 1, "/nonexistent");
-    expect("verify " Q3B "/../ --backend cuda", 1, "cuda");
+    expect("verify " Q3B "/../ --device cpux", 1, "cpux");
+    expect("verify " Q3B "/../ --device cpu --backend ref", 2, "give one");
+}
+
+/* On a machine without a GPU: told, and nothing else is taken in its place. */
+Test(cli, verify_takes_a_gpu_when_told) {
+    program_run run = espalier("verify " Q3B "/../ --device cuda");
+    const bool none = strstr(run.out, "no GPU that it can use") || strstr(run.out, "this build does not have");
+    cr_expect(run.code == (none ? 1 : 0), "%d: %s", run.code, run.out);
+    cr_expect(none == !strstr(run.out, " 0 failed"), "%s", run.out);
+    free(run.out);
 }
 
 Test(cli, inspect_counts_every_byte) {
