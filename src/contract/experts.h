@@ -16,7 +16,7 @@ typedef struct espi_experts_saved {
     void *u_gu, *u_dn; /* real [S,R] x A^T of the two branches, NULL without */
     /* Where ranks share the experts, S is what espi_share_capacity() says, and: */
     void *x;         /* real [S,H] rows that came */
-    int32_t *counts; /* [spread,E] in host memory: whose rows went where; lasts */
+    int32_t *counts; /* [ranks,E] in host memory: whose rows went where; lasts */
 } espi_experts_saved;
 
 /* u_dn outlives a checkpoint, so it is taken apart from the rest: it is small, and the product that it comes with is not made again. */

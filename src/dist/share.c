@@ -48,13 +48,9 @@ int64_t espi_share_capacity(const espi_share *s, int64_t tokens, int64_t top_k) 
     return rows < worst ? rows : worst;
 }
 
-esp_status espi_share_counts(const espi_share *s, int64_t layer, int32_t *counts, const int32_t *offsets, int32_t *all) {
-    const size_t own = (size_t)s->experts;
-    int32_t *mine = counts + espi_share_member(s) * s->experts;
+esp_status espi_share_counts(const espi_share *s, int64_t layer, int32_t *counts, const int32_t *offsets, int32_t *mine) {
     for (int64_t e = 0; e < s->experts; e++) mine[e] = offsets[e + 1] - offsets[e];
-    ESPI_TRY(espi_comm_gather(s->comm, (espi_place){"rows of every expert", layer}, all, mine, own * sizeof *all));
-    memcpy(counts, all + (size_t)espi_share_group(s) * own, (size_t)s->spread * own * sizeof *counts);
-    return ESP_OK;
+    return espi_comm_gather(s->comm, (espi_place){"rows of every expert", layer}, counts, mine, (size_t)s->experts * sizeof *mine);
 }
 
 static int64_t count_rows(const int32_t *counts, int64_t first, int64_t last) {
@@ -63,11 +59,17 @@ static int64_t count_rows(const int32_t *counts, int64_t first, int64_t last) {
     return rows;
 }
 
+/* What the receiver `to` gets of the rank `from` of its group. */
+static const int32_t *counts_of(const espi_share *s, const int32_t *counts, int to, int from) {
+    return counts + (to / s->spread * s->spread + from) * s->experts;
+}
+
 bool espi_share_fits(const espi_share *s, const int32_t *counts, int64_t capacity) {
-    for (int m = 0; m < s->spread; m++) {
+    for (int to = 0; to < s->ranks; to++) {
         int64_t rows = 0;
         for (int from = 0; from < s->spread; from++)
-            rows += count_rows(counts + from * s->experts, espi_share_border(s, m), espi_share_border(s, m + 1));
+            rows +=
+                count_rows(counts_of(s, counts, to, from), espi_share_border(s, to % s->spread), espi_share_border(s, to % s->spread + 1));
         if (rows > capacity) return false;
     }
     return true;
@@ -76,16 +78,16 @@ bool espi_share_fits(const espi_share *s, const int32_t *counts, int64_t capacit
 esp_status espi_round_take(espi_round *round, const espi_share *s, espi_arena *arena) {
     const size_t ranks = (size_t)s->ranks, spread = (size_t)s->spread;
     int64_t *room;
-    ESPI_TRY(espi_arena_take_host(arena, (4 * ranks + 4 * spread) * sizeof *room, &room));
+    ESPI_TRY(espi_arena_take_host(arena, (6 * ranks + 2 * spread) * sizeof *room, &room));
     if (arena->dry) return ESP_OK;
     *round = (espi_round){.out_at = room,
                           .out_rows = room + ranks,
                           .in_at = room + 2 * ranks,
                           .in_rows = room + 3 * ranks,
-                          .first = room + 4 * ranks,
-                          .last = room + 4 * ranks + spread,
-                          .source = room + 4 * ranks + 2 * spread,
-                          .expert = room + 4 * ranks + 3 * spread};
+                          .source = room + 4 * ranks,
+                          .expert = room + 5 * ranks,
+                          .first = room + 6 * ranks,
+                          .last = room + 6 * ranks + spread};
     return ESP_OK;
 }
 
@@ -93,38 +95,36 @@ void espi_round_begin(espi_round *round, const espi_share *s, const int32_t *cou
     round->counts = counts;
     round->capacity = capacity;
     round->begun = false;
-    for (int m = 0; m < s->spread; m++) {
-        round->source[m] = 0;
-        round->expert[m] = espi_share_border(s, m);
+    for (int to = 0; to < s->ranks; to++) {
+        round->source[to] = 0;
+        round->expert[to] = espi_share_border(s, to % s->spread);
     }
 }
 
-/* The pieces of member m in this round: of each source a range of experts. */
-static void fill_receiver(espi_round *r, const espi_share *s, int m) {
+/* What a receiver gets in this round: of each rank of its group a range of experts. */
+static void fill_receiver(espi_round *r, const espi_share *s, int to) {
     const int me = espi_share_member(s), group = espi_share_group(s);
-    const int64_t begin = espi_share_border(s, m), end = espi_share_border(s, m + 1);
+    const bool ours = to / s->spread * s->spread == group;
+    const int64_t begin = espi_share_border(s, to % s->spread), end = espi_share_border(s, to % s->spread + 1);
     int64_t rows = 0;
     for (int from = 0; from < s->spread; from++) {
-        const int32_t *counts = r->counts + from * s->experts;
+        const int32_t *counts = counts_of(s, r->counts, to, from);
         int64_t first = end, last = end, came = 0;
-        if (r->source[m] == from) {
-            first = last = r->expert[m];
+        if (r->source[to] == from) {
+            first = last = r->expert[to];
             while (last < end && rows + came + counts[last] <= r->capacity) came += counts[last++];
-            r->expert[m] = last;
-            if (last == end) {
-                r->source[m]++;
-                r->expert[m] = begin;
-            }
+            r->expert[to] = last == end ? begin : last;
+            r->source[to] += last == end;
         }
-        if (m == me) {
+        if (to == s->rank) {
             r->first[from] = first;
             r->last[from] = last;
             r->in_at[group + from] = rows;
             r->in_rows[group + from] = came;
         }
-        if (from == me) {
-            r->out_at[group + m] = count_rows(counts, 0, first);
-            r->out_rows[group + m] = came;
+        if (ours && from == me) {
+            r->out_at[to] = count_rows(counts, 0, first);
+            r->out_rows[to] = came;
         }
         rows += came;
     }
@@ -132,11 +132,11 @@ static void fill_receiver(espi_round *r, const espi_share *s, int m) {
 
 bool espi_round_next(espi_round *r, const espi_share *s) {
     bool left = !r->begun;
-    for (int m = 0; m < s->spread; m++) left = left || r->source[m] < s->spread;
+    for (int to = 0; to < s->ranks; to++) left = left || r->source[to] < s->spread;
     if (!left) return false;
     r->begun = true;
     for (int64_t i = 0; i < s->ranks; i++) r->out_at[i] = r->out_rows[i] = r->in_at[i] = r->in_rows[i] = 0;
-    for (int m = 0; m < s->spread; m++) fill_receiver(r, s, m);
+    for (int to = 0; to < s->ranks; to++) fill_receiver(r, s, to);
     return true;
 }
 

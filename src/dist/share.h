@@ -49,10 +49,10 @@ esp_status espi_share_meet(espi_share *share, int64_t tokens);
  * Never less than what one expert may get from one rank, which is not cut: its products are the same in any number of rounds. */
 int64_t espi_share_capacity(const espi_share *share, int64_t tokens, int64_t top_k);
 
-/* counts [spread, experts] overwrite: the routed rows of every rank of the group for every expert.  offsets [experts+1]: of this rank's
- * rows, in host memory.  all: room for ranks * experts. */
-esp_status espi_share_counts(const espi_share *share, int64_t layer, int32_t *counts, const int32_t *offsets, int32_t *all);
-/* Do the rows that every rank of the group gets fit at once? */
+/* counts [ranks, experts] overwrite: the routed rows of every rank for every expert.  offsets [experts+1]: of this rank's rows, in host
+ * memory.  mine: room for one row of counts. */
+esp_status espi_share_counts(const espi_share *share, int64_t layer, int32_t *counts, const int32_t *offsets, int32_t *mine);
+/* Do the rows that every rank gets fit at once? */
 bool espi_share_fits(const espi_share *share, const int32_t *counts, int64_t capacity);
 
 /* One round of rows on their way to the experts.  What goes in which round follows from the counts, and every rank finds the same. */
@@ -60,7 +60,7 @@ typedef struct espi_round {
     /* [ranks] in routed order here: what goes to each rank; where what came from each rank lies there. */
     int64_t *out_at, *out_rows, *in_at, *in_rows;
     int64_t *first, *last;    /* [spread] experts, counted from the model's first, whose rows came from each member */
-    int64_t *source, *expert; /* [spread] of every receiving member: the next piece */
+    int64_t *source, *expert; /* [ranks] of every receiver: the next piece, and the member of its group that it comes from */
     const int32_t *counts;
     int64_t capacity;
     bool begun;

@@ -19,7 +19,7 @@ bool espi_arrivals_next(espi_pass *pass, espi_arrivals *a, esp_status *status) {
     const espi_share *share = &pass->model->share;
     if (*status != ESP_OK || !espi_round_next(&a->round, share)) return false;
     for (int m = 0; m < share->spread; m++) {
-        const int32_t *counts = a->round.counts + m * share->experts;
+        const int32_t *counts = a->round.counts + (espi_share_group(share) + m) * share->experts;
         int32_t *offsets = a->offsets + m * (share->count + 1);
         offsets[0] = 0;
         for (int64_t i = 0; i < share->count; i++) {
@@ -73,12 +73,12 @@ static esp_status count(espi_pass *pass, int64_t layer, const espi_routing *rout
     const espi_share *share = &pass->model->share;
     const size_t e = (size_t)share->experts;
     const espi_mark mark = espi_arena_mark(pass->arena);
-    int32_t *offsets, *all;
+    int32_t *offsets, *mine;
     ESPI_TRY(espi_arena_take_host(pass->arena, (e + 1) * sizeof *offsets, &offsets));
-    ESPI_TRY(espi_arena_take_host(pass->arena, (size_t)share->ranks * e * sizeof *all, &all));
+    ESPI_TRY(espi_arena_take_host(pass->arena, e * sizeof *mine, &mine));
     if (!pass->arena->dry) {
         ESPI_TRY(espi_ctx_get(pass->ctx, offsets, routing->offsets, (e + 1) * sizeof *offsets));
-        ESPI_TRY(espi_share_counts(share, layer, saved->counts, offsets, all));
+        ESPI_TRY(espi_share_counts(share, layer, saved->counts, offsets, mine));
     }
     espi_arena_release(pass->arena, mark);
     return ESP_OK;

@@ -12,7 +12,7 @@ esp_status espi_experts_take_lasting(espi_pass *pass, const espi_experts *expert
     const espi_lora down = espi_pass_lora(pass, experts->lora_down);
     *saved = (espi_experts_saved){0};
     if (espi_share_travels(share))
-        ESPI_TRY(espi_arena_take_host(pass->arena, (size_t)(share->spread * share->experts) * sizeof *saved->counts, &saved->counts));
+        ESPI_TRY(espi_arena_take_host(pass->arena, (size_t)(share->ranks * share->experts) * sizeof *saved->counts, &saved->counts));
     return down.r ? espi_take_act(pass, rows_of(pass, top_k) * down.r, &saved->u_dn) : ESP_OK;
 }
 
