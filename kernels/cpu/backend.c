@@ -33,6 +33,10 @@ const espi_backend ESPI_CPU(espi_backend_cpu) = {
     .down_fwd.scratch = ESPI_CPU(espi_down_fwd_scratch),
     .gate_up_bwd.scratch = ESPI_CPU(espi_gate_up_bwd_scratch),
     .down_bwd.scratch = ESPI_CPU(espi_down_bwd_scratch),
+    .head_stats.scratch = ESPI_CPU(espi_head_stats_scratch),
+    .head_grad.scratch = ESPI_CPU(espi_head_grad_scratch),
+    .head_fused.scratch = ESPI_CPU(espi_head_fused_scratch),
+    .head_logits.scratch = ESPI_CPU(espi_head_logits_scratch),
     .head_sample.scratch = ESPI_CPU(espi_head_sample_scratch),
     ESPI_REFUSALS,
 };

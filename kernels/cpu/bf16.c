@@ -126,11 +126,26 @@ INLINE void store_words(uint32_t *panel, int64_t stride, const __m512i x[WORDS],
     }
 }
 
+/* A row that is not there. */
+static const float no_floats[2 * WORDS];
+static const uint16_t no_halves[2 * WORDS];
+
+/* The lanes of 32 values that lie before the n-th, the first of them being value `at`. */
+INLINE __mmask32 lanes_32(int64_t at, int64_t n) {
+    return n - at >= 2 * WORDS ? 0xffffffffu : (__mmask32)((1u << (n - at)) - 1);
+}
+
 void bf16_transpose(uint32_t *panel, int64_t stride, const float *const *row, int64_t rows, int64_t n) {
     for (int64_t at = 0; at < n; at += 2 * WORDS) {
+        const __mmask32 some = lanes_32(at, n);
         __m512i x[WORDS];
         CPU_UNROLL
-        for (int i = 0; i < WORDS; i++) x[i] = i < rows ? round_32(row[i], at, n) : _mm512_setzero_si512();
+        for (int i = 0; i < WORDS; i++) {
+            const float *from = i < rows ? row[i] + at : no_floats;
+            const __m512 low = _mm512_maskz_loadu_ps((__mmask16)some, from),
+                         high = _mm512_maskz_loadu_ps((__mmask16)(some >> 16), from + WORDS);
+            x[i] = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+        }
         transpose_words(x);
         store_words(panel + at / 2 * stride, stride, x, (n - at + 1) / 2);
     }
@@ -139,7 +154,15 @@ void bf16_transpose(uint32_t *panel, int64_t stride, const float *const *row, in
 /* ---- products with a weight ---- */
 
 /* A panel holds DEPTH steps of the sum for COLS columns: 64 KiB, which the second cache keeps while the rows pass. */
-enum { DEPTH = 256, COLS = 128 };
+enum { DEPTH = 256, COLS = 128, LINE = 64, ROWS_AHEAD = 16 };
+
+/* Asks for n values of a row that will be read soon: a panel takes a piece of each of many rows, which the machine does not foresee. */
+INLINE void fetch(const cpu_weight *w, int64_t row, int64_t col, int64_t n) {
+    if (w->stack) return;
+    const int64_t size = w->dtype == ESP_F32 ? 4 : 2;
+    const char *at = (const char *)w->data + (row * w->cols + col) * size;
+    for (int64_t i = 0; i < n * size; i += LINE) __builtin_prefetch(at + i, 0, 2);
+}
 
 /* n values of row `row` from `col` on as bits of bf16: where they lie, or rounded into `buffer`. */
 static const uint16_t *half_row(uint16_t buffer[DEPTH], const cpu_weight *w, int64_t row, int64_t col, int64_t n) {
@@ -152,23 +175,21 @@ static const uint16_t *half_row(uint16_t buffer[DEPTH], const cpu_weight *w, int
     return buffer;
 }
 
-INLINE __m512i half_32(const uint16_t *x, int64_t at, int64_t n) {
-    const int64_t left = n - at;
-    if (left >= 2 * WORDS) return _mm512_loadu_si512(x + at);
-    return _mm512_maskz_loadu_epi16(left > 0 ? (1u << left) - 1 : 0, x + at);
-}
-
 /* panel[p][j] = pair p of row col + j of w, from k0 on. */
 static void pack_transposed(uint32_t *panel, const cpu_weight *w, int64_t k0, int64_t depth, int64_t col, int64_t n) {
     _Alignas(64) uint16_t buffer[WORDS][DEPTH];
     for (int64_t j = 0; j < n; j += WORDS) {
         const int64_t rows = cpu_min(n - j, WORDS);
         const uint16_t *row[WORDS];
-        for (int64_t i = 0; i < rows; i++) row[i] = half_row(buffer[i], w, col + j + i, k0, depth);
+        for (int64_t i = 0; i < rows; i++) {
+            fetch(w, col + j + i + ROWS_AHEAD, k0, depth);
+            row[i] = half_row(buffer[i], w, col + j + i, k0, depth);
+        }
         for (int64_t at = 0; at < depth; at += 2 * WORDS) {
+            const __mmask32 some = lanes_32(at, depth);
             __m512i x[WORDS];
             CPU_UNROLL
-            for (int i = 0; i < WORDS; i++) x[i] = i < rows ? half_32(row[i], at, depth) : _mm512_setzero_si512();
+            for (int i = 0; i < WORDS; i++) x[i] = _mm512_maskz_loadu_epi16(some, i < rows ? row[i] + at : no_halves);
             transpose_words(x);
             store_words(panel + at / 2 * COLS + j, COLS, x, (depth - at + 1) / 2);
         }
@@ -180,6 +201,8 @@ static void pack_plain(uint32_t *panel, const cpu_weight *w, int64_t k0, int64_t
     _Alignas(64) uint16_t buffer[2][DEPTH];
     for (int64_t k = 0; k < depth; k += 2) {
         const uint16_t *x = half_row(buffer[0], w, k0 + k, col, n), *y = NULL;
+        fetch(w, k0 + k + ROWS_AHEAD, col, n);
+        fetch(w, k0 + k + ROWS_AHEAD + 1, col, n);
         if (k + 1 < depth) y = half_row(buffer[1], w, k0 + k + 1, col, n);
         for (int64_t at = 0; at < n; at += WORDS) {
             const __mmask16 some = n - at >= WORDS ? 0xffff : (__mmask16)((1u << (n - at)) - 1);

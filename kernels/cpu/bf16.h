@@ -26,9 +26,10 @@ typedef struct bf16_rows {
 static inline bf16_left bf16_left_of(const bf16_rows *rows, int64_t first, int64_t col) {
     return (bf16_left){(const uint32_t *)(const void *)(rows->base + first * rows->stride + col), rows->stride / 2, 1};
 }
-/* Values from row to row: whole vectors of pairs, so that rows can be read by those. */
+/* Values from row to row: whole vectors of pairs, so that rows can be read by those; and never so that many rows meet in few sets of a cache. */
 static inline int64_t bf16_stride(int64_t n) {
-    return (n + 31) / 32 * 32;
+    const int64_t whole = (n + 31) / 32 * 32;
+    return whole % 512 == 0 ? whole + 32 : whole;
 }
 
 /* Words (x, y) of two vectors of 16 values each, x the lower half of `both`. */

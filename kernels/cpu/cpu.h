@@ -232,6 +232,10 @@ size_t ESPI_CPU(espi_gate_up_fwd_scratch)(const espi_exec *exec, const espi_gate
 size_t ESPI_CPU(espi_down_fwd_scratch)(const espi_exec *exec, const espi_down_fwd *a);
 size_t ESPI_CPU(espi_gate_up_bwd_scratch)(const espi_exec *exec, const espi_gate_up_bwd *a);
 size_t ESPI_CPU(espi_down_bwd_scratch)(const espi_exec *exec, const espi_down_bwd *a);
+size_t ESPI_CPU(espi_head_stats_scratch)(const espi_exec *exec, const espi_head_stats *a);
+size_t ESPI_CPU(espi_head_grad_scratch)(const espi_exec *exec, const espi_head_grad *a);
+size_t ESPI_CPU(espi_head_fused_scratch)(const espi_exec *exec, const espi_head_fused *a);
+size_t ESPI_CPU(espi_head_logits_scratch)(const espi_exec *exec, const espi_head_logits *a);
 size_t ESPI_CPU(espi_head_sample_scratch)(const espi_exec *exec, const espi_head_sample *a);
 
 #endif

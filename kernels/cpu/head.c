@@ -1,10 +1,24 @@
 /* The head: blocks of rows meet chunks of the vocabulary, logits live in a tile on the stack.  Chunks begin at multiples of HEAD_COLS
  * whatever the call, and stats, grad, sample and logits make their tiles by the same function: a logit has the same bits everywhere. */
-#include "kernels/cpu/cpu.h"
+#include "kernels/cpu/operand.h"
 
+#include <omp.h>
 #include <stdlib.h>
 
-enum { HEAD_ROWS = 96, HEAD_COLS = 128 };
+/* Rows that are worked on together at most, and entries of the vocabulary at a time. */
+enum { HEAD_ROWS = 128, HEAD_COLS = 256 };
+
+/* Rows first .. first + m - 1 of the head's: what a task works on. */
+typedef struct block {
+    const espi_head *head;
+    int64_t first, m;
+    operand rows;
+    float (*kept)[HEAD_COLS]; /* room for the logits of all chunks, HEAD_ROWS rows each, or NULL: they are made again when wanted again */
+} block;
+
+static int64_t chunks_of(const espi_head *head) {
+    return cpu_blocks(head->w.rows, HEAD_COLS);
+}
 
 /* What is done to a row's products before they are logits. */
 static void finish_logits(float *z, const espi_head *head, int64_t n) {
@@ -17,13 +31,13 @@ static void finish_logits(float *z, const espi_head *head, int64_t n) {
     }
 }
 
-/* z of rows first .. first + m against vocabulary entries col .. col + n. */
-static void logits_tile(float tile[HEAD_ROWS][HEAD_COLS], const espi_head *head, int64_t first, int64_t m, int64_t col, int64_t n) {
-    cpu_weight w = cpu_plain(&head->w, true);
-    const cpu_rows to = {tile[0], HEAD_COLS, NULL}, from = {(float *)head->hidden, head->w.cols, head->rows + first};
-    for (int64_t i = 0; head->bias && i < m; i++) memcpy(tile[i], head->bias + col, (size_t)n * sizeof(float));
-    cpu_product(&to, &from, &w, m, head->w.cols, col, n, head->bias != NULL);
-    for (int64_t i = 0; i < m; i++) finish_logits(tile[i], head, n);
+/* z of a block against vocabulary entries col .. col + n. */
+static void logits_tile(float (*tile)[HEAD_COLS], const block *b, int64_t col, int64_t n) {
+    const espi_head *head = b->head;
+    const cpu_weight w = cpu_plain(&head->w, true);
+    for (int64_t i = 0; head->bias && i < b->m; i++) memcpy(tile[i], head->bias + col, (size_t)n * sizeof(float));
+    multiply(&(cpu_rows){tile[0], HEAD_COLS, NULL}, &b->rows, &w, b->m, head->w.cols, col, n, head->bias != NULL);
+    for (int64_t i = 0; i < b->m; i++) finish_logits(tile[i], head, n);
 }
 
 /* The ids that row i is a distribution over; none: the vocabulary. */
@@ -44,17 +58,18 @@ static int64_t run_end(const espi_head *head, int64_t i, int64_t end) {
     return i;
 }
 
-/* z of row i for n <= PANEL_COLS ids: the chains of the product over the whole vocabulary, so the same bits. */
-static void logits_of_ids(float *z, const espi_head *head, int64_t i, const int32_t *ids, int64_t n) {
+/* z of a block's row i for n <= PANEL_COLS ids: the chains of the product over the whole vocabulary, so the same bits. */
+static void logits_of_ids(float *z, const block *b, int64_t i, const int32_t *ids, int64_t n) {
     _Alignas(64) float entries[PANEL_COLS][PANEL_DEPTH];
+    const espi_head *head = b->head;
     const cpu_weight w = cpu_plain(&head->w, true), gathered = cpu_floats(entries[0], PANEL_DEPTH, 1, true);
-    const float *x = (const float *)head->hidden + head->rows[i] * head->w.cols;
     const cpu_rows to = {z, PANEL_COLS, NULL};
     for (int64_t j = 0; head->bias && j < n; j++) z[j] = head->bias[ids[j]];
     for (int64_t k = 0; k < head->w.cols; k += PANEL_DEPTH) {
         const int64_t depth = cpu_min(head->w.cols - k, PANEL_DEPTH);
         for (int64_t j = 0; j < n; j++) cpu_decode_row(entries[j], &w, ids[j], k, depth);
-        cpu_product(&to, &(cpu_rows){(float *)(uintptr_t)(x + k), depth, NULL}, &gathered, 1, depth, 0, n, head->bias || k > 0);
+        const operand x = operand_at(&b->rows, i, k);
+        multiply(&to, &x, &gathered, 1, depth, 0, n, head->bias || k > 0);
     }
     finish_logits(z, head, n);
 }
@@ -94,16 +109,23 @@ static void add_chunk(row_sums *s, const float *z, int64_t n) {
     s->moment += vsum(moment);
 }
 
-/* Sums of m <= HEAD_ROWS rows over the whole vocabulary. */
-static void block_sums(row_sums *sums, const espi_head *head, int64_t first, int64_t m, const int32_t *target) {
+/* Where the logits of the chunk at `col` go: the room for them, or `tile`. */
+static float (*place_of(const block *b, float (*tile)[HEAD_COLS], int64_t col))[HEAD_COLS] {
+    return b->kept ? b->kept + col / HEAD_COLS * HEAD_ROWS : tile;
+}
+
+/* Sums of a block over the whole vocabulary. */
+static void block_sums(row_sums *sums, const block *b, bool targets) {
     _Alignas(64) float tile[HEAD_ROWS][HEAD_COLS];
-    for (int64_t i = 0; i < m; i++) sums[i] = (row_sums){.max = -INFINITY, .target = NAN};
-    for (int64_t col = 0; col < head->w.rows; col += HEAD_COLS) {
-        const int64_t n = cpu_min(head->w.rows - col, HEAD_COLS);
-        logits_tile(tile, head, first, m, col, n);
-        for (int64_t i = 0; i < m; i++) {
-            add_chunk(&sums[i], tile[i], n);
-            if (target && target[first + i] >= col && target[first + i] < col + n) sums[i].target = tile[i][target[first + i] - col];
+    const int32_t *target = targets ? b->head->target + b->first : NULL;
+    for (int64_t i = 0; i < b->m; i++) sums[i] = (row_sums){.max = -INFINITY, .target = NAN};
+    for (int64_t col = 0; col < b->head->w.rows; col += HEAD_COLS) {
+        const int64_t n = cpu_min(b->head->w.rows - col, HEAD_COLS);
+        float(*z)[HEAD_COLS] = place_of(b, tile, col);
+        logits_tile(z, b, col, n);
+        for (int64_t i = 0; i < b->m; i++) {
+            add_chunk(&sums[i], z[i], n);
+            if (target && target[i] >= col && target[i] < col + n) sums[i].target = z[i][target[i] - col];
         }
     }
 }
@@ -113,12 +135,12 @@ static double lse_of(const row_sums *s) {
 }
 
 /* The same for one row over a list. */
-static row_sums list_sums(const espi_head *head, int64_t i, const id_list *list, int32_t target) {
+static row_sums list_sums(const block *b, int64_t i, const id_list *list, int32_t target) {
     row_sums sums = {.max = -INFINITY, .target = NAN};
     for (int64_t at = 0; at < list->n; at += PANEL_COLS) {
         float z[PANEL_COLS];
         const int64_t n = cpu_min(list->n - at, PANEL_COLS);
-        logits_of_ids(z, head, i, list->ids + at, n);
+        logits_of_ids(z, b, i, list->ids + at, n);
         add_chunk(&sums, z, n);
         for (int64_t j = 0; j < n; j++)
             if (list->ids[at + j] == target) sums.target = z[j];
@@ -126,32 +148,73 @@ static row_sums list_sums(const espi_head *head, int64_t i, const id_list *list,
     return sums;
 }
 
-static void block_stats(const espi_head *head, int64_t first, int64_t m, float *lp, float *entropy, float *lse) {
+/* The part of a block that begins with its row i and ends before row `end`. */
+static block part_of(const block *b, int64_t i, int64_t end) {
+    return (block){b->head, b->first + i, end - i, operand_at(&b->rows, i, 0), b->kept ? b->kept + i : NULL};
+}
+
+static void block_stats(const block *b, float *lp, float *entropy, float *lse) {
+    const espi_head *head = b->head;
     row_sums sums[HEAD_ROWS];
-    for (int64_t i = first, end; i < first + m; i = end) {
-        end = run_end(head, i, first + m);
-        if (list_of(head, i).n == 0) block_sums(sums + (i - first), head, i, end - i, head->target);
-        for (int64_t k = i; k < end && list_of(head, i).n > 0; k++) {
-            const id_list list = list_of(head, k);
-            sums[k - first] = list_sums(head, k, &list, head->target[k]);
+    for (int64_t i = 0, end; i < b->m; i = end) {
+        const bool listed = list_of(head, b->first + i).n > 0;
+        end = run_end(head, b->first + i, b->first + b->m) - b->first;
+        const block run = part_of(b, i, end);
+        if (!listed) block_sums(sums + i, &run, true);
+        for (int64_t k = i; listed && k < end; k++) {
+            const id_list list = list_of(head, b->first + k);
+            sums[k] = list_sums(b, k, &list, head->target[b->first + k]);
         }
     }
-    for (int64_t i = 0; i < m; i++) {
-        lse[first + i] = (float)lse_of(&sums[i]);
-        lp[first + i] = (float)(sums[i].target - lse_of(&sums[i]));
-        entropy[first + i] = (float)(log(sums[i].sum) - sums[i].moment / sums[i].sum);
+    for (int64_t i = 0; i < b->m; i++) {
+        lse[b->first + i] = (float)lse_of(&sums[i]);
+        lp[b->first + i] = (float)(sums[i].target - lse_of(&sums[i]));
+        entropy[b->first + i] = (float)(log(sums[i].sum) - sums[i].moment / sums[i].sum);
     }
 }
+
+/* ---- tasks ---- */
 
 static int head_threads(const espi_exec *exec, const espi_head *head) {
     return cpu_threads(exec, (double)head->n * (double)head->w.rows * (double)head->w.cols);
 }
 
+/* Rows of a block: HEAD_ROWS at most, and so that the threads have as many blocks each. */
+static int64_t block_rows(int64_t n, int threads) {
+    const int64_t rounds = cpu_blocks(n, (int64_t)threads * HEAD_ROWS);
+    return n > 0 ? cpu_blocks(n, rounds * threads) : HEAD_ROWS;
+}
+
+/* Bytes a thread needs for a block, and for its logits. */
+static size_t rows_bytes(const espi_head *head) {
+    return operand_bytes(HEAD_ROWS, head->w.cols);
+}
+static size_t kept_bytes(const espi_head *head) {
+    return (size_t)chunks_of(head) * HEAD_ROWS * HEAD_COLS * sizeof(float);
+}
+static size_t head_scratch(const espi_exec *exec, const espi_head *head) {
+    return (size_t)exec->threads * rows_bytes(head);
+}
+
+/* Rows first .. first + m - 1 in the place of this thread. */
+static block enter_block(const espi_exec *exec, const espi_head *head, int64_t first, int64_t m) {
+    char *room = (char *)exec->scratch + (size_t)omp_get_thread_num() * rows_bytes(head);
+    const cpu_rows rows = {(float *)(uintptr_t)head->hidden, head->w.cols, head->rows + first};
+    return (block){head, first, m, make_operand(room, &rows, m, head->w.cols), NULL};
+}
+
+size_t ESPI_CPU(espi_head_stats_scratch)(const espi_exec *exec, const espi_head_stats *a) {
+    return head_scratch(exec, &a->head);
+}
+
 esp_status ESPI_CPU(espi_head_stats)(const espi_exec *exec, const espi_head_stats *a) {
     const int threads = head_threads(exec, &a->head);
+    const int64_t rows = block_rows(a->head.n, threads);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
-    for (int64_t first = 0; first < a->head.n; first += HEAD_ROWS)
-        block_stats(&a->head, first, cpu_min(a->head.n - first, HEAD_ROWS), a->lp, a->entropy, a->lse);
+    for (int64_t first = 0; first < a->head.n; first += rows) {
+        const block b = enter_block(exec, &a->head, first, cpu_min(a->head.n - first, rows));
+        block_stats(&b, a->lp, a->entropy, a->lse);
+    }
     return ESP_OK;
 }
 
@@ -204,97 +267,132 @@ static const int32_t *d_rows_of(const espi_head *head) {
     return head->d_rows ? head->d_rows : head->rows;
 }
 
-static void vocabulary_grad(const espi_head_grad *a, int64_t first, int64_t m) {
+/* Bytes of the operand that dz of a chunk becomes. */
+enum { DZ_BYTES = HEAD_ROWS * HEAD_COLS * sizeof(uint16_t) };
+
+static void vocabulary_grad(const espi_head_grad *a, const block *b) {
     _Alignas(64) float tile[HEAD_ROWS][HEAD_COLS];
-    const espi_head *head = &a->head;
+    _Alignas(64) char room[DZ_BYTES];
+    const espi_head *head = b->head;
     const int64_t hidden = head->w.cols;
-    const cpu_rows to = {a->d_hidden, hidden, d_rows_of(head) + first};
+    const cpu_rows to = {a->d_hidden, hidden, d_rows_of(head) + b->first};
     for (int64_t col = 0; col < head->w.rows; col += HEAD_COLS) {
         const int64_t n = cpu_min(head->w.rows - col, HEAD_COLS);
-        logits_tile(tile, head, first, m, col, n);
-        for (int64_t i = 0; i < m; i++) {
-            const row_coef c = coef_of(a, first + i);
-            dz_chunk(tile[i], head, n, head->target[first + i] - col, &c);
+        float(*z)[HEAD_COLS] = place_of(b, tile, col);
+        if (!b->kept) logits_tile(z, b, col, n);
+        for (int64_t i = 0; i < b->m; i++) {
+            const row_coef c = coef_of(a, b->first + i);
+            dz_chunk(z[i], head, n, head->target[b->first + i] - col, &c);
         }
         cpu_weight w = cpu_plain(&head->w, false);
-        if (head->w.dtype == ESP_F32)
-            w.data = (const float *)head->w.data + col * hidden;
-        else
-            w.data = (const uint16_t *)head->w.data + col * hidden;
-        cpu_product(&to, &(cpu_rows){tile[0], HEAD_COLS, NULL}, &w, m, n, 0, hidden, col > 0);
+        w.data = (const char *)head->w.data + (size_t)(col * hidden) * esp_dtype_size(head->w.dtype);
+        const operand d_z = make_operand(room, &(cpu_rows){z[0], HEAD_COLS, NULL}, b->m, n);
+        multiply(&to, &d_z, &w, b->m, n, 0, hidden, col > 0);
     }
 }
 
-/* One row over a list: its entries' rows of W, times their d z, in strips of what fits beside them. */
-static void list_grad(const espi_head_grad *a, int64_t i, const id_list *list) {
+/* A block's row i over a list: its entries' rows of W, times their d z, in strips of what fits beside them. */
+static void list_grad(const espi_head_grad *a, const block *b, int64_t i, const id_list *list) {
     _Alignas(64) float entries[PANEL_COLS][PANEL_DEPTH];
-    const espi_head *head = &a->head;
+    _Alignas(64) char room[2 * PANEL_COLS * sizeof(uint16_t)];
+    const espi_head *head = b->head;
     const int64_t hidden = head->w.cols;
-    const row_coef c = coef_of(a, i);
+    const row_coef c = coef_of(a, b->first + i);
     const cpu_weight w = cpu_plain(&head->w, true), gathered = cpu_floats(entries[0], PANEL_DEPTH, 1, false);
-    float *d = (float *)a->d_hidden + d_rows_of(head)[i] * hidden;
+    float *d = (float *)a->d_hidden + d_rows_of(head)[b->first + i] * hidden;
     for (int64_t at = 0; at < list->n; at += PANEL_COLS) {
         float z[PANEL_COLS];
         const int64_t n = cpu_min(list->n - at, PANEL_COLS);
         int64_t hit = 0;
-        logits_of_ids(z, head, i, list->ids + at, n);
-        while (hit < n && list->ids[at + hit] != head->target[i]) hit++;
+        logits_of_ids(z, b, i, list->ids + at, n);
+        while (hit < n && list->ids[at + hit] != head->target[b->first + i]) hit++;
         dz_chunk(z, head, n, hit, &c);
+        const operand d_z = make_operand(room, &(cpu_rows){z, PANEL_COLS, NULL}, 1, n);
         for (int64_t col = 0; col < hidden; col += PANEL_DEPTH) {
             const int64_t width = cpu_min(hidden - col, PANEL_DEPTH);
             for (int64_t j = 0; j < n; j++) cpu_decode_row(entries[j], &w, list->ids[at + j], col, width);
-            cpu_product(&(cpu_rows){d + col, hidden, NULL}, &(cpu_rows){z, PANEL_COLS, NULL}, &gathered, 1, n, 0, width, at > 0);
+            multiply(&(cpu_rows){d + col, hidden, NULL}, &d_z, &gathered, 1, n, 0, width, at > 0);
         }
     }
 }
 
-static void block_grad(const espi_head_grad *a, int64_t first, int64_t m) {
-    for (int64_t i = first, end; i < first + m; i = end) {
-        end = run_end(&a->head, i, first + m);
-        if (list_of(&a->head, i).n == 0) vocabulary_grad(a, i, end - i);
-        for (int64_t k = i; k < end && list_of(&a->head, i).n > 0; k++) {
-            const id_list list = list_of(&a->head, k);
-            list_grad(a, k, &list);
+static void block_grad(const espi_head_grad *a, const block *b) {
+    for (int64_t i = 0, end; i < b->m; i = end) {
+        const bool listed = list_of(b->head, b->first + i).n > 0;
+        end = run_end(b->head, b->first + i, b->first + b->m) - b->first;
+        const block run = part_of(b, i, end);
+        if (!listed) vocabulary_grad(a, &run);
+        for (int64_t k = i; listed && k < end; k++) {
+            const id_list list = list_of(b->head, b->first + k);
+            list_grad(a, b, k, &list);
         }
     }
+}
+
+size_t ESPI_CPU(espi_head_grad_scratch)(const espi_exec *exec, const espi_head_grad *a) {
+    return head_scratch(exec, &a->head);
 }
 
 esp_status ESPI_CPU(espi_head_grad)(const espi_exec *exec, const espi_head_grad *a) {
     const int threads = head_threads(exec, &a->head);
+    const int64_t rows = block_rows(a->head.n, threads);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
-    for (int64_t first = 0; first < a->head.n; first += HEAD_ROWS) block_grad(a, first, cpu_min(a->head.n - first, HEAD_ROWS));
+    for (int64_t first = 0; first < a->head.n; first += rows) {
+        const block b = enter_block(exec, &a->head, first, cpu_min(a->head.n - first, rows));
+        block_grad(a, &b);
+    }
     return ESP_OK;
 }
 
-/* A group of blocks a turn: their statistics on all threads, the coefficients here, their gradients on all threads. */
-enum { FUSED_BLOCKS = 16 };
+/* The logits of a block are kept until its coefficients are there: two products of the vocabulary instead of three. */
+size_t ESPI_CPU(espi_head_fused_scratch)(const espi_exec *exec, const espi_head_fused *a) {
+    return head_scratch(exec, &a->head) + (size_t)exec->threads * kept_bytes(&a->head);
+}
 
 esp_status ESPI_CPU(espi_head_fused)(const espi_exec *exec, const espi_head_fused *a) {
     const int threads = head_threads(exec, &a->head);
+    const int64_t rows = block_rows(a->head.n, threads), turn = threads * rows;
     const espi_head_grad grad = {.head = a->head, .d_hidden = a->d_hidden, .g = a->g, .e = a->e, .lse = a->lse, .entropy = a->entropy};
-    for (int64_t turn = 0; turn < a->head.n; turn += FUSED_BLOCKS * HEAD_ROWS) {
-        const int64_t end = cpu_min(a->head.n, turn + FUSED_BLOCKS * HEAD_ROWS);
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
-        for (int64_t first = turn; first < end; first += HEAD_ROWS)
-            block_stats(&a->head, first, cpu_min(end - first, HEAD_ROWS), a->lp, a->entropy, a->lse);
-        ESPI_TRY(a->coef(a->coef_user, turn, end - turn));
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
-        for (int64_t first = turn; first < end; first += HEAD_ROWS) block_grad(&grad, first, cpu_min(end - first, HEAD_ROWS));
+    char *kept = (char *)exec->scratch + head_scratch(exec, &a->head);
+    for (int64_t begin = 0; begin < a->head.n; begin += turn) {
+        const int64_t end = cpu_min(a->head.n, begin + turn);
+        /* Thread i has block i of the turn in both halves, so what it rounded and kept is still there. */
+        esp_status status = ESP_OK;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+        {
+            const int64_t first = begin + omp_get_thread_num() * rows;
+            block b = {.m = 0};
+            if (first < end) {
+                b = enter_block(exec, &a->head, first, cpu_min(end - first, rows));
+                b.kept = (float(*)[HEAD_COLS])(void *)(kept + (size_t)omp_get_thread_num() * kept_bytes(&a->head));
+                block_stats(&b, a->lp, a->entropy, a->lse);
+            }
+#pragma omp barrier
+#pragma omp single
+            status = a->coef(a->coef_user, begin, end - begin);
+            if (b.m > 0 && status == ESP_OK) block_grad(&grad, &b);
+        }
+        ESPI_TRY(status);
     }
     return ESP_OK;
+}
+
+size_t ESPI_CPU(espi_head_logits_scratch)(const espi_exec *exec, const espi_head_logits *a) {
+    return head_scratch(exec, &a->head);
 }
 
 esp_status ESPI_CPU(espi_head_logits)(const espi_exec *exec, const espi_head_logits *a) {
     const int64_t vocab = a->head.w.rows;
     const int threads = head_threads(exec, &a->head);
+    const int64_t rows = block_rows(a->head.n, threads);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
-    for (int64_t first = 0; first < a->head.n; first += HEAD_ROWS) {
+    for (int64_t first = 0; first < a->head.n; first += rows) {
         _Alignas(64) float tile[HEAD_ROWS][HEAD_COLS];
-        const int64_t m = cpu_min(a->head.n - first, HEAD_ROWS);
+        const block b = enter_block(exec, &a->head, first, cpu_min(a->head.n - first, rows));
         for (int64_t col = 0; col < vocab; col += HEAD_COLS) {
             const int64_t n = cpu_min(vocab - col, HEAD_COLS);
-            logits_tile(tile, &a->head, first, m, col, n);
-            for (int64_t i = 0; i < m; i++) memcpy((float *)a->logits + (first + i) * vocab + col, tile[i], (size_t)n * sizeof(float));
+            logits_tile(tile, &b, col, n);
+            for (int64_t i = 0; i < b.m; i++) memcpy((float *)a->logits + (first + i) * vocab + col, tile[i], (size_t)n * sizeof(float));
         }
     }
     return ESP_OK;
@@ -337,17 +435,18 @@ static void largest_chunk(draw *d, const float *z, int64_t col, int64_t n) {
 }
 
 /* As over the vocabulary, with the list's places for ids. */
-static void draw_from_list(const espi_head_sample *a, int64_t i, const id_list *list) {
-    const row_sums sums = list_sums(&a->head, i, list, -1);
+static void draw_from_list(const espi_head_sample *a, const block *b, int64_t i, const id_list *list) {
+    const row_sums sums = list_sums(b, i, list, -1);
+    const int64_t row = b->first + i;
     draw d = {.z = NAN};
     for (int64_t at = 0; at < list->n; at += PANEL_COLS) {
         float z[PANEL_COLS];
         const int64_t n = cpu_min(list->n - at, PANEL_COLS);
-        logits_of_ids(z, &a->head, i, list->ids + at, n);
-        draw_chunk(&d, z, at, n, (float)lse_of(&sums), a->uniform[i]);
+        logits_of_ids(z, b, i, list->ids + at, n);
+        draw_chunk(&d, z, at, n, (float)lse_of(&sums), a->uniform[row]);
     }
-    a->token[i] = list->ids[d.token];
-    ((float *)a->lp)[i] = (float)(d.z - lse_of(&sums));
+    a->token[row] = list->ids[d.token];
+    ((float *)a->lp)[row] = (float)(d.z - lse_of(&sums));
 }
 
 /* An entry of the list of the largest: a heap with the weakest on top. */
@@ -413,8 +512,7 @@ static int64_t list_length(const espi_head_sample *a) {
 }
 
 size_t ESPI_CPU(espi_head_sample_scratch)(const espi_exec *exec, const espi_head_sample *a) {
-    (void)exec;
-    return espi_filters(&a->filter) ? (size_t)(a->head.n * list_length(a)) * sizeof(candidate) : 0;
+    return head_scratch(exec, &a->head) + (espi_filters(&a->filter) ? (size_t)(a->head.n * list_length(a)) * sizeof(candidate) : 0);
 }
 
 /* How many of the sorted list the filter leaves; sum: of e^(z - largest) over the vocabulary. */
@@ -432,56 +530,56 @@ static int64_t leave(const largest_list *l, const espi_head_filter *f, double su
     return left;
 }
 
-/* Rows first .. first + m of a filtered draw: one pass over the vocabulary for the sums and the largest entries, then the lists alone. */
-static void block_filtered(const espi_exec *exec, const espi_head_sample *a, int64_t first, int64_t m) {
+/* A block's filtered draw: one pass over the vocabulary for the sums and the largest entries, then the lists alone. */
+static void block_filtered(const espi_exec *exec, const espi_head_sample *a, const block *b) {
     _Alignas(64) float tile[HEAD_ROWS][HEAD_COLS];
-    const espi_head *head = &a->head;
     const int64_t most = list_length(a);
+    candidate *heaps = (candidate *)(void *)((char *)exec->scratch + head_scratch(exec, &a->head));
     row_sums sums[HEAD_ROWS];
     largest_list lists[HEAD_ROWS];
-    for (int64_t i = 0; i < m; i++) {
+    for (int64_t i = 0; i < b->m; i++) {
         sums[i] = (row_sums){.max = -INFINITY};
-        lists[i] = (largest_list){(candidate *)exec->scratch + (first + i) * most, 0, most};
+        lists[i] = (largest_list){heaps + (b->first + i) * most, 0, most};
     }
-    for (int64_t col = 0; col < head->w.rows; col += HEAD_COLS) {
-        const int64_t n = cpu_min(head->w.rows - col, HEAD_COLS);
-        logits_tile(tile, head, first, m, col, n);
-        for (int64_t i = 0; i < m; i++) {
+    for (int64_t col = 0; col < b->head->w.rows; col += HEAD_COLS) {
+        const int64_t n = cpu_min(b->head->w.rows - col, HEAD_COLS);
+        logits_tile(tile, b, col, n);
+        for (int64_t i = 0; i < b->m; i++) {
             add_chunk(&sums[i], tile[i], n);
             list_chunk(&lists[i], tile[i], col, n);
         }
     }
-    for (int64_t i = 0; i < m; i++) {
-        int32_t *kept = a->kept + (first + i) * a->kept_most;
+    for (int64_t i = 0; i < b->m; i++) {
+        int32_t *kept = a->kept + (b->first + i) * a->kept_most;
         sort_list(&lists[i]);
         const int64_t left = leave(&lists[i], &a->filter, sums[i].sum);
-        a->kept_count[first + i] = left > a->kept_most ? -1 : (int32_t)left;
+        a->kept_count[b->first + i] = left > a->kept_most ? -1 : (int32_t)left;
         if (left > a->kept_most) continue;
         for (int64_t j = 0; j < left; j++) kept[j] = lists[i].heap[j].id;
         qsort(kept, (size_t)left, sizeof *kept, ascending);
-        draw_from_list(a, first + i, &(id_list){kept, left});
+        draw_from_list(a, b, i, &(id_list){kept, left});
     }
 }
 
-static void block_sample(const espi_head *head, bool greedy, int64_t first, int64_t m, const espi_head_sample *a) {
+static void block_sample(const espi_head_sample *a, const block *b, bool greedy) {
     _Alignas(64) float tile[HEAD_ROWS][HEAD_COLS];
     row_sums sums[HEAD_ROWS];
     draw draws[HEAD_ROWS];
-    block_sums(sums, head, first, m, NULL);
-    for (int64_t i = 0; i < m; i++) draws[i] = (draw){.z = greedy ? -INFINITY : NAN};
-    for (int64_t col = 0; col < head->w.rows; col += HEAD_COLS) {
-        const int64_t n = cpu_min(head->w.rows - col, HEAD_COLS);
-        logits_tile(tile, head, first, m, col, n);
-        for (int64_t i = 0; i < m; i++) {
+    block_sums(sums, b, false);
+    for (int64_t i = 0; i < b->m; i++) draws[i] = (draw){.z = greedy ? -INFINITY : NAN};
+    for (int64_t col = 0; col < b->head->w.rows; col += HEAD_COLS) {
+        const int64_t n = cpu_min(b->head->w.rows - col, HEAD_COLS);
+        logits_tile(tile, b, col, n);
+        for (int64_t i = 0; i < b->m; i++) {
             if (greedy)
                 largest_chunk(&draws[i], tile[i], col, n);
             else
-                draw_chunk(&draws[i], tile[i], col, n, (float)lse_of(&sums[i]), a->uniform[first + i]);
+                draw_chunk(&draws[i], tile[i], col, n, (float)lse_of(&sums[i]), a->uniform[b->first + i]);
         }
     }
-    for (int64_t i = 0; i < m; i++) {
-        a->token[first + i] = draws[i].token;
-        ((float *)a->lp)[first + i] = (float)(draws[i].z - lse_of(&sums[i]));
+    for (int64_t i = 0; i < b->m; i++) {
+        a->token[b->first + i] = draws[i].token;
+        ((float *)a->lp)[b->first + i] = (float)(draws[i].z - lse_of(&sums[i]));
     }
 }
 
@@ -490,13 +588,14 @@ esp_status ESPI_CPU(espi_head_sample)(const espi_exec *exec, const espi_head_sam
     const bool greedy = head.temperature == 0;
     if (greedy) head.temperature = 1;
     const int threads = head_threads(exec, &head);
+    const int64_t rows = block_rows(head.n, threads);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
-    for (int64_t first = 0; first < head.n; first += HEAD_ROWS) {
-        const int64_t m = cpu_min(head.n - first, HEAD_ROWS);
+    for (int64_t first = 0; first < head.n; first += rows) {
+        const block b = enter_block(exec, &head, first, cpu_min(head.n - first, rows));
         if (espi_filters(&a->filter))
-            block_filtered(exec, a, first, m);
+            block_filtered(exec, a, &b);
         else
-            block_sample(&head, greedy, first, m, a);
+            block_sample(a, &b, greedy);
     }
     return ESP_OK;
 }
