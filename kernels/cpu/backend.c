@@ -19,12 +19,14 @@ const espi_backend ESPI_CPU(espi_backend_cpu) = {
     .bf16_products = true,
     .packed_bytes = espi_cpu_packed_bytes,
     .pack = espi_cpu_pack,
+    .describe = espi_dense_describe_bf16,
+#else
+    .describe = espi_dense_describe,
 #endif
     .available = ESPI_CPU(espi_cpu_available),
 #define ESPI_OP(op, args) .op.run = ESPI_CPU(espi_##op),
 #include "kernels/ops.def"
 #undef ESPI_OP
-    .describe = espi_dense_describe,
     .attention_fwd.scratch = ESPI_CPU(espi_attention_fwd_scratch),
     .attention_bwd.scratch = ESPI_CPU(espi_attention_bwd_scratch),
     .linear_fwd.scratch = ESPI_CPU(espi_linear_fwd_scratch),

@@ -62,4 +62,14 @@ void bf16_pair_rows(uint32_t *panel, const float *x, const float *y, int64_t n);
 /* panel[p][0..16) = pair p of `rows` <= 16 rows of n floats, 0 for those that lack, up to pair (n + 1) / 2. */
 void bf16_transpose(uint32_t *panel, int64_t stride, const float *const *row, int64_t rows, int64_t n);
 
+/* The dense layer by these products: linear_bf16.c. */
+#define cpu_linear_bf16_fwd ESPI_CPU(espi_cpu_linear_bf16_fwd)
+#define cpu_linear_bf16_bwd ESPI_CPU(espi_cpu_linear_bf16_bwd)
+#define cpu_linear_bf16_fwd_scratch ESPI_CPU(espi_cpu_linear_bf16_fwd_scratch)
+#define cpu_linear_bf16_bwd_scratch ESPI_CPU(espi_cpu_linear_bf16_bwd_scratch)
+void cpu_linear_bf16_fwd(const espi_exec *exec, const espi_linear_fwd *a, int threads);
+void cpu_linear_bf16_bwd(const espi_exec *exec, const espi_linear_bwd *a, int threads);
+size_t cpu_linear_bf16_fwd_scratch(const espi_linear_fwd *a);
+size_t cpu_linear_bf16_bwd_scratch(const espi_linear_bwd *a);
+
 #endif

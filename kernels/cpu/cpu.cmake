@@ -16,7 +16,7 @@ set(cpu_own_avx512_bf16 kernels/cpu/packed_avx512_bf16.c)
 set(cpu_own_amx_bf16 kernels/cpu/packed_amx_bf16.c)
 # And without and with dot products of bf16 pairs.
 set(cpu_f32_sources kernels/cpu/attention_f32.c)
-set(cpu_bf16_sources kernels/cpu/attention_bf16.c kernels/cpu/bf16.c)
+set(cpu_bf16_sources kernels/cpu/attention_bf16.c kernels/cpu/bf16.c kernels/cpu/linear_bf16.c)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
   list(APPEND cpu_isas avx2 avx512 avx512_bf16 amx_bf16)
   set(cpu_flags_avx2 -mavx2 -mfma)

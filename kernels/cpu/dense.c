@@ -21,12 +21,15 @@
 /* Below this many weights the own kernel was as fast or faster wherever it was measured (esp_bench --only linear). */
 static const int64_t onednn_pays = 1 << 22;
 
-esp_status espi_dense_choose(espi_dense *choice, int64_t out, int64_t in) {
+esp_status espi_dense_choose(espi_dense *choice, int64_t out, int64_t in, bool bf16) {
     const char *name = getenv("ESP_DENSE");
     *choice = ESPI_DENSE_OWN;
     if (name == NULL || name[0] == '\0') {
+        const bool pays = !bf16 && out * in >= onednn_pays;
 #if defined(ESPI_HAVE_DNNL)
-        if (out * in >= onednn_pays) *choice = ESPI_DENSE_ONEDNN;
+        if (pays) *choice = ESPI_DENSE_ONEDNN;
+#else
+        (void)pays;
 #endif
         return ESP_OK;
     }
@@ -58,6 +61,11 @@ const char *espi_dense_describe(void) {
 #else
     return "dense products by the own kernel (built without oneDNN)";
 #endif
+}
+
+const char *espi_dense_describe_bf16(void) {
+    const char *name = getenv("ESP_DENSE");
+    return name != NULL && name[0] != '\0' ? espi_dense_describe() : "dense products of bf16 by the own kernel";
 }
 
 #if defined(ESPI_HAVE_DNNL)

@@ -10,8 +10,9 @@
 
 typedef enum espi_dense { ESPI_DENSE_OWN, ESPI_DENSE_ONEDNN, ESPI_DENSE_CBLAS } espi_dense;
 
-/* From the matrix's sizes alone, never from the number of rows.  ESP_ERR_ARG when ESP_DENSE names what is not known or not built in. */
-esp_status espi_dense_choose(espi_dense *choice, int64_t out, int64_t in);
+/* From the matrix's sizes alone, never from the number of rows.  bf16: the own kernel is one of bf16, and is taken unless ESP_DENSE names
+ * another, which then multiplies in f32.  ESP_ERR_ARG when ESP_DENSE names what is not known or not built in. */
+esp_status espi_dense_choose(espi_dense *choice, int64_t out, int64_t in, bool bf16);
 
 /* Rows of one oneDNN call, always as many: so a row has the same bits wherever it stands and however many there are. */
 enum { ESPI_DENSE_ROWS = 64 };
@@ -23,5 +24,7 @@ esp_status espi_dense_product(espi_dense choice, float *c, const float *a, const
 
 /* One line for ESP_LOG=select. */
 const char *espi_dense_describe(void);
+/* Where the own kernel is one of bf16. */
+const char *espi_dense_describe_bf16(void);
 
 #endif

@@ -1,6 +1,12 @@
 /* Dense layer with a frozen weight and a low-rank branch. */
 #include "kernels/cpu/cpu.h"
 #include "kernels/cpu/dense.h"
+#if defined(__AVX512BF16__)
+#include "kernels/cpu/bf16.h"
+enum { OWN_BF16 = true };
+#else
+enum { OWN_BF16 = false };
+#endif
 
 /* Rows of one task: enough to pay for packing a panel again. */
 enum { ROW_BLOCK = 768 };
@@ -8,17 +14,21 @@ enum { ROW_BLOCK = 768 };
 /* Work memory of a library's product of this matrix; none for the own kernel. */
 static size_t dense_scratch(const espi_mat *w) {
     espi_dense choice;
-    const bool library = w->dtype == ESP_F32 && espi_dense_choose(&choice, w->rows, w->cols) == ESP_OK && choice != ESPI_DENSE_OWN;
+    const bool library =
+        w->dtype == ESP_F32 && espi_dense_choose(&choice, w->rows, w->cols, OWN_BF16) == ESP_OK && choice != ESPI_DENSE_OWN;
     return library ? (size_t)(ESPI_DENSE_ROWS * (w->rows + w->cols)) * sizeof(float) : 0;
 }
 
 static esp_status choose(espi_dense *choice, const espi_mat *w) {
     *choice = ESPI_DENSE_OWN;
-    return w->dtype == ESP_F32 ? espi_dense_choose(choice, w->rows, w->cols) : ESP_OK;
+    return w->dtype == ESP_F32 ? espi_dense_choose(choice, w->rows, w->cols, OWN_BF16) : ESP_OK;
 }
 
 size_t ESPI_CPU(espi_linear_fwd_scratch)(const espi_exec *exec, const espi_linear_fwd *a) {
     (void)exec;
+#if defined(__AVX512BF16__)
+    if (dense_scratch(&a->w) == 0) return cpu_linear_bf16_fwd_scratch(a);
+#endif
     return dense_scratch(&a->w);
 }
 
@@ -30,6 +40,12 @@ esp_status ESPI_CPU(espi_linear_fwd)(const espi_exec *exec, const espi_linear_fw
     const int threads = cpu_threads(exec, (double)a->tokens * (double)in * (double)out);
     espi_dense dense;
     ESPI_TRY(choose(&dense, &a->w));
+#if defined(__AVX512BF16__)
+    if (dense == ESPI_DENSE_OWN) {
+        cpu_linear_bf16_fwd(exec, a, threads);
+        return ESP_OK;
+    }
+#endif
     for (int64_t t = 0; a->bias && t < a->tokens; t++) memcpy((float *)a->y + t * out, a->bias, (size_t)out * sizeof(float));
     if (dense != ESPI_DENSE_OWN)
         ESPI_TRY(espi_dense_product(dense, a->y, a->x, a->w.data, exec->scratch, a->tokens, out, in, true, a->bias != NULL, threads));
@@ -60,6 +76,9 @@ esp_status ESPI_CPU(espi_linear_fwd)(const espi_exec *exec, const espi_linear_fw
 
 size_t ESPI_CPU(espi_linear_bwd_scratch)(const espi_exec *exec, const espi_linear_bwd *a) {
     (void)exec;
+#if defined(__AVX512BF16__)
+    if (dense_scratch(&a->w) == 0) return cpu_linear_bf16_bwd_scratch(a);
+#endif
     return (size_t)(a->tokens * a->lora.r) * sizeof(float) + dense_scratch(&a->w);
 }
 
@@ -73,6 +92,12 @@ esp_status ESPI_CPU(espi_linear_bwd)(const espi_exec *exec, const espi_linear_bw
     const int threads = cpu_threads(exec, (double)a->tokens * (double)in * (double)out);
     espi_dense dense;
     ESPI_TRY(choose(&dense, &a->w));
+#if defined(__AVX512BF16__)
+    if (dense == ESPI_DENSE_OWN) {
+        cpu_linear_bf16_bwd(exec, a, threads);
+        return ESP_OK;
+    }
+#endif
     if (a->d_x && dense != ESPI_DENSE_OWN)
         ESPI_TRY(
             espi_dense_product(dense, a->d_x, a->d_y, a->w.data, q + a->tokens * r, a->tokens, in, out, false, a->accumulate, threads));
