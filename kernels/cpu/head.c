@@ -189,8 +189,10 @@ static int64_t block_rows(int64_t n, int threads) {
 static size_t rows_bytes(const espi_head *head) {
     return operand_bytes(HEAD_ROWS, head->w.cols);
 }
+/* A small head is multiplied again sooner than it is worth the memory. */
+static const int64_t keeping_pays = 1 << 17;
 static size_t kept_bytes(const espi_head *head) {
-    return (size_t)chunks_of(head) * HEAD_ROWS * HEAD_COLS * sizeof(float);
+    return head->w.rows * head->w.cols < keeping_pays ? 0 : (size_t)chunks_of(head) * HEAD_ROWS * HEAD_COLS * sizeof(float);
 }
 static size_t head_scratch(const espi_exec *exec, const espi_head *head) {
     return (size_t)exec->threads * rows_bytes(head);
@@ -364,7 +366,8 @@ esp_status ESPI_CPU(espi_head_fused)(const espi_exec *exec, const espi_head_fuse
             block b = {.m = 0};
             if (first < end) {
                 b = enter_block(exec, &a->head, first, cpu_min(end - first, rows));
-                b.kept = (float(*)[HEAD_COLS])(void *)(kept + (size_t)omp_get_thread_num() * kept_bytes(&a->head));
+                if (kept_bytes(&a->head) > 0)
+                    b.kept = (float(*)[HEAD_COLS])(void *)(kept + (size_t)omp_get_thread_num() * kept_bytes(&a->head));
                 block_stats(&b, a->lp, a->entropy, a->lse);
             }
 #pragma omp barrier

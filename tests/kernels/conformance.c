@@ -43,6 +43,7 @@ static const shape shapes[] = {
     {"many blocks, double quantisation", 9, 256, 3, 2, 80, 8, 90, 2, 1, 64, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .nested = true,
      .extras = true},
     {"long rows", 5, 300, 2, 1, 130, 4, 700, 2, 1, 128, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .renormalise = true, .extras = true},
+    {"a large head", 290, 72, 2, 1, 6, 2, 1900, 2, 1, 4, ROUTE_SKEWED, ESP_NF4, ESP_BF16, .extras = true, .repeated = true},
     {"many tokens", 3100, 8, 4, 2, 6, 2, 20, 2, 1, 4, ROUTE_SKEWED, ESP_NF4, ESP_BF16, .renormalise = true, .extras = true},
     {"a long sequence", 150, 16, 4, 2, 8, 2, 40, 2, 1, 16, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .extras = true},
     {"as gpt-oss", 33, 64, 8, 4, 32, 4, 129, 8, 2, 16, ROUTE_RANDOM, ESP_MXFP4, ESP_BF16, AS_GPT_OSS, .window = 8, .extras = true},
