@@ -212,12 +212,13 @@ static esp_status check_finite(const char *name, const espi_scalars *a, int32_t 
 
 esp_status espi_objective_begin(espi_objective_run *run, const espi_objective *objective, const espi_objective_input *in) {
     *run = (espi_objective_run){.objective = objective, .in = in};
-    if (!in->advantage.data && in->n_seqs > 0) return ESPI_FAIL(ESP_ERR_ARG, "objective: advantage is missing; give one number a sequence");
-    if (objective->beta > 0 && !in->ref.data)
+    const bool any = in->n_seqs > 0; /* a rank may have no sequence, and then has no arrays either */
+    if (any && !in->advantage.data) return ESPI_FAIL(ESP_ERR_ARG, "objective: advantage is missing; give one number a sequence");
+    if (any && objective->beta > 0 && !in->ref.data)
         return ESPI_FAIL(ESP_ERR_ARG,
                          "objective: beta is %g but ref_logprob is missing; give the reference's log-probabilities or set beta 0",
                          objective->beta);
-    if ((objective->entropy_coef != 0 || objective->top_entropy_quantile < 1) && !in->entropy.data)
+    if (any && (objective->entropy_coef != 0 || objective->top_entropy_quantile < 1) && !in->entropy.data)
         return ESPI_FAIL(ESP_ERR_ARG, "objective: entropy_coef or top_entropy_quantile is set but the entropies are missing");
     if (!(in->step_tokens >= 0 && isfinite(in->step_tokens)) || !(in->step_seqs >= 0 && isfinite(in->step_seqs)))
         return ESPI_FAIL(ESP_ERR_ARG, "objective: step_tokens is %g and step_seqs is %g, expected finite numbers, 0 = those of this batch",

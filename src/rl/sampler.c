@@ -165,7 +165,8 @@ static esp_status plan(esp_sampler *s, esp_model *model, const esp_sampler_confi
                          (long long)s->sequences, (long long)s->length, INT32_MAX);
     espi_arena dry = espi_ctx_dry(model->ctx);
     const bool on = model->adapter_on;
-    model->adapter_on = true; /* the dearer case */
+    model->share.most_tokens = s->pass_tokens; /* on every rank */
+    model->adapter_on = true;                  /* the dearer case */
     const esp_status status = lay_out(s, &dry);
     model->adapter_on = on;
     *room = espi_arena_high(&dry);

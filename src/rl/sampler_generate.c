@@ -413,6 +413,7 @@ esp_status esp_sampler_generate(esp_sampler *sampler, const esp_generate_config 
     const esp_status read = read_request(&g, config);
     if (read == ESP_OK) begin(&g);
     const espi_mark mark = espi_arena_mark(&sampler->arena);
+    sampler->model->share.most_tokens = sampler->pass_tokens;
     const esp_status status = run(&g, read);
     espi_arena_release(&sampler->arena, mark); /* a pass that failed half-way has not */
     for (int32_t i = 0; i < g.n_live; i++) free(sampler->live[i].text.held.data);

@@ -60,6 +60,7 @@ static esp_status largest_keeping(int64_t *tokens, esp_model *model, int64_t kep
 esp_status espi_update_reserve(size_t *bytes, esp_trainer *t, bool take) {
     esp_model *m = t->model;
     const int64_t capacity = batch_capacity(t);
+    m->share.most_tokens = capacity; /* some rank may have as many while this one has fewer */
     /* Few long sequences have most rows in the loss head, many short ones most borders. */
     const int64_t most = most_sequences(t);
     const int32_t n_seqs[2] = {1, (int32_t)(most < capacity ? most : capacity)};
