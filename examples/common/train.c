@@ -7,13 +7,30 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
-/* What the programs return: 0 done; 1 to 14 an esp_status; 2 is also a wrong option; 15 standard output could not be written; 128 + n ended
- * by signal n, saved. */
-#define EXIT_NO_OUTPUT 15
+/* What the programs return: 0 done, else what esp_comm_exit_code() lists; 64 is also a wrong option, 73 also a standard output that could not
+ * be written; 128 + n ended by signal n, saved. */
+enum { EXIT_USAGE = 64, EXIT_INTERNAL = 70, EXIT_FILES = 73 };
 #define PLOT_SECONDS 2.0
 
 static volatile sig_atomic_t stop_signal;
+
+/* The ranks of this run; alone, there is one. */
+static esp_comm *ranks;
+
+static int failed(esp_status status) {
+    char line[2048];
+    esp_comm_line(ranks, status, line, sizeof line);
+    fprintf(stderr, "%s\n", line);
+    return esp_comm_exit_code(ranks, status);
+}
+
+#define CHECK(call)                                                                                                                        \
+    do {                                                                                                                                   \
+        const esp_status check_status_ = (call);                                                                                           \
+        if (check_status_ != ESP_OK) return failed(check_status_);                                                                         \
+    } while (0)
 
 static void note_signal(int number) {
     stop_signal = number;
@@ -33,16 +50,31 @@ static int stop_asked(void *user) {
     return stop_signal != 0;
 }
 
-/* What the library has to say while it works: requests tried again, groups left out, steps skipped. */
+/* What the library has to say while it works: requests tried again, groups left out, steps skipped.  All ranks would say the same. */
 static void print_log(void *user, esp_log_level level, const char *line) {
     (void)user;
+    if (esp_comm_rank(ranks) > 0) return;
     fprintf(stderr, "%s%s\n", level == ESP_LOG_ERROR ? "error: " : level == ESP_LOG_WARN ? "warning: " : "", line);
+}
+
+/* What a rank has to say of the others. */
+static void print_ranks_log(void *user, esp_log_level level, const char *line) {
+    (void)user;
+    fprintf(stderr, "%s%s\n", level == ESP_LOG_WARN ? "warning: " : "", line);
+}
+
+/* The job is over, and this rank does not get to where it would find out. */
+static void leave_at_once(void *user, int code, const char *line) {
+    (void)user;
+    fprintf(stderr, "%s\n", line);
+    _exit(code);
 }
 
 /* What is remembered of the steps of this process. */
 typedef struct history {
     double *seconds, *score; /* score: reward of GRPO, loss of SFT */
     int64_t n;
+    int stopped; /* by which signal, here or on another rank; 0: not */
 } history;
 
 typedef struct accuracy {
@@ -104,11 +136,12 @@ static double median(double *x, int64_t n) {
 
 static int plot(const settings *s, const char *svg) {
     char metrics[4096];
+    if (esp_comm_rank(ranks) > 0) return 0;
     if (snprintf(metrics, sizeof metrics, "%s/metrics.jsonl", s->trainer.out_dir) >= (int)sizeof metrics) {
         fprintf(stderr, "error: --out: got a path of %zu bytes, expected fewer than 4080\n", strlen(s->trainer.out_dir));
-        return 1;
+        return EXIT_USAGE;
     }
-    ESP_CHECK(esp_plot_metrics(metrics, svg));
+    CHECK(esp_plot_metrics(metrics, svg));
     return 0;
 }
 
@@ -143,7 +176,7 @@ static int report(esp_trainer *trainer, const settings *s, history *h, accuracy 
     sparkline(s->trainer.kind == ESP_TRAIN_GRPO ? "reward" : "loss", h->score, h->n);
     const int code = s->trainer.out_dir ? plot_last(s) : 0;
     if (code != 0) return code;
-    ESP_CHECK(esp_trainer_memory(trainer, &planned, &peak));
+    CHECK(esp_trainer_memory(trainer, &planned, &peak));
     printf("result: ");
     print_accuracy("before_sampled", before.sampled);
     print_accuracy("before_greedy", before.greedy);
@@ -158,24 +191,25 @@ static int report(esp_trainer *trainer, const settings *s, history *h, accuracy 
     return 0;
 }
 
-static int interrupted(esp_trainer *trainer, const settings *s) {
+static int interrupted(esp_trainer *trainer, const settings *s, int signal) {
     if (s->trainer.out_dir) {
-        ESP_CHECK(esp_trainer_save(trainer));
-        printf("signal %d: stopped after step %lld, saved; go on with --resume %s\n", (int)stop_signal,
-               (long long)esp_trainer_steps_done(trainer), s->trainer.out_dir);
+        CHECK(esp_trainer_save(trainer));
+        printf("signal %d: stopped after step %lld, saved; go on with --resume %s\n", signal, (long long)esp_trainer_steps_done(trainer),
+               s->trainer.out_dir);
     } else {
-        printf("signal %d: stopped after step %lld; nothing is saved without --out\n", (int)stop_signal,
-               (long long)esp_trainer_steps_done(trainer));
+        printf("signal %d: stopped after step %lld; nothing is saved without --out\n", signal, (long long)esp_trainer_steps_done(trainer));
     }
-    return 128 + (int)stop_signal;
+    return 128 + signal;
 }
 
+/* Several ranks end where all of them have heard of it: within a step, which tells. */
 static int steps_of(esp_trainer *trainer, const settings *s, history *h) {
     const int64_t steps = s->trainer.steps;
     double spent = 0, plotted = 0;
-    while (!esp_trainer_finished(trainer) && !stop_signal) {
+    while (!esp_trainer_finished(trainer) && !h->stopped) {
         esp_step_stats stats = ESP_STEP_STATS_INIT;
-        ESP_CHECK(esp_trainer_step(trainer, &stats));
+        CHECK(esp_trainer_step(trainer, &stats));
+        if (stats.interrupted || (stop_signal && esp_comm_size(ranks) == 1)) h->stopped = stop_signal ? (int)stop_signal : SIGTERM;
         if (stats.interrupted) break;
         h->seconds[h->n] = stats.seconds;
         h->score[h->n++] = s->trainer.kind == ESP_TRAIN_GRPO ? stats.reward : stats.loss;
@@ -191,14 +225,14 @@ static int steps_of(esp_trainer *trainer, const settings *s, history *h) {
 static int loop(esp_trainer *trainer, const settings *s, history *h) {
     accuracy before = {NAN, NAN}, after;
     if (s->trainer.eval_file) {
-        ESP_CHECK(esp_trainer_evaluate(trainer, &before.sampled, &before.greedy));
+        CHECK(esp_trainer_evaluate(trainer, &before.sampled, &before.greedy));
         printf("before: sampled exact %.4f  greedy exact %.4f\n", before.sampled, before.greedy);
     }
     const int code = steps_of(trainer, s, h);
     if (code != 0) return code;
-    if (stop_signal) return interrupted(trainer, s);
+    if (h->stopped) return interrupted(trainer, s, h->stopped);
     after = before;
-    if (s->trainer.eval_file) ESP_CHECK(esp_trainer_evaluate(trainer, &after.sampled, &after.greedy));
+    if (s->trainer.eval_file) CHECK(esp_trainer_evaluate(trainer, &after.sampled, &after.greedy));
     return report(trainer, s, h, before, after);
 }
 
@@ -207,7 +241,7 @@ static int tell(esp_trainer *trainer, const settings *s) {
     const esp_trainer_config *c = &s->trainer;
     const bool grpo = c->kind == ESP_TRAIN_GRPO;
     size_t planned, peak;
-    ESP_CHECK(esp_trainer_memory(trainer, &planned, &peak));
+    CHECK(esp_trainer_memory(trainer, &planned, &peak));
     printf("settings (name, value, where it comes from, what it does; - and the default in brackets where nothing is set):\n");
     settings_print(s);
     const int64_t prompts = c->prompts_per_step ? c->prompts_per_step
@@ -236,28 +270,29 @@ static int start(run *r, settings *s) {
     if (s->trainer.steps == 0) s->trainer.steps = 60;
     if (s->plot_file && !s->trainer.out_dir) {
         fprintf(stderr, "error: --plot: set without --out, expected both: it is drawn from the metrics there\n");
-        return 2;
+        return EXIT_USAGE;
     }
     if (s->dry_run) s->trainer.out_dir = NULL;
     s->trainer.stop = stop_asked;
     s->ctx.log = print_log;
+    s->ctx.comm = ranks;
     r->history.seconds = calloc((size_t)s->trainer.steps, sizeof(double));
     r->history.score = calloc((size_t)s->trainer.steps, sizeof(double));
     if (!r->history.seconds || !r->history.score) {
         fprintf(stderr, "error: no memory to remember %lld steps\n", (long long)s->trainer.steps);
-        return 1;
+        return EXIT_INTERNAL;
     }
-    ESP_CHECK(esp_ctx_create(&r->ctx, &s->ctx));
-    ESP_CHECK(esp_model_load(&r->model, r->ctx, s->model_dir, &s->model));
-    ESP_CHECK(esp_tokenizer_load(&r->tokenizer, s->model_dir));
+    CHECK(esp_ctx_create(&r->ctx, &s->ctx));
+    CHECK(esp_model_load(&r->model, r->ctx, s->model_dir, &s->model));
+    CHECK(esp_tokenizer_load(&r->tokenizer, s->model_dir));
     const esp_status created = esp_trainer_create(&r->trainer, r->model, r->tokenizer, &s->trainer);
     if (created != ESP_OK && stop_signal) { /* while a server was looked at */
         printf("signal %d: stopped before the run began; what there was to resume is as it was\n", (int)stop_signal);
         return 128 + (int)stop_signal;
     }
-    ESP_CHECK(created);
+    CHECK(created);
     esp_model_info info = ESP_MODEL_INFO_INIT;
-    ESP_CHECK(esp_model_info_get(r->model, &info));
+    CHECK(esp_model_info_get(r->model, &info));
     printf("%s: %s, %lld layers, %lld experts; %lld trained parameters; backend %s\n", s->model_dir, info.family, (long long)info.layers,
            (long long)info.experts, (long long)info.adapter_parameters, esp_ctx_backend(r->ctx));
     if (s->trainer.resume_dir)
@@ -265,15 +300,46 @@ static int start(run *r, settings *s) {
     return s->dry_run ? tell(r->trainer, s) : loop(r->trainer, s, &r->history);
 }
 
+/* The end of the ranks: together, or as soon as one of them failed. */
+static void end_ranks(const settings *s, const run *r, int code, bool orderly) {
+    if (!orderly && esp_comm_size(ranks) > 1) {
+        if (esp_comm_rank(ranks) == 0) {
+            fprintf(stderr, "the job of %d ranks ends with %d", esp_comm_size(ranks), code);
+            if (r->trainer) fprintf(stderr, " after step %lld", (long long)esp_trainer_steps_done(r->trainer));
+            if (r->trainer && s->trainer.out_dir) fprintf(stderr, "; go on from its last checkpoint with --resume %s", s->trainer.out_dir);
+            fprintf(stderr, "\n");
+        }
+        fflush(stdout);
+        esp_comm_abort(ranks, code);
+    }
+}
+
+static int start_ranks(int *argc, char ***argv) {
+    CHECK(esp_comm_init(&ranks, argc, argv));
+    CHECK(esp_comm_watch(ranks, print_ranks_log, leave_at_once, NULL));
+    /* All ranks would print the same. */
+    if (esp_comm_rank(ranks) > 0 && !freopen("/dev/null", "w", stdout)) {
+        fprintf(stderr, "error: /dev/null cannot be opened\n");
+        return EXIT_FILES;
+    }
+    return 0;
+}
+
 int train_main(esp_trainer_kind kind, int argc, char **argv) {
-    settings s;
+    settings s = {0};
     run r = {0};
-    const outcome asked = settings_read(&s, kind, argc, argv);
-    int code = asked == OUTCOME_HELP ? 0 : 2;
+    int code = start_ranks(&argc, &argv);
+    const outcome asked = code == 0 ? settings_read(&s, kind, argc, argv) : OUTCOME_WRONG;
+    if (code == 0 && asked == OUTCOME_WRONG) code = EXIT_USAGE;
     if (asked == OUTCOME_RUN) {
         watch_signals();
         code = start(&r, &s);
     }
+    if ((fflush(stdout) != 0 || ferror(stdout)) && code == 0) {
+        fprintf(stderr, "error: standard output could not be written\n");
+        code = EXIT_FILES;
+    }
+    end_ranks(&s, &r, code, code == 0 || r.history.stopped);
     esp_trainer_destroy(r.trainer);
     esp_tokenizer_destroy(r.tokenizer);
     esp_model_destroy(r.model);
@@ -281,9 +347,6 @@ int train_main(esp_trainer_kind kind, int argc, char **argv) {
     free(r.history.seconds);
     free(r.history.score);
     settings_free(&s);
-    if ((fflush(stdout) != 0 || ferror(stdout)) && code == 0) {
-        fprintf(stderr, "error: standard output could not be written\n");
-        code = EXIT_NO_OUTPUT;
-    }
+    esp_comm_destroy(ranks);
     return code;
 }

@@ -23,6 +23,7 @@ typedef struct esp_comm esp_comm;
 /// ESP_DEADLINE: seconds that a call waits for the other ranks; default 300.
 /// Collective: returns once all ranks have come and are found to be the same program, library, version and settings of the environment.
 /// argc, argv [in,out]  may be NULL; what is meant for MPI is removed
+/// comm [out]  not NULL where ranks have met but are not alike: for esp_comm_line() and esp_comm_abort()
 /// ESP_ERR_MISMATCH: the sentence names what differs and on which rank; ESP_ERR_COMM: a rank did not come before the deadline;
 /// ESP_ERR_UNSUPPORTED: under mpirun, but MPI cannot be used here
 ESP_API esp_status esp_comm_init(esp_comm **comm, int *argc, char ***argv);

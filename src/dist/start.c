@@ -136,14 +136,7 @@ static esp_status alike(esp_comm *comm) {
     return espi_comm_same(comm, "the environment's NCCL_ variables", hash_of_variables("NCCL_"));
 }
 
-/* The ranks can talk, but nothing above knows yet how to share a model: N ranks would train the same one N times. */
 esp_status esp_comm_init(esp_comm **comm, int *argc, char ***argv) {
     ESPI_TRY(espi_comm_start(comm, argc, argv));
-    if (esp_comm_size(*comm) == 1) return ESP_OK;
-    esp_status status = alike(*comm);
-    if (status == ESP_OK)
-        status = ESPI_FAIL(ESP_ERR_UNSUPPORTED,
-                           "started as one of %d ranks, but this version runs alone: start it without a launcher, or with one rank",
-                           esp_comm_size(*comm));
-    return status;
+    return esp_comm_size(*comm) == 1 ? ESP_OK : alike(*comm);
 }

@@ -73,7 +73,7 @@ grep -q -e "--shuffle-rewards" "$work/out" && say "espalier-sft offers rewards"
     grep -qE "nan|inf" "$work/two/metrics.jsonl" && say "metrics with a number that is none"
     if [ -w /dev/full ]; then
         "$grpo" $model $prompts --steps 1 --prompts-per-step 2 >/dev/full 2>"$work/out"
-        [ $? -eq 15 ] || say "a full standard output: another exit status"
+        [ $? -eq 73 ] || say "a full standard output: another exit status"
         has "standard output could not be written" "full output"
     fi
 
