@@ -46,7 +46,8 @@ endif()
 
 set(ESPALIER_HAVE_CBLAS OFF)
 set(espalier_cblas_summary off)
-if(NOT ESPALIER_CBLAS STREQUAL OFF)
+# Beside oneDNN only when asked for: a CBLAS brings a pool of threads of its own into every process.
+if(ESPALIER_CBLAS STREQUAL ON OR (ESPALIER_CBLAS STREQUAL AUTO AND NOT ESPALIER_HAVE_DNNL))
   foreach(module openblas cblas)
     if(NOT ESPALIER_HAVE_CBLAS)
       string(TOUPPER ESPALIER_PC_${module} prefix)
