@@ -30,8 +30,12 @@ typedef enum espi_op_id {
     ESPI_OP_COUNT
 } espi_op_id;
 
-/* Where a backend's arrays live when that is not host memory.  Everything is ordered by one stream a device; functions that do not wait
- * return once the work is queued. */
+/* What is queued on a lane is done in order; ops, puts, gets and waits are of the first.  The second is for ranks that exchange rows while
+ * the first computes. */
+typedef enum espi_lane { ESPI_LANE_WORK, ESPI_LANE_EXCHANGE, ESPI_LANES } espi_lane;
+#define ESPI_MARKS 64
+
+/* Where a backend's arrays live when that is not host memory.  Functions that do not wait return once the work is queued. */
 typedef struct espi_device {
     esp_status (*start)(void **device);
     void (*stop)(void *device);
@@ -49,6 +53,18 @@ typedef struct espi_device {
     esp_status (*record_end)(void *device, void **graph);
     esp_status (*launch)(void *device, void *graph);
     void (*graph_free)(void *device, void *graph);
+    /* A lane as the libraries of the device know it: a cudaStream_t. */
+    void *(*lane)(void *device, espi_lane lane);
+    /* Within device memory, or between it and pinned memory of the host; does not wait. */
+    esp_status (*copy)(void *device, espi_lane lane, void *to, const void *from, size_t bytes);
+    /* What is queued on `later` from now on waits for all that now is on `earlier`. */
+    esp_status (*order)(void *device, espi_lane later, espi_lane earlier);
+    /* Mark 0 .. ESPI_MARKS - 1 stands behind what now is on the lane; a lane waits for it; *passed: the work before it is done. */
+    esp_status (*mark)(void *device, espi_lane lane, int mark);
+    esp_status (*after)(void *device, espi_lane lane, int mark);
+    esp_status (*passed)(void *device, int mark, bool *passed);
+    /* watch is called again and again while get, put or wait wait; what it fails with they return.  NULL: nobody watches. */
+    void (*set_watch)(void *device, esp_status (*watch)(void *user), void *user);
 } espi_device;
 
 /* Blocks of x, which is finite, to codes and scales as src/quant makes them, bit for bit. */

@@ -128,6 +128,13 @@ typedef struct espi_rows_take {
     int64_t n, hidden;
 } espi_rows_take;
 
+/* total += part 0, then part 1, ..: what several ranks have made of one gradient. */
+typedef struct espi_parts_add {
+    void *total;       /* real [n] ADDS, one rounding a part */
+    const void *parts; /* real [n_parts,n] */
+    int64_t n, n_parts;
+} espi_parts_add;
+
 /* y = w * (x * rstd), rstd = 1/sqrt(mean(x^2) + eps), over rows of n values. */
 typedef struct espi_rmsnorm_fwd {
     void *y;    /* act [rows,n] overwrite */

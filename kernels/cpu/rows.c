@@ -51,6 +51,19 @@ esp_status ESPI_CPU(espi_rows_take)(const espi_exec *exec, const espi_rows_take 
     return ESP_OK;
 }
 
+esp_status ESPI_CPU(espi_parts_add)(const espi_exec *exec, const espi_parts_add *a) {
+    float *total = a->total;
+    const float *parts = a->parts;
+    const int threads = cpu_threads(exec, (double)(a->n * a->n_parts) * 4);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t i = 0; i < a->n; i++) {
+        float sum = total[i];
+        for (int64_t p = 0; p < a->n_parts; p++) sum += parts[p * a->n + i];
+        total[i] = sum;
+    }
+    return ESP_OK;
+}
+
 esp_status ESPI_CPU(espi_clamp_fwd)(const espi_exec *exec, const espi_clamp_fwd *a) {
     const float *x = a->x, limit = (float)a->limit;
     float *y = a->y;

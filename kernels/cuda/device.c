@@ -1,6 +1,7 @@
 /* The GPU: memory, copies through a ring of pinned memory, waiting, and recording what is queued so that it runs again at one launch. */
 #include "kernels/cuda/device.h"
 
+#include <sched.h>
 #include <stdlib.h>
 
 #define WORKSPACE ((size_t)32 << 20) /* what cuBLASLt asks for on this architecture */
@@ -20,6 +21,11 @@ typedef struct gpu {
     int now;
     uint32_t *fault_host; /* pinned */
     bool recording;
+    cudaStream_t exchange;
+    cudaEvent_t turn[ESPI_LANES]; /* the end of a lane, for the other one to wait for */
+    cudaEvent_t marks[ESPI_MARKS];
+    esp_status (*watch)(void *user);
+    void *watch_user;
 } gpu;
 
 esp_status espi_cuda_check(cudaError_t error, const char *what) {
@@ -31,9 +37,22 @@ esp_status espi_cuda_check(cudaError_t error, const char *what) {
                                             : "end the process and look at the driver's log (dmesg)");
 }
 
+static void destroy(cudaEvent_t *events, int n) {
+    for (int i = 0; i < n; i++)
+        if (events[i]) (void)cudaEventDestroy(events[i]);
+}
+
+static esp_status create(cudaEvent_t *events, int n) {
+    for (int i = 0; i < n; i++) ESPI_CUDA_TRY(cudaEventCreateWithFlags(&events[i], cudaEventDisableTiming));
+    return ESP_OK;
+}
+
 static void gpu_stop(void *device) {
     gpu *g = device;
+    if (g->exchange) (void)cudaStreamSynchronize(g->exchange);
     if (g->shared.stream) (void)cudaStreamSynchronize(g->shared.stream);
+    destroy(g->turn, ESPI_LANES);
+    destroy(g->marks, ESPI_MARKS);
     espi_cuda_calls_free(&g->shared);
     if (g->shared.blas) (void)cublasLtDestroy(g->shared.blas);
     for (int i = 0; i < SLOTS; i++) {
@@ -43,6 +62,7 @@ static void gpu_stop(void *device) {
     (void)cudaFreeHost(g->fault_host);
     (void)cudaFree(g->shared.workspace);
     (void)cudaFree(g->shared.fault);
+    if (g->exchange) (void)cudaStreamDestroy(g->exchange);
     if (g->shared.stream) (void)cudaStreamDestroy(g->shared.stream);
     (void)cudaGetLastError();
     free(g);
@@ -57,6 +77,9 @@ static esp_status set_up(gpu *g) {
     ESPI_CUDA_TRY(cudaDeviceGetAttribute(&c->sms, cudaDevAttrMultiProcessorCount, ordinal));
     ESPI_CUDA_TRY(cudaDeviceGetAttribute(&c->major, cudaDevAttrComputeCapabilityMajor, ordinal));
     ESPI_CUDA_TRY(cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking));
+    ESPI_CUDA_TRY(cudaStreamCreateWithFlags(&g->exchange, cudaStreamNonBlocking));
+    ESPI_TRY(create(g->turn, ESPI_LANES));
+    ESPI_TRY(create(g->marks, ESPI_MARKS));
     if (cublasLtCreate(&c->blas) != CUBLAS_STATUS_SUCCESS)
         return ESPI_FAIL(ESP_ERR_DEVICE, "cublasLtCreate failed, expected a handle: is the GPU's memory full?");
     c->workspace_bytes = WORKSPACE;
@@ -120,13 +143,32 @@ static esp_status gpu_zero(void *device, void *p, size_t bytes) {
     return espi_cuda_check(cudaMemsetAsync(p, 0, bytes, g->shared.stream), "zeroing memory of the GPU");
 }
 
+static esp_status is_past(cudaEvent_t event, bool *past) {
+    const cudaError_t error = cudaEventQuery(event);
+    *past = error == cudaSuccess;
+    if (error != cudaErrorNotReady) return espi_cuda_check(error, "asking how far the GPU is");
+    (void)cudaGetLastError(); /* it is no failure of the kernel launched next */
+    return ESP_OK;
+}
+
+/* Waits for an event.  Where somebody watches, the wait asks them over and over: what it waits for may wait for a rank that is gone. */
+static esp_status await(const gpu *g, cudaEvent_t event) {
+    if (g->watch == NULL) return espi_cuda_check(cudaEventSynchronize(event), "waiting for the GPU");
+    for (;;) {
+        bool past;
+        ESPI_TRY(is_past(event, &past));
+        if (past) return ESP_OK;
+        ESPI_TRY(g->watch(g->watch_user));
+        sched_yield();
+    }
+}
+
 /* A slot with room, its former contents read. */
 static esp_status next_slot(gpu *g) {
     ESPI_CUDA_TRY(cudaEventRecord(g->slots[g->now].read, g->shared.stream));
     g->now = (g->now + 1) % SLOTS;
     g->slots[g->now].used = 0;
-    ESPI_CUDA_TRY(cudaEventSynchronize(g->slots[g->now].read));
-    return ESP_OK;
+    return await(g, g->slots[g->now].read);
 }
 
 static esp_status gpu_put(void *device, void *to, const void *from_host, size_t bytes) {
@@ -149,7 +191,8 @@ static esp_status gpu_put(void *device, void *to, const void *from_host, size_t 
 static esp_status settle(gpu *g) {
     espi_cuda *c = &g->shared;
     ESPI_CUDA_TRY(cudaMemcpyAsync(g->fault_host, c->fault, sizeof *c->fault, cudaMemcpyDeviceToHost, c->stream));
-    ESPI_CUDA_TRY(cudaStreamSynchronize(c->stream));
+    ESPI_CUDA_TRY(cudaEventRecord(g->turn[ESPI_LANE_WORK], c->stream));
+    ESPI_TRY(await(g, g->turn[ESPI_LANE_WORK]));
     const esp_status called = c->callback_status;
     const uint32_t fault = *g->fault_host;
     if (called == ESP_OK && fault == 0) return ESP_OK;
@@ -213,6 +256,47 @@ static void gpu_graph_free(void *device, void *graph) {
     (void)cudaGraphExecDestroy(graph);
 }
 
+static cudaStream_t stream_of(const gpu *g, espi_lane lane) {
+    return lane == ESPI_LANE_EXCHANGE ? g->exchange : g->shared.stream;
+}
+
+static void *gpu_lane(void *device, espi_lane lane) {
+    return stream_of(device, lane);
+}
+
+static esp_status gpu_copy(void *device, espi_lane lane, void *to, const void *from, size_t bytes) {
+    return espi_cuda_check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream_of(device, lane)), "copying on the GPU");
+}
+
+static esp_status gpu_order(void *device, espi_lane later, espi_lane earlier) {
+    const gpu *g = device;
+    ESPI_TRY(not_recording(g, "an exchange between ranks"));
+    ESPI_CUDA_TRY(cudaEventRecord(g->turn[earlier], stream_of(g, earlier)));
+    ESPI_CUDA_TRY(cudaStreamWaitEvent(stream_of(g, later), g->turn[earlier], 0));
+    return ESP_OK;
+}
+
+static esp_status gpu_mark(void *device, espi_lane lane, int mark) {
+    const gpu *g = device;
+    return espi_cuda_check(cudaEventRecord(g->marks[mark], stream_of(g, lane)), "marking a place in the work");
+}
+
+static esp_status gpu_after(void *device, espi_lane lane, int mark) {
+    const gpu *g = device;
+    ESPI_TRY(not_recording(g, "the end of an exchange between ranks"));
+    return espi_cuda_check(cudaStreamWaitEvent(stream_of(g, lane), g->marks[mark], 0), "waiting for a mark");
+}
+
+static esp_status gpu_passed(void *device, int mark, bool *passed) {
+    return is_past(((const gpu *)device)->marks[mark], passed);
+}
+
+static void gpu_set_watch(void *device, esp_status (*watch)(void *user), void *user) {
+    gpu *g = device;
+    g->watch = watch;
+    g->watch_user = user;
+}
+
 const espi_device espi_device_cuda = {
     .start = gpu_start,
     .stop = gpu_stop,
@@ -228,4 +312,11 @@ const espi_device espi_device_cuda = {
     .record_end = gpu_record_end,
     .launch = gpu_launch,
     .graph_free = gpu_graph_free,
+    .lane = gpu_lane,
+    .copy = gpu_copy,
+    .order = gpu_order,
+    .mark = gpu_mark,
+    .after = gpu_after,
+    .passed = gpu_passed,
+    .set_watch = gpu_set_watch,
 };

@@ -67,6 +67,14 @@ __global__ void __launch_bounds__(THREADS) add_rows(bf16 *out, const bf16 *x, co
     }
 }
 
+__global__ void __launch_bounds__(THREADS) add_parts(float *total, const float *parts, int64_t n, int64_t count) {
+    const int64_t i = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
+    if (i >= n) return;
+    float sum = total[i];
+    for (int64_t p = 0; p < count; p++) sum += parts[p * n + i];
+    total[i] = sum;
+}
+
 /* Gate and up of a row as the activation sees them. */
 struct glu_terms {
     float g, u, sigma, slope;
@@ -161,6 +169,13 @@ esp_status espi_rows_take_cuda(const espi_exec *exec, const espi_rows_take *a) {
     take_rows<<<static_cast<unsigned>(a->n), THREADS, 0, espi_cuda_of(exec)->stream>>>(static_cast<bf16 *>(a->out),
                                                                                        static_cast<const bf16 *>(a->x), a->from, a->hidden);
     return ESPI_CUDA_LAUNCHED("copy of rows");
+}
+
+esp_status espi_parts_add_cuda(const espi_exec *exec, const espi_parts_add *a) {
+    if (a->n * a->n_parts == 0) return ESP_OK;
+    add_parts<<<espi_blocks(a->n, THREADS), THREADS, 0, espi_cuda_of(exec)->stream>>>(static_cast<float *>(a->total),
+                                                                                      static_cast<const float *>(a->parts), a->n, a->n_parts);
+    return ESPI_CUDA_LAUNCHED("sum of parts");
 }
 
 esp_status espi_clamp_fwd_cuda(const espi_exec *exec, const espi_clamp_fwd *a) {

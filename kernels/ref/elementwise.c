@@ -39,6 +39,14 @@ esp_status ESPI_REF_NAME(espi_rows_take)(const espi_exec *exec, const espi_rows_
     return ESP_OK;
 }
 
+esp_status ESPI_REF_NAME(espi_parts_add)(const espi_exec *exec, const espi_parts_add *a) {
+    (void)exec;
+    real *total = a->total;
+    for (int64_t p = 0; p < a->n_parts; p++)
+        for (int64_t i = 0; i < a->n; i++) total[i] += ((const real *)a->parts)[p * a->n + i];
+    return ESP_OK;
+}
+
 esp_status ESPI_REF_NAME(espi_clamp_fwd)(const espi_exec *exec, const espi_clamp_fwd *a) {
     (void)exec;
     const real *x = a->x, limit = (real)a->limit;

@@ -100,7 +100,7 @@ static bool is_one_of(const char *name, const char *const *names) {
 static bool is_act(espi_op_id op, const char *name) {
     static const char *const reals[] = {"rstd",   "d_w",     "cos",      "sin",        "lse",          "a",        "b",  "d_a",     "d_b",
                                         "logits", "weight",  "d_weight", "row_weight", "d_row_weight", "d_logits", "lp", "entropy", "g",
-                                        "e",      "d_table", "d_sinks",  NULL};
+                                        "e",      "d_table", "d_sinks",  "total",      "parts",        NULL};
     return op != ESPI_OP_zero && op != ESPI_OP_sumsq && op != ESPI_OP_adamw && op != ESPI_OP_adamw8 && !is_one_of(name, reals);
 }
 

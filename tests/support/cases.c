@@ -237,6 +237,11 @@ static void build_rows_take(problem *p, espi_rows_take *a) {
     *a = (espi_rows_take){out(p, "out", s->tokens * s->hidden), in(p, "x", rows * s->hidden), from, s->tokens, s->hidden};
 }
 
+static void build_parts_add(problem *p, espi_parts_add *a) {
+    const int64_t n = p->shape.tokens * p->shape.hidden;
+    *a = (espi_parts_add){inout(p, "total", n), in(p, "parts", 3 * n), n, 3};
+}
+
 static void build_rmsnorm_fwd(problem *p, espi_rmsnorm_fwd *a) {
     const shape *s = &p->shape;
     *a = (espi_rmsnorm_fwd){out(p, "y", s->tokens * s->hidden),
