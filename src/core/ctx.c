@@ -75,6 +75,7 @@ esp_status esp_ctx_create(esp_ctx **ctx, const esp_ctx_config *config) {
 void esp_ctx_destroy(esp_ctx *ctx) {
     if (ctx == NULL) return;
     espi_recordings_free(ctx);
+    if (ctx->link != NULL) ctx->close_link(ctx->link);
     if (ctx->device != NULL) ctx->device_ops->stop(ctx->device);
     free(ctx);
 }

@@ -31,6 +31,8 @@ struct esp_ctx {
     size_t real_size, act_size;
     const struct espi_device *device_ops; /* NULL: tensor memory is host memory */
     void *device;
+    struct espi_link *link; /* the way between the devices of ranks, once it was needed: see dist/link.h */
+    void (*close_link)(struct espi_link *link);
     int threads;
     size_t memory_limit;
     esp_log_fn log;

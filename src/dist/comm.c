@@ -40,6 +40,21 @@ void espi_comm_patience(esp_comm *comm, double seconds) {
     if (comm != NULL) comm->patience = seconds;
 }
 
+double espi_comm_patience_of(const esp_comm *comm) {
+    return comm == NULL ? PATIENCE : comm->patience;
+}
+
+void espi_comm_break(esp_comm *comm, bool late) {
+    if (comm == NULL || comm->broken) return;
+    comm->broken = true;
+    comm->late = late;
+}
+
+void espi_place_text(char text[ESPI_PLACE_TEXT], espi_place place) {
+    const int n = snprintf(text, ESPI_PLACE_TEXT, "\"%.40s\"", place.what);
+    if (place.layer >= 0) snprintf(text + n, ESPI_PLACE_TEXT - (size_t)n, ", layer %lld", (long long)place.layer);
+}
+
 esp_status espi_comm_make(esp_comm **comm, const espi_transport *transport, void *self, int rank, int size) {
     esp_comm *c = calloc(1, sizeof *c);
     if (c != NULL) {
@@ -67,9 +82,9 @@ esp_status espi_comm_make(esp_comm **comm, const espi_transport *transport, void
 
 /* "exchange of rows to the experts, layer 3 (call 812)" */
 static void describe(char out[SENTENCE], const header *h) {
-    int n = snprintf(out, SENTENCE, "\"%.*s\"", (int)sizeof h->what, h->what);
-    if (h->layer >= 0) n += snprintf(out + n, SENTENCE - (size_t)n, ", layer %lld", (long long)h->layer);
-    snprintf(out + n, SENTENCE - (size_t)n, " (call %llu)", (unsigned long long)h->call);
+    char place[ESPI_PLACE_TEXT];
+    espi_place_text(place, (espi_place){h->what, h->layer});
+    snprintf(out, SENTENCE, "%s (call %llu)", place, (unsigned long long)h->call);
 }
 
 static esp_status transfer(esp_comm *c, const header *mine, const espi_message *send, const espi_message *recv, double deadline) {

@@ -61,6 +61,12 @@ esp_status espi_comm_mpi(esp_comm **comm, int *argc, char ***argv);
 uint64_t espi_comm_calls(const esp_comm *comm);
 /* How long a call waits for the others; seconds. */
 void espi_comm_patience(esp_comm *comm, double seconds);
+double espi_comm_patience_of(const esp_comm *comm);
+/* Something beside these calls went wrong between the ranks (link.h), late: for a deadline that passed.  All later calls fail. */
+void espi_comm_break(esp_comm *comm, bool late);
+/* "\"rows to the experts\", layer 3" */
+#define ESPI_PLACE_TEXT 128
+void espi_place_text(char text[ESPI_PLACE_TEXT], espi_place place);
 
 /* out [size][bytes] in rank order, from each rank's `in` [bytes]. */
 esp_status espi_comm_gather(esp_comm *comm, espi_place place, void *out, const void *in, size_t bytes);

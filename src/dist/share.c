@@ -140,18 +140,19 @@ bool espi_round_next(espi_round *r, const espi_share *s) {
     return true;
 }
 
-/* Tensor memory is host memory here; on a device another way must be found. */
-static esp_status check_host(const esp_ctx *ctx) {
-    if (!ctx->device) return ESP_OK;
-    return ESPI_FAIL(ESP_ERR_UNSUPPORTED, "several ranks with backend %s: rows and sums go through host memory only, expected backend cpu",
-                     esp_ctx_backend(ctx));
+/* Tensor memory is that of the host, or of a device. */
+static esp_status exchange(esp_ctx *ctx, const espi_share *s, espi_place place, const espi_row_array *arrays, int n_arrays,
+                           espi_row_ranges to, espi_row_ranges from) {
+    if (ctx->device == NULL) return espi_comm_exchange(s->comm, place, arrays, n_arrays, to, from);
+    espi_link *link;
+    ESPI_TRY(espi_link_of(&link, ctx));
+    return espi_link_exchange(link, place, arrays, n_arrays, to, from);
 }
 
 esp_status espi_share_exchange(esp_ctx *ctx, const espi_share *s, espi_place place, const espi_row_array *arrays, int n_arrays,
                                const espi_round *round, bool back) {
     const espi_row_ranges home = {round->out_at, round->out_rows}, there = {round->in_at, round->in_rows};
-    ESPI_TRY(check_host(ctx));
-    return espi_comm_exchange(s->comm, place, arrays, n_arrays, back ? home : there, back ? there : home);
+    return exchange(ctx, s, place, arrays, n_arrays, back ? home : there, back ? there : home);
 }
 
 size_t espi_share_add_bytes(const espi_share *s) {
@@ -165,55 +166,54 @@ esp_status espi_share_add(const espi_share *s, const char *what, double *total, 
 }
 
 size_t espi_share_sum_bytes(const espi_share *s) {
-    return s->ranks > 1 ? 2 * espi_comm_add_bytes(s->comm) : 0;
+    return s->ranks > 1 ? espi_comm_add_bytes(s->comm) : 0;
 }
 
-static void add_values(void *total, const void *part, int64_t n, esp_dtype dtype) {
-    if (dtype == ESP_F64)
-        for (int64_t i = 0; i < n; i++) ((double *)total)[i] += ((const double *)part)[i];
-    else
-        for (int64_t i = 0; i < n; i++) ((float *)total)[i] += ((const float *)part)[i];
-}
+/* What the messages of a sum are described by. */
+typedef struct sum_room {
+    espi_row_array *arrays;     /* [spread] */
+    int64_t *at, *rows, *start; /* [ranks] */
+} sum_room;
 
-/* The ranks that hold the same experts tell each other what they have of every rank of their group, and add it up in rank order. */
-static esp_status sum_experts(esp_ctx *ctx, const espi_share *s, const espi_sum *sum, int64_t most, void *scratch, int64_t *places) {
-    const int me = espi_share_member(s), copies = espi_share_copies(s);
-    const int64_t piece = espi_comm_piece(s->comm);
+/* The ranks that hold the same tell each other what they have, piece by piece, and add it up in rank order; of experts, each has something of
+ * every rank of its group. */
+static esp_status add_up(esp_ctx *ctx, const espi_share *s, const espi_sum *sum, void *scratch, const sum_room *room) {
+    const int64_t piece = espi_comm_piece(s->comm), owned = (s->experts + s->spread - 1) / s->spread;
+    const int64_t most = sum->of_experts ? owned * sum->each : sum->n; /* as many pieces as the rank with most experts has */
+    const int each = sum->of_experts ? s->spread : 1;
     const size_t size = ctx->real_size;
-    int64_t *at = places, *rows = places + s->ranks, *from_at = places + 2 * s->ranks;
-    char *mine = scratch, *theirs = mine + (size_t)(s->spread * piece) * size;
+    espi_arena none = espi_arena_over(NULL, 0);
     for (int64_t first = 0; first < most; first += piece) {
         const int64_t left = sum->n - first, n = left < 0 ? 0 : left < piece ? left : piece;
-        for (int m = 0; m < s->spread && n > 0; m++)
-            memcpy(mine + (size_t)(m * n) * size, (const char *)sum->partial + (size_t)(m * sum->n + first) * size, (size_t)n * size);
+        for (int m = 0; m < each; m++)
+            room->arrays[m] = (espi_row_array){.to = (char *)scratch + (size_t)(m * n) * size,
+                                               .from = (const char *)sum->partial + (size_t)(m * sum->n + first) * size,
+                                               .row_bytes = (size_t)n * size};
         for (int r = 0; r < s->ranks; r++) {
-            rows[r] = r % s->spread == me && n > 0 ? 1 : 0;
-            at[r] = r / s->spread;
-            from_at[r] = 0;
+            const bool has = !sum->of_experts || r % s->spread == espi_share_member(s);
+            room->rows[r] = has && n > 0 ? 1 : 0;
+            room->at[r] = sum->of_experts ? r / s->spread * each : r;
+            room->start[r] = 0;
         }
-        const espi_row_array pieces = {.to = theirs, .from = mine, .row_bytes = (size_t)(s->spread * n) * size};
-        ESPI_TRY(espi_comm_exchange(s->comm, (espi_place){"gradients of experts", -1}, &pieces, 1, (espi_row_ranges){at, rows},
-                                    (espi_row_ranges){from_at, rows}));
-        for (int64_t p = 0; p < copies * s->spread && n > 0; p++)
-            add_values((char *)sum->total + (size_t)first * size, theirs + (size_t)(p * n) * size, n, ctx->real);
+        ESPI_TRY(exchange(ctx, s, (espi_place){sum->of_experts ? "gradients of experts" : "gradients", -1}, room->arrays, each,
+                          (espi_row_ranges){room->at, room->rows}, (espi_row_ranges){room->start, room->rows}));
+        const espi_parts_add args = {.total = (char *)sum->total + (size_t)first * size, .parts = scratch, .n = n, .n_parts = s->ranks};
+        if (n > 0) ESPI_TRY(espi_op_parts_add(ctx, &none, &args));
     }
     return ESP_OK;
 }
 
 esp_status espi_share_sum(esp_ctx *ctx, const espi_share *s, const espi_sum *sums, int64_t n_sums, void *scratch) {
     if (n_sums == 0) return ESP_OK;
-    ESPI_TRY(check_host(ctx));
     int64_t *places = malloc(3 * (size_t)s->ranks * sizeof *places);
-    if (!places) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for the places of %d ranks", s->ranks);
-    const int64_t owned = (s->experts + s->spread - 1) / s->spread;
-    esp_status status = ESP_OK;
-    for (int64_t i = 0; i < n_sums && status == ESP_OK; i++) {
-        const espi_sum *sum = &sums[i];
-        if (sum->of_experts) /* as many pieces as the rank with most experts has */
-            status = sum_experts(ctx, s, sum, owned * sum->each, scratch, places);
-        else
-            status = espi_comm_add(s->comm, (espi_place){"gradients", -1}, sum->total, sum->partial, sum->n, ctx->real, scratch);
+    sum_room room = {.arrays = malloc((size_t)s->spread * sizeof *room.arrays), .at = places};
+    esp_status status = places != NULL && room.arrays != NULL ? ESP_OK : ESPI_FAIL(ESP_ERR_MEMORY, "no memory for %d ranks", s->ranks);
+    if (status == ESP_OK) {
+        room.rows = places + s->ranks;
+        room.start = places + 2 * s->ranks;
     }
+    for (int64_t i = 0; i < n_sums && status == ESP_OK; i++) status = add_up(ctx, s, &sums[i], scratch, &room);
     free(places);
+    free(room.arrays);
     return status;
 }

@@ -10,6 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <time.h>
 #include <unistd.h>
 
 enum { REGIONS = 512 };
@@ -23,6 +24,10 @@ typedef struct call call;
 typedef struct fake {
     region regions[REGIONS];
     fake_counts counts;
+    fake_lane exchange;
+    uint64_t marks[ESPI_MARKS], awaited; /* how many exchanges were queued before a mark, and must be done before anything else */
+    esp_status (*watch)(void *user);
+    void *watch_user;
     bool recording;
     call *first, *last; /* of the present recording */
 } fake;
@@ -54,9 +59,33 @@ static void lock(fake *f) {
     protect(f, PROT_NONE);
 }
 
+static void open_memory(void *device) {
+    unlock(device);
+}
+
+static void close_memory(void *device) {
+    lock(device);
+}
+
+static uint64_t done(const fake *f) {
+    return f->exchange.done ? f->exchange.done(f->exchange.work) : f->exchange.queued;
+}
+
+/* Until the exchanges that the work waits for are done, or whoever watches has had enough. */
+static esp_status settle(fake *f) {
+    while (done(f) < f->awaited) {
+        if (f->watch) ESPI_TRY(f->watch(f->watch_user));
+        nanosleep(&(struct timespec){.tv_nsec = 100000}, NULL);
+    }
+    return ESP_OK;
+}
+
 static esp_status fake_start(void **device) {
-    *device = calloc(1, sizeof(fake));
-    return *device ? ESP_OK : ESPI_FAIL(ESP_ERR_MEMORY, "no memory for a fake device");
+    fake *f = calloc(1, sizeof *f);
+    *device = f;
+    if (!f) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for a fake device");
+    f->exchange = (fake_lane){.device = f, .open = open_memory, .close = close_memory};
+    return ESP_OK;
 }
 
 static void fake_stop(void *device) {
@@ -114,6 +143,7 @@ static void fake_free_host(void *device, void *p) {
 static esp_status queue(const espi_exec *exec, esp_status (*run)(const espi_exec *, const void *), const void *args, size_t bytes) {
     fake *f = exec->device;
     if (!f->recording) {
+        ESPI_TRY(settle(f));
         unlock(f);
         const esp_status status = run(exec, args);
         lock(f);
@@ -151,6 +181,7 @@ static esp_status not_recording(const fake *f, const char *what) {
 static esp_status fake_put(void *device, void *to, const void *from_host, size_t bytes) {
     fake *f = device;
     ESPI_TRY(not_recording(f, "a put"));
+    ESPI_TRY(settle(f));
     f->counts.puts++;
     unsigned char *copy = malloc(bytes); /* the source is read while the device is locked: it is host memory or faults */
     if (!copy) return ESPI_FAIL(ESP_ERR_MEMORY, "%zu bytes wanted", bytes);
@@ -165,6 +196,7 @@ static esp_status fake_put(void *device, void *to, const void *from_host, size_t
 static esp_status fake_get(void *device, void *to_host, const void *from, size_t bytes) {
     fake *f = device;
     ESPI_TRY(not_recording(f, "a get"));
+    ESPI_TRY(settle(f));
     f->counts.gets++;
     unsigned char *copy = malloc(bytes);
     if (!copy) return ESPI_FAIL(ESP_ERR_MEMORY, "%zu bytes wanted", bytes);
@@ -179,6 +211,7 @@ static esp_status fake_get(void *device, void *to_host, const void *from, size_t
 static esp_status fake_wait(void *device) {
     fake *f = device;
     ESPI_TRY(not_recording(f, "a wait"));
+    ESPI_TRY(settle(f));
     f->counts.waits++;
     return ESP_OK;
 }
@@ -205,6 +238,7 @@ static esp_status fake_launch(void *device, void *graph) {
     fake *f = device;
     esp_status status = not_recording(f, "a launch");
     f->counts.launches++;
+    if (status == ESP_OK) status = settle(f);
     unlock(f);
     for (const call *c = graph; c && status == ESP_OK; c = c->next)
         if (c->run) status = c->run(&c->exec, c->args);
@@ -219,6 +253,51 @@ static void fake_graph_free(void *device, void *graph) {
         free(c->args);
         free(c);
     }
+}
+
+static void *fake_device_lane(void *device, espi_lane lane) {
+    return lane == ESPI_LANE_EXCHANGE ? &((fake *)device)->exchange : NULL;
+}
+
+/* Within the device, or to or from memory of the host, on either lane: what is on that of exchanges was ordered behind all that is done. */
+static esp_status fake_copy(void *device, espi_lane lane, void *to, const void *from, size_t bytes) {
+    (void)lane;
+    ESPI_TRY(settle(device));
+    unlock(device);
+    memcpy(to, from, bytes);
+    lock(device);
+    return ESP_OK;
+}
+
+static esp_status fake_order(void *device, espi_lane later, espi_lane earlier) {
+    fake *f = device;
+    ESPI_TRY(not_recording(f, "an exchange"));
+    if (earlier == ESPI_LANE_EXCHANGE) f->awaited = f->exchange.queued;
+    return later == ESPI_LANE_EXCHANGE ? settle(f) : ESP_OK;
+}
+
+static esp_status fake_mark(void *device, espi_lane lane, int mark) {
+    fake *f = device;
+    f->marks[mark] = lane == ESPI_LANE_EXCHANGE ? f->exchange.queued : 0;
+    return ESP_OK;
+}
+
+static esp_status fake_after(void *device, espi_lane lane, int mark) {
+    fake *f = device;
+    if (lane == ESPI_LANE_WORK && f->marks[mark] > f->awaited) f->awaited = f->marks[mark];
+    return not_recording(f, "the end of an exchange");
+}
+
+static esp_status fake_passed(void *device, int mark, bool *passed) {
+    const fake *f = device;
+    *passed = done(f) >= f->marks[mark];
+    return ESP_OK;
+}
+
+static void fake_set_watch(void *device, esp_status (*watch)(void *user), void *user) {
+    fake *f = device;
+    f->watch = watch;
+    f->watch_user = user;
 }
 
 static const espi_device fake_device = {
@@ -236,6 +315,13 @@ static const espi_device fake_device = {
     .record_end = fake_record_end,
     .launch = fake_launch,
     .graph_free = fake_graph_free,
+    .lane = fake_device_lane,
+    .copy = fake_copy,
+    .order = fake_order,
+    .mark = fake_mark,
+    .after = fake_after,
+    .passed = fake_passed,
+    .set_watch = fake_set_watch,
 };
 
 /* ---- rounding ---- */

@@ -6,6 +6,17 @@
 #include "core/ctx.h"
 #include "kernels/backend.h"
 
+/* What the fake device gives for its lane of exchanges.  A library queues work there, does it in order when it is asked how far it is, and
+ * opens the device's memory while it reads or writes it.  The other lane is done with each call. */
+typedef struct fake_lane {
+    void *device;
+    void (*open)(void *device);
+    void (*close)(void *device);
+    uint64_t queued;
+    uint64_t (*done)(void *work); /* how many of those queued; set with `work` by the library */
+    void *work;
+} fake_lane;
+
 /* Like esp_ctx_create with backend "ref", but on the fake device.  esp_ctx_destroy() it. */
 esp_status fake_ctx(esp_ctx **ctx, const esp_ctx_config *config);
 
