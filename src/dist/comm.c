@@ -41,7 +41,7 @@ void espi_comm_patience(esp_comm *comm, double seconds) {
 }
 
 double espi_comm_patience_of(const esp_comm *comm) {
-    return comm == NULL ? PATIENCE : comm->patience;
+    return comm == NULL ? ESPI_COMM_PATIENCE : comm->patience;
 }
 
 void espi_comm_break(esp_comm *comm, bool late) {

@@ -215,8 +215,9 @@ static espi_message rows_of(void *rows, espi_row_ranges ranges, int r, size_t ro
 esp_status espi_link_exchange(espi_link *link, espi_place place, const espi_row_array *arrays, int n_arrays, espi_row_ranges to,
                               espi_row_ranges from) {
     const int size = esp_comm_size(link->ctx->comm), n = n_arrays * size;
-    espi_message *send = calloc(2 * (size_t)n, sizeof *send), *recv = send + n;
+    espi_message *send = calloc(2 * (size_t)n, sizeof *send);
     if (send == NULL) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for %d messages", 2 * n);
+    espi_message *recv = send + n;
     for (int i = 0; i < n; i++) {
         const espi_row_array *array = &arrays[i / size];
         void *rows;

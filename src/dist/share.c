@@ -1,7 +1,8 @@
 /* Who holds which expert, which rows travel when, and sums over ranks. */
 #include "dist/share.h"
 
-#include "core/ctx.h"
+#include "core/select.h"
+#include "dist/link.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -138,6 +139,11 @@ bool espi_round_next(espi_round *r, const espi_share *s) {
     for (int64_t i = 0; i < s->ranks; i++) r->out_at[i] = r->out_rows[i] = r->in_at[i] = r->in_rows[i] = 0;
     for (int to = 0; to < s->ranks; to++) fill_receiver(r, s, to);
     return true;
+}
+
+esp_status espi_share_open(const espi_share *s, esp_ctx *ctx) {
+    espi_link *link;
+    return s->ranks > 1 && ctx->device != NULL ? espi_link_of(&link, ctx) : ESP_OK;
 }
 
 /* Tensor memory is that of the host, or of a device. */

@@ -43,6 +43,9 @@ static inline bool espi_share_sums(const espi_share *s, bool of_experts) {
 /* spread 0: as many as there are ranks.  ESP_ERR_ARG: spread does not divide the number of ranks. */
 esp_status espi_share_make(espi_share *share, esp_comm *comm, int64_t experts, int spread, int64_t row_budget);
 
+/* On devices: finds the way between them now, so that what stands against it is said before anything is loaded. */
+esp_status espi_share_open(const espi_share *share, esp_ctx *ctx);
+
 /* How many tokens every rank has in the pass that follows: share->most_tokens. */
 esp_status espi_share_meet(espi_share *share, int64_t tokens);
 /* Rows that a rank of the group takes at once, when each token goes to top_k experts and no rank has more than `tokens` or most_tokens.

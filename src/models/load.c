@@ -1015,6 +1015,7 @@ esp_status espi_model_take_weights(esp_model *model, float **map, float **lut) {
 esp_status espi_model_load_weights(esp_model *model, const char *dir) {
     espi_loader loader;
     ESPI_TRY(espi_model_skeleton(model));
+    ESPI_TRY(espi_share_open(&model->share, model->ctx));
     esp_status status = espi_loader_open(&loader, model, dir);
     if (status == ESP_OK) status = espi_model_take_weights(model, &loader.map, &loader.lut);
     if (status == ESP_OK) status = load_all(&loader);

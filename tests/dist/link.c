@@ -47,7 +47,7 @@ static void *run(void *user) {
     rank_call *r = user;
     r->status = with_link(r);
     if (r->status != ESP_OK) snprintf(r->sentence, sizeof r->sentence, "%s", esp_last_error());
-    r->exit_code = espi_comm_exit_code(r->comm, r->status);
+    r->exit_code = esp_comm_exit_code(r->comm, r->status);
     esp_ctx_destroy(r->ctx);
     esp_comm_destroy(r->comm);
     return NULL;
