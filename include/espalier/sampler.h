@@ -85,6 +85,8 @@ typedef struct esp_generate_config {
 /// lengths  [out] [n_prompts*samples]
 /// stopped  [out] [n_prompts*samples] 1 = ended with a stop id or stop string, 0 = cut at max_new_tokens, or before a token that the model does not take
 ///                (one that stands for a picture); or NULL
+/// Collective where experts are spread over ranks (esp_model_config.expert_ranks): every rank calls it, on a sampler of the same config, with
+/// prompts of its own or with none, and all return when the last is done.
 /// Rows are independent: tokens and log-probabilities are the same bits alone, in any batch, in any order.
 /// ESP_ERR_ARG: an empty prompt, an id outside the vocabulary, a prompt that leaves no room for max_new_tokens (names the prompt); a filter
 /// with logprobs asked for, no on_drawn, and not `evaluation`: training must see the distribution that was sampled from, so it needs the

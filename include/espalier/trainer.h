@@ -37,7 +37,7 @@ typedef enum esp_replay {
 } esp_replay;
 
 /// Asked between the parts of a step (each generation call, each update).  Non-zero: the step ends where it is, with stats.interrupted, and
-/// esp_trainer_save() or the next esp_trainer_step() goes on from there.
+/// esp_trainer_save() or the next esp_trainer_step() goes on from there.  Of several ranks one is enough: all end at the same place.
 typedef int (*esp_stop_fn)(void *user);
 
 typedef enum esp_trainer_kind { ESP_TRAIN_SFT = 1, ESP_TRAIN_GRPO = 2 } esp_trainer_kind;
@@ -129,8 +129,13 @@ ESP_API esp_status esp_trainer_preset(esp_trainer_config *config, const char *na
 
 typedef struct esp_trainer esp_trainer;
 
-/// Reads the task files, takes all memory, restores resume_dir if given.  The model's adapter is what trains.
-/// Not collective in this version.  Destroy before the model.
+/// Reads the task files, takes all memory, restores resume_dir if given.  The model's adapter is what trains.  Destroy before the model.
+/// Collective over the comm of the model's context, as is every call on the trainer but esp_trainer_steps_done, _finished, _memory and
+/// _destroy: all ranks give the same config and the same files, and all get the same results.  Micro-batches, prompts, rewards and evaluation
+/// are dealt to the ranks; the rollouts, the metrics (but for times and memory), and the adapter have the same bits for any number of them.
+/// The first rank alone writes out_dir's logs and save_rollouts.  Rewards run where their completions were dealt to, on every rank.  A rank
+/// waits for the slowest with the patience of its comm: ESP_DEADLINE must be longer than a generation or a batch's rewards may take.
+/// ESP_ERR_MISMATCH: the sentence names the key of the config that differs; ESP_ERR_UNSUPPORTED: `server` with several ranks
 ESP_API esp_status esp_trainer_create(esp_trainer **trainer, esp_model *model, const esp_tokenizer *tokenizer,
                                       const esp_trainer_config *config);
 ESP_API void esp_trainer_destroy(esp_trainer *trainer);

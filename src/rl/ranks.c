@@ -6,7 +6,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <xxhash.h>
 
 #define SENTENCE 512
 #define NO_LAYER (-1)
@@ -21,6 +20,10 @@ int espi_ranks_count(const esp_model *model) {
 
 static bool alone(const esp_model *model) {
     return espi_ranks_count(model) == 1;
+}
+
+void espi_ranks_step(const esp_model *model, int64_t step) {
+    esp_comm_step(model->share.comm, step);
 }
 
 void espi_ranks_deal(int64_t *borders, const esp_model *model, int64_t n) {
@@ -93,5 +96,5 @@ esp_status espi_ranks_any(bool *any, const esp_model *model, const char *what, b
 }
 
 esp_status espi_ranks_same(const esp_model *model, const char *key, const void *value, size_t bytes) {
-    return alone(model) ? ESP_OK : espi_comm_same(model->share.comm, key, XXH3_64bits(value, bytes));
+    return esp_comm_same(model->share.comm, key, value, bytes);
 }

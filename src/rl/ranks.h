@@ -18,6 +18,9 @@ static inline bool espi_ranks_first(const esp_model *model) {
     return espi_ranks_own(model) == 0;
 }
 
+/* The step that messages about failures name. */
+void espi_ranks_step(const esp_model *model, int64_t step);
+
 /* borders [ranks+1]: n things in blocks, one a rank, in the order of the ranks; rank r has borders[r] .. borders[r+1]-1.  Sends nothing. */
 void espi_ranks_deal(int64_t *borders, const esp_model *model, int64_t n);
 

@@ -308,6 +308,8 @@ static esp_status step(esp_trainer *t, esp_step_stats *stats) {
     }
     t->started = true;
     if (t->c.kind == ESP_TRAIN_SFT) {
+        ESPI_TRY(espi_stop_asked(&stats->interrupted, t));
+        if (stats->interrupted) return ESP_OK;
         next_lines(t);
         return espi_trainer_update(t, stats);
     }
@@ -326,6 +328,7 @@ esp_status esp_trainer_step(esp_trainer *trainer, esp_step_stats *stats) {
         return ESPI_FAIL(ESP_ERR_STATE, "esp_trainer_step: early_stop ended the run at step %lld: raise early_stop",
                          (long long)trainer->step);
     esp_step_stats measured = ESP_STEP_STATS_INIT;
+    espi_ranks_step(trainer->model, trainer->step + 1);
     ESPI_TRY(step(trainer, &measured));
     return stats ? espi_struct_write(stats, &measured, sizeof measured, "esp_step_stats") : ESP_OK;
 }

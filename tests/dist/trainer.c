@@ -23,6 +23,7 @@ typedef struct outcome {
     int64_t size[MOST_PARAMS], n_params, steps;
     uint64_t state[MOST_RANKS]; /* of each rank's rollouts and counters */
     cut c;
+    size_t planned[MOST_RANKS], peak[MOST_RANKS];
 } outcome;
 
 typedef struct rank_run {
@@ -31,6 +32,10 @@ typedef struct rank_run {
     int64_t until;
     esp_comm *comm;
     outcome *out; /* shared: every rank writes what is its own */
+    esp_trainer *trainer;
+    int64_t stop_step; /* where a stop is asked for on this rank */
+    espi_phase stop_phase;
+    esp_reward reward;
     esp_status status;
     char sentence[600];
     uint64_t calls;
@@ -80,17 +85,18 @@ static esp_status steps_of(rank_run *r, esp_trainer *t) {
     while (esp_trainer_steps_done(t) < r->until) {
         esp_step_stats stats = ESP_STEP_STATS_INIT;
         ESPI_TRY(esp_trainer_step(t, &stats));
-        if (stats.interrupted) break;
+        if (stats.interrupted) return esp_trainer_save(t);
     }
     return ESP_OK;
 }
 
 static esp_status train(rank_run *r, esp_model *model, const esp_tokenizer *tokenizer) {
     const int rank = espi_ranks_own(model);
-    esp_trainer *t;
     if (rank == 0) make_room(r->out, model);
-    ESPI_TRY(esp_trainer_create(&t, model, tokenizer, &r->config));
-    const esp_status status = steps_of(r, t);
+    ESPI_TRY(esp_trainer_create(&r->trainer, model, tokenizer, &r->config));
+    esp_trainer *t = r->trainer;
+    esp_status status = steps_of(r, t);
+    if (status == ESP_OK) status = esp_trainer_memory(t, &r->out->planned[rank], &r->out->peak[rank]);
     r->out->state[rank] = state_of(t);
     if (rank == 0) r->out->steps = esp_trainer_steps_done(t);
     keep_weights(r->out, model);
@@ -152,23 +158,32 @@ static char *read_log(const char *dir, const char *name) {
     return text;
 }
 
-static outcome *outcome_of(cut c, esp_trainer_config config, int64_t until) {
-    char dir[ESPI_PATH_MAX];
+/* A run that writes into `dir`. */
+static outcome *outcome_in(const char *dir, cut c, esp_trainer_config config, int64_t until, change_fn change) {
     rank_run ranks[MOST_RANKS];
     outcome *out = calloc(1, sizeof *out);
     cr_assert_not_null(out);
-    scratch_make(dir);
     config.out_dir = dir;
     out->c = c;
-    on_ranks(ranks, out, c, &config, until, NULL);
+    on_ranks(ranks, out, c, &config, until, change);
     for (int i = 0; i < c.ranks; i++)
         cr_assert_eq(ranks[i].status, ESP_OK, "rank %d of %d, spread %d: %s", i, c.ranks, c.spread, ranks[i].sentence);
     for (int i = 1; i < c.ranks; i++) {
         cr_expect_eq(ranks[i].calls, ranks[0].calls);
         cr_expect_eq(out->state[i], out->state[0], "ranks %d and 0 of %d, spread %d, have other states", i, c.ranks, c.spread);
     }
+    for (int i = 0; i < c.ranks; i++)
+        cr_expect_eq(out->peak[i], out->planned[i], "rank %d of %d, spread %d, took %zu bytes of %zu planned", i, c.ranks, c.spread,
+                     out->peak[i], out->planned[i]);
     out->metrics = read_log(dir, "metrics.jsonl");
     if (config.kind == ESP_TRAIN_GRPO) out->completions = read_log(dir, "completions.jsonl");
+    return out;
+}
+
+static outcome *outcome_of(cut c, esp_trainer_config config, int64_t until) {
+    char dir[ESPI_PATH_MAX];
+    scratch_make(dir);
+    outcome *out = outcome_in(dir, c, config, until, NULL);
     scratch_remove(dir);
     return out;
 }
@@ -250,7 +265,8 @@ static esp_trainer_config supervised(void) {
                               .eval_file = short_eval());
 }
 
-static const cut cuts[] = {{2, 1}, {2, 2}, {3, 1}, {3, 3}, {4, 1}, {4, 2}, {4, 4}}, few[] = {{2, 2}, {3, 1}, {4, 2}};
+/* With 5 groups: ranks that have none of them; with uneven parts of the experts. */
+static const cut cuts[] = {{2, 1}, {2, 2}, {3, 1}, {3, 3}, {4, 1}, {4, 2}, {4, 4}, {7, 7}}, few[] = {{2, 2}, {3, 1}, {4, 2}};
 #define CUTS(table) (table), (int)(sizeof(table) / sizeof(table)[0])
 
 static void remove_eval(void) {
@@ -282,4 +298,55 @@ Test(ranks_train, recorded_routes_and_filters) {
 Test(ranks_train, sft) {
     const esp_trainer_config c = supervised();
     expect_alike(&c, 4, CUTS(cuts));
+}
+
+/* ---- what ends all ranks ---- */
+
+static int failing_reward(void *user, const esp_reward_batch *batch, float *reward) {
+    const rank_run *r = user;
+    for (int64_t i = 0; i < batch->n; i++) reward[i] = (float)batch->completion_length[i];
+    return r->comm && batch->step == 2 && espi_ranks_own(r->trainer->model) == 1 ? esp_reward_fail(batch, "no more of this") : 0;
+}
+
+static void own_reward(rank_run *r, int rank) {
+    (void)rank;
+    r->reward = (esp_reward){.name = "own", .fn = failing_reward, .user = r, .weight = 1};
+    r->config.rewards = &r->reward;
+    r->config.n_rewards = 1;
+}
+
+static void other_seed(rank_run *r, int rank) {
+    if (rank == 1) r->config.seed++;
+}
+static void other_lines(rank_run *r, int rank) {
+    if (rank == 1) r->config.train_file = DEMO_LINES;
+}
+static void other_cut(rank_run *r, int rank) {
+    if (rank == 1) r->config.eval_every = 3;
+}
+static void no_file(rank_run *r, int rank) {
+    if (rank == 1) r->config.train_file = "/nowhere/lines.jsonl";
+}
+
+static void expect_end(change_fn change, esp_status status, const char *part) {
+    rank_run ranks[MOST_RANKS];
+    outcome *out = calloc(1, sizeof *out);
+    const esp_trainer_config c = plain();
+    on_ranks(ranks, out, (cut){3, 3}, &c, 3, change);
+    for (int i = 0; i < 3; i++) {
+        cr_expect_eq(ranks[i].status, status, "rank %d: %s", i, ranks[i].sentence);
+        cr_expect(strstr(ranks[i].sentence, part) != NULL, "rank %d says %s, expected: %s", i, ranks[i].sentence, part);
+    }
+    drop(out);
+}
+
+Test(ranks_train, what_fails_on_one_rank_ends_all) {
+    expect_end(own_reward, ESP_ERR_CALLBACK, "rank 1: reward function \"own\" failed at step 2: no more of this");
+    expect_end(no_file, ESP_ERR_IO, "/nowhere/lines.jsonl");
+}
+
+Test(ranks_train, what_differs_is_named) {
+    expect_end(other_seed, ESP_ERR_MISMATCH, "config.seed");
+    expect_end(other_lines, ESP_ERR_MISMATCH, "config.train_file_hash");
+    expect_end(other_cut, ESP_ERR_MISMATCH, "config.eval_every");
 }
