@@ -7,14 +7,6 @@
 #include <immintrin.h>
 
 #define INLINE static inline __attribute__((always_inline))
-/* A loop of few steps, a constant number once its function is inlined, that must not stay one: what it indexes are registers. */
-#if defined(__clang__)
-#define UNROLL _Pragma("unroll")
-#define UNROLL_4 _Pragma("unroll 4")
-#else
-#define UNROLL _Pragma("GCC unroll 32")
-#define UNROLL_4 _Pragma("GCC unroll 4")
-#endif
 
 /* MXFP4: those of 16 rows, for k of either half. */
 INLINE __m512i exponents_of(const uint8_t *record, int tile, int half) {
@@ -28,8 +20,14 @@ INLINE __m512 scales_of(const uint8_t *record, int tile, int half, const bool mx
     return _mm512_castsi512_ps(_mm512_max_epi32(exponent, _mm512_set1_epi32(0x00400000))); /* 0 is the subnormal 2^-127 */
 }
 
+/* To the second cache, and to the first. */
 INLINE void prefetch_record(const uint8_t *record, int64_t bytes) {
+#pragma GCC unroll 18
     for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch((const char *)record + i, _MM_HINT_T1);
+}
+INLINE void prefetch_lines(const uint8_t *lines, int64_t bytes) {
+#pragma GCC unroll 24
+    for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch((const char *)lines + i, _MM_HINT_T0);
 }
 
 /* Unit 2 i of 16 k, each twice, in 128 bytes: where the 16-bit numbers lie.  Behind them what marks the second half of a table. */

@@ -43,14 +43,14 @@ static void tiles_begin(void) {
 
 /* Rows become columns: in the step of 1, 2, 4 and 8 the rows that far apart exchange the columns that far apart. */
 INLINE void turn(__m512i x[TILE_SIDE]) {
-    UNROLL
+#pragma GCC unroll 16
     for (int step = 1; step < TILE_SIDE; step *= 2) {
         const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), apart = _mm512_set1_epi32(step);
         const __mmask16 upper = _mm512_test_epi32_mask(lane, apart);
         const __m512i other = _mm512_set1_epi32(16);
         const __m512i low = _mm512_mask_add_epi32(lane, upper, _mm512_sub_epi32(lane, apart), other);
         const __m512i high = _mm512_mask_add_epi32(_mm512_add_epi32(lane, apart), upper, lane, other);
-        UNROLL
+#pragma GCC unroll 16
         for (int i = 0; i < TILE_SIDE; i++) {
             if (i & step) continue;
             const __m512i a = x[i], b = x[i + step];
@@ -77,7 +77,7 @@ static void turn_rows(uint8_t *to, const cpu_rows *a, int64_t first, int64_t row
             x[i] = i < rows ? (__m512i)pair : _mm512_setzero_si512();
         }
         turn(x);
-        UNROLL
+#pragma GCC unroll 16
         for (int p = 0; p < TILE_SIDE; p++) _mm512_store_si512(to + place_of(p) * 64, x[p]);
     }
 }
@@ -85,7 +85,7 @@ static void turn_rows(uint8_t *to, const cpu_rows *a, int64_t first, int64_t row
 /* 16 n by 32 k: codes[16 pairs of k][16 bytes] to a tile whose row n holds the pairs in the order of place_of(). */
 INLINE void decode_rows(uint8_t *tile, const uint8_t *codes, const __m512i *values) {
     __m512i unit[4], part[4];
-    UNROLL
+#pragma GCC unroll 16
     for (int i = 0; i < 4; i++) unit[i] = _mm512_loadu_si512(codes + i * 64);
     /* unit i of the four pairs of each quarter beside each other */
     part[0] = _mm512_unpacklo_epi32(unit[0], unit[1]);
@@ -96,18 +96,19 @@ INLINE void decode_rows(uint8_t *tile, const uint8_t *codes, const __m512i *valu
     unit[1] = _mm512_unpackhi_epi64(part[0], part[2]);
     unit[2] = _mm512_unpacklo_epi64(part[1], part[3]);
     unit[3] = _mm512_unpackhi_epi64(part[1], part[3]);
-    UNROLL
-    for (int nibble = 0; nibble < 4; nibble++) UNROLL
-    for (int i = 0; i < 4; i++) {
-        const int n = i + 4 * nibble;
-        const __m512i code = nibble ? _mm512_srli_epi16(unit[i], 4 * nibble) : unit[i];
-        _mm512_store_si512(tile + n * 64, _mm512_permutexvar_epi16(code, values[n]));
-    }
+#pragma GCC unroll 16
+    for (int nibble = 0; nibble < 4; nibble++)
+#pragma GCC unroll 16
+        for (int i = 0; i < 4; i++) {
+            const int n = i + 4 * nibble;
+            const __m512i code = nibble ? _mm512_srli_epi16(unit[i], 4 * nibble) : unit[i];
+            _mm512_store_si512(tile + n * 64, _mm512_permutexvar_epi16(code, values[n]));
+        }
 }
 
 /* For each of 16 n its scaled values, twice: the bit above a code does not matter. */
 INLINE void row_values(__m512i values[TILE_SIDE], __m512 lut, const float *scale) {
-    UNROLL
+#pragma GCC unroll 16
     for (int n = 0; n < TILE_SIDE; n++) {
         const __m512 scaled = _mm512_mul_ps(lut, _mm512_set1_ps(scale[n]));
         values[n] = (__m512i)_mm512_cvtne2ps_pbh(scaled, scaled);
@@ -177,7 +178,7 @@ INLINE void backward_tiles(float *sums, const uint8_t *x, int64_t far, const uin
     CLEAR(4);
     for (int64_t r = 0; r < records; r++, w += stride, x += TILE_BYTES, values += TILE_BYTES) {
         uint8_t *to = tile[r % 2];
-        UNROLL
+#pragma GCC unroll 16
         for (int i = 0; i < 8; i++) {
             const __m512i units = gather_units(&g, w + i / 4 * (RECORD_CODES / 2), i % 4);
             const __m512i *pair = (const __m512i *)(values + i * 128);
@@ -228,7 +229,7 @@ static void put_tiles(const cpu_rows *c, const float *sums, int64_t first, int64
     const __m512 start = bias ? _mm512_loadu_ps(bias + col) : _mm512_setzero_ps();
     for (int64_t done = 0; done < rows; done += TILE_SIDE, sums += TILE_SIDE * TILE_SIDE) {
         __m512i x[TILE_SIDE];
-        UNROLL
+#pragma GCC unroll 16
         for (int i = 0; i < TILE_SIDE; i++) x[i] = _mm512_load_si512(sums + i * TILE_SIDE);
         if (turned) turn(x);
         for (int64_t i = 0; i < cpu_min(rows - done, TILE_SIDE); i++)

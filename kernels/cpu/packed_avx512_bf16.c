@@ -18,7 +18,7 @@ enum {
 
 /* 64 floats to bf16, in order: rounded to nearest, ties to even. */
 INLINE void convert_line(uint8_t *to, const float *from) {
-    UNROLL
+#pragma GCC unroll 16
     for (int i = 0; i < 2; i++) {
         const __m512bh pair = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + i * 32 + 16), _mm512_loadu_ps(from + i * 32));
         _mm512_store_si512(to + i * 64, (__m512i)pair);
@@ -63,17 +63,17 @@ INLINE __m512bh decode_pair(const uint8_t *codes, __m512i values, __m512i shifts
 /* part[rows][tiles] += products of `pairs` pairs of k. */
 INLINE void forward_pairs(__m512 part[STRIP_ROWS][TILES], const uint8_t *x, const uint8_t *codes, int64_t stride, __m512i values,
                           __m512i shifts, const int pairs, const int rows, const int tiles) {
-    UNROLL_4
+#pragma GCC unroll 4
     for (int p = 0; p < pairs; p++) {
         __m512bh b[TILES];
-        UNROLL
+#pragma GCC unroll 16
         for (int t = 0; t < tiles; t++) b[t] = decode_pair(codes + t / 2 * stride + t % 2 * (RECORD_CODES / 2) + p * 16, values, shifts);
-        UNROLL
+#pragma GCC unroll 16
         for (int i = 0; i < rows; i++) {
             int32_t two;
             memcpy(&two, x + i * RECORD_COLS * 2 + p * 4, sizeof two);
             const __m512bh xx = (__m512bh)_mm512_set1_epi32(two);
-            UNROLL
+#pragma GCC unroll 16
             for (int t = 0; t < tiles; t++) part[i][t] = _mm512_dpbf16_ps(part[i][t], xx, b[t]);
         }
     }
@@ -81,7 +81,7 @@ INLINE void forward_pairs(__m512 part[STRIP_ROWS][TILES], const uint8_t *x, cons
 
 /* sum += scale part, of one tile's columns. */
 INLINE void add_scaled(float *sum, __m512 part[STRIP_ROWS][TILES], __m512 scale, const int t, const int rows, const int tiles) {
-    UNROLL
+#pragma GCC unroll 16
     for (int i = 0; i < rows; i++) {
         float *s = sum + (i * tiles + t) * 16;
         _mm512_storeu_ps(s, _mm512_fmadd_ps(part[i][t], scale, _mm512_loadu_ps(s)));
@@ -94,12 +94,12 @@ INLINE void change_scale(float *sum, __m512 part[STRIP_ROWS][TILES], const uint8
     const __m512i apart = _mm512_sub_epi32(exponents_of(record, t % 2, 0), exponents_of(record, t % 2, 1));
     if (_mm512_cmpgt_epi32_mask(_mm512_abs_epi32(apart), _mm512_set1_epi32(64)) == 0) {
         const __m512 ratio = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(apart, _mm512_set1_epi32(127)), 23));
-        UNROLL
+#pragma GCC unroll 16
         for (int i = 0; i < rows; i++) part[i][t] = _mm512_mul_ps(part[i][t], ratio);
         return;
     }
     add_scaled(sum, part, scales_of(record, t % 2, 0, true), t, rows, tiles);
-    UNROLL
+#pragma GCC unroll 16
     for (int i = 0; i < rows; i++) part[i][t] = _mm512_setzero_ps();
 }
 
@@ -111,23 +111,27 @@ INLINE void forward_strip(float *sum, const uint8_t *a, const uint8_t *w, int64_
     enum { HALF = RECORD_COLS / 4, AHEAD = 6 };
     for (int i = 0; i < rows * tiles; i++) _mm512_storeu_ps(sum + i * 16, _mm512_setzero_ps());
     for (int64_t b = 0; b < blocks; b++, w += record, a += rows * RECORD_COLS * 2) {
-        /* What comes behind this column of records is the next one. */
-        const uint8_t *next = w + (b + AHEAD < blocks || tiles == 2 ? 0 : stride) + AHEAD * record;
-        UNROLL
-        for (int t = 0; t < tiles; t += 2) UNROLL
-        for (int64_t i = 0; i < record; i += 64) _mm_prefetch((const char *)next + t / 2 * stride + i, _MM_HINT_T1);
+        /* From memory to the second cache: what comes behind this column of records is the next one.  From there: the next block. */
+        const uint8_t *later = w + (b + AHEAD < blocks || tiles == 2 ? 0 : stride) + AHEAD * record;
+#pragma GCC unroll 2
+        for (int t = 0; t < tiles; t += 2) {
+            prefetch_record(later + t / 2 * stride, record);
+            prefetch_lines(w + record + t / 2 * stride, record);
+        }
+        prefetch_lines(a + rows * RECORD_COLS * 2, rows * RECORD_COLS * 2);
         __asm__ volatile("" ::: "memory"); /* sums stay in memory: registers are for the parts */
         __m512 part[STRIP_ROWS][TILES];
-        UNROLL
-        for (int i = 0; i < rows; i++) UNROLL
-        for (int t = 0; t < tiles; t++) part[i][t] = _mm512_setzero_ps();
+#pragma GCC unroll 16
+        for (int i = 0; i < rows; i++)
+#pragma GCC unroll 16
+            for (int t = 0; t < tiles; t++) part[i][t] = _mm512_setzero_ps();
         forward_pairs(part, a, w, stride, values, shifts, mx ? HALF : 2 * HALF, rows, tiles);
         if (mx) {
-            UNROLL
+#pragma GCC unroll 16
             for (int t = 0; t < tiles; t++) change_scale(sum, part, w + t / 2 * stride, t, rows, tiles);
             forward_pairs(part, a + HALF * 4, w + HALF * 16, stride, values, shifts, HALF, rows, tiles);
         }
-        UNROLL
+#pragma GCC unroll 16
         for (int t = 0; t < tiles; t++) add_scaled(sum, part, scales_of(w + t / 2 * stride, t % 2, 1, mx), t, rows, tiles);
     }
 }
@@ -221,10 +225,10 @@ INLINE void decode_record(uint8_t *panel, const gather *g, const uint8_t *record
         for (int half = 0; half < halves; half++) {
             _Alignas(64) float buffer[16];
             const float *scale = row_scales(buffer, record, tile, half, mx);
-            UNROLL
+#pragma GCC unroll 16
             for (int i = 0; i < 4; i++) {
                 const __m512i values[2] = {pair_values(lut, scale, i, 0), pair_values(lut, scale, i, 1)};
-                UNROLL
+#pragma GCC unroll 16
                 for (int j = 0; j < 4 / halves; j++) {
                     const int k = half * 2 + j;
                     const __m512i units = gather_units(g, record + tile * (RECORD_CODES / 2) + k * 128, i);
@@ -262,10 +266,10 @@ static void convert_rows(uint8_t *to, const cpu_rows *a, int64_t first, int64_t 
 }
 
 INLINE void put_sums(const cpu_rows *c, int64_t first, int64_t at, bool add, __m512 (*part)[4], const int rows) {
-    UNROLL
+#pragma GCC unroll 16
     for (int i = 0; i < rows; i++) {
         float *to = row_at(c, first + i) + at;
-        UNROLL
+#pragma GCC unroll 16
         for (int t = 0; t < 4; t++)
             _mm512_storeu_ps(to + t * 16, add ? _mm512_add_ps(_mm512_loadu_ps(to + t * 16), part[i][t]) : part[i][t]);
     }
@@ -275,19 +279,20 @@ INLINE void put_sums(const cpu_rows *c, int64_t first, int64_t at, bool add, __m
 INLINE void panel_strip(const cpu_rows *c, int64_t first, int64_t at, bool add, const uint8_t *a, const uint8_t *panel, int64_t pairs,
                         const int rows) {
     __m512 part[BACK_ROWS][4];
-    UNROLL
-    for (int i = 0; i < rows; i++) UNROLL
-    for (int t = 0; t < 4; t++) part[i][t] = _mm512_setzero_ps();
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 16
+        for (int t = 0; t < 4; t++) part[i][t] = _mm512_setzero_ps();
     for (int64_t p = 0; p < pairs; p++) {
         __m512bh b[4];
-        UNROLL
+#pragma GCC unroll 16
         for (int t = 0; t < 4; t++) b[t] = (__m512bh)_mm512_load_si512(panel + p * 256 + t * 64);
-        UNROLL
+#pragma GCC unroll 16
         for (int i = 0; i < rows; i++) {
             int32_t two;
             memcpy(&two, a + i * BACK_DEPTH * 2 + p * 4, sizeof two);
             const __m512bh xx = (__m512bh)_mm512_set1_epi32(two);
-            UNROLL
+#pragma GCC unroll 16
             for (int t = 0; t < 4; t++) part[i][t] = _mm512_dpbf16_ps(part[i][t], xx, b[t]);
         }
     }
@@ -300,29 +305,30 @@ INLINE void backward_strip(const cpu_rows *c, int64_t first, int64_t at, bool ad
     const gather g = gather_make();
     const int halves = mx ? 2 : 1;
     __m512 part[BACK_ROWS][4];
-    UNROLL
-    for (int i = 0; i < rows; i++) UNROLL
-    for (int t = 0; t < 4; t++) part[i][t] = _mm512_setzero_ps();
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 16
+        for (int t = 0; t < 4; t++) part[i][t] = _mm512_setzero_ps();
     for (int64_t r = 0; r < records; r++, w += stride) {
         prefetch_record(w + 4 * stride, record_bytes(mx ? ESP_MXFP4 : ESP_NF4));
         for (int tile = 0; tile < 2; tile++, a += 32) {
-            UNROLL
+#pragma GCC unroll 16
             for (int half = 0; half < halves; half++) {
                 _Alignas(64) float buffer[16];
                 const float *scale = row_scales(buffer, w, tile, half, mx);
-                UNROLL
+#pragma GCC unroll 16
                 for (int i = 0; i < 4; i++) {
                     const __m512i pair[2] = {pair_values(_mm512_loadu_ps(lut), scale, i, 0),
                                              pair_values(_mm512_loadu_ps(lut), scale, i, 1)};
-                    UNROLL
+#pragma GCC unroll 16
                     for (int j = 0; j < 4 / halves; j++) {
                         __asm__ volatile("" ::: "memory"); /* what follows is not begun before: registers would not do */
                         const int k = half * 2 + j;
                         const __m512i units = gather_units(&g, w + tile * (RECORD_CODES / 2) + k * 128, i);
-                        UNROLL
+#pragma GCC unroll 16
                         for (int h = 0; h < 2; h++) {
                             const __m512bh b = decode_gathered(&g, units, pair[h], h);
-                            UNROLL
+#pragma GCC unroll 16
                             for (int m = 0; m < rows; m++) {
                                 int32_t two;
                                 memcpy(&two, a + m * BACK_DEPTH * 2 + (i * 2 + h) * 4, sizeof two);

@@ -409,6 +409,39 @@ int64_t cpu_branch_strips(const cpu_branch *l) {
     return l->r == 0 ? 0 : cpu_blocks(l->in, STRIP) + cpu_blocks(l->out, STRIP);
 }
 
+/* d_b's rows o .. o + rows - 1, LANES columns: a vector of u meets the values of d_y, and what comes out lies as d_b does. */
+INLINE void rows_of_b(float *d_b, const cpu_rows *d_y, const float *u, int64_t r, int64_t count, int64_t o, float scale, const int rows) {
+    vec all[LANES] = {{0}};
+    for (int64_t first = 0; first < count; first += PANEL_DEPTH) {
+        const int64_t end = cpu_min(count, first + PANEL_DEPTH);
+        vec sum[LANES];
+#pragma GCC unroll 16
+        for (int i = 0; i < rows; i++) sum[i] = (vec){0};
+        for (int64_t s = first; s < end; s++) {
+            const float *y = row_at(d_y, s) + o;
+            const vec x = load(u + s * r);
+#pragma GCC unroll 16
+            for (int i = 0; i < rows; i++) sum[i] = splat(y[i]) * x + sum[i];
+        }
+        for (int i = 0; i < rows; i++) all[i] = first == 0 ? sum[i] : all[i] + sum[i];
+    }
+    for (int i = 0; i < rows; i++) store(d_b + i * r, splat(scale) * all[i] + load(d_b + i * r));
+}
+
+/* d_b's rows col .. col + n - 1 where a row is whole vectors. */
+static void grad_of_b(const cpu_branch *l, const cpu_rows *d_y, const float *u, int64_t count, int64_t col, int64_t n) {
+    for (int64_t o = col, end = col + n; o < end;) {
+        const int64_t rows = end - o < LANES ? 1 : LANES;
+        for (int64_t k = 0; k < l->r; k += LANES) {
+            if (rows == LANES)
+                rows_of_b(l->d_b + o * l->r + k, d_y, u + k, l->r, count, o, l->scale, LANES);
+            else
+                rows_of_b(l->d_b + o * l->r + k, d_y, u + k, l->r, count, o, l->scale, 1);
+        }
+        o += rows;
+    }
+}
+
 void cpu_branch_grad(const cpu_branch *l, int64_t strip, const cpu_rows *x, const cpu_rows *d_y, const float *u, const float *q,
                      int64_t count) {
     const int64_t in_strips = cpu_blocks(l->in, STRIP);
@@ -416,6 +449,10 @@ void cpu_branch_grad(const cpu_branch *l, int64_t strip, const cpu_rows *x, cons
     const int64_t col = (of_a ? strip : strip - in_strips) * STRIP, n = cpu_min((of_a ? l->in : l->out) - col, STRIP);
     float sum[OUTER_ROWS][STRIP], all[OUTER_ROWS][STRIP];
     const cpu_rows *rows = of_a ? x : d_y;
+    if (!of_a && l->r % LANES == 0 && count > 0) {
+        grad_of_b(l, d_y, u, count, col, n);
+        return;
+    }
     for (int64_t k = 0; k < l->r && count > 0; k += OUTER_ROWS) {
         const int64_t height = cpu_min(l->r - k, OUTER_ROWS);
         for (int64_t s = 0; s < count; s += PANEL_DEPTH) {
