@@ -431,10 +431,11 @@ typedef struct espi_head_host {
 /* LH1: one pass for losses whose coefficients of a row depend on that row alone.  coef() is called for consecutive chunks of rows, in
  * order, and reads lp[first..], entropy[first..] and writes g[first..], e[first..] (real) of `host`: [n] each, in host memory, pinned where
  * the backend is a GPU; on a CPU they are lp, entropy, g and e themselves.  A GPU calls it from the stream, on a thread of the driver, in
- * the order of the stream: it must not call the device.  Its failure is the op's on a CPU, and that of the next espi_device.wait on a GPU. */
+ * the order of the stream: it must not call the device.  Its failure is the op's on a CPU, and that of the next espi_device.wait on a GPU.
+ * coef NULL: the coefficients are known before: g and e are read, and `host` is not looked at. */
 typedef struct espi_head_fused {
     espi_head head;
-    void *lp, *entropy, *lse, *g, *e; /* real [n] overwrite */
+    void *lp, *entropy, *lse, *g, *e; /* real [n] overwrite; g and e: see above */
     void *d_hidden;                   /* as in espi_head_grad */
     esp_status (*coef)(void *user, int64_t first, int64_t count);
     void *coef_user;

@@ -372,7 +372,7 @@ esp_status ESPI_CPU(espi_head_fused)(const espi_exec *exec, const espi_head_fuse
             }
 #pragma omp barrier
 #pragma omp single
-            status = a->coef(a->coef_user, begin, end - begin);
+            status = a->coef ? a->coef(a->coef_user, begin, end - begin) : ESP_OK;
             if (b.m > 0 && status == ESP_OK) block_grad(&grad, &b);
         }
         ESPI_TRY(status);

@@ -715,13 +715,17 @@ esp_status espi_head_fused_cuda(const espi_exec *exec, const espi_head_fused *a)
     espi_cuda *cuda = espi_cuda_of(exec);
     for (int64_t first = 0; first < a->head.n; first += chunk_rows(&a->head)) {
         const chunk c = chunk_at(exec, &a->head, first);
-        const row_coefficients of = {from(a->host.g, &c),  from(a->host.e, &c), from(a->lse, &c),
-                                     from(a->entropy, &c), from(a->g, &c),      from(a->e, &c)};
-        espi_cuda_call *call;
+        const bool asks = a->coef != nullptr;
+        const row_coefficients of = {
+            from(asks ? a->host.g : a->g, &c), from(asks ? a->host.e : a->e, &c), from(a->lse, &c), from(a->entropy, &c),
+            asks ? from(a->g, &c) : nullptr,   asks ? from(a->e, &c) : nullptr};
         ESPI_TRY(make_tile(exec, &a->head, &c));
-        ESPI_TRY(make_statistics(exec, &a->head, &c, a->lp, a->entropy, a->lse, &a->host));
-        ESPI_TRY(take_call(&call, cuda, a, &c));
-        ESPI_CUDA_TRY(cudaLaunchHostFunc(cuda->stream, call_back, call));
+        ESPI_TRY(make_statistics(exec, &a->head, &c, a->lp, a->entropy, a->lse, asks ? &a->host : nullptr));
+        if (asks) {
+            espi_cuda_call *call;
+            ESPI_TRY(take_call(&call, cuda, a, &c));
+            ESPI_CUDA_TRY(cudaLaunchHostFunc(cuda->stream, call_back, call));
+        }
         ESPI_TRY(make_gradient(exec, &a->head, &c, a->d_hidden, &of));
     }
     return ESP_OK;

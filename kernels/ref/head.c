@@ -110,7 +110,7 @@ esp_status ESPI_REF_NAME(espi_head_fused)(const espi_exec *exec, const espi_head
     const real *g = a->g, *e = a->e, *lse = a->lse, *entropy = a->entropy;
     for (int64_t i = 0; i < a->head.n; i++) {
         store_stats(&a->head, i, a->lp, a->entropy, a->lse);
-        ESPI_TRY(a->coef(a->coef_user, i, 1));
+        if (a->coef) ESPI_TRY(a->coef(a->coef_user, i, 1));
         row_grad(a->d_hidden, exec->scratch, &a->head, i, g[i], e[i], lse[i], entropy[i]);
     }
     return ESP_OK;

@@ -41,13 +41,13 @@ esp_status espi_head_loss(esp_model *model, espi_arena *arena, const espi_head_r
                                        .g = rows->g,
                                        .e = rows->e,
                                        .d_hidden = d_hidden,
-                                       .coef = call_coef,
+                                       .coef = coef ? call_coef : NULL,
                                        .coef_user = &call,
                                        .host = rows->host};
         ESPI_TRY(espi_op_head_fused(model->ctx, arena, &fused));
         ESPI_TRY(add_shared(model, arena, rows, d_hidden, tokens));
         /* The caller's function runs from the device's queue: it and what it reads must outlive this call. */
-        return arena->dry ? ESP_OK : espi_ctx_wait(model->ctx);
+        return arena->dry || !coef ? ESP_OK : espi_ctx_wait(model->ctx);
     }
     ESPI_TRY(espi_head_logprob(model, arena, rows, hidden, temperature));
     ESPI_TRY(espi_head_read(model, arena, rows));

@@ -61,7 +61,7 @@ esp_status espi_head_read(esp_model *model, espi_arena *arena, const espi_head_r
 /* Reads rows->host.lp and .entropy from `first` on, `count` of them, and writes .g and .e there. */
 typedef esp_status (*espi_head_coef)(void *user, const espi_head_rows *rows, int64_t first, int64_t count);
 
-/* LH1 or LH2.  d_hidden act [T + rows->shared, H]: the first T overwritten, 0 where no row is; the others are work memory. */
+/* LH1 or LH2.  coef NULL, row_local: rows->g and ->e are there, and nobody waits: see espi_head_read.  d_hidden act [T + rows->shared, H]: the first T overwritten, 0 where no row is; the others are work memory. */
 esp_status espi_head_loss(esp_model *model, espi_arena *arena, const espi_head_rows *rows, const void *hidden, void *d_hidden,
                           int64_t tokens, double temperature, bool row_local, espi_head_coef coef, void *user);
 

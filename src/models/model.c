@@ -404,19 +404,15 @@ esp_status esp_model_logprob(esp_model *model, const esp_batch *batch, const esp
 }
 
 /* Cross-entropy: every counted token has the same coefficient. */
-typedef struct cross_entropy {
-    double g, loss;
-    esp_dtype real;
-} cross_entropy;
-
-static esp_status cross_entropy_coef(void *user, const espi_head_rows *rows, int64_t first, int64_t count) {
-    cross_entropy *ce = user;
-    for (int64_t i = first; i < first + count; i++) {
-        ce->loss += ce->g * espi_real_get(rows->host.lp, i, ce->real);
-        espi_real_set(rows->host.g, i, ce->g, ce->real);
-        espi_real_set(rows->host.e, i, 0.0, ce->real);
+static esp_status put_coefficients(const esp_model *model, const espi_head_rows *rows, double g) {
+    const esp_dtype real = model->ctx->real;
+    const size_t reals = (size_t)rows->n * model->ctx->real_size;
+    for (int64_t i = 0; i < rows->n; i++) {
+        espi_real_set(rows->host.g, i, g, real);
+        espi_real_set(rows->host.e, i, 0.0, real);
     }
-    return ESP_OK;
+    ESPI_TRY(espi_ctx_put(model->ctx, rows->g, rows->host.g, reals));
+    return espi_ctx_put(model->ctx, rows->e, rows->host.e, reals);
 }
 
 esp_status esp_model_cross_entropy(esp_model *model, const esp_batch *batch, const esp_tensor *hidden, double *loss, esp_tensor *d_hidden) {
@@ -426,17 +422,17 @@ esp_status esp_model_cross_entropy(esp_model *model, const esp_batch *batch, con
     const espi_mark mark = espi_arena_mark(&model->arena);
     espi_head_rows rows;
     ESPI_TRY(espi_head_rows_make(&rows, model, &model->arena, batch));
-    const double tokens = batch->step_tokens > 0 ? batch->step_tokens : (double)rows.n;
-    cross_entropy ce = {.g = tokens > 0 ? -1.0 / tokens : 0.0, .real = model->ctx->real};
+    const double tokens = batch->step_tokens > 0 ? batch->step_tokens : (double)rows.n, g = tokens > 0 ? -1.0 / tokens : 0.0;
     if (d_hidden) {
-        ESPI_TRY(espi_head_loss(model, &model->arena, &rows, hidden->data, d, batch->n_tokens, 1.0, true, cross_entropy_coef, &ce));
+        ESPI_TRY(put_coefficients(model, &rows, g));
+        ESPI_TRY(espi_head_loss(model, &model->arena, &rows, hidden->data, d, batch->n_tokens, 1.0, true, NULL, NULL));
     } else {
         ESPI_TRY(espi_head_logprob(model, &model->arena, &rows, hidden->data, 1.0));
-        ESPI_TRY(espi_head_read(model, &model->arena, &rows));
-        ESPI_TRY(cross_entropy_coef(&ce, &rows, 0, rows.n));
     }
+    ESPI_TRY(espi_ctx_get(model->ctx, rows.host.lp, rows.lp, (size_t)rows.n * model->ctx->real_size));
+    *loss = 0;
+    for (int64_t i = 0; i < rows.n; i++) *loss += g * espi_real_get(rows.host.lp, i, model->ctx->real);
     espi_arena_release(&model->arena, mark);
-    *loss = ce.loss;
     espi_loss_end(model, batch, d, d_hidden);
     return ESP_OK;
 }

@@ -283,6 +283,9 @@ void bench_head(int64_t n, int64_t vocab, int64_t hidden) {
     f.host = host;
     snprintf(name, sizeof name, "head_fused %lld", (long long)n);
     measure(name, espi_backend_cuda.head_fused, f, 2 * product, 2 * bytes);
+    f.coef = nullptr;
+    snprintf(name, sizeof name, "head_fused, coefficients given %lld", (long long)n);
+    measure(name, espi_backend_cuda.head_fused, f, 2 * product, 2 * bytes);
     espi_head_sample d = {};
     double *uniform = (double *)malloc((size_t)n * sizeof *uniform);
     for (int64_t i = 0; i < n; i++) uniform[i] = (double)(i * 619 % 1009) / 1009;

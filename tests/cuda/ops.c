@@ -257,7 +257,7 @@ static bool run_on_gpu(problem *p, const problem *single, const problem *twice) 
         r.own = p->args.head_fused.host;
         r.coef = p->args.head_fused.coef;
         args.head_fused.host = r.pinned = (espi_head_host){pinned, pinned + n, pinned + 2 * n, pinned + 3 * n};
-        args.head_fused.coef = relay_coefficients;
+        if (r.coef) args.head_fused.coef = relay_coefficients;
         args.head_fused.coef_user = &r;
     }
     p->coef_next = 0;
@@ -409,7 +409,7 @@ static void plain_head(problem *p) {
         if (p->op == ESPI_OP_head_stats) continue;
         const bool is_fused = p->op == ESPI_OP_head_fused;
         if (is_fused && i == 0) p->coef_next = 0;
-        if (is_fused) p->args.head_fused.coef(p, i, 1);
+        if (is_fused && p->args.head_fused.coef) p->args.head_fused.coef(p, i, 1);
         const field *e = is_fused || p->shape.extras ? field_find(p, "e") : NULL;
         plain_gradient(field_find(p, "d_hidden"), z, head, i, field_get(field_find(p, "g"), i), e ? field_get(e, i) : 0,
                        field_get(field_find(p, "lse"), i), e ? field_get(field_find(p, "entropy"), i) : 0);

@@ -675,10 +675,11 @@ static void build_head_fused(problem *p, espi_head_fused *a) {
     a->lp = out(p, "lp", a->head.n);
     a->entropy = out(p, "entropy", a->head.n);
     a->lse = out(p, "lse", a->head.n);
-    a->g = out(p, "g", a->head.n);
-    a->e = out(p, "e", a->head.n);
+    const bool given = p->shape.in_place; /* the coefficients are known before */
+    a->g = given ? in(p, "g", a->head.n) : out(p, "g", a->head.n);
+    a->e = given ? in(p, "e", a->head.n) : out(p, "e", a->head.n);
     a->d_hidden = inout(p, "d_hidden", p->shape.tokens * p->shape.hidden);
-    a->coef = row_coefficients;
+    a->coef = given ? NULL : row_coefficients;
     a->coef_user = p;
     a->host = (espi_head_host){a->lp, a->entropy, a->g, a->e};
 }

@@ -569,8 +569,10 @@ static esp_status fused_coef(void *user, int64_t first, int64_t count) {
 static esp_status run_head_fused(const espi_exec *exec, const void *args) {
     espi_head_fused a = *(const espi_head_fused *)args;
     fused f = {exec->device, args};
-    a.coef = fused_coef;
-    a.coef_user = &f;
+    if (a.coef) {
+        a.coef = fused_coef;
+        a.coef_user = &f;
+    }
     return espi_backend_ref.head_fused.run(exec, &a);
 }
 
