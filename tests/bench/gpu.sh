@@ -7,24 +7,22 @@
 set -u
 here=$(cd "$(dirname "$0")" && pwd)
 programs="tests/cuda/test_cuda_device tests/cuda/test_cuda_model tests/cuda/test_cuda_ops tests/bench/esp_bench_gpu
-    tests/bench/esp_bench_gpu_ops"
-folders="q3a/model q3a/model_nf4 q3a/model_nf4_dq q3b/model q3c/model ol/model go1/model go2/model mx/model vl/model vla/model gla/model
-    glb/model"
+    tests/bench/esp_bench_gpu_ops espalier"
 
 pack() { # BUILD DIR
     root=$(cd "$here/../.." && pwd)
     cmake -S "$root" -B "$1" -DCMAKE_BUILD_TYPE=Release -DESPALIER_CUDA=ON -DESPALIER_DNNL=OFF -DESPALIER_CBLAS=OFF -DESPALIER_CURL=OFF \
         -DCMAKE_CUDA_ARCHITECTURES=90a-real >/dev/null || exit 1
-    for program in $programs; do targets="${targets-} $(basename "$program")"; done
+    for program in $programs; do targets="${targets-} $(basename "$program" | sed s/^espalier$/espalier_cli/)"; done
     # shellcheck disable=SC2086  # a list of words
     cmake --build "$1" --parallel --target $targets || exit 1
-    mkdir -p "$2/lib" "$2/data" "$2/configs"
+    mkdir -p "$2/lib" "$2/configs"
     for program in $programs; do
         cp "$1/$program" "$2/" && strip "$2/$(basename "$program")"
         ldd "$1/$program" | awk '/=> \//{ print $3 }' |
             grep -vE '/(libc|libm|libpthread|libdl|librt|libresolv|libstdc\+\+|libgcc_s)\.so' | xargs -r -I{} cp -nL {} "$2/lib/"
     done
-    for folder in $folders; do mkdir -p "$2/data/$folder" && cp "$root/tests/golden/data/$folder"/* "$2/data/$folder/"; done
+    cp -r "$root/tests/golden/data" "$2/"
     cp -r "$root"/tests/cli/configs/{qwen3-30b-a3b,gpt-oss-20b} "$2/configs/"
     cp "$here/gpu.sh" "$2/"
     git -C "$root" describe --always --dirty --abbrev=7 --match '' >"$2/commit"
@@ -72,6 +70,7 @@ run() { # RESULTS
     chmod +x ./*
     step device 60 ./test_cuda_device
     step model 90 ./test_cuda_model data
+    step verify 60 ./espalier verify --device cuda data
     for shape in "qwen3-30b-a3b nf4" "gpt-oss-20b mxfp4"; do
         # shellcheck disable=SC2086  # two words
         set -- $shape
@@ -83,6 +82,7 @@ run() { # RESULTS
     for tool in memcheck racecheck initcheck; do
         step $tool-model 60 compute-sanitizer --tool $tool --error-exitcode 9 --report-api-errors no ./test_cuda_model data q3c
     done
+    step racecheck-attention 60 compute-sanitizer --tool racecheck --error-exitcode 9 ./test_cuda_ops attention_bwd
     bench ops-times 60 ./esp_bench_gpu_ops
     echo "$SECONDS s of the GPU's time"
     exit $failed
