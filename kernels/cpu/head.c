@@ -13,7 +13,8 @@ typedef struct block {
     const espi_head *head;
     int64_t first, m;
     operand rows;
-    float (*kept)[HEAD_COLS]; /* room for the logits of all chunks, HEAD_ROWS rows each, or NULL: they are made again when wanted again */
+    float (*kept)[HEAD_COLS]; /* room for the logits of all chunks, or NULL: they are made again when wanted again */
+    int64_t kept_rows;        /* of a chunk */
 } block;
 
 static int64_t chunks_of(const espi_head *head) {
@@ -111,7 +112,7 @@ static void add_chunk(row_sums *s, const float *z, int64_t n) {
 
 /* Where the logits of the chunk at `col` go: the room for them, or `tile`. */
 static float (*place_of(const block *b, float (*tile)[HEAD_COLS], int64_t col))[HEAD_COLS] {
-    return b->kept ? b->kept + col / HEAD_COLS * HEAD_ROWS : tile;
+    return b->kept ? b->kept + col / HEAD_COLS * b->kept_rows : tile;
 }
 
 /* Sums of a block over the whole vocabulary. */
@@ -150,7 +151,7 @@ static row_sums list_sums(const block *b, int64_t i, const id_list *list, int32_
 
 /* The part of a block that begins with its row i and ends before row `end`. */
 static block part_of(const block *b, int64_t i, int64_t end) {
-    return (block){b->head, b->first + i, end - i, operand_at(&b->rows, i, 0), b->kept ? b->kept + i : NULL};
+    return (block){b->head, b->first + i, end - i, operand_at(&b->rows, i, 0), b->kept ? b->kept + i : NULL, b->kept_rows};
 }
 
 static void block_stats(const block *b, float *lp, float *entropy, float *lse) {
@@ -191,18 +192,22 @@ static size_t rows_bytes(const espi_head *head) {
 }
 /* A small head is multiplied again sooner than it is worth the memory. */
 static const int64_t keeping_pays = 1 << 17;
-static size_t kept_bytes(const espi_head *head) {
-    return head->w.rows * head->w.cols < keeping_pays ? 0 : (size_t)chunks_of(head) * HEAD_ROWS * HEAD_COLS * sizeof(float);
+static size_t kept_bytes(const espi_head *head, int64_t rows) {
+    return head->w.rows * head->w.cols < keeping_pays ? 0 : (size_t)(chunks_of(head) * rows) * HEAD_COLS * sizeof(float);
 }
 static size_t head_scratch(const espi_exec *exec, const espi_head *head) {
     return (size_t)exec->threads * rows_bytes(head);
 }
 
-/* Rows first .. first + m - 1 in the place of this thread. */
-static block enter_block(const espi_exec *exec, const espi_head *head, int64_t first, int64_t m) {
-    char *room = (char *)exec->scratch + (size_t)omp_get_thread_num() * rows_bytes(head);
+/* Rows first .. first + m - 1 in the place of this thread.  kept: room for the logits of so many rows for each thread, behind the rows'. */
+static block enter_block(const espi_exec *exec, const espi_head *head, int64_t first, int64_t m, int64_t kept) {
+    const size_t thread = (size_t)omp_get_thread_num();
     const cpu_rows rows = {(float *)(uintptr_t)head->hidden, head->w.cols, head->rows + first};
-    return (block){head, first, m, make_operand(room, &rows, m, head->w.cols), NULL};
+    block b = {.head = head, .first = first, .m = m, .kept_rows = kept};
+    b.rows = make_operand((char *)exec->scratch + thread * rows_bytes(head), &rows, m, head->w.cols);
+    if (kept_bytes(head, kept) > 0)
+        b.kept = (float(*)[HEAD_COLS])(void *)((char *)exec->scratch + head_scratch(exec, head) + thread * kept_bytes(head, kept));
+    return b;
 }
 
 size_t ESPI_CPU(espi_head_stats_scratch)(const espi_exec *exec, const espi_head_stats *a) {
@@ -214,7 +219,7 @@ esp_status ESPI_CPU(espi_head_stats)(const espi_exec *exec, const espi_head_stat
     const int64_t rows = block_rows(a->head.n, threads);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
     for (int64_t first = 0; first < a->head.n; first += rows) {
-        const block b = enter_block(exec, &a->head, first, cpu_min(a->head.n - first, rows));
+        const block b = enter_block(exec, &a->head, first, cpu_min(a->head.n - first, rows), 0);
         block_stats(&b, a->lp, a->entropy, a->lse);
     }
     return ESP_OK;
@@ -340,7 +345,7 @@ esp_status ESPI_CPU(espi_head_grad)(const espi_exec *exec, const espi_head_grad 
     const int64_t rows = block_rows(a->head.n, threads);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
     for (int64_t first = 0; first < a->head.n; first += rows) {
-        const block b = enter_block(exec, &a->head, first, cpu_min(a->head.n - first, rows));
+        const block b = enter_block(exec, &a->head, first, cpu_min(a->head.n - first, rows), 0);
         block_grad(a, &b);
     }
     return ESP_OK;
@@ -348,14 +353,13 @@ esp_status ESPI_CPU(espi_head_grad)(const espi_exec *exec, const espi_head_grad 
 
 /* The logits of a block are kept until its coefficients are there: two products of the vocabulary instead of three. */
 size_t ESPI_CPU(espi_head_fused_scratch)(const espi_exec *exec, const espi_head_fused *a) {
-    return head_scratch(exec, &a->head) + (size_t)exec->threads * kept_bytes(&a->head);
+    return head_scratch(exec, &a->head) + (size_t)exec->threads * kept_bytes(&a->head, HEAD_ROWS);
 }
 
 esp_status ESPI_CPU(espi_head_fused)(const espi_exec *exec, const espi_head_fused *a) {
     const int threads = head_threads(exec, &a->head);
     const int64_t rows = block_rows(a->head.n, threads), turn = threads * rows;
     const espi_head_grad grad = {.head = a->head, .d_hidden = a->d_hidden, .g = a->g, .e = a->e, .lse = a->lse, .entropy = a->entropy};
-    char *kept = (char *)exec->scratch + head_scratch(exec, &a->head);
     for (int64_t begin = 0; begin < a->head.n; begin += turn) {
         const int64_t end = cpu_min(a->head.n, begin + turn);
         /* Thread i has block i of the turn in both halves, so what it rounded and kept is still there. */
@@ -365,9 +369,7 @@ esp_status ESPI_CPU(espi_head_fused)(const espi_exec *exec, const espi_head_fuse
             const int64_t first = begin + omp_get_thread_num() * rows;
             block b = {.m = 0};
             if (first < end) {
-                b = enter_block(exec, &a->head, first, cpu_min(end - first, rows));
-                if (kept_bytes(&a->head) > 0)
-                    b.kept = (float(*)[HEAD_COLS])(void *)(kept + (size_t)omp_get_thread_num() * kept_bytes(&a->head));
+                b = enter_block(exec, &a->head, first, cpu_min(end - first, rows), HEAD_ROWS);
                 block_stats(&b, a->lp, a->entropy, a->lse);
             }
 #pragma omp barrier
@@ -391,7 +393,7 @@ esp_status ESPI_CPU(espi_head_logits)(const espi_exec *exec, const espi_head_log
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
     for (int64_t first = 0; first < a->head.n; first += rows) {
         _Alignas(64) float tile[HEAD_ROWS][HEAD_COLS];
-        const block b = enter_block(exec, &a->head, first, cpu_min(a->head.n - first, rows));
+        const block b = enter_block(exec, &a->head, first, cpu_min(a->head.n - first, rows), 0);
         for (int64_t col = 0; col < vocab; col += HEAD_COLS) {
             const int64_t n = cpu_min(vocab - col, HEAD_COLS);
             logits_tile(tile, &b, col, n);
@@ -514,8 +516,14 @@ static int64_t list_length(const espi_head_sample *a) {
     return a->filter.top_k ? a->filter.top_k : a->kept_most + 1;
 }
 
+/* Without a filter the logits are kept from the sums to the draw. */
+static int64_t kept_of(const espi_head_sample *a) {
+    return espi_filters(&a->filter) ? 0 : cpu_min(a->head.n, HEAD_ROWS);
+}
+
 size_t ESPI_CPU(espi_head_sample_scratch)(const espi_exec *exec, const espi_head_sample *a) {
-    return head_scratch(exec, &a->head) + (espi_filters(&a->filter) ? (size_t)(a->head.n * list_length(a)) * sizeof(candidate) : 0);
+    const size_t lists = espi_filters(&a->filter) ? (size_t)(a->head.n * list_length(a)) * sizeof(candidate) : 0;
+    return head_scratch(exec, &a->head) + lists + (size_t)exec->threads * kept_bytes(&a->head, kept_of(a));
 }
 
 /* How many of the sorted list the filter leaves; sum: of e^(z - largest) over the vocabulary. */
@@ -572,12 +580,13 @@ static void block_sample(const espi_head_sample *a, const block *b, bool greedy)
     for (int64_t i = 0; i < b->m; i++) draws[i] = (draw){.z = greedy ? -INFINITY : NAN};
     for (int64_t col = 0; col < b->head->w.rows; col += HEAD_COLS) {
         const int64_t n = cpu_min(b->head->w.rows - col, HEAD_COLS);
-        logits_tile(tile, b, col, n);
+        float(*z)[HEAD_COLS] = place_of(b, tile, col);
+        if (!b->kept) logits_tile(z, b, col, n);
         for (int64_t i = 0; i < b->m; i++) {
             if (greedy)
-                largest_chunk(&draws[i], tile[i], col, n);
+                largest_chunk(&draws[i], z[i], col, n);
             else
-                draw_chunk(&draws[i], tile[i], col, n, (float)lse_of(&sums[i]), a->uniform[b->first + i]);
+                draw_chunk(&draws[i], z[i], col, n, (float)lse_of(&sums[i]), a->uniform[b->first + i]);
         }
     }
     for (int64_t i = 0; i < b->m; i++) {
@@ -594,7 +603,7 @@ esp_status ESPI_CPU(espi_head_sample)(const espi_exec *exec, const espi_head_sam
     const int64_t rows = block_rows(head.n, threads);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
     for (int64_t first = 0; first < head.n; first += rows) {
-        const block b = enter_block(exec, &head, first, cpu_min(head.n - first, rows));
+        const block b = enter_block(exec, &head, first, cpu_min(head.n - first, rows), kept_of(a));
         if (espi_filters(&a->filter))
             block_filtered(exec, a, &b);
         else
