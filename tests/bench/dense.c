@@ -173,6 +173,28 @@ static void make_head(dense_case *c) {
                       .data = a};
 }
 
+static esp_status run_draw(dense_case *c) {
+    RUN(head_sample, (const espi_head_sample *)c->data);
+    return ESP_OK;
+}
+
+/* What a step of decoding does with the head: reads all of it for a few rows. */
+static void make_draw(dense_case *c, int rows, const espi_head *head) {
+    static double uniform[HEAD_ROWS];
+    espi_head_sample *a = allocate(sizeof *a);
+    *a = (espi_head_sample){.head = *head, .token = allocate(HEAD_ROWS * sizeof(int32_t)), .lp = floats(HEAD_ROWS, 0), .uniform = uniform};
+    a->head.n = rows;
+    for (int i = 0; i < rows; i++) uniform[i] = 0.5;
+    *c = (dense_case){.section = "head",
+                      .shape = "151936x2048",
+                      .what = "draw",
+                      .tokens = rows,
+                      .unit = "gbs",
+                      .amount = 2.0 * VOCAB * HIDDEN,
+                      .run = run_draw,
+                      .data = a};
+}
+
 static esp_status run_adamw(dense_case *c) {
     RUN(adamw, (const espi_adamw *)c->data);
     return ESP_OK;
@@ -232,7 +254,12 @@ static int make_cases(dense_case *cases, const char *only) {
         make_attention(&cases[n++], 2048);
     }
     if (all || strcmp(only, "projections") == 0) make_projections(&cases[n++], 512);
-    if (all || strcmp(only, "head") == 0) make_head(&cases[n++]);
+    if (all || strcmp(only, "head") == 0) {
+        make_head(&cases[n++]);
+        const espi_head *head = &((const espi_head_fused *)cases[n - 1].data)->head;
+        make_draw(&cases[n++], 1, head);
+        make_draw(&cases[n++], 8, head);
+    }
     if (all || strcmp(only, "adamw") == 0) make_adamw(&cases[n++]);
     if (all || strcmp(only, "quant") == 0) {
         make_quantise(&cases[n++], ESP_F32);
@@ -241,7 +268,7 @@ static int make_cases(dense_case *cases, const char *only) {
     return n;
 }
 
-static void write_json(const char *path, const dense_case *cases, int n, int rounds, double fma, double dot, double copy) {
+static void write_json(const char *path, const dense_case *cases, int n, int rounds, double fma, double dot, double copy, double reading) {
     char date[LINE];
     date_now(date);
     json_t *rows = json_array();
@@ -254,9 +281,9 @@ static void write_json(const char *path, const dense_case *cases, int n, int rou
         if (c->tokens) json_object_set_new(row, "T", json_integer(c->tokens));
         json_array_append_new(rows, row);
     }
-    json_t *root = json_pack("{s:s, s:s, s:s, s:s, s:s, s:{s:f, s:f, s:f}, s:o}", "command", "esp_bench_dense", "compiler", ESP_COMPILER,
-                             "cpu", cpu_name(), "date", date, "backend", backend->name, "roof", "fp32_fma_gflops", 1e-9 * fma,
-                             "bf16_dot_gflops", 1e-9 * dot, "dram_copy_gbs", 1e-9 * copy, "rows", rows);
+    json_t *root = json_pack("{s:s, s:s, s:s, s:s, s:s, s:{s:f, s:f, s:f, s:f}, s:o}", "command", "esp_bench_dense", "compiler",
+                             ESP_COMPILER, "cpu", cpu_name(), "date", date, "backend", backend->name, "roof", "fp32_fma_gflops", 1e-9 * fma,
+                             "bf16_dot_gflops", 1e-9 * dot, "dram_copy_gbs", 1e-9 * copy, "dram_read_gbs", 1e-9 * reading, "rows", rows);
     if (!root || json_dump_file(root, path, JSON_INDENT(1)) != 0) die(path);
     json_decref(root);
 }
@@ -266,7 +293,7 @@ int main(int argc, char **argv) {
                                             {"rounds", required_argument, NULL, 'r'},  {"only", required_argument, NULL, 'o'},
                                             {"json", required_argument, NULL, 'j'},    {NULL, 0, NULL, 0}};
     static dense_case cases[MOST];
-    static double fma[MAX_ROUNDS], dot[MAX_ROUNDS], copy[MAX_ROUNDS];
+    static double fma[MAX_ROUNDS], dot[MAX_ROUNDS], copy[MAX_ROUNDS], reading[MAX_ROUNDS];
     const char *name = NULL, *only = NULL, *json = NULL;
     int rounds = 3;
     program = "esp_bench_dense";
@@ -293,21 +320,22 @@ int main(int argc, char **argv) {
         fma[at] = fma_roof();
         dot[at] = dot_roof();
         copy[at] = copy_roof();
+        reading[at] = read_roof();
         for (int i = 0; i < n; i++) {
             const double start = now();
             if (cases[i].run(&cases[i]) != ESP_OK) die(cases[i].section);
             cases[i].seconds[at] = now() - start;
         }
     }
-    const double f = median(fma, rounds), d = median(dot, rounds), m = median(copy, rounds);
-    printf("%s, %d threads; one thread: %.1f GFLOP/s f32, %.1f bf16, %.1f GB/s copy\n", backend->name, threads, 1e-9 * f, 1e-9 * d,
-           1e-9 * m);
+    const double f = median(fma, rounds), d = median(dot, rounds), m = median(copy, rounds), r = median(reading, rounds);
+    printf("%s, %d threads; one thread: %.1f GFLOP/s f32, %.1f bf16, %.1f GB/s copy, %.1f read\n", backend->name, threads, 1e-9 * f,
+           1e-9 * d, 1e-9 * m, 1e-9 * r);
     for (int i = 0; i < n; i++) {
         const dense_case *c = &cases[i];
         const double seconds = median(c->seconds, rounds);
         printf("%-10s %-20s %-24s %5d %9.2f ms %8.2f %s, scratch %.1f MB\n", c->section, c->shape, c->what, c->tokens, 1e3 * seconds,
                1e-9 * c->amount / seconds, c->unit, 1e-6 * (double)c->scratch);
     }
-    if (json) write_json(json, cases, n, rounds, f, d, m);
+    if (json) write_json(json, cases, n, rounds, f, d, m, r);
     return 0;
 }
