@@ -233,6 +233,6 @@ esp_status espi_dense_product(espi_dense choice, float *c, const float *a, const
 #if defined(ESPI_HAVE_DNNL)
     if (choice == ESPI_DENSE_ONEDNN) return onednn_product(c, a, w, tail, m, n, k, transposed, add, threads);
 #endif
-    (void)tail, (void)threads;
+    (void)c, (void)a, (void)w, (void)tail, (void)n, (void)k, (void)transposed, (void)add, (void)threads; /* without either library */
     return ESPI_FAIL(ESP_ERR_UNSUPPORTED, "dense product by library %d, which was not built in", (int)choice);
 }
