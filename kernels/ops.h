@@ -255,7 +255,8 @@ typedef struct espi_router_rule {
  * + correction (ties to the lower index); weights scaling * p_k or, when renormalise, scaling * p_k / (sum of the selected, + 1e-20 where
  * sigmoid).  idx ascending within a token.  A logit that is not finite: ESP_ERR_NONFINITE.
  * forced: a selection made before (routing replay).  A token whose first forced id is -1 selects by itself; of others the forced ids, which
- * the caller has checked (ascending, different, below E), become idx, and all else is computed from the logits as for any selection. */
+ * the caller has checked (ascending, different, below E), become idx, and all else is computed from the logits as for any selection.
+ * Ids may be given as -2 - id: such a token counts as no flip, whatever it would have selected. */
 typedef struct espi_router_fwd {
     void *logits;            /* real [T,E] overwrite */
     void *lse;               /* real [T] overwrite: log-sum-exp of the logits */

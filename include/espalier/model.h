@@ -74,8 +74,9 @@ typedef struct esp_batch {
     /// sequence of the loss: its advantage is not read, and it does not count among step_seqs.
     const int32_t *prefix_of;
     /// Routing replay: [T,L,K] ids of the experts that each token was sent to when it was sampled (L all layers; what stands in layers
-    /// without experts is not read), u8 where E <= 255, else u16.  All ones: routed natively, all K of a token and layer together; so is the
-    /// last token of every sequence that is no prefix, which a sampler never feeds back.  Weights come from the current logits.  NULL: none.
+    /// without experts is not read), u8 where E <= 255, else u16.  All ones: routed natively, all K of a token and layer together.  The
+    /// last token of every sequence that is no prefix has all ones too, as a sampler never feeds it back; it goes where the token before it
+    /// went, as nobody reads what comes of it.  Weights come from the current logits.  NULL: none.
     const void *routed_experts;
     void *record_experts; ///< [out] the same shape: what a forward chose (as replayed, where it was); NULL = not wanted
     int64_t n_routed;     ///< elements of these two arrays, T*L*K; 0 = neither is given
@@ -108,15 +109,18 @@ typedef struct esp_model_info {
 ESP_API esp_status esp_model_info_get(const esp_model *model, esp_model_info *out);
 
 /// Forward to the final-norm hidden states.  Twin: esp_model_backward().
+/// Collective over the context's ranks: every rank has a batch of its own, one of no tokens where it has nothing to do.
 /// hidden [out]  [T,H] view into the activation block (f32; f64 under "ref64"), valid until the next forward or backward of this model
 /// ESP_ERR_ARG: an id outside the vocabulary or that stands for a picture, a malformed cu_seqlens or prefix_of, a sequence longer than the
 /// context (with its prefix)
 ESP_API esp_status esp_model_forward(esp_model *model, const esp_batch *batch, esp_tensor *hidden);
 
-/// The same without saving anything for a backward.
+/// The same without saving anything for a backward.  Collective.
 ESP_API esp_status esp_model_forward_only(esp_model *model, const esp_batch *batch, esp_tensor *hidden);
 
 /// Backward of the last esp_model_forward(): adds into the LoRA gradients.  Twin: esp_model_forward().
+/// Collective: what every rank's batch adds to a gradient is added on all ranks that hold it, in rank order, so R ranks with a batch each
+/// leave the bits that one rank leaves after the same batches one after the other.
 /// d_hidden [in]  [T,H] gradient of the loss by the hidden states; same dtype as `hidden`
 /// ESP_ERR_STATE: no forward before, or another batch; ESP_ERR_SHAPE: d_hidden is not [T,H]
 ESP_API esp_status esp_model_backward(esp_model *model, const esp_batch *batch, const esp_tensor *d_hidden);
@@ -157,7 +161,8 @@ ESP_API esp_status esp_model_router_losses(esp_model *model, double *aux_loss, d
 /// now send to another set of experts.  Both 0 without replay.
 ESP_API esp_status esp_model_route_flips(esp_model *model, int64_t *flips, int64_t *replayed);
 
-/// One trainable tensor.  data and grad are live: f32 (f64 under "ref64"), dims as PEFT's per-expert view.
+/// One trainable tensor.  data and grad are live: f32 (f64 under "ref64"), dims as PEFT's per-expert view.  Of experts that are spread over
+/// ranks (esp_model_config.expert_ranks) E counts those of this rank.
 typedef struct esp_param {
     size_t struct_size;
     const char *name;  ///< "layers.0.mlp.experts.gate_up.lora_A"

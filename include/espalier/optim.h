@@ -37,7 +37,7 @@ typedef struct esp_adamw_config {
 ESP_API esp_status esp_adamw_create(esp_optim **optim, esp_model *model, const esp_adamw_config *config);
 ESP_API void esp_optim_destroy(esp_optim *optim);
 
-/// Clips by the global norm (max_norm / (norm + 1e-6), at most 1), updates, zeroes the gradients.  A norm that is not finite skips the
+/// Collective.  Clips by the global norm (max_norm / (norm + 1e-6), at most 1), updates, zeroes the gradients.  A norm that is not finite skips the
 /// update, counts it and logs a warning; the gradients are zeroed all the same.
 ESP_API esp_status esp_optim_step(esp_optim *optim);
 

@@ -76,17 +76,16 @@ static bool route_token(const espi_router_fwd *a, int64_t t) {
     int32_t *idx = a->idx + t * a->top_k;
     const float lse = log_sum_exp(z, experts), scaling = a->rule.scaling != 0 ? (float)a->rule.scaling : 1;
     ((float *)a->lse)[t] = lse;
-    const bool forced = a->forced && a->forced[t * a->top_k] >= 0;
-    if (!forced)
-        select_top(idx, weight, a, z);
-    else
-        memmove(idx, a->forced + t * a->top_k, (size_t)a->top_k * sizeof *idx);
+    const int32_t *forced = a->forced && a->forced[t * a->top_k] != -1 ? a->forced + t * a->top_k : NULL;
+    const bool silent = forced && forced[0] < -1;
+    if (!forced) select_top(idx, weight, a, z);
+    for (int64_t k = 0; forced && k < a->top_k; k++) idx[k] = silent ? -2 - forced[k] : forced[k]; /* forced may be idx */
     for (int64_t k = 0; k < a->top_k; k++) {
         weight[k] = score_of(a, z[idx[k]], lse);
         selected += weight[k];
     }
     for (int64_t k = 0; k < a->top_k; k++) weight[k] = scaling * (a->rule.renormalise ? weight[k] / selected : weight[k]);
-    return forced && a->flips && flipped(a, z, idx);
+    return forced && !silent && a->flips && flipped(a, z, idx);
 }
 
 esp_status ESPI_CPU(espi_router_fwd)(const espi_exec *exec, const espi_router_fwd *a) {

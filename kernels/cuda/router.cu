@@ -106,14 +106,16 @@ __global__ void __launch_bounds__(WARPS *ESPI_WARP)
         if (best.expert % ESPI_WARP == lane) rank[best.expert] = -INFINITY; /* taken */
         __syncwarp();
     }
-    if (forced && forced[t * top_k] >= 0) { /* those become the ones taken */
+    if (forced && forced[t * top_k] != -1) { /* those become the ones taken */
         const int32_t *given = forced + t * top_k;
+        const bool silent = given[0] < -1;
+        const auto id = [given, silent](int k) { return silent ? -2 - given[k] : given[k]; };
         bool is_new = false;
-        for (int k = lane; k < top_k; k += ESPI_WARP) is_new = is_new || rank[given[k]] != -INFINITY;
-        if (__any_sync(0xffffffffu, is_new) && lane == 0 && flips) atomicAdd(flips, 1ull);
+        for (int k = lane; k < top_k; k += ESPI_WARP) is_new = is_new || rank[id(k)] != -INFINITY;
+        if (__any_sync(0xffffffffu, is_new) && lane == 0 && flips && !silent) atomicAdd(flips, 1ull);
         for (int e = lane; e < experts; e += ESPI_WARP) rank[e] = 0;
         __syncwarp();
-        for (int k = lane; k < top_k; k += ESPI_WARP) rank[given[k]] = -INFINITY;
+        for (int k = lane; k < top_k; k += ESPI_WARP) rank[id(k)] = -INFINITY;
         __syncwarp();
     }
     float selected = 0;

@@ -55,10 +55,11 @@ esp_status ESPI_REF_NAME(espi_router_fwd)(const espi_exec *exec, const espi_rout
                                  "infinity in the weights or the input",
                                  (long long)t, (long long)e, (double)z[e], rank[e]);
         }
-        const int32_t *forced = a->forced && a->forced[t * a->top_k] >= 0 ? a->forced + t * a->top_k : NULL;
+        const int32_t *forced = a->forced && a->forced[t * a->top_k] != -1 ? a->forced + t * a->top_k : NULL;
+        const bool silent = forced && forced[0] < -1;
         select_top(forced ? native : idx, rank, experts, a->top_k);
-        for (int64_t k = 0; forced && k < a->top_k; k++) idx[k] = forced[k];
-        if (forced && a->flips) *a->flips += memcmp(native, idx, (size_t)a->top_k * sizeof *idx) != 0;
+        for (int64_t k = 0; forced && k < a->top_k; k++) idx[k] = silent ? -2 - forced[k] : forced[k];
+        if (forced && !silent && a->flips) *a->flips += memcmp(native, idx, (size_t)a->top_k * sizeof *idx) != 0;
         const double lse = log_sum_exp(z, experts);
         double selected = a->rule.sigmoid ? 1e-20 : 0; /* all sigmoids can vanish at once */
         for (int64_t k = 0; k < a->top_k; k++) selected += score_of(&a->rule, z[idx[k]], lse);

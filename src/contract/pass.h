@@ -16,10 +16,11 @@ typedef struct espi_kv_cache {
 
 /* Where the layers' choices of experts go when they are wanted together, and whether they were made before.  Zeroed: neither. */
 typedef struct espi_routes {
-    bool kept;       /* in `chosen`, not in each layer's own memory; said of a dry arena too */
-    bool forced;     /* chosen holds what was recorded, -1 where the router is to choose: see espi_router_fwd */
-    int32_t *chosen; /* [L,T,K] tensor memory, overwritten in layers with experts */
-    int64_t *flips;  /* [1] add; NULL: not counted */
+    bool kept;             /* in `chosen`, not in each layer's own memory; said of a dry arena too */
+    bool forced;           /* chosen holds what was recorded, -1 where the router is to choose: see espi_router_fwd */
+    int32_t *chosen;       /* [L,T,K] tensor memory, overwritten in layers with experts */
+    int64_t *flips;        /* [1] add; NULL: not counted */
+    const int32_t *counts; /* [ranks,L,E] in host memory: the rows of every rank, where all of them were known before; else NULL */
 } espi_routes;
 
 typedef struct espi_pass {

@@ -25,15 +25,21 @@ esp_status espi_share_make(espi_share *share, esp_comm *comm, int64_t experts, i
     return ESP_OK;
 }
 
-esp_status espi_share_meet(espi_share *share, int64_t tokens) {
-    int64_t *all = NULL;
+esp_status espi_share_meet(espi_share *share, int64_t tokens, bool routes_known) {
+    typedef struct word {
+        int64_t tokens, known;
+    } word;
     share->most_tokens = tokens;
+    share->routes_known = routes_known;
     if (!espi_share_travels(share)) return ESP_OK;
-    all = malloc((size_t)share->ranks * sizeof *all);
+    const word mine = {tokens, routes_known};
+    word *all = malloc((size_t)share->ranks * sizeof *all);
     if (!all) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for the sizes of %d batches", share->ranks);
-    const esp_status status = espi_comm_gather(share->comm, (espi_place){"tokens of a pass", -1}, all, &tokens, sizeof tokens);
-    for (int r = 0; r < share->ranks && status == ESP_OK; r++)
-        if (all[r] > share->most_tokens) share->most_tokens = all[r];
+    const esp_status status = espi_comm_gather(share->comm, (espi_place){"tokens of a pass", -1}, all, &mine, sizeof mine);
+    for (int r = 0; r < share->ranks && status == ESP_OK; r++) {
+        if (all[r].tokens > share->most_tokens) share->most_tokens = all[r].tokens;
+        share->routes_known = share->routes_known && all[r].known;
+    }
     free(all);
     return status;
 }
@@ -52,6 +58,11 @@ int64_t espi_share_capacity(const espi_share *s, int64_t tokens, int64_t top_k) 
 esp_status espi_share_counts(const espi_share *s, int64_t layer, int32_t *counts, const int32_t *offsets, int32_t *mine) {
     for (int64_t e = 0; e < s->experts; e++) mine[e] = offsets[e + 1] - offsets[e];
     return espi_comm_gather(s->comm, (espi_place){"rows of every expert", layer}, counts, mine, (size_t)s->experts * sizeof *mine);
+}
+
+esp_status espi_share_counts_of_all(const espi_share *s, int32_t *counts, const int32_t *mine, int64_t layers) {
+    return espi_comm_gather(s->comm, (espi_place){"rows of every expert and layer", -1}, counts, mine,
+                            (size_t)(layers * s->experts) * sizeof *mine);
 }
 
 static int64_t count_rows(const int32_t *counts, int64_t first, int64_t last) {

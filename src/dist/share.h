@@ -14,6 +14,7 @@ typedef struct espi_share {
     int64_t first, count; /* this rank's own */
     int64_t row_budget;   /* routed rows that a rank takes at once; 0: one and a half times its even share */
     int64_t most_tokens;  /* of any rank in the passes that follow; rooms are as large as the busiest rank needs */
+    bool routes_known;    /* ... and every rank replays where all its tokens go: counted once for all layers */
 } espi_share;
 
 /* The first expert of member m of a group; m = spread: one behind the last.  Any number of experts, any number of ranks. */
@@ -46,8 +47,8 @@ esp_status espi_share_make(espi_share *share, esp_comm *comm, int64_t experts, i
 /* On devices: finds the way between them now, so that what stands against it is said before anything is loaded. */
 esp_status espi_share_open(const espi_share *share, esp_ctx *ctx);
 
-/* How many tokens every rank has in the pass that follows: share->most_tokens. */
-esp_status espi_share_meet(espi_share *share, int64_t tokens);
+/* Before a pass: how many tokens has every rank, and does it know where they go?  share->most_tokens, routes_known. */
+esp_status espi_share_meet(espi_share *share, int64_t tokens, bool routes_known);
 /* Rows that a rank of the group takes at once, when each token goes to top_k experts and no rank has more than `tokens` or most_tokens.
  * Never less than what one expert may get from one rank, which is not cut: its products are the same in any number of rounds. */
 int64_t espi_share_capacity(const espi_share *share, int64_t tokens, int64_t top_k);
@@ -55,6 +56,8 @@ int64_t espi_share_capacity(const espi_share *share, int64_t tokens, int64_t top
 /* counts [ranks, experts] overwrite: the routed rows of every rank for every expert.  offsets [experts+1]: of this rank's rows, in host
  * memory.  mine: room for one row of counts. */
 esp_status espi_share_counts(const espi_share *share, int64_t layer, int32_t *counts, const int32_t *offsets, int32_t *mine);
+/* The same of `layers` layers at once: counts [ranks, layers, experts], mine [layers, experts]. */
+esp_status espi_share_counts_of_all(const espi_share *share, int32_t *counts, const int32_t *mine, int64_t layers);
 /* Do the rows that every rank gets fit at once? */
 bool espi_share_fits(const espi_share *share, const int32_t *counts, int64_t capacity);
 

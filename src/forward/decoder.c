@@ -138,6 +138,21 @@ static esp_status take_batch(espi_pass *pass, const esp_batch *batch, espi_decod
     return ESP_OK;
 }
 
+/* Where ranks share the experts and all of them know where their tokens go: the rows of every layer, told once. */
+static esp_status tell_counts(espi_pass *pass, const int32_t *chosen) {
+    const espi_share *share = &pass->model->share;
+    const int64_t layers = pass->model->config.layers;
+    const size_t one = (size_t)(layers * share->experts) * sizeof(int32_t);
+    if (!espi_share_travels(share)) return ESP_OK;
+    int32_t *counts, *mine;
+    ESPI_TRY(espi_arena_take_host(pass->arena, (size_t)share->ranks * one, &counts));
+    ESPI_TRY(espi_arena_take_host(pass->arena, one, &mine));
+    if (pass->arena->dry || !share->routes_known) return ESP_OK;
+    espi_routes_count(mine, pass->model, chosen, pass->tokens);
+    pass->routes.counts = counts;
+    return espi_share_counts_of_all(share, counts, mine, layers);
+}
+
 /* Choices of experts that come from the host or go there: in one array, so that nothing of it happens on the way. */
 static esp_status take_routes(espi_pass *pass, const esp_batch *batch, int64_t **flips, int32_t **host) {
     const bool kept = batch->n_routed > 0;
@@ -145,11 +160,12 @@ static esp_status take_routes(espi_pass *pass, const esp_batch *batch, int64_t *
     ESPI_TRY(espi_arena_take(pass->arena, sizeof **flips, flips));
     pass->routes = (espi_routes){.kept = kept, .forced = kept && batch->routed_experts, .flips = *flips};
     if (kept) ESPI_TRY(espi_arena_take_shared(pass->arena, bytes, host, &pass->routes.chosen));
-    if (pass->arena->dry) return ESP_OK;
-    ESPI_TRY(espi_ctx_zero(pass->ctx, *flips, sizeof **flips));
-    if (!pass->routes.forced) return ESP_OK;
-    espi_routes_read(*host, pass->model, batch);
-    return espi_ctx_put(pass->ctx, pass->routes.chosen, *host, bytes);
+    if (!pass->arena->dry) ESPI_TRY(espi_ctx_zero(pass->ctx, *flips, sizeof **flips));
+    if (!pass->arena->dry && pass->routes.forced) {
+        espi_routes_read(*host, pass->model, batch);
+        ESPI_TRY(espi_ctx_put(pass->ctx, pass->routes.chosen, *host, bytes));
+    }
+    return tell_counts(pass, *host);
 }
 
 static esp_status record_routes(const espi_pass *pass, const esp_batch *batch, int32_t *host) {

@@ -1,6 +1,8 @@
 /* Forward of exchange.  Twin: backward/exchange.c. */
 #include "contract/exchange.h"
 
+#include <string.h>
+
 esp_status espi_arrivals_take(espi_pass *pass, espi_arrivals *a, int64_t top_k) {
     const espi_share *share = &pass->model->share;
     const size_t size = sizeof(int32_t);
@@ -76,7 +78,11 @@ static esp_status count(espi_pass *pass, int64_t layer, const espi_routing *rout
     int32_t *offsets, *mine;
     ESPI_TRY(espi_arena_take_host(pass->arena, (e + 1) * sizeof *offsets, &offsets));
     ESPI_TRY(espi_arena_take_host(pass->arena, e * sizeof *mine, &mine));
-    if (!pass->arena->dry) {
+    if (pass->routes.counts) {
+        const int32_t *known = pass->routes.counts + layer * share->experts;
+        for (int64_t r = 0; r < share->ranks; r++)
+            memcpy(saved->counts + r * share->experts, known + r * pass->model->config.layers * share->experts, e * sizeof *known);
+    } else if (!pass->arena->dry) {
         ESPI_TRY(espi_ctx_get(pass->ctx, offsets, routing->offsets, (e + 1) * sizeof *offsets));
         ESPI_TRY(espi_share_counts(share, layer, saved->counts, offsets, mine));
     }

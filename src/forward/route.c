@@ -173,11 +173,39 @@ esp_status espi_routes_check(int64_t *replayed, const esp_model *model, const es
     return status;
 }
 
+bool espi_routes_whole(const esp_model *model, const esp_batch *batch, int64_t replayed) {
+    int64_t own = batch->n_tokens;
+    for (int32_t s = 0; s < batch->n_seqs; s++) own -= !espi_is_prefix(batch, s);
+    return replayed == own * model->config.moe_layers && (batch->routed_experts || batch->n_tokens == 0);
+}
+
+/* The last token of a sequence of n tokens, in one layer; ids: its place. */
+static void send_last(int32_t *ids, int64_t n, int64_t k) {
+    const int32_t *before = ids - k;
+    if (ids[0] != -1 || (n > 1 && before[0] == -1)) return;
+    for (int64_t j = 0; j < k; j++) ids[j] = -2 - (n > 1 ? before[j] : (int32_t)j);
+}
+
 void espi_routes_read(int32_t *chosen, const esp_model *model, const esp_batch *batch) {
     const espi_config *c = &model->config;
+    for (int64_t l = 0; l < c->layers; l++) {
+        int32_t *ids = chosen + l * batch->n_tokens * c->top_k;
+        if (!has_experts(model, l)) continue;
+        for (int64_t t = 0; t < batch->n_tokens; t++)
+            read_ids(ids + t * c->top_k, batch->routed_experts, batch->routed_bytes, part_of(c, t, l), c->top_k);
+        for (int32_t s = 0; s < batch->n_seqs; s++) {
+            const int64_t last = batch->cu_seqlens[s + 1] - 1;
+            send_last(ids + last * c->top_k, last + 1 - batch->cu_seqlens[s], c->top_k);
+        }
+    }
+}
+
+void espi_routes_count(int32_t *counts, const esp_model *model, const int32_t *chosen, int64_t tokens) {
+    const espi_config *c = &model->config;
+    memset(counts, 0, (size_t)(c->layers * c->experts) * sizeof *counts);
     for (int64_t l = 0; l < c->layers; l++)
-        for (int64_t t = 0; has_experts(model, l) && t < batch->n_tokens; t++)
-            read_ids(chosen + (l * batch->n_tokens + t) * c->top_k, batch->routed_experts, batch->routed_bytes, part_of(c, t, l), c->top_k);
+        for (int64_t i = l * tokens * c->top_k; has_experts(model, l) && i < (l + 1) * tokens * c->top_k; i++)
+            counts[l * c->experts + (chosen[i] < 0 ? -2 - chosen[i] : chosen[i])]++;
 }
 
 void espi_routes_record(const esp_model *model, const esp_batch *batch, const int32_t *chosen) {

@@ -271,7 +271,7 @@ static esp_status forward_begin(esp_model *model, const esp_batch *batch, bool t
     model->route_flips = NULL;
     ESPI_TRY(check_batch(model, batch));
     ESPI_TRY(espi_routes_check(&model->routes_replayed, model, batch));
-    ESPI_TRY(espi_share_meet(&model->share, batch->n_tokens));
+    ESPI_TRY(espi_share_meet(&model->share, batch->n_tokens, espi_routes_whole(model, batch, model->routes_replayed)));
     ESPI_TRY(espi_model_reserve(model, batch, training));
     model->saved_valid = false;
     espi_arena_release(&model->arena, (espi_mark){0});

@@ -404,3 +404,13 @@ Test(parity, four_exchanges_a_layer) {
     cr_expect_eq(out->rows_calls, 0, "%lld calls", (long long)out->rows_calls);
     drop_outcome(out);
 }
+
+/* Where all tokens go as they were recorded, rows are counted once for all layers. */
+Test(parity, counted_once_in_a_replay) {
+    char dir[ESPI_PATH_MAX];
+    golden_dir(dir, "q3a");
+    setting s = {.dir = dir, .ranks = 4, .spread = 4, .skew = BALANCED};
+    outcome *out = outcome_of(&s);
+    cr_expect_eq(out->rows_calls, 2 + 2 * 4, "%lld calls", (long long)out->rows_calls);
+    drop_outcome(out);
+}

@@ -413,6 +413,7 @@ static int32_t *forced_experts(problem *p, int32_t *idx) {
     for (int64_t t = 0; t < s->tokens; t++) {
         choose(forced + t * s->top_k, p, t);
         for (int64_t k = 0; t % 3 == 0 && k < s->top_k; k++) forced[t * s->top_k + k] = -1;
+        for (int64_t k = 0; t % 3 == 1 && t % 5 < 2 && k < s->top_k; k++) forced[t * s->top_k + k] = -2 - forced[t * s->top_k + k];
     }
     settle(p, s->in_place ? "idx" : "forced");
     return forced;
