@@ -4,8 +4,8 @@
  * `void *` fields marked "real" hold float, or double under the ref64 backend: parameters, their gradients, moments, statistics, routing
  * weights.  Those marked "act" hold activations and their gradients: the same type as real on a CPU, bf16 on a GPU.  On a GPU every pointer
  * of an argument struct is to device memory, unless said.  All arrays are dense row-major and do not overlap unless said.  Every op says of each output whether it overwrites or adds (rule 7: parameter gradients add, activation gradients
- * overwrite; what is added to a parameter gradient is one sum over the rows, formed apart from what is there: so it is the same for every
- * way in which batches are added up).  T = 0 is legal everywhere and does nothing.
+ * overwrite; what is added to the gradient of a LoRA, a router or sinks is one sum over the rows, formed apart from what is there: so it is the
+ * same for every way in which batches are added up).  T = 0 is legal everywhere and does nothing.
  *
  * Contract on bits (CPU): a row's result does not depend on how many other rows there are, on their content, or on the thread count. */
 #ifndef ESPI_KERNELS_OPS_H

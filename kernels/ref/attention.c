@@ -149,7 +149,7 @@ static void sink_grad(const espi_attention_bwd *a, int64_t head) {
         const int64_t q_row = i * a->heads + head;
         sum += exp(a->sinks[head] - (double)((const real *)a->lse)[q_row]) * delta_of(a, q_row);
     }
-    ((real *)a->d_sinks)[head] = (real)(((real *)a->d_sinks)[head] - sum);
+    ((real *)a->d_sinks)[head] = ((real *)a->d_sinks)[head] - (real)sum;
 }
 
 esp_status ESPI_REF_NAME(espi_attention_bwd)(const espi_exec *exec, const espi_attention_bwd *a) {

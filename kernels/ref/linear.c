@@ -53,7 +53,7 @@ void branch_grads(const branch *l, const branch_rows *rows) {
             double sum = 0;
             for (int64_t s = rows->begin; s < rows->end; s++)
                 sum += weight_of(rows, s) * rows->d_y[at(rows->y_index, s) * l->out + o] * rows->u[s * l->r + k];
-            l->d_b[o * l->r + k] = (real)(l->d_b[o * l->r + k] + l->scale * sum);
+            l->d_b[o * l->r + k] = l->d_b[o * l->r + k] + (real)(l->scale * sum);
         }
     }
     for (int64_t k = 0; k < l->r; k++) {
@@ -61,7 +61,7 @@ void branch_grads(const branch *l, const branch_rows *rows) {
             double sum = 0;
             for (int64_t s = rows->begin; s < rows->end; s++)
                 sum += weight_of(rows, s) * rows->q[s * l->r + k] * rows->x[at(rows->x_index, s) * l->in + i];
-            l->d_a[k * l->in + i] = (real)(l->d_a[k * l->in + i] + sum);
+            l->d_a[k * l->in + i] = l->d_a[k * l->in + i] + (real)sum;
         }
     }
 }

@@ -117,7 +117,7 @@ esp_status ESPI_REF_NAME(espi_router_bwd)(const espi_exec *exec, const espi_rout
         for (int64_t h = 0; h < hidden; h++) {
             double sum = 0;
             for (int64_t t = 0; t < a->tokens; t++) sum += (double)d_logits[t * experts + e] * x[t * hidden + h];
-            d_w[e * hidden + h] = (real)(d_w[e * hidden + h] + sum);
+            d_w[e * hidden + h] = d_w[e * hidden + h] + (real)sum;
         }
     }
     return ESP_OK;

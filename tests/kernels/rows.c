@@ -328,6 +328,47 @@ ParameterizedTest(int *index, rows, cut_batch) {
     }
 }
 
+/* The gradient of a LoRA, a router or sinks: all that a call adds is one sum, formed apart from what was there, so batches have the same
+ * bits whether they are added up here or by several ranks. */
+static void one_sum(espi_op_id op, const shape *shape, const espi_backend *backend) {
+    static const char *const gradients[] = {"d_a", "d_b", "d_w", "d_sinks"};
+    twice t;
+    const bool ran = begin(&t, op, shape, backend);
+    for (size_t g = 0; ran && g < sizeof gradients / sizeof gradients[0]; g++) {
+        field *apart = field_look(&t.pieces, gradients[g]);
+        if (apart) memset(apart->data, 0, (size_t)apart->count * t.size);
+    }
+    if (ran) piece(&t, &t.pieces.args);
+    for (size_t g = 0; ran && g < sizeof gradients / sizeof gradients[0]; g++) {
+        const field *apart = field_look(&t.pieces, gradients[g]), *there = field_look(&t.whole, gradients[g]);
+        int64_t wrong = 0;
+        for (int64_t i = 0; apart && i < apart->count; i++)
+            if (t.size == sizeof(float))
+                wrong += ((float *)there->data)[i] != ((float *)there->before)[i] + ((float *)apart->data)[i];
+            else
+                wrong += ((double *)there->data)[i] != ((double *)there->before)[i] + ((double *)apart->data)[i];
+        cr_expect_eq(wrong, 0, "%s on %s, shape %s: %lld values of %s are not what was there plus one sum", op_cases[op].name,
+                     backend->name, shape->name, (long long)wrong, gradients[g]);
+    }
+    problem_free(&t.whole);
+    problem_free(&t.pieces);
+}
+
+Test(rows, gradients_get_one_sum) {
+    static const espi_op_id ops[] = {ESPI_OP_linear_bwd, ESPI_OP_gate_up_bwd, ESPI_OP_down_bwd, ESPI_OP_router_bwd, ESPI_OP_attention_bwd};
+    const espi_backend *all[BACKENDS];
+    const int n = backends(all);
+    for (size_t o = 0; o < sizeof ops / sizeof ops[0]; o++)
+        for (int b = 0; b < n; b++) {
+            shape large = shapes[0]; /* more rows than a kernel takes at once */
+            large.name = "rows, many for one expert";
+            large.tokens = 900;
+            large.pattern = ROUTE_SKEWED;
+            one_sum(ops[o], &large, all[b]);
+            for (int s = 0; s < SHAPES; s++) one_sum(ops[o], &shapes[s], all[b]);
+        }
+}
+
 /* The lists that a draw left, as the trainer gets them. */
 static void give_left(espi_head *head, const problem *drawn) {
     static int64_t offsets[256];

@@ -104,11 +104,16 @@ void *field_add(problem *p, const char *name, role role, esp_dtype dtype, int64_
     return f->data;
 }
 
-field *field_find(problem *p, const char *name) {
+field *field_look(problem *p, const char *name) {
     for (int i = 0; i < p->n_fields; i++)
         if (strcmp(p->fields[i].name, name) == 0) return &p->fields[i];
-    cr_assert_fail("no array \"%s\" in this problem", name);
     return NULL;
+}
+
+field *field_find(problem *p, const char *name) {
+    field *found = field_look(p, name);
+    cr_assert(found, "no array \"%s\" in this problem", name);
+    return found;
 }
 
 void field_settle(field *f) {

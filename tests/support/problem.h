@@ -78,7 +78,8 @@ int64_t pick(uint64_t seed, const char *name, int64_t i, int64_t n);
 
 /* A new array; its data pointer.  ESP_DTYPE_NONE: the problem's real. */
 void *field_add(problem *p, const char *name, role role, esp_dtype dtype, int64_t count);
-field *field_find(problem *p, const char *name); /* ends the test when there is none */
+field *field_look(problem *p, const char *name); /* NULL: there is none */
+field *field_find(problem *p, const char *name); /* ends the test then */
 double field_get(const field *f, int64_t i);
 void field_set(field *f, int64_t i, double value);
 /* After a test has chosen an input's values itself. */
