@@ -409,6 +409,9 @@ int64_t cpu_branch_strips(const cpu_branch *l) {
     return l->r == 0 ? 0 : cpu_blocks(l->in, STRIP) + cpu_blocks(l->out, STRIP);
 }
 
+/* What is added to a gradient is a number of its own, not one half of a fused multiply-add: the compiler must go through memory here. */
+#define ROUNDED(values) __asm__("" : "+m"(values))
+
 /* d_b's rows o .. o + rows - 1, LANES columns: a vector of u meets the values of d_y, and what comes out lies as d_b does. */
 INLINE void rows_of_b(float *d_b, const cpu_rows *d_y, const float *u, int64_t r, int64_t count, int64_t o, float scale, const int rows) {
     vec all[LANES] = {{0}};
@@ -425,7 +428,9 @@ INLINE void rows_of_b(float *d_b, const cpu_rows *d_y, const float *u, int64_t r
         }
         for (int i = 0; i < rows; i++) all[i] = first == 0 ? sum[i] : all[i] + sum[i];
     }
-    for (int i = 0; i < rows; i++) store(d_b + i * r, splat(scale) * all[i] + load(d_b + i * r));
+    for (int i = 0; i < rows; i++) all[i] = splat(scale) * all[i];
+    ROUNDED(all);
+    for (int i = 0; i < rows; i++) store(d_b + i * r, all[i] + load(d_b + i * r));
 }
 
 /* d_b's rows col .. col + n - 1 where a row is whole vectors. */
@@ -461,12 +466,10 @@ void cpu_branch_grad(const cpu_branch *l, int64_t strip, const cpu_rows *x, cons
             for (int64_t i = 0; i < height; i++)
                 for (int64_t j = 0; j < n; j++) all[i][j] = s == 0 ? sum[i][j] : all[i][j] + sum[i][j];
         }
+        for (int64_t i = 0; !of_a && i < height; i++)
+            for (int64_t j = 0; j < n; j++) all[i][j] *= l->scale;
+        ROUNDED(all);
         for (int64_t i = 0; i < height; i++)
-            for (int64_t j = 0; j < n; j++) {
-                if (of_a)
-                    l->d_a[(k + i) * l->in + col + j] += all[i][j];
-                else
-                    l->d_b[(col + j) * l->r + k + i] += l->scale * all[i][j];
-            }
+            for (int64_t j = 0; j < n; j++) *(of_a ? &l->d_a[(k + i) * l->in + col + j] : &l->d_b[(col + j) * l->r + k + i]) += all[i][j];
     }
 }
