@@ -14,9 +14,10 @@
 #define SENTENCE 512
 
 /* Two ranks that make the same call send the same header, but for the bytes. */
+#define MARK UINT64_C(0x65737072616e6b73) /* "espranks" */
 typedef struct header {
-    uint64_t call, bytes;
-    int64_t layer;
+    uint64_t mark, call, bytes;
+    int32_t layer, status; /* status: of a rank that comes to say that it failed, wherever the others are */
     char what[40];
 } header;
 
@@ -28,6 +29,7 @@ struct esp_comm {
     uint64_t calls;
     bool broken, late; /* a call failed; because its deadline passed */
     espi_watch *watch;
+    esp_status failing;        /* what the next call is to say */
     header *ours, *theirs;     /* [size] each: the headers of a call */
     espi_message *send, *recv; /* [size] each: where those are */
 };
@@ -106,7 +108,7 @@ static size_t bytes_of(const espi_message *messages, int rank, int n, int size) 
 
 /* The headers first; then what send and recv say: n messages [size] each, one after the other. */
 static esp_status headers_and_messages(esp_comm *c, espi_place place, const espi_message *send, const espi_message *recv, int n) {
-    header mine = {.call = c->calls, .layer = place.layer};
+    header mine = {.mark = MARK, .call = c->calls, .layer = (int32_t)place.layer, .status = (int32_t)c->failing};
     snprintf(mine.what, sizeof mine.what, "%s", place.what);
     for (int r = 0; r < c->size; r++) {
         c->ours[r] = mine;
@@ -119,8 +121,15 @@ static esp_status headers_and_messages(esp_comm *c, espi_place place, const espi
         char here[SENTENCE], there[SENTENCE];
         describe(here, &mine);
         describe(there, theirs);
-        if (theirs->call != mine.call || theirs->layer != mine.layer || memcmp(theirs->what, mine.what, sizeof mine.what) != 0)
-            status = ESPI_FAIL(ESP_ERR_MISMATCH, "rank %d is at %s, rank %d at %s: the ranks went different ways", c->rank, here, r, there);
+        if (theirs->mark != MARK)
+            status =
+                ESPI_FAIL(ESP_ERR_COMM, "rank %d, at %s: what rank %d sent is no header: a message before it was cut", c->rank, here, r);
+        else if (theirs->call != mine.call || theirs->layer != mine.layer || memcmp(theirs->what, mine.what, sizeof mine.what) != 0)
+            status =
+                theirs->status != ESP_OK
+                    ? ESPI_FAIL((esp_status)theirs->status, "rank %d failed before %s, while rank %d was at %s", r, there, c->rank, here)
+                    : ESPI_FAIL(ESP_ERR_MISMATCH, "rank %d is at %s, rank %d at %s: the ranks went different ways", c->rank, here, r,
+                                there);
         else if (theirs->bytes != bytes_of(recv, r, n, c->size))
             status = ESPI_FAIL(ESP_ERR_MISMATCH, "rank %d, at %s: got %llu bytes announced by rank %d, expected %zu", c->rank, here,
                                (unsigned long long)theirs->bytes, r, bytes_of(recv, r, n, c->size));
@@ -237,7 +246,10 @@ esp_status espi_comm_agree(esp_comm *comm, espi_place place, esp_status mine) {
     if (mine != ESP_OK) snprintf(own.sentence, sizeof own.sentence, "%s", esp_last_error());
     verdict *all = calloc((size_t)comm->size, sizeof *all);
     if (all == NULL) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for the verdicts of %d ranks", comm->size);
+    comm->failing = mine;
     esp_status status = espi_comm_gather(comm, place, all, &own, sizeof own);
+    comm->failing = ESP_OK;
+    if (status != ESP_OK && mine != ESP_OK) status = ESPI_FAIL(mine, "%s", own.sentence); /* the others are elsewhere, or gone */
     for (int r = 0; r < comm->size && status == ESP_OK; r++)
         if (all[r].status != ESP_OK) status = ESPI_FAIL((esp_status)all[r].status, "rank %d: %s", r, all[r].sentence);
     free(all);

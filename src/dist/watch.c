@@ -18,7 +18,7 @@
 #define TURN 0.05 /* seconds between two looks */
 #define LINE 1024
 
-enum { KEPT = 32 };
+enum { KEPT = 16 };
 
 typedef struct remembered {
     uint64_t number; /* 0: none */
