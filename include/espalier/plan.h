@@ -31,6 +31,38 @@ typedef struct esp_plan {
 ESP_API esp_status esp_plan_folder(esp_plan *out, esp_ctx *ctx, const char *dir, const esp_model_config *config,
                                    const esp_adamw_config *adamw, int64_t n_tokens, int32_t n_seqs);
 
+/// What a rank can do, as esp_plan_placement() reckons.
+typedef struct esp_machine {
+    size_t struct_size;
+    double flops;            ///< operations a second in the products of a pass
+    double bytes_per_second; ///< that a rank sends, all of them sending at once
+    double seconds_per_call; ///< of an exchange of nothing
+    size_t memory;           ///< bytes for each rank; 0 = not looked at
+} esp_machine;
+#define ESP_MACHINE(...) ((esp_machine){.struct_size = sizeof(esp_machine), __VA_ARGS__})
+
+/// A way to place the experts of a job, and a prediction of what comes of it: even routing, dense products alone, nothing overlapping.
+typedef struct esp_placement {
+    size_t struct_size;
+    int32_t ranks;                            ///< [in]
+    int32_t micro_batches;                    ///< [in] of each rank in an optimiser step; default 1
+    int32_t expert_ranks;                     ///< over how many ranks the experts of one model are spread
+    esp_plan plan;                            ///< memory of the rank that holds most experts: exact
+    double exchange_bytes;                    ///< that a rank sends for one layer of experts, forward and backward of one micro-batch
+    double sum_bytes;                         ///< that a rank sends once a step, to add up gradients
+    double seconds_compute, seconds_exchange; ///< of one micro-batch
+    double seconds_sum;                       ///< once a step
+    double seconds;                           ///< of an optimiser step
+    bool fits;                                ///< plan.peak is within esp_machine.memory
+} esp_placement;
+#define ESP_PLACEMENT(...) ((esp_placement){.struct_size = sizeof(esp_placement), __VA_ARGS__})
+
+/// From config.json alone, on one process.  n_tokens, n_seqs: of one micro-batch.
+/// out [in,out]  ranks and micro_batches are read.  config.expert_ranks: which placement; 0 = all ranks
+/// ESP_ERR_ARG: expert_ranks does not divide ranks
+ESP_API esp_status esp_plan_placement(esp_placement *out, esp_ctx *ctx, const char *dir, const esp_model_config *config,
+                                      const esp_adamw_config *adamw, int64_t n_tokens, int32_t n_seqs, const esp_machine *machine);
+
 #ifdef __cplusplus
 }
 #endif

@@ -50,6 +50,9 @@ esp_status espi_comm_start(esp_comm **comm, int *argc, char ***argv);
 /* `self` belongs to the communicator, also when this fails. */
 esp_status espi_comm_make(esp_comm **comm, const espi_transport *transport, void *self, int rank, int size);
 
+/* start.c.  Rank `rank` of `size` for a plan: it can say so, and nothing to anybody. */
+esp_status espi_comm_imagine(esp_comm **comm, int rank, int size);
+
 /* comm_simulated.c: `size` communicators for as many threads of this process. */
 esp_status espi_comm_simulate(esp_comm **comms, int size);
 /* comm_tcp.c.  rendezvous: "host:port" where rank 0 listens, or "file:DIR", a folder that all ranks see. */

@@ -55,6 +55,7 @@ Test(cli, wrong_use_is_told) {
     expect("plan x --tokens 3 --activation-budget 3Q", 2, "--activation-budget cannot be '3Q'");
     expect("plan x --tokens 3 --sequences 4", 2, "every sequence has a token");
     expect("plan x", 2, "every sequence has a token");
+    expect("plan x --tokens 3 --ranks 4 --expert-ranks 3", 2, "a divisor of them");
     expect("generate x", 2, "--prompt is missing");
     expect("generate x --prompt a --temperature nan", 2, "--temperature cannot be 'nan'");
     expect("generate x --prompt a --temperature -1", 2, "expected 0 or more");
@@ -113,6 +114,8 @@ Test(cli, merge_counts_what_it_changed) {
 Test(cli, failures_are_told) {
     expect("inspect /nonexistent", 1, "/nonexistent");
     expect("plan /nonexistent --tokens 5", 1, "/nonexistent");
+    expect("plan " ESP_SOURCE_DIR "/examples/models/mix-moe --tokens 128 --ranks 4", 0, "choose: --expert-ranks ");
+    expect("plan " ESP_SOURCE_DIR "/examples/models/mix-moe --tokens 128 --ranks 4 --memory 1K", 0, "nothing fits in 1024 bytes a rank");
     expect("generate /nonexistent --prompt a", 1, "/nonexistent");
     expect("plot /nonexistent", 1, "/nonexistent");
     expect("verify " Q3B "/../ --device cpux", 1, "cpux");

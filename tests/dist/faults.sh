@@ -16,7 +16,7 @@ ranks() {
     unset ESP_FAULT LD_PRELOAD
 }
 says() {
-    grep -qE "$1" "$out" || wrong "$what: nobody says \"$1\": $(cat "$out")"
+    grep -qE "$1" "$out" || wrong "$what: nobody says \"$1\": $(said)"
 }
 # fails WHAT STATUSES FAULT: within the deadline and 5 seconds, the start of a launcher and two steps not counted.
 fails() {
@@ -66,6 +66,16 @@ cp "$sft" "$work/other" && echo >>"$work/other"
 alike "another program" "the program \(the file that runs\)" 'test $rank = 1 && exec '"$work/other $run; exec $sft $run"
 alike "another seed" "config.seed" "exec $sft $run --seed \$((rank % 2))"
 alike "another environment" "ESP_CPU_ISA" 'test $rank = 1 && export ESP_CPU_ISA=generic; exec '"$sft $run"
+
+what="goes on after a kill"
+LD_PRELOAD='' OMP_NUM_THREADS=1 "$sft" $run --out "$work/whole" >/dev/null || wrong "$what: the run alone fails"
+ranks $deadline "1 kill is..a..stop..asked..for -1 5" --checkpoint-every 2 --out "$work/cut"
+expect_failure "$what" '74|75|137' 10
+# shellcheck disable=SC2086
+start 30 2 "$sft" $run --checkpoint-every 2 --resume "$work/cut" --out "$work/cut"
+expect 0 30
+says 'resumed from .* after step 4'
+cmp "$work/whole/adapter/adapter_model.safetensors" "$work/cut/adapter/adapter_model.safetensors" || wrong "$what: another adapter"
 
 what="wrong use"
 ranks $deadline "-1 none" --stepz 3

@@ -1,7 +1,9 @@
 /* What is planned is what is taken, to the byte: for several shapes, budgets and formats; and the head's memory does not grow with T. */
+#include "dist/comm.h"
 #include "espalier/espalier.h"
 
 #include <criterion/criterion.h>
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -132,4 +134,47 @@ Test(plan, head_is_constant_in_tokens) {
     cr_expect_geq(large.head, small.head);
     cr_expect_leq(large.head - small.head, scalars + 9 * 64, "head: %zu bytes at 256 tokens, %zu at 8192", small.head, large.head);
     esp_ctx_destroy(ctx);
+}
+
+/* A placement's memory is that of a rank of such a job; what travels, counted by hand. */
+Test(plan, placements) {
+    enum { RANKS = 3, SPREAD = 3, T = 90, LORA = 4 };
+    const esp_machine machine = ESP_MACHINE(.flops = 1e9, .bytes_per_second = 1e6, .seconds_per_call = 1e-3, .memory = 1);
+    esp_comm *comms[RANKS];
+    esp_ctx *alone, *ranked;
+    esp_model *model;
+    esp_model_info info = ESP_MODEL_INFO_INIT;
+    esp_plan plan = ESP_PLAN_INIT;
+    esp_placement p = ESP_PLACEMENT(.ranks = RANKS, .micro_batches = 2);
+    const esp_model_config config = ESP_MODEL_CONFIG(.lora_rank = LORA, .expert_ranks = SPREAD);
+    cr_assert_eq(esp_ctx_create(&alone, NULL), ESP_OK);
+    cr_assert_eq(esp_plan_placement(&p, alone, MODEL, &config, NULL, T, 3, &machine), ESP_OK, "%s", esp_last_error());
+    cr_expect(p.expert_ranks == SPREAD && !p.fits);
+    cr_assert_eq(espi_comm_simulate(comms, RANKS), ESP_OK);
+    size_t most = 0;
+    for (int r = 0; r < RANKS; r++) {
+        cr_assert_eq(esp_ctx_create(&ranked, &ESP_CTX_CONFIG(.comm = comms[r])), ESP_OK);
+        cr_assert_eq(esp_plan_folder(&plan, ranked, MODEL, &config, NULL, T, 3), ESP_OK, "%s", esp_last_error());
+        most = plan.peak > most ? plan.peak : most;
+        esp_ctx_destroy(ranked);
+        esp_comm_destroy(comms[r]);
+    }
+    cr_expect_eq(p.plan.peak, most, "planned %zu, a rank has %zu", p.plan.peak, most);
+
+    cr_assert_eq(esp_model_load(&model, alone, MODEL, &ESP_MODEL_CONFIG(.lora_rank = LORA)), ESP_OK, "%s", esp_last_error());
+    cr_assert_eq(esp_model_info_get(model, &info), ESP_OK);
+    double dense = 0;
+    for (int64_t i = 0; i < esp_model_param_count(model); i++) {
+        esp_param param = ESP_PARAM_INIT;
+        cr_assert_eq(esp_model_param_get(model, i, &param), ESP_OK);
+        if (param.rank == 2) dense += (double)(param.dims[0] * param.dims[1]);
+    }
+    cr_expect_eq(p.sum_bytes, 4 * dense * (RANKS - 1));
+    cr_expect_eq(p.exchange_bytes, (double)(T * info.top_k) * (SPREAD - 1) / SPREAD * (double)(4 * info.hidden * 4 + 2 * 4));
+    cr_expect(fabs(p.seconds - 2 * (p.seconds_compute + p.seconds_exchange) - p.seconds_sum) < 1e-12);
+    esp_model_destroy(model);
+
+    const esp_model_config uneven = ESP_MODEL_CONFIG(.expert_ranks = 2);
+    cr_expect_eq(esp_plan_placement(&p, alone, MODEL, &uneven, NULL, T, 3, &machine), ESP_ERR_ARG);
+    esp_ctx_destroy(alone);
 }
