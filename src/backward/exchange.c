@@ -32,6 +32,7 @@ static esp_status run(espi_pass *pass, const gradients *g, const espi_experts *e
         const espi_experts_saved part = espi_arrivals_saved(pass, experts, saved, first);
         const espi_experts own = for_source(pass, experts, m);
         routing.row_weight = espi_row(g->weight, first, 1, real);
+        if (!pass->arena->dry) ESPI_TRY(espi_share_came(pass->ctx, &a->round, m)); /* in rank order, as sums are made */
         ESPI_TRY(espi_experts_backward(pass, espi_row(g->d_rows, first, hidden, act), espi_row(g->d_row_weight, first, 1, real),
                                        espi_row(g->d_out, first, hidden, act), espi_row(saved->x, first, hidden, act), &own, &routing,
                                        &part));
@@ -62,7 +63,7 @@ esp_status espi_exchange_backward(espi_pass *pass, int64_t layer, void *d_rows, 
     ESPI_TRY(espi_op_rows_take(pass->ctx, pass->arena, &take_d));
     if (again) ESPI_TRY(espi_op_rows_take(pass->ctx, pass->arena, &take));
     if (dry) {
-        ESPI_TRY(espi_exchange_run(pass, layer, NULL, experts, &a, saved, false));
+        ESPI_TRY(espi_exchange_run(pass, layer, NULL, experts, &a, saved, false, NULL));
         ESPI_TRY(run(pass, &g, experts, &a, saved));
     } else {
         const espi_row_array rows = {.to = saved->x, .from = sent, .row_bytes = row_bytes};
@@ -74,10 +75,10 @@ esp_status espi_exchange_backward(espi_pass *pass, int64_t layer, void *d_rows, 
         espi_round_begin(&a.round, share, saved->counts, a.capacity);
         while (espi_arrivals_next(pass, &a, &status)) {
             if (again) {
-                ESPI_TRY(espi_share_exchange(pass->ctx, share, (espi_place){"rows once more", layer}, &rows, 1, &a.round, false));
-                ESPI_TRY(espi_exchange_run(pass, layer, g.d_rows, experts, &a, saved, false)); /* the results are not needed */
+                ESPI_TRY(espi_share_send(pass->ctx, share, (espi_place){"rows once more", layer}, &rows, 1, &a.round));
+                ESPI_TRY(espi_exchange_run(pass, layer, g.d_rows, experts, &a, saved, false, NULL)); /* the results are not needed */
             }
-            ESPI_TRY(espi_share_exchange(pass->ctx, share, (espi_place){"gradients to the experts", layer}, there, 2, &a.round, false));
+            ESPI_TRY(espi_share_send(pass->ctx, share, (espi_place){"gradients to the experts", layer}, there, 2, &a.round));
             ESPI_TRY(run(pass, &g, experts, &a, saved));
             ESPI_TRY(espi_share_exchange(pass->ctx, share, (espi_place){"gradients of the rows", layer}, back, 2, &a.round, true));
         }

@@ -30,9 +30,10 @@ bool espi_arrivals_next(espi_pass *pass, espi_arrivals *arrivals, esp_status *st
 /* The routing of what came from member `source`, and that part of what is kept.  *first: its first row. */
 espi_routing espi_arrivals_of(const espi_pass *pass, const espi_arrivals *arrivals, int source, int64_t *first);
 espi_experts_saved espi_arrivals_saved(const espi_pass *pass, const espi_experts *experts, const espi_experts_saved *saved, int64_t first);
-/* The experts' side of one round of a forward: results act [capacity,H] of the rows in saved->x. */
+/* The experts' side of one round of a forward: results act [capacity,H] of the rows in saved->x, source by source as they come.  back: results
+ * go back as they are made, or NULL. */
 esp_status espi_exchange_run(espi_pass *pass, int64_t layer, void *results, const espi_experts *experts, const espi_arrivals *arrivals,
-                             const espi_experts_saved *saved, bool replay);
+                             const espi_experts_saved *saved, bool replay, const espi_row_array *back);
 /* Rows of an array of values of the given size; NULL of a dry one. */
 static inline void *espi_row(const void *base, int64_t row, int64_t width, size_t size) {
     return base ? (unsigned char *)base + (size_t)(row * width) * size : NULL;

@@ -89,7 +89,7 @@ static void nccl_close(void *self, bool broken) {
     free(p);
 }
 
-static const espi_carrier carrier_nccl = {.name = "nccl", .begin = nccl_begin, .check = nccl_check, .close = nccl_close};
+static const espi_carrier carrier_nccl = {.name = "nccl", .overlaps = true, .begin = nccl_begin, .check = nccl_check, .close = nccl_close};
 
 /* Rank 0's id to all. */
 static esp_status agree_on_id(espi_nccl_id *id, const party *p) {

@@ -212,24 +212,34 @@ static espi_message rows_of(void *rows, espi_row_ranges ranges, int r, size_t ro
     return (espi_message){(unsigned char *)rows + (size_t)ranges.at[r] * row_bytes, (size_t)ranges.rows[r] * row_bytes};
 }
 
-esp_status espi_link_exchange(espi_link *link, espi_place place, const espi_row_array *arrays, int n_arrays, espi_row_ranges to,
-                              espi_row_ranges from) {
+esp_status espi_link_begin_rows(espi_link *link, espi_place place, const espi_row_array *arrays, int n_arrays, espi_row_ranges to,
+                                espi_row_ranges from, espi_pair pair, int *ticket) {
     const int size = esp_comm_size(link->ctx->comm), n = n_arrays * size;
     espi_message *send = calloc(2 * (size_t)n, sizeof *send);
     if (send == NULL) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for %d messages", 2 * n);
     espi_message *recv = send + n;
     for (int i = 0; i < n; i++) {
         const espi_row_array *array = &arrays[i / size];
+        const int r = i % size;
         void *rows;
         memcpy(&rows, &array->from, sizeof rows); /* a message is of either direction */
-        send[i] = rows_of(rows, from, i % size, array->row_bytes);
-        recv[i] = rows_of(array->to, to, i % size, array->row_bytes);
+        if (pair.to < 0 || pair.to == r) send[i] = rows_of(rows, from, r, array->row_bytes);
+        if (pair.from < 0 || pair.from == r) recv[i] = rows_of(array->to, to, r, array->row_bytes);
     }
-    int ticket;
-    esp_status status = espi_link_begin(link, place, send, recv, n_arrays, &ticket);
+    const esp_status status = espi_link_begin(link, place, send, recv, n_arrays, ticket);
     free(send);
-    if (status == ESP_OK) status = espi_link_end(link, ticket);
     return status;
+}
+
+esp_status espi_link_exchange(espi_link *link, espi_place place, const espi_row_array *arrays, int n_arrays, espi_row_ranges to,
+                              espi_row_ranges from) {
+    int ticket;
+    ESPI_TRY(espi_link_begin_rows(link, place, arrays, n_arrays, to, from, (espi_pair){-1, -1}, &ticket));
+    return espi_link_end(link, ticket);
+}
+
+bool espi_link_overlaps(const espi_link *link) {
+    return link->carrier != NULL && link->carrier->overlaps;
 }
 
 /* ---- which way ---- */

@@ -11,6 +11,7 @@
 /* One way of doing it.  Messages are of device memory, [n_arrays][ranks]; the own rank's have been copied. */
 typedef struct espi_carrier {
     const char *name; /* "nccl", "host" */
+    bool overlaps;    /* begin does not wait */
     esp_status (*begin)(void *self, espi_place place, const espi_message *send, const espi_message *recv, int n_arrays, double deadline);
     /* What was begun has failed since; or NULL. */
     esp_status (*check)(void *self);
@@ -33,9 +34,17 @@ esp_status espi_link_begin(espi_link *link, espi_place place, const espi_message
 /* What is queued from now on finds the exchange done. */
 esp_status espi_link_end(espi_link *link, int ticket);
 
-/* espi_comm_exchange() for arrays in device memory, begun and ended. */
+/* espi_comm_exchange() for arrays in device memory, begun: between all ranks, or only what goes to the one rank and comes from the other. */
+typedef struct espi_pair {
+    int to, from; /* -1: all */
+} espi_pair;
+esp_status espi_link_begin_rows(espi_link *link, espi_place place, const espi_row_array *arrays, int n_arrays, espi_row_ranges to,
+                                espi_row_ranges from, espi_pair pair, int *ticket);
+/* The same between all ranks, begun and ended. */
 esp_status espi_link_exchange(espi_link *link, espi_place place, const espi_row_array *arrays, int n_arrays, espi_row_ranges to,
                               espi_row_ranges from);
+/* Does an exchange go on beside the device's work? */
+bool espi_link_overlaps(const espi_link *link);
 
 /* comm_nccl.c.  Collective; *self belongs to the carrier. */
 esp_status espi_carrier_nccl(const espi_carrier **carrier, void **self, esp_ctx *ctx);

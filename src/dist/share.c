@@ -90,7 +90,7 @@ bool espi_share_fits(const espi_share *s, const int32_t *counts, int64_t capacit
 esp_status espi_round_take(espi_round *round, const espi_share *s, espi_arena *arena) {
     const size_t ranks = (size_t)s->ranks, spread = (size_t)s->spread;
     int64_t *room;
-    ESPI_TRY(espi_arena_take_host(arena, (6 * ranks + 2 * spread) * sizeof *room, &room));
+    ESPI_TRY(espi_arena_take_host(arena, (6 * ranks + 4 * spread) * sizeof *room, &room));
     if (arena->dry) return ESP_OK;
     *round = (espi_round){.out_at = room,
                           .out_rows = room + ranks,
@@ -99,7 +99,9 @@ esp_status espi_round_take(espi_round *round, const espi_share *s, espi_arena *a
                           .source = room + 4 * ranks,
                           .expert = room + 5 * ranks,
                           .first = room + 6 * ranks,
-                          .last = room + 6 * ranks + spread};
+                          .last = room + 6 * ranks + spread,
+                          .coming = room + 6 * ranks + 2 * spread,
+                          .going = room + 6 * ranks + 3 * spread};
     return ESP_OK;
 }
 
@@ -170,6 +172,58 @@ esp_status espi_share_exchange(esp_ctx *ctx, const espi_share *s, espi_place pla
                                const espi_round *round, bool back) {
     const espi_row_ranges home = {round->out_at, round->out_rows}, there = {round->in_at, round->in_rows};
     return exchange(ctx, s, place, arrays, n_arrays, back ? home : there, back ? there : home);
+}
+
+/* NULL: everything is moved at once. */
+static esp_status overlapping(espi_link **link, esp_ctx *ctx) {
+    *link = NULL;
+    if (ctx->device == NULL) return ESP_OK;
+    ESPI_TRY(espi_link_of(link, ctx));
+    if (!espi_link_overlaps(*link)) *link = NULL;
+    return ESP_OK;
+}
+
+/* In every turn a rank sends to one member and gets from one, so that of two that are a turn's pair both know of it. */
+esp_status espi_share_send(esp_ctx *ctx, const espi_share *s, espi_place place, const espi_row_array *arrays, int n_arrays,
+                           const espi_round *round) {
+    espi_link *link;
+    ESPI_TRY(overlapping(&link, ctx));
+    if (link == NULL) return espi_share_exchange(ctx, s, place, arrays, n_arrays, round, false);
+    const int group = espi_share_group(s);
+    for (int turn = 0; turn < s->spread; turn++) {
+        const int from = espi_share_turn(s, turn), to = (espi_share_member(s) + turn) % s->spread;
+        int ticket;
+        ESPI_TRY(espi_link_begin_rows(link, place, arrays, n_arrays, (espi_row_ranges){round->in_at, round->in_rows},
+                                      (espi_row_ranges){round->out_at, round->out_rows}, (espi_pair){group + to, group + from}, &ticket));
+        round->coming[from] = ticket;
+    }
+    return ESP_OK;
+}
+
+esp_status espi_share_came(esp_ctx *ctx, const espi_round *round, int member) {
+    espi_link *link;
+    ESPI_TRY(overlapping(&link, ctx));
+    return link == NULL ? ESP_OK : espi_link_end(link, (int)round->coming[member]);
+}
+
+esp_status espi_share_return(esp_ctx *ctx, const espi_share *s, espi_place place, const espi_row_array *arrays, int n_arrays,
+                             const espi_round *round, int turn) {
+    espi_link *link;
+    ESPI_TRY(overlapping(&link, ctx));
+    if (link == NULL) return turn == s->spread - 1 ? espi_share_exchange(ctx, s, place, arrays, n_arrays, round, true) : ESP_OK;
+    const int group = espi_share_group(s), to = espi_share_turn(s, turn), from = (espi_share_member(s) + turn) % s->spread;
+    int ticket;
+    ESPI_TRY(espi_link_begin_rows(link, place, arrays, n_arrays, (espi_row_ranges){round->out_at, round->out_rows},
+                                  (espi_row_ranges){round->in_at, round->in_rows}, (espi_pair){group + to, group + from}, &ticket));
+    round->going[turn] = ticket;
+    return ESP_OK;
+}
+
+esp_status espi_share_returned(esp_ctx *ctx, const espi_share *s, const espi_round *round) {
+    espi_link *link;
+    ESPI_TRY(overlapping(&link, ctx));
+    for (int turn = 0; turn < s->spread && link != NULL; turn++) ESPI_TRY(espi_link_end(link, (int)round->going[turn]));
+    return ESP_OK;
 }
 
 size_t espi_share_add_bytes(const espi_share *s) {

@@ -67,6 +67,7 @@ typedef struct espi_round {
     int64_t *out_at, *out_rows, *in_at, *in_rows;
     int64_t *first, *last;    /* [spread] experts, counted from the model's first, whose rows came from each member */
     int64_t *source, *expert; /* [ranks] of every receiver: the next piece, and the member of its group that it comes from */
+    int64_t *coming, *going;  /* [spread] tickets of rows under way, from every member, and of results in every turn */
     const int32_t *counts;
     int64_t capacity;
     bool begun;
@@ -80,6 +81,19 @@ bool espi_round_next(espi_round *round, const espi_share *share);
 /* Rows to the experts' ranks, or, back: results to the ranks where the rows came from. */
 esp_status espi_share_exchange(esp_ctx *ctx, const espi_share *share, espi_place place, const espi_row_array *arrays, int n_arrays,
                                const espi_round *round, bool back);
+
+/* The same source by source, so that experts work on what has come while the rest is under way; where nothing can go on beside the work, all
+ * is moved at once.  Rows are sent; what came from each member is waited for; results are returned to every member in the order of
+ * espi_share_turn, turn 0 to spread - 1; what this rank gets back is waited for. */
+static inline int espi_share_turn(const espi_share *s, int turn) {
+    return (espi_share_member(s) - turn + s->spread) % s->spread; /* oneself first, then those whose rows come next */
+}
+esp_status espi_share_send(esp_ctx *ctx, const espi_share *share, espi_place place, const espi_row_array *arrays, int n_arrays,
+                           const espi_round *round);
+esp_status espi_share_came(esp_ctx *ctx, const espi_round *round, int member);
+esp_status espi_share_return(esp_ctx *ctx, const espi_share *share, espi_place place, const espi_row_array *arrays, int n_arrays,
+                             const espi_round *round, int turn);
+esp_status espi_share_returned(esp_ctx *ctx, const espi_share *share, const espi_round *round);
 
 /* Of what several ranks hold, one speaks for all. */
 static inline bool espi_share_speaks(const espi_share *s, bool of_experts) {

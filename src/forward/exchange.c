@@ -54,18 +54,23 @@ espi_experts_saved espi_arrivals_saved(const espi_pass *pass, const espi_experts
 }
 
 esp_status espi_exchange_run(espi_pass *pass, int64_t layer, void *results, const espi_experts *experts, const espi_arrivals *a,
-                             const espi_experts_saved *saved, bool replay) {
+                             const espi_experts_saved *saved, bool replay, const espi_row_array *back) {
     const espi_share *share = &pass->model->share;
     const int64_t hidden = experts->down.rows;
     const bool quiet = pass->quiet; /* what a probe would see here are rows of other ranks */
     esp_status status = ESP_OK;
     pass->quiet = true;
-    for (int m = 0; m < (pass->arena->dry ? 1 : share->spread) && status == ESP_OK; m++) {
+    for (int turn = 0; turn < (pass->arena->dry ? 1 : share->spread) && status == ESP_OK; turn++) {
+        const int m = espi_share_turn(share, turn);
         int64_t first;
         const espi_routing routing = espi_arrivals_of(pass, a, m, &first);
         const espi_experts_saved part = espi_arrivals_saved(pass, experts, saved, first);
-        status = espi_experts_forward(pass, layer, espi_row(results, first, hidden, pass->ctx->act_size),
-                                      espi_row(saved->x, first, hidden, pass->ctx->act_size), experts, &routing, &part, replay);
+        if (!pass->arena->dry) status = espi_share_came(pass->ctx, &a->round, m);
+        if (status == ESP_OK)
+            status = espi_experts_forward(pass, layer, espi_row(results, first, hidden, pass->ctx->act_size),
+                                          espi_row(saved->x, first, hidden, pass->ctx->act_size), experts, &routing, &part, replay);
+        if (status == ESP_OK && back)
+            status = espi_share_return(pass->ctx, share, (espi_place){"results of the experts", layer}, back, 1, &a->round, turn);
     }
     pass->quiet = quiet;
     return status;
@@ -106,17 +111,16 @@ esp_status espi_exchange_forward(espi_pass *pass, int64_t layer, void *y, const 
     const espi_rows_take take = {.out = rows, .x = x, .from = routing->row_token, .n = slots, .hidden = hidden};
     ESPI_TRY(espi_op_rows_take(pass->ctx, pass->arena, &take));
     if (dry) {
-        ESPI_TRY(espi_exchange_run(pass, layer, NULL, experts, &a, saved, replay));
+        ESPI_TRY(espi_exchange_run(pass, layer, NULL, experts, &a, saved, replay, NULL));
     } else if (!replay || espi_share_fits(share, saved->counts, a.capacity)) { /* else the backward asks for all of it again */
         esp_status status = ESP_OK;
         espi_round_begin(&a.round, share, saved->counts, a.capacity);
         while (espi_arrivals_next(pass, &a, &status)) {
             const espi_row_array out = {.to = saved->x, .from = rows, .row_bytes = row_bytes};
             const espi_row_array back = {.to = y, .from = results, .row_bytes = row_bytes};
-            ESPI_TRY(espi_share_exchange(pass->ctx, share, (espi_place){"rows to the experts", layer}, &out, 1, &a.round, false));
-            ESPI_TRY(espi_exchange_run(pass, layer, results, experts, &a, saved, replay));
-            if (!replay)
-                ESPI_TRY(espi_share_exchange(pass->ctx, share, (espi_place){"results of the experts", layer}, &back, 1, &a.round, true));
+            ESPI_TRY(espi_share_send(pass->ctx, share, (espi_place){"rows to the experts", layer}, &out, 1, &a.round));
+            ESPI_TRY(espi_exchange_run(pass, layer, results, experts, &a, saved, replay, replay ? NULL : &back));
+            if (!replay) ESPI_TRY(espi_share_returned(pass->ctx, share, &a.round));
         }
         ESPI_TRY(status);
     }
