@@ -2,11 +2,10 @@
  * threads of this process. */
 #include "demo.h"
 
-#include "dist/share.h"
+#include "ranks.h"
 #include "rl/ranks.h"
 #include "scratch.h"
 
-#include <pthread.h>
 #include <xxhash.h>
 
 enum { MOST_RANKS = 8, MOST_PARAMS = 64, EVAL_LINES = 7, NAME = 32 };
@@ -24,20 +23,19 @@ typedef struct outcome {
     uint64_t state[MOST_RANKS]; /* of each rank's rollouts and counters */
     cut c;
     size_t planned[MOST_RANKS], peak[MOST_RANKS];
+    uint64_t best; /* of the file of the best adapter; 0: none is kept */
 } outcome;
 
 typedef struct rank_run {
     esp_trainer_config config;
     cut c;
     int64_t until;
-    esp_comm *comm;
     outcome *out; /* shared: every rank writes what is its own */
     esp_trainer *trainer;
     int64_t stop_step; /* where a stop is asked for on this rank */
     espi_phase stop_phase;
     esp_reward reward;
-    esp_status status;
-    char sentence[600];
+    float aux_coef;
     uint64_t calls;
 } rank_run;
 
@@ -54,7 +52,7 @@ static uint64_t state_of(const esp_trainer *t) {
     espi_rollouts r = t->rollouts;
     if (t->rollouts.shape.rows > 0) espi_rollouts_arrays(arrays, &n, &r);
     const int64_t counters[] = {t->step, t->cursor, t->num_tokens, t->phase, t->tries, t->slice, t->generation, t->resampled, t->worse};
-    const double numbers[] = {t->sums.loss, t->sums.grad_norm, t->sums.entropy, t->eval_sampled, t->eval_greedy, t->best, t->entropy_coef};
+    const double numbers[] = {t->sums.loss, t->sums.grad_norm, t->sums.entropy, t->best, t->entropy_coef};
     uint64_t hash = mix(mix(1, counters, sizeof counters), numbers, sizeof numbers);
     for (size_t i = 0; i < n; i++) hash = mix(hash, arrays[i].data, (size_t)arrays[i].count * esp_dtype_size(arrays[i].dtype));
     return hash;
@@ -104,28 +102,18 @@ static esp_status train(rank_run *r, esp_model *model, const esp_tokenizer *toke
     return status;
 }
 
-static esp_status work(rank_run *r) {
-    esp_ctx *ctx = NULL;
-    esp_model *model = NULL;
-    esp_tokenizer *tokenizer = NULL;
-    esp_status status = esp_ctx_create(&ctx, &ESP_CTX_CONFIG(.comm = r->comm, .threads = 1));
+static esp_status work(rank_job *job) {
+    rank_run *r = (rank_run *)job->user + job->rank;
+    demo d = {NULL, NULL, NULL, NULL};
+    esp_status status = esp_ctx_create(&d.ctx, &ESP_CTX_CONFIG(.comm = job->comm, .threads = 1));
     if (status == ESP_OK)
-        status = esp_model_load(&model, ctx, DEMO_MODEL, &ESP_MODEL_CONFIG(.seed = r->config.seed, .expert_ranks = r->c.spread));
-    if (status == ESP_OK) status = esp_tokenizer_load(&tokenizer, DEMO_MODEL);
-    if (status == ESP_OK) status = train(r, model, tokenizer);
-    esp_tokenizer_destroy(tokenizer);
-    esp_model_destroy(model);
-    esp_ctx_destroy(ctx);
+        status = esp_model_load(&d.model, d.ctx, DEMO_MODEL,
+                                &ESP_MODEL_CONFIG(.seed = r->config.seed, .expert_ranks = job->spread, .router_aux_coef = r->aux_coef));
+    if (status == ESP_OK) status = esp_tokenizer_load(&d.tokenizer, DEMO_MODEL);
+    if (status == ESP_OK) status = train(r, d.model, d.tokenizer);
+    demo_free(&d);
+    r->calls = espi_comm_calls(job->comm);
     return status;
-}
-
-static void *run(void *user) {
-    rank_run *r = user;
-    r->status = work(r);
-    if (r->status != ESP_OK) snprintf(r->sentence, sizeof r->sentence, "%s", esp_last_error());
-    r->calls = espi_comm_calls(r->comm);
-    esp_comm_destroy(r->comm);
-    return NULL;
 }
 
 /* ---- all ranks ---- */
@@ -133,17 +121,13 @@ static void *run(void *user) {
 /* change: what one rank is given that the others are not, or NULL. */
 typedef void (*change_fn)(rank_run *r, int rank);
 
-static void on_ranks(rank_run *ranks, outcome *out, cut c, const esp_trainer_config *config, int64_t until, change_fn change) {
-    esp_comm *comms[MOST_RANKS];
-    pthread_t threads[MOST_RANKS];
-    OK(espi_comm_simulate(comms, c.ranks));
+static void on_ranks(rank_job *jobs, rank_run *runs, outcome *out, cut c, const esp_trainer_config *config, int64_t until,
+                     change_fn change) {
     for (int i = 0; i < c.ranks; i++) {
-        ranks[i] = (rank_run){.config = *config, .c = c, .until = until, .comm = comms[i], .out = out};
-        espi_comm_patience(comms[i], 60);
-        if (change) change(&ranks[i], i);
+        runs[i] = (rank_run){.config = *config, .c = c, .until = until, .out = out};
+        if (change) change(&runs[i], i);
     }
-    for (int i = 0; i < c.ranks; i++) cr_assert_eq(pthread_create(&threads[i], NULL, run, &ranks[i]), 0);
-    for (int i = 0; i < c.ranks; i++) pthread_join(threads[i], NULL);
+    ranks_run(jobs, c.ranks, c.spread, work, runs);
 }
 
 /* A log without what depends on the machine: memory and clocks, which end a line. */
@@ -158,16 +142,27 @@ static char *read_log(const char *dir, const char *name) {
     return text;
 }
 
+static uint64_t hash_of(const char *dir, const char *name) {
+    char path[ESPI_PATH_MAX], *bytes;
+    size_t n;
+    OK(espi_path_join(path, dir, name));
+    OK(espi_file_read_all(&bytes, &n, path, (size_t)1 << 26));
+    const uint64_t hash = mix(1, bytes, n);
+    free(bytes);
+    return hash;
+}
+
 /* A run that writes into `dir`. */
 static outcome *outcome_in(const char *dir, cut c, esp_trainer_config config, int64_t until, change_fn change) {
+    rank_job jobs[RANKS_MOST];
     rank_run ranks[MOST_RANKS];
     outcome *out = calloc(1, sizeof *out);
     cr_assert_not_null(out);
     config.out_dir = dir;
     out->c = c;
-    on_ranks(ranks, out, c, &config, until, change);
+    on_ranks(jobs, ranks, out, c, &config, until, change);
     for (int i = 0; i < c.ranks; i++)
-        cr_assert_eq(ranks[i].status, ESP_OK, "rank %d of %d, spread %d: %s", i, c.ranks, c.spread, ranks[i].sentence);
+        cr_assert_eq(jobs[i].status, ESP_OK, "rank %d of %d, spread %d: %s", i, c.ranks, c.spread, jobs[i].sentence);
     for (int i = 1; i < c.ranks; i++) {
         cr_expect_eq(ranks[i].calls, ranks[0].calls);
         cr_expect_eq(out->state[i], out->state[0], "ranks %d and 0 of %d, spread %d, have other states", i, c.ranks, c.spread);
@@ -177,13 +172,14 @@ static outcome *outcome_in(const char *dir, cut c, esp_trainer_config config, in
                      out->peak[i], out->planned[i]);
     out->metrics = read_log(dir, "metrics.jsonl");
     if (config.kind == ESP_TRAIN_GRPO) out->completions = read_log(dir, "completions.jsonl");
+    if (config.keep_best) out->best = hash_of(dir, "adapter-best/adapter_model.safetensors");
     return out;
 }
 
-static outcome *outcome_of(cut c, esp_trainer_config config, int64_t until) {
+static outcome *outcome_of(cut c, esp_trainer_config config, int64_t until, change_fn change) {
     char dir[ESPI_PATH_MAX];
     scratch_make(dir);
-    outcome *out = outcome_in(dir, c, config, until, NULL);
+    outcome *out = outcome_in(dir, c, config, until, change);
     scratch_remove(dir);
     return out;
 }
@@ -198,6 +194,7 @@ static void drop(outcome *out) {
 static void expect_same(const outcome *got, const outcome *want) {
     const int ranks = got->c.ranks, spread = got->c.spread;
     cr_expect_eq(got->steps, want->steps);
+    cr_expect_eq(got->best, want->best, "%d ranks, spread %d: another best adapter", ranks, spread);
     cr_expect_eq(got->state[0], want->state[0], "%d ranks, spread %d: another state", ranks, spread);
     cr_expect_str_eq(got->metrics, want->metrics, "%d ranks, spread %d: metrics\n%s\nexpected\n%s", ranks, spread, got->metrics,
                      want->metrics);
@@ -207,11 +204,11 @@ static void expect_same(const outcome *got, const outcome *want) {
                          ranks, spread, (long long)i);
 }
 
-static void expect_alike(const esp_trainer_config *config, int64_t until, const cut *cuts, int n) {
-    outcome *want = outcome_of((cut){1, 1}, *config, until);
+static void expect_alike(const esp_trainer_config *config, int64_t until, const cut *cuts, int n, change_fn change) {
+    outcome *want = outcome_of((cut){1, 1}, *config, until, change);
     cr_assert_eq(want->steps, until);
     for (int i = 0; i < n; i++) {
-        outcome *got = outcome_of(cuts[i], *config, until);
+        outcome *got = outcome_of(cuts[i], *config, until, change);
         expect_same(got, want);
         drop(got);
     }
@@ -237,6 +234,30 @@ static const char *short_eval(void) {
     return path;
 }
 
+/* A loss that counts every token that a router sees. */
+static void balanced(rank_run *r, int rank) {
+    (void)rank;
+    r->aux_coef = 0.01f;
+}
+
+/* Numbers of each completion, some of which only some ranks have. */
+static int telling_reward(void *user, const esp_reward_batch *batch, float *reward) {
+    (void)user;
+    for (int64_t i = 0; i < batch->n; i++) {
+        reward[i] = (float)(batch->completion_ids[i][0] % 5);
+        esp_reward_log(batch, "length", batch->completion_length[i]);
+        if (batch->completion_length[i] < 4) esp_reward_log(batch, "short", batch->completion_length[i]);
+    }
+    return 0;
+}
+
+static void telling(rank_run *r, int rank) {
+    (void)rank;
+    r->reward = (esp_reward){.name = "own", .fn = telling_reward, .user = r, .weight = 1};
+    r->config.rewards = &r->reward;
+    r->config.n_rewards = 1;
+}
+
 /* Several micro-batches a step, and more ranks than there are of them in some step. */
 static esp_trainer_config plain(void) {
     return ESP_TRAINER_CONFIG(.kind = ESP_TRAIN_GRPO, .train_file = DEMO_PROMPTS, .steps = 100, .seed = 5, .prompts_per_step = 5,
@@ -246,15 +267,7 @@ static esp_trainer_config plain(void) {
 
 static esp_trainer_config everything(void) {
     esp_trainer_config c = plain();
-    c.updates_per_batch = 2;
-    c.steps_per_generation = 2;
-    c.resample_tries = 2;
-    c.reference = ESP_REFERENCE_SNAPSHOT;
-    c.ref_sync_every = 3;
-    c.objective.beta = 0.02f;
-    c.entropy_target = 0.3f;
-    c.overlong_share = 0.3f;
-    c.correction = ESP_CORRECTION_TIS;
+    demo_everything(&c);
     c.decode_rows = 6;
     return c;
 }
@@ -277,27 +290,32 @@ TestSuite(ranks_train, .fini = remove_eval, .timeout = 180);
 
 Test(ranks_train, grpo) {
     const esp_trainer_config c = plain();
-    expect_alike(&c, 3, CUTS(cuts));
+    expect_alike(&c, 3, CUTS(cuts), NULL);
 }
 
 Test(ranks_train, grpo_with_everything) {
     const esp_trainer_config c = everything();
-    expect_alike(&c, 5, CUTS(few));
+    expect_alike(&c, 5, CUTS(few), NULL);
 }
 
-/* Routes of the old policy's pass; kept ids of filters; rewards that give everybody's to others. */
+/* Routes of the old policy's pass; kept ids of filters; rewards that change owners; numbers that a reward logs. */
 Test(ranks_train, recorded_routes_and_filters) {
     esp_trainer_config c = plain();
     c.replay = ESP_REPLAY_R2;
     c.updates_per_batch = 2;
     c.top_k = 5;
     c.shuffle_rewards = true;
-    expect_alike(&c, 3, CUTS(few));
+    expect_alike(&c, 3, CUTS(few), telling);
+}
+
+Test(ranks_train, router_loss) {
+    const esp_trainer_config c = plain();
+    expect_alike(&c, 2, CUTS(few), balanced);
 }
 
 Test(ranks_train, sft) {
     const esp_trainer_config c = supervised();
-    expect_alike(&c, 4, CUTS(cuts));
+    expect_alike(&c, 4, CUTS(cuts), NULL);
 }
 
 /* ---- what ends all ranks ---- */
@@ -305,14 +323,12 @@ Test(ranks_train, sft) {
 static int failing_reward(void *user, const esp_reward_batch *batch, float *reward) {
     const rank_run *r = user;
     for (int64_t i = 0; i < batch->n; i++) reward[i] = (float)batch->completion_length[i];
-    return r->comm && batch->step == 2 && espi_ranks_own(r->trainer->model) == 1 ? esp_reward_fail(batch, "no more of this") : 0;
+    return batch->step == 2 && espi_ranks_own(r->trainer->model) == 1 ? esp_reward_fail(batch, "no more of this") : 0;
 }
 
-static void own_reward(rank_run *r, int rank) {
-    (void)rank;
-    r->reward = (esp_reward){.name = "own", .fn = failing_reward, .user = r, .weight = 1};
-    r->config.rewards = &r->reward;
-    r->config.n_rewards = 1;
+static void failing(rank_run *r, int rank) {
+    telling(r, rank);
+    r->reward.fn = failing_reward;
 }
 
 static void other_seed(rank_run *r, int rank) {
@@ -324,25 +340,32 @@ static void other_lines(rank_run *r, int rank) {
 static void other_cut(rank_run *r, int rank) {
     if (rank == 1) r->config.eval_every = 3;
 }
+static void by_server(rank_run *r, int rank) {
+    (void)rank;
+    r->config.server = "http://127.0.0.1:9";
+    r->config.server_adapter_dir = "/nowhere/adapters";
+}
 static void no_file(rank_run *r, int rank) {
     if (rank == 1) r->config.train_file = "/nowhere/lines.jsonl";
 }
 
 static void expect_end(change_fn change, esp_status status, const char *part) {
+    rank_job jobs[RANKS_MOST];
     rank_run ranks[MOST_RANKS];
     outcome *out = calloc(1, sizeof *out);
-    const esp_trainer_config c = plain();
-    on_ranks(ranks, out, (cut){3, 3}, &c, 3, change);
+    esp_trainer_config c = plain();
+    on_ranks(jobs, ranks, out, (cut){3, 3}, &c, 3, change);
     for (int i = 0; i < 3; i++) {
-        cr_expect_eq(ranks[i].status, status, "rank %d: %s", i, ranks[i].sentence);
-        cr_expect(strstr(ranks[i].sentence, part) != NULL, "rank %d says %s, expected: %s", i, ranks[i].sentence, part);
+        cr_expect_eq(jobs[i].status, status, "rank %d: %s", i, jobs[i].sentence);
+        cr_expect(strstr(jobs[i].sentence, part) != NULL, "rank %d says %s, expected: %s", i, jobs[i].sentence, part);
     }
     drop(out);
 }
 
 Test(ranks_train, what_fails_on_one_rank_ends_all) {
-    expect_end(own_reward, ESP_ERR_CALLBACK, "rank 1: reward function \"own\" failed at step 2: no more of this");
+    expect_end(failing, ESP_ERR_CALLBACK, "rank 1: reward function \"own\" failed at step 2: no more of this");
     expect_end(no_file, ESP_ERR_IO, "/nowhere/lines.jsonl");
+    expect_end(by_server, ESP_ERR_UNSUPPORTED, "server: got one with 3 ranks, expected one rank");
 }
 
 Test(ranks_train, what_differs_is_named) {

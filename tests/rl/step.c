@@ -187,3 +187,29 @@ Test(step, rewarded_sequences_become_likelier) {
     esp_optim_destroy(optim);
     drop(&s);
 }
+
+/* A rank without a micro-batch makes the same calls with nothing in them. */
+Test(step, an_empty_batch_has_no_loss) {
+    subject s;
+    make(&s, "auto");
+    for (int loss = ESP_LOSS_GRPO; loss <= ESP_LOSS_VESPO; loss++) {
+        const esp_objective o = rows_of(loss);
+        const esp_batch batch = ESP_BATCH(.step_tokens = 12, .step_seqs = SEQS, .objective = &o);
+        esp_tensor hidden, d_hidden;
+        esp_grpo_stats stats = ESP_GRPO_STATS_INIT;
+        double ce = 1;
+        cr_assert_eq(esp_model_forward(s.model, &batch, &hidden), ESP_OK, "%s", esp_last_error());
+        cr_assert_eq(esp_model_cross_entropy(s.model, &batch, &hidden, &ce, &d_hidden), ESP_OK, "%s", esp_last_error());
+        cr_assert_eq(esp_grpo_loss(s.model, &batch, &hidden, &d_hidden, &stats), ESP_OK, "%s", esp_last_error());
+        cr_assert_eq(esp_model_backward(s.model, &batch, &d_hidden), ESP_OK, "%s", esp_last_error());
+        const double all[] = {ce, stats.loss, stats.policy_loss, stats.kl, stats.entropy, stats.ratio_mean, stats.mean_abs_g};
+        for (size_t i = 0; i < sizeof all / sizeof all[0]; i++)
+            cr_expect(all[i] == 0, "%s: number %zu is %g", esp_loss_type_name(o.loss), i, all[i]);
+        cr_expect_eq(stats.tokens, 0);
+        int64_t n;
+        double *g = gradients(&s, &n);
+        for (int64_t j = 0; j < n; j++) cr_assert(g[j] == 0, "gradient %lld is %g", (long long)j, g[j]);
+        free(g);
+    }
+    drop(&s);
+}

@@ -116,15 +116,7 @@ Test(trainer, resume_before_the_first_step) {
 
 static esp_trainer_config everything(void) {
     esp_trainer_config c = small(NULL, NULL, 6);
-    c.updates_per_batch = 2;
-    c.steps_per_generation = 2;
-    c.resample_tries = 2;
-    c.reference = ESP_REFERENCE_SNAPSHOT;
-    c.ref_sync_every = 3;
-    c.objective.beta = 0.02f;
-    c.entropy_target = 0.3f;
-    c.overlong_share = 0.3f;
-    c.correction = ESP_CORRECTION_TIS;
+    demo_everything(&c);
     c.eval_every = 2;
     return c;
 }

@@ -58,6 +58,19 @@ static inline demo demo_trainer(const esp_trainer_config *config) {
     return demo_trainer_of(DEMO_MODEL, config);
 }
 
+/* A run in which a step has every part that it can have. */
+static inline void demo_everything(esp_trainer_config *c) {
+    c->updates_per_batch = 2;
+    c->steps_per_generation = 2;
+    c->resample_tries = 2;
+    c->reference = ESP_REFERENCE_SNAPSHOT;
+    c->ref_sync_every = 3;
+    c->objective.beta = 0.02f;
+    c->entropy_target = 0.3f;
+    c->overlong_share = 0.3f;
+    c->correction = ESP_CORRECTION_TIS;
+}
+
 static inline void demo_free(demo *d) {
     esp_trainer_destroy(d->trainer);
     esp_tokenizer_destroy(d->tokenizer);
