@@ -71,9 +71,33 @@ static __device__ __forceinline__ uint32_t dev_load_shared4(uint32_t address) {
     return v;
 }
 
+static __device__ __forceinline__ uint32_t dev_load_shared2(uint32_t address) {
+    uint16_t v;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(address) : "memory");
+    return v;
+}
+
 /* Keeps a value in a register of its own up to here: several results are ready before the first is stored. */
 static __device__ __forceinline__ void dev_pin(uint4 &v) {
     asm volatile("" : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w));
+}
+
+static __device__ __forceinline__ void dev_pin(uint32_t (&v)[8]) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) asm volatile("" : "+r"(v[i])::"memory");
+}
+
+/* The same value, of which the compiler knows nothing: what follows from it is made again, not kept. */
+static __device__ __forceinline__ int dev_opaque(int v) {
+    asm volatile("" : "+r"(v));
+    return v;
+}
+
+/* blockIdx.x, read where it is wanted: else it is kept in a register from the kernel's beginning on. */
+static __device__ __forceinline__ int dev_block() {
+    int block;
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+    return block;
 }
 
 /* Streaming 16 bytes that are read once. */
@@ -94,6 +118,10 @@ static __device__ __forceinline__ void dev_copy16(uint32_t to, const void *from)
 
 static __device__ __forceinline__ void dev_copy16_or_zero(uint32_t to, const void *from, int bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+
+static __device__ __forceinline__ void dev_copy4(uint32_t to, const void *from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
 }
 
 static __device__ __forceinline__ void dev_copy_commit() {
@@ -163,6 +191,15 @@ static __device__ __forceinline__ void dev_copy_box(uint32_t to, const void *map
 #endif
 }
 
+/* The copy engine brings bytes that stand in a row, a multiple of 16. */
+static __device__ __forceinline__ void dev_copy_bulk(uint32_t to, const void *from, uint32_t bytes, uint32_t barrier) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from), "r"(bytes),
+                 "r"(barrier)
+                 : "memory");
+#endif
+}
+
 /* ---- tensor cores: mma.sync m16n8k16, and the loads and stores of its fragments ---- */
 static __device__ __forceinline__ void dev_mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                                                uint32_t b1) {
@@ -187,6 +224,12 @@ static __device__ __forceinline__ uint4 dev_ldmatrix_trans(uint32_t address) {
                  : "r"(address)
                  : "memory");
     return v;
+}
+
+static __device__ __forceinline__ void dev_stmatrix(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+#endif
 }
 
 static __device__ __forceinline__ void dev_stmatrix_trans(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
@@ -234,7 +277,7 @@ template <int pending> static __device__ __forceinline__ void dev_wgmma_wait() {
 }
 
 /* D [64, 16 n] of the warpgroup = A [64,16] B [16, 16 n] + (keep ? D : 0).  A: rows of 16 k, or across: 16 rows k of 64 values.  B: rows of
- * 16 k.  In D, d[8 i + 4 h + 2 v + w] of a lane is row 16 warp + 8 v + lane / 4 and column 16 i + 8 h + 2 (lane % 4) + w. */
+ * 16 k.  A may be in the warps' registers, as mma.sync has it.  In D, d[8 i + 4 h + 2 v + w] of a lane is row 16 warp + 8 v + lane / 4 and column 16 i + 8 h + 2 (lane % 4) + w. */
 template <int n, int across> struct dev_wgmma;
 #if DEV_HOPPER
 #define DEV_P1 "%0,%1,%2,%3,%4,%5,%6,%7"
@@ -270,35 +313,43 @@ template <int n, int across> struct dev_wgmma;
 #define DEV_R14 DEV_R13, DEV_R(104), DEV_R(108)
 #define DEV_R15 DEV_R14, DEV_R(112), DEV_R(116)
 #define DEV_R16 DEV_R15, DEV_R(120), DEV_R(124)
-#define DEV_WGMMA(n, columns, a_place, b_place, keep_place, across_place)                                                                  \
+/* a0 .. a4: the places behind the sums. */
+#define DEV_WGMMA(n, columns, a0, a1, a2, a3, a4, a5)                                                                                      \
     template <int across> struct dev_wgmma<n, across> {                                                                                    \
         static __device__ __forceinline__ void run(float (&d)[128], uint64_t a, uint64_t b, int keep) {                                    \
-            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" keep_place ", 0;\nwgmma.mma_async.sync.aligned.m64n" columns                 \
-                         "k16.f32.bf16.bf16 {" DEV_P##n "}, %" a_place ", %" b_place ", p, 1, 1, %" across_place ", 0;\n}"                 \
+            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" a2 ", 0;\nwgmma.mma_async.sync.aligned.m64n" columns                         \
+                         "k16.f32.bf16.bf16 {" DEV_P##n "}, %" a0 ", %" a1 ", p, 1, 1, %" a3 ", 0;\n}"                                     \
                          : DEV_R##n                                                                                                        \
                          : "l"(a), "l"(b), "r"(keep), "n"(across));                                                                        \
         }                                                                                                                                  \
+        static __device__ __forceinline__ void run(float (&d)[128], const uint32_t *a, uint64_t b, int keep) {                             \
+            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" a5 ", 0;\nwgmma.mma_async.sync.aligned.m64n" columns                         \
+                         "k16.f32.bf16.bf16 {" DEV_P##n "}, {%" a0 ",%" a1 ",%" a2 ",%" a3 "}, %" a4 ", p, 1, 1, 0;\n}"                    \
+                         : DEV_R##n                                                                                                        \
+                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep));                                                 \
+        }                                                                                                                                  \
     };
-DEV_WGMMA(1, "16", "8", "9", "10", "11")
-DEV_WGMMA(2, "32", "16", "17", "18", "19")
-DEV_WGMMA(3, "48", "24", "25", "26", "27")
-DEV_WGMMA(4, "64", "32", "33", "34", "35")
-DEV_WGMMA(5, "80", "40", "41", "42", "43")
-DEV_WGMMA(6, "96", "48", "49", "50", "51")
-DEV_WGMMA(7, "112", "56", "57", "58", "59")
-DEV_WGMMA(8, "128", "64", "65", "66", "67")
-DEV_WGMMA(9, "144", "72", "73", "74", "75")
-DEV_WGMMA(10, "160", "80", "81", "82", "83")
-DEV_WGMMA(11, "176", "88", "89", "90", "91")
-DEV_WGMMA(12, "192", "96", "97", "98", "99")
-DEV_WGMMA(13, "208", "104", "105", "106", "107")
-DEV_WGMMA(14, "224", "112", "113", "114", "115")
-DEV_WGMMA(15, "240", "120", "121", "122", "123")
-DEV_WGMMA(16, "256", "128", "129", "130", "131")
+DEV_WGMMA(1, "16", "8", "9", "10", "11", "12", "13")
+DEV_WGMMA(2, "32", "16", "17", "18", "19", "20", "21")
+DEV_WGMMA(3, "48", "24", "25", "26", "27", "28", "29")
+DEV_WGMMA(4, "64", "32", "33", "34", "35", "36", "37")
+DEV_WGMMA(5, "80", "40", "41", "42", "43", "44", "45")
+DEV_WGMMA(6, "96", "48", "49", "50", "51", "52", "53")
+DEV_WGMMA(7, "112", "56", "57", "58", "59", "60", "61")
+DEV_WGMMA(8, "128", "64", "65", "66", "67", "68", "69")
+DEV_WGMMA(9, "144", "72", "73", "74", "75", "76", "77")
+DEV_WGMMA(10, "160", "80", "81", "82", "83", "84", "85")
+DEV_WGMMA(11, "176", "88", "89", "90", "91", "92", "93")
+DEV_WGMMA(12, "192", "96", "97", "98", "99", "100", "101")
+DEV_WGMMA(13, "208", "104", "105", "106", "107", "108", "109")
+DEV_WGMMA(14, "224", "112", "113", "114", "115", "116", "117")
+DEV_WGMMA(15, "240", "120", "121", "122", "123", "124", "125")
+DEV_WGMMA(16, "256", "128", "129", "130", "131", "132", "133")
 #undef DEV_WGMMA
 #else
 template <int n, int across> struct dev_wgmma {
     static __device__ __forceinline__ void run(float (&)[128], uint64_t, uint64_t, int) {}
+    static __device__ __forceinline__ void run(float (&)[128], const uint32_t *, uint64_t, int) {}
 };
 #endif
 

@@ -1,7 +1,8 @@
 /* What the files of the expert ops share: the 64 x 64 records of packed stacks, how a block finds its rows, the activation.
  *
- * A record holds 64 rows x 64 columns of an expert's matrix: the codes as [columns 0..31, 32..63][row][16 bytes], then the scales of each row
- * (NF4, FP4: one f32 absmax; MXFP4: two E8M0 bytes).  Records stand [expert][64 rows][64 columns], in the order of the matrix's own rows. */
+ * A record holds 64 rows x 64 columns of an expert's matrix: the codes as [columns 0..31, 32..63][row][4 words], then the scales of each row
+ * (NF4, FP4: one f32 absmax; MXFP4: two E8M0 bytes).  Word c has the columns 2c, 2c+1 of each eighth of a record: what lane c of four holds of
+ * a row in the tensor cores' fragments.  Records stand [expert][64 rows][64 columns], in the order of the matrix's own rows. */
 #ifndef ESPI_KERNELS_CUDA_EXPERTS_CUH
 #define ESPI_KERNELS_CUDA_EXPERTS_CUH
 
@@ -54,13 +55,15 @@ static inline int tile_bound(const espi_routing *r, int height) {
     return (int)((rows + height - 1) / height + (r->experts < rows ? r->experts : rows));
 }
 
+/* Without a limit it is infinite: no branch stands between the values that a thread makes side by side. */
 struct glu_rule {
-    int interleaved, clamped;
-    float limit, slope;
+    int interleaved;
+    float limit, slope, plus; /* plus: what is added to the up value */
 };
 
 static inline glu_rule glu_rule_of(const espi_glu *glu) {
-    return glu_rule{glu->interleaved, glu->clamped, (float)glu->limit, glu->clamped ? (float)glu->alpha : 1.0f};
+    if (glu->clamped) return glu_rule{glu->interleaved, (float)glu->limit, (float)glu->alpha, 1};
+    return glu_rule{glu->interleaved, INFINITY, 1, 0};
 }
 
 /* The activation of one gate and up value, and what its gradient takes from them. */
@@ -69,21 +72,15 @@ struct glu_value {
 };
 
 static __device__ __forceinline__ float glu(float g, float u, const glu_rule &rule) {
-    if (rule.clamped) {
-        g = fminf(g, rule.limit);
-        u = 1.0f + fminf(fmaxf(u, -rule.limit), rule.limit);
-    }
+    g = fminf(g, rule.limit);
+    u = rule.plus + fminf(fmaxf(u, -rule.limit), rule.limit);
     return __fdividef(g, 1.0f + __expf(-rule.slope * g)) * u;
 }
 
 static __device__ __forceinline__ glu_value glu_slopes(float g, float u, const glu_rule &rule) {
-    bool gate_passes = true, up_passes = true;
-    if (rule.clamped) {
-        gate_passes = !(g >= rule.limit);
-        up_passes = !(u >= rule.limit || u <= -rule.limit);
-        g = fminf(g, rule.limit);
-        u = 1.0f + fminf(fmaxf(u, -rule.limit), rule.limit);
-    }
+    const bool gate_passes = !(g >= rule.limit), up_passes = !(u >= rule.limit || u <= -rule.limit);
+    g = fminf(g, rule.limit);
+    u = rule.plus + fminf(fmaxf(u, -rule.limit), rule.limit);
     const float sigma = __fdividef(1.0f, 1.0f + __expf(-rule.slope * g));
     glu_value v;
     v.act = g * sigma * u;

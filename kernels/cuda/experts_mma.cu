@@ -6,7 +6,8 @@
 #define ROWS_BYTES (NARROW_ROWS * 128) /* of a k-block */
 #define STEP_BYTES (2 * (2 * SUBTILE + ROWS_BYTES))
 #define INDEX (2 * STEP_BYTES)
-#define TABLE (INDEX + NARROW_ROWS * 4)
+#define WEIGHTS (INDEX + NARROW_ROWS * 4) /* of the rows, for down_back */
+#define TABLE (WEIGHTS + NARROW_ROWS * 4)
 #define SHARED_BYTES (TABLE + 64)
 
 static __device__ __forceinline__ uint32_t piece_at(uint32_t tile, int row, int piece) {
@@ -108,6 +109,7 @@ template <int format, bool across> static __device__ void make_tile(const tile_a
     if (threadIdx.x < NARROW_ROWS) {
         const int s = p.w.row0 + min((int)threadIdx.x, max(p.w.rows - 1, 0));
         row_index[threadIdx.x] = (uint32_t)(a.p.in_row ? a.p.in_row[s] : s);
+        if (a.kind == PRODUCT_DOWN_BACK) ((float *)(shared + WEIGHTS))[threadIdx.x] = ((const float *)a.p.routing.row_weight)[s];
     }
     __syncthreads();
     const int steps = (a.k_blocks + (a.low_steps > 0) + 1) / 2;
@@ -140,18 +142,24 @@ template <int format, bool across> static __device__ void make_tile(const tile_a
             }
         }
     __syncthreads();
-    if (a.kind == PRODUCT_GATE_UP)
+    if (a.kind == PRODUCT_GATE_UP) {
         finish_gate_up(a, p.w, p.base, 0);
-    else if (block < a.blocks && a.kind == PRODUCT_DOWN_BACK)
-        finish_down_back(a, p.w, p.base + g * SUBTILE, block, 0);
-    else if (block < a.blocks)
-        finish_rows(a, p.w, p.base + g * SUBTILE, block, 0);
+    } else if (block < a.blocks && a.kind == PRODUCT_DOWN_BACK) {
+        const int thread = (int)threadIdx.x % 128;
+        for (int i = 0; i < 4; i++) {
+            gu_row gu;
+            load_gu(gu, a, p.w, block, thread, 0, i);
+            finish_down_back(a, p.w, p.base + g * SUBTILE, p.base + WEIGHTS, block, thread, 0, i, gu);
+        }
+    } else if (block < a.blocks) {
+        finish_rows(a, p.w, p.base + g * SUBTILE, block, (int)threadIdx.x % 128, 0);
+    }
     __syncthreads();
 }
 
 template <bool across> static __global__ __launch_bounds__(THREADS, 1) void product_mma_kernel(const __grid_constant__ tile_args a) {
     extern __shared__ __align__(1024) uint8_t shared[];
-    const int tiles = (int)a.plan[0].y;
+    const int tiles = (int)a.plan[0].x;
     if (a.p.w.format != ESP_Q_NONE && threadIdx.x < 16) ((float *)(shared + TABLE))[threadIdx.x] = a.p.w.lut[threadIdx.x];
     __syncthreads();
     for (int index = (int)blockIdx.x; index < tiles; index += (int)gridDim.x) {

@@ -22,8 +22,8 @@ static __device__ float record_element(const espi_stack &w, int64_t expert, int6
     const uint8_t *at = (const uint8_t *)w.packed + record * RECORD_BYTES(w.format);
     const int r = (int)(row % 64), c = (int)(col % 64), half = c / 32;
     const uint8_t *scales = at + RECORD_CODES;
-    const uint32_t word = *(const uint32_t *)(at + half * 1024 + r * 16 + c % 32 / 8 * 4);
-    const int j = c % 8;
+    const uint32_t word = *(const uint32_t *)(at + half * 1024 + r * 16 + c % 8 / 2 * 4);
+    const int j = c % 32 / 8 * 2 + c % 2;
     if (w.format == ESP_MXFP4) { /* four codes in each half of a word: kernels/cuda/pack.cu */
         const uint32_t q = j % 2 ? word >> 16 : word;
         const int low = 6 - 3 * (j / 2), sign = 15 - 3 * (j / 2);

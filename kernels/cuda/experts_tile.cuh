@@ -8,15 +8,12 @@
 
 #include "kernels/cuda/experts.cuh"
 
-#include <cuda.h>
-
 #define BLOCK 64     /* a record's side, and the width of a k-block */
 #define SUBTILE 8192 /* bytes of 64 x 64 bf16 */
 
 struct tile_args {
-    CUtensorMap boxes[4]; /* of 128, 64, 32 and 16 rows x 64 columns of `in`, for the copy engine (experts_wgmma.cu) */
     product_args p;
-    const uint2 *plan; /* [0]: tiles of the wide and of the narrow regime, one of them 0; then the work of each tile */
+    const uint2 *plan; /* [0]: how many tiles and of how many rows at most; then the work of each tile */
     float *partial;    /* down_back: [S,blocks] */
     const uint8_t *weights;
     int64_t expert_bytes, row_bytes; /* row_bytes: of plain weights */
@@ -121,14 +118,17 @@ static __device__ __forceinline__ uint4 decode_table(uint32_t q, const byte_plan
     return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-/* 32 values of a row, in four pieces. */
+/* 32 values of a row, in four pieces: a word of codes has two values of each. */
 template <int format>
 static __device__ __forceinline__ void decode_half(uint4 (&out)[4], const coded_row &c, int half, const byte_planes &p) {
     const uint32_t q[4] = {c.q[half].x, c.q[half].y, c.q[half].z, c.q[half].w};
     const uint32_t e = c.scale >> 8 * half & 255u, more = e > 128 ? (e - 1) * 0x00800080u : 0;
     const uint32_t factor = (min(e, 128u) + 126u) * 0x00800080u;
+    uint4 v[4];
 #pragma unroll
-    for (int i = 0; i < 4; i++) out[i] = format == ESP_MXFP4 ? decode_mx(q[i], factor, more) : decode_table(q[i], p);
+    for (int i = 0; i < 4; i++) v[i] = format == ESP_MXFP4 ? decode_mx(q[i], factor, more) : decode_table(q[i], p);
+    out[0] = make_uint4(v[0].x, v[1].x, v[2].x, v[3].x), out[1] = make_uint4(v[0].y, v[1].y, v[2].y, v[3].y);
+    out[2] = make_uint4(v[0].z, v[1].z, v[2].z, v[3].z), out[3] = make_uint4(v[0].w, v[1].w, v[2].w, v[3].w);
 }
 
 /* Once all pieces are there: they are decoded side by side, before the first is stored. */
@@ -188,9 +188,33 @@ static __device__ __forceinline__ uint32_t staged(uint32_t staging, int row, int
     return staging + row * 128 + ((piece ^ (row & 7)) << 4);
 }
 
-/* Rows 64 chunk .. of a tile, from both warpgroups' staging: gu and act. */
-static __device__ __forceinline__ void finish_gate_up(const tile_args &a, const work &w, uint32_t staging, int chunk) {
+/* Eight gates and ups from place `at` of a row on, as they stand in memory. */
+static __device__ __forceinline__ void store_pairs(bf16 *row, int64_t at, int64_t width, const gate_up_words &v, bool interleaved) {
+    if (!interleaved) {
+        *(uint4 *)(row + at) = make_uint4(v.gate[0], v.gate[1], v.gate[2], v.gate[3]);
+        *(uint4 *)(row + at + width) = make_uint4(v.up[0], v.up[1], v.up[2], v.up[3]);
+        return;
+    }
+#pragma unroll
+    for (int j = 0; j < 4; j += 2)
+        *(uint4 *)(row + 2 * at + 4 * j) =
+            make_uint4(dev_prmt(v.gate[j], v.up[j], 0x5410u), dev_prmt(v.gate[j], v.up[j], 0x7632u),
+                       dev_prmt(v.gate[j + 1], v.up[j + 1], 0x5410u), dev_prmt(v.gate[j + 1], v.up[j + 1], 0x7632u));
+}
+
+/* Eight gates and ups of routed row s: gu and act. */
+static __device__ __forceinline__ void store_gate_up(const tile_args &a, int64_t s, int64_t at, const gate_up_words &v) {
     const int64_t width = a.p.width;
+    uint32_t act[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+        act[j] = dev_bf16x2(glu(dev_lo(v.gate[j]), dev_lo(v.up[j]), a.p.glu), glu(dev_hi(v.gate[j]), dev_hi(v.up[j]), a.p.glu));
+    store_pairs(a.p.out + s * 2 * width, at, width, v, a.p.glu.interleaved);
+    *(uint4 *)(a.p.act + s * width + at) = make_uint4(act[0], act[1], act[2], act[3]);
+}
+
+/* Rows 64 chunk .. of a tile of plain order, from both warpgroups' staging. */
+static __device__ __forceinline__ void finish_gate_up(const tile_args &a, const work &w, uint32_t staging, int chunk) {
     const bool interleaved = a.p.glu.interleaved;
 #pragma unroll 1
     for (int i = threadIdx.x; i < 512; i += 256) {
@@ -198,80 +222,70 @@ static __device__ __forceinline__ void finish_gate_up(const tile_args &a, const 
         if (64 * chunk + row >= w.rows) continue;
         const uint32_t first = interleaved ? staged(staging + c / 4 * SUBTILE, row, 2 * (c % 4)) : staged(staging, row, c);
         const uint32_t second = interleaved ? staged(staging + c / 4 * SUBTILE, row, 2 * (c % 4) + 1) : staged(staging + SUBTILE, row, c);
-        const uint4 va = dev_load_shared(first), vb = dev_load_shared(second);
-        const gate_up_words v = split_gate_up(va, vb, interleaved);
-        uint32_t act[4];
-#pragma unroll
-        for (int j = 0; j < 4; j++)
-            act[j] = dev_bf16x2(glu(dev_lo(v.gate[j]), dev_lo(v.up[j]), a.p.glu), glu(dev_hi(v.gate[j]), dev_hi(v.up[j]), a.p.glu));
-        const int64_t s = w.row0 + 64 * chunk + row;
-        const int64_t at = w.m * BLOCK + 8 * c;
-        bf16 *gu = a.p.out + s * 2 * width;
-        *(uint4 *)(gu + (interleaved ? 2 * at : at)) = va;
-        *(uint4 *)(gu + (interleaved ? 2 * at + 8 : at + width)) = vb;
-        *(uint4 *)(a.p.act + s * width + at) = make_uint4(act[0], act[1], act[2], act[3]);
+        const gate_up_words v = split_gate_up(dev_load_shared(first), dev_load_shared(second), interleaved);
+        store_gate_up(a, w.row0 + 64 * chunk + row, w.m * BLOCK + 8 * c, v);
     }
 }
 
-/* The same of one warpgroup's 64 outputs: a_s = W^T d_out becomes d_gu, and this block's share of the row weight's gradient.  Four values a
- * time: the sums of the other rows are still in registers. */
-static __device__ __forceinline__ void finish_down_back(const tile_args &a, const work &w, uint32_t staging, int block, int chunk) {
-    const int c = threadIdx.x % 16, at = block * BLOCK + 4 * c, width = (int)a.p.width;
-    const bool interleaved = a.p.glu.interleaved;
-#pragma unroll 1
-    for (int row = threadIdx.x % 128 / 16; row < 64; row += 8) {
-        const bool there = 64 * chunk + row < w.rows;
-        const int64_t s = w.row0 + (there ? 64 * chunk + row : 0), place = s * 2 * width;
-        uint32_t gate[2], up[2];
-        if (interleaved) {
-            const uint4 v = __ldg((const uint4 *)(a.p.gu + place + 2 * at));
-            gate[0] = dev_prmt(v.x, v.y, 0x5410u), gate[1] = dev_prmt(v.z, v.w, 0x5410u);
-            up[0] = dev_prmt(v.x, v.y, 0x7632u), up[1] = dev_prmt(v.z, v.w, 0x7632u);
-        } else {
-            const uint2 g = __ldg((const uint2 *)(a.p.gu + place + at)), u = __ldg((const uint2 *)(a.p.gu + place + at + width));
-            gate[0] = g.x, gate[1] = g.y, up[0] = u.x, up[1] = u.y;
-        }
-        const float weight = __ldg((const float *)a.p.routing.row_weight + s);
-        float dot = 0;
-#pragma unroll
-        for (int j = 0; j < 2; j++) {
-            const uint32_t d = dev_load_shared4(staged(staging, row, c / 2) + c % 2 * 8 + 4 * j);
-            const glu_value v0 = glu_slopes(dev_lo(gate[j]), dev_lo(up[j]), a.p.glu),
-                            v1 = glu_slopes(dev_hi(gate[j]), dev_hi(up[j]), a.p.glu);
-            const float d0 = dev_lo(d), d1 = dev_hi(d);
-            dot += v0.act * d0 + v1.act * d1;
-            gate[j] = dev_bf16x2(v0.d_gate * (weight * d0), v1.d_gate * (weight * d1));
-            up[j] = dev_bf16x2(v0.d_up * (weight * d0), v1.d_up * (weight * d1));
-        }
-#pragma unroll
-        for (int step = 1; step < 16; step *= 2) dot += __shfl_xor_sync(~0u, dot, step);
-        if (!there) continue;
-        if (interleaved) {
-            *(uint4 *)(a.p.out + place + 2 * at) = make_uint4(dev_prmt(gate[0], up[0], 0x5410u), dev_prmt(gate[0], up[0], 0x7632u),
-                                                              dev_prmt(gate[1], up[1], 0x5410u), dev_prmt(gate[1], up[1], 0x7632u));
-        } else {
-            *(uint2 *)(a.p.out + place + at) = make_uint2(gate[0], gate[1]);
-            *(uint2 *)(a.p.out + place + at + width) = make_uint2(up[0], up[1]);
-        }
-        if (c == 0) a.partial[s * a.blocks + block] = dot;
-    }
+/* The functions below are of a warpgroup's 64 outputs, for its thread `thread`. */
+/* Which of the four rows of a chunk that a thread has in finish_down_back, and what it reads for one: eight gates and ups. */
+static __device__ __forceinline__ int back_row(int thread, int chunk, int i) {
+    return 64 * chunk + 16 * i + thread / 8;
 }
 
-static __device__ __forceinline__ void finish_rows(const tile_args &a, const work &w, uint32_t staging, int block, int chunk) {
+struct gu_row {
+    uint4 first, second;
+};
+
+static __device__ __forceinline__ void load_gu(gu_row &v, const tile_args &a, const work &w, int block, int thread, int chunk, int i) {
+    const int at = block * BLOCK + 8 * (thread % 8), width = (int)a.p.width;
+    const int first = a.p.glu.interleaved ? 2 * at : at, second = a.p.glu.interleaved ? first + 8 : first + width;
+    const bf16 *row = a.p.gu + (int64_t)(w.row0 + min(back_row(thread, chunk, i), w.rows - 1)) * 2 * width;
+    v.first = __ldg((const uint4 *)(row + first)), v.second = __ldg((const uint4 *)(row + second));
+}
+
+/* a_s = W^T d_out of one row becomes d_gu, and this block's share of the row weight's gradient. */
+static __device__ __forceinline__ void finish_down_back(const tile_args &a, const work &w, uint32_t staging, uint32_t row_weights,
+                                                        int block, int thread, int chunk, int i, const gu_row &v) {
+    const int c = thread % 8, width = (int)a.p.width, row = back_row(thread, chunk, i);
+    const float weight = __uint_as_float(dev_load_shared4(row_weights + 4 * min(row, w.rows - 1)));
+    const uint4 from = dev_load_shared(staged(staging, row % 64, c));
+    const uint32_t d[4] = {from.x, from.y, from.z, from.w};
+    gate_up_words p = split_gate_up(v.first, v.second, a.p.glu.interleaved);
+    float dot = 0;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        const glu_value v0 = glu_slopes(dev_lo(p.gate[j]), dev_lo(p.up[j]), a.p.glu),
+                        v1 = glu_slopes(dev_hi(p.gate[j]), dev_hi(p.up[j]), a.p.glu);
+        const float d0 = dev_lo(d[j]), d1 = dev_hi(d[j]);
+        dot += v0.act * d0 + v1.act * d1;
+        p.gate[j] = dev_bf16x2(v0.d_gate * (weight * d0), v1.d_gate * (weight * d1));
+        p.up[j] = dev_bf16x2(v0.d_up * (weight * d0), v1.d_up * (weight * d1));
+    }
+#pragma unroll
+    for (int step = 1; step < 8; step *= 2) dot += __shfl_xor_sync(~0u, dot, step);
+    if (row >= w.rows) return;
+    const int64_t s = w.row0 + row;
+    store_pairs(a.p.out + s * 2 * width, block * BLOCK + 8 * c, width, p, a.p.glu.interleaved);
+    if (c == 0) a.partial[s * a.blocks + block] = dot;
+}
+
+static __device__ __forceinline__ void finish_rows(const tile_args &a, const work &w, uint32_t staging, int block, int thread, int chunk) {
     const int64_t outs = (int64_t)a.blocks * BLOCK;
-    for (int i = threadIdx.x % 128; i < 512; i += 128) {
+    for (int i = thread; i < 512; i += 128) {
         const int row = i / 8, c = i % 8;
         if (64 * chunk + row >= w.rows) continue;
         *(uint4 *)(a.p.out + (w.row0 + 64 * chunk + row) * outs + block * BLOCK + 8 * c) = dev_load_shared(staged(staging, row, c));
     }
 }
 
-/* The launches over a plan that is there: experts_wgmma.cu (every regime), experts_mma.cu (tiles of the narrow one). */
-cudaError_t launch_wgmma(const tile_args &a, bool back, int multiprocessors, cudaStream_t stream);
+/* The launches over a plan that is there, and the rows that their tiles have at most. */
+cudaError_t launch_wgmma(const tile_args &a, int multiprocessors, cudaStream_t stream);
 cudaError_t launch_mma(const tile_args &a, bool back, int multiprocessors, cudaStream_t stream);
 bool wgmma_available();
 
-#define WIDE_ROWS 256 /* routed rows of a tile */
+#define WIDE_ROWS 256
+#define MIDDLE_ROWS 128
 #define NARROW_ROWS 64
 
 #endif

@@ -2,16 +2,14 @@
  * the kernel that walks it. */
 #include "kernels/cuda/experts_tile.cuh"
 
-#include <cudaTypedefs.h>
-
-#define NARROW_MEAN_ROWS 96 /* mean rows per expert up to which the narrow regime runs */
+#define FEW_MEAN_ROWS 64 /* mean rows per expert up to which the lower tiles are made */
 
 /* ---- the plan: experts with the most rows first, their rows cut into even tiles; of an expert all rows for one m after the other ---- */
 #define PLAN_THREADS 512
 #define PLAN_BLOCKS 16
 
 static __global__ __launch_bounds__(PLAN_THREADS) void plan_tiles(uint2 *plan, const int32_t *offsets, int experts, int tiles_m,
-                                                                  int narrow_rows) {
+                                                                  int low_height, int high_height) {
     extern __shared__ int rows_of[];
     int active = 0;
     for (int first = 0; first < experts; first += PLAN_THREADS) {
@@ -19,8 +17,8 @@ static __global__ __launch_bounds__(PLAN_THREADS) void plan_tiles(uint2 *plan, c
         if (e < experts) rows_of[e] = rows;
         active += __syncthreads_count(rows > 0);
     }
-    const bool narrow = offsets[experts] <= (int64_t)active * narrow_rows;
-    const int height = narrow ? NARROW_ROWS : WIDE_ROWS, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int height = offsets[experts] <= active * FEW_MEAN_ROWS ? low_height : high_height, warp = threadIdx.x / 32,
+              lane = threadIdx.x % 32;
     int total = 0;
     /* a warp per expert: how many tiles stand before its own */
     for (int e = (int)blockIdx.x * (PLAN_THREADS / 32) + warp; e < experts; e += PLAN_BLOCKS * (PLAN_THREADS / 32)) {
@@ -38,38 +36,8 @@ static __global__ __launch_bounds__(PLAN_THREADS) void plan_tiles(uint2 *plan, c
     if (blockIdx.x == 0 && warp == 0) {
         for (int e = lane; e < experts; e += 32) total += (rows_of[e] + height - 1) / height;
         for (int step = 16; step; step /= 2) total += __shfl_xor_sync(~0u, total, step);
-        if (lane == 0) plan[0] = make_uint2(narrow ? 0 : total * tiles_m, narrow ? total * tiles_m : 0);
+        if (lane == 0) plan[0] = make_uint2((uint32_t)(total * tiles_m), (uint32_t)height);
     }
-}
-
-/* Rows of `in` in the routed order, for the wide regime. */
-static __global__ void gather_rows(uint4 *out, const uint4 *in, const int32_t *in_row, const int32_t *offsets, int experts, int pieces,
-                                   const uint2 *plan) {
-    const int64_t s = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
-    if (plan[0].x == 0 || s >= offsets[experts]) return;
-    const uint4 *from = in + (int64_t)in_row[s] * pieces;
-    for (int i = threadIdx.x; i < pieces; i += blockDim.x) out[s * pieces + i] = __ldg(from + i);
-}
-
-/* The copy engine's view of rows x columns bf16: boxes of 128, 64, 32 and 16 rows x 64 columns, swizzled as the tiles are. */
-static cudaError_t make_boxes(CUtensorMap (&boxes)[4], const bf16 *in, int64_t rows, int64_t columns) {
-    static PFN_cuTensorMapEncodeTiled_v12000 encode;
-    if (!encode) {
-        void *entry = NULL;
-        cudaDriverEntryPointQueryResult found;
-        const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
-        if (error != cudaSuccess || found != cudaDriverEntryPointSuccess) return error != cudaSuccess ? error : cudaErrorNotSupported;
-        encode = (PFN_cuTensorMapEncodeTiled_v12000)entry;
-    }
-    const cuuint64_t sizes[2] = {(cuuint64_t)columns, (cuuint64_t)rows}, strides[1] = {(cuuint64_t)columns * sizeof(bf16)};
-    const cuuint32_t steps[2] = {1, 1};
-    for (int i = 0; i < 4; i++) {
-        const cuuint32_t box[2] = {BLOCK, 128u >> i};
-        if (encode(&boxes[i], CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)in, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                   CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS)
-            return cudaErrorInvalidValue;
-    }
-    return cudaSuccess;
 }
 
 /* One thread per routed row: the shares of the blocks, in order. */
@@ -85,8 +53,8 @@ static __global__ void sum_shares(float *d_row_weight, const float *partial, con
 #define STRING(x) STRING2(x)
 
 const char *product_tiled_describe() {
-    return wgmma_available() ? "wgmma: tiles of " STRING(NARROW_ROWS) " rows up to a mean of " STRING(
-                                   NARROW_MEAN_ROWS) " rows per expert, of " STRING(WIDE_ROWS) " above"
+    return wgmma_available() ? "wgmma: tiles of up to " STRING(MIDDLE_ROWS) " rows up to a mean of " STRING(
+                                   FEW_MEAN_ROWS) " rows per expert, of " STRING(WIDE_ROWS) " above"
                              : "mma.sync: tiles of " STRING(NARROW_ROWS) " rows";
 }
 
@@ -119,16 +87,8 @@ static size_t shares_bytes(const product_args *p, product_kind kind) {
     return kind == PRODUCT_DOWN_BACK ? (size_t)(p->routing.tokens * p->routing.top_k * (p->width / BLOCK)) * sizeof(float) : 0;
 }
 
-/* These read rows of tokens, the others routed rows.  By the kind, not by p->in_row: a plan is made before there are pointers. */
-static bool gathers(product_kind kind) {
-    return kind == PRODUCT_GATE_UP || kind == PRODUCT_DOWN_BACK;
-}
-
 size_t product_tiled_scratch(const product_args *p, product_kind kind) {
-    const size_t shares = shares_bytes(p, kind);
-    const int64_t contracted = kind == PRODUCT_GATE_UP || kind == PRODUCT_DOWN ? p->w.cols : p->w.rows;
-    const size_t gathered = gathers(kind) ? (size_t)(p->routing.tokens * p->routing.top_k * contracted) * sizeof(bf16) : 0;
-    return rounded(plan_bytes(p, kind)) + rounded(shares) + gathered;
+    return rounded(plan_bytes(p, kind)) + shares_bytes(p, kind);
 }
 
 cudaError_t product_tiled(const product_args *p, product_kind kind, void *scratch, int multiprocessors, cudaStream_t stream) {
@@ -150,23 +110,11 @@ cudaError_t product_tiled(const product_args *p, product_kind kind, void *scratc
     a.low_steps = (p->r + 15) / 16;
     a.kind = kind;
     a.halves = kind == PRODUCT_GATE_UP && !p->glu.interleaved;
-    plan_tiles<<<PLAN_BLOCKS, PLAN_THREADS, (experts + 4) * sizeof(int), stream>>>((uint2 *)scratch, p->routing.offsets, experts, a.tiles_m,
-                                                                                   hopper ? NARROW_MEAN_ROWS : INT32_MAX / 8192);
+    plan_tiles<<<PLAN_BLOCKS, PLAN_THREADS, (experts + 4) * sizeof(int), stream>>>(
+        (uint2 *)scratch, p->routing.offsets, experts, a.tiles_m, hopper ? MIDDLE_ROWS : NARROW_ROWS, hopper ? WIDE_ROWS : NARROW_ROWS);
     cudaError_t error = cudaGetLastError();
     if (error != cudaSuccess) return error;
-    if (hopper) {
-        const int64_t rows = p->routing.tokens * p->routing.top_k, contracted = (int64_t)a.k_blocks * BLOCK;
-        const bf16 *in = p->in;
-        if (gathers(kind)) {
-            uint4 *gathered = (uint4 *)((char *)scratch + rounded(plan_bytes(p, kind)) + rounded(shares_bytes(p, kind)));
-            gather_rows<<<(unsigned)((rows + 3) / 4), dim3(64, 4), 0, stream>>>(
-                gathered, (const uint4 *)p->in, p->in_row, p->routing.offsets, experts, (int)(contracted / 8), (const uint2 *)scratch);
-            in = (const bf16 *)gathered;
-        }
-        error = make_boxes(a.boxes, in, rows, contracted);
-        if (error != cudaSuccess) return error;
-    }
-    error = hopper ? launch_wgmma(a, back, multiprocessors, stream) : launch_mma(a, back, multiprocessors, stream);
+    error = hopper ? launch_wgmma(a, multiprocessors, stream) : launch_mma(a, back, multiprocessors, stream);
     if (error != cudaSuccess || kind != PRODUCT_DOWN_BACK) return error;
     const unsigned rows = (unsigned)(p->routing.tokens * p->routing.top_k);
     sum_shares<<<(rows + 255) / 256, 256, 0, stream>>>(p->d_row_weight, a.partial, p->routing.offsets, experts, a.blocks);

@@ -1,425 +1,492 @@
-/* Products with the packed expert stacks on sm_90a: 4-bit weights are decoded on their way into shared memory, where wgmma multiplies them with
- * the routed rows.
+/* Products with the packed expert stacks on sm_90a: wgmma multiplies 4-bit weights, which the warps that multiply decode themselves, with the
+ * routed rows.
  *
- * D^T tile: 128 outputs (two warpgroups, 64 each) x up to `rows_max` routed rows of one expert, the rows on the N side so that a tile wastes
- * less than 16.  The other warps bring rows and decode weights, ahead by `stages` k-blocks of 64, also across tiles.  The low-rank branch is
- * one more, shorter k-block.  A backward reads the same records across.
+ * D^T tile: 128 outputs (two warpgroups, 64 each) x up to 256 routed rows of one expert, the rows on the N side so that a tile wastes less
+ * than 16.  Four more warps bring codes and rows (by their index: the gather is part of the load), ahead by as many k-blocks of 64 as shared
+ * memory holds, also across tiles.  While the tensor cores are at one k-block, a warpgroup decodes the next one into registers: a forward
+ * multiplies from there; a backward, which reads the same records across, writes them into shared memory first.  The low-rank branch is one
+ * more, shorter k-block.  A warpgroup meets the other one nowhere: while one is storing its results, the other one has the tensor cores.
  *
- * Two regimes, chosen by a kernel from the counts.  `wide`, many rows per expert: the rows were put in the routed order before, the copy
- * engine brings boxes of them, and four warps decode each k-block together, so that no stage is held longer than that takes.  `narrow`, few
- * rows: a warp brings the rows by their index (the gather is part of the load), the others decode whole k-blocks in turn.  Its copies
- * announce themselves on the stage's barrier and the readers order them before wgmma: a fence in the warp that copies would wait for all
- * copies under way. */
+ * The warps that copy announce their copies on a stage's barrier and the readers order them before wgmma: a fence in the warps that copy
+ * would wait for all copies under way. */
 #include "kernels/cuda/experts_tile.cuh"
 
-template <bool wide> struct regime {
-    static constexpr int rows_max = wide ? WIDE_ROWS : NARROW_ROWS, stages = wide ? 4 : 8, producers = wide ? 4 : 8;
-    static constexpr int arrivals =
-        wide ? 5 : 33; /* at a full stage: four decoders and who queues the boxes, or one and 32 lanes that copy */
-    static constexpr int threads = (8 + producers) * 32;
-    static constexpr int stage_bytes = 2 * SUBTILE + rows_max * 128, steps16 = rows_max / 16;
-    static constexpr int staging = stages * stage_bytes, barriers = staging + 2 * SUBTILE;
-    static constexpr int table = barriers + 16 * stages, indices = table + 64, shared_bytes = indices + rows_max * 4;
+#define CONSUMERS 256
+#define PRODUCERS 128
+#define SHARED_BYTES 232448
+#define MOST_STAGES 16
+
+/* Shared memory: each warpgroup's own sub-tiles (decoded weights of a backward; its results on their way out), weights of the low-rank block,
+ * barriers, indices of two tiles' rows, for each warpgroup the weights of two tiles' rows (down_back), stages.  A stage: rows, then records or plain weights. */
+template <int format, product_kind kind> struct form {
+    static constexpr bool across = kind == PRODUCT_DOWN_BACK || kind == PRODUCT_GATE_UP_BACK, coded = format != ESP_Q_NONE;
+    static constexpr bool pairs = kind == PRODUCT_GATE_UP, slopes = kind == PRODUCT_DOWN_BACK; /* what its epilogue makes */
+    static constexpr bool gathers = pairs || slopes;                                           /* rows by their index */
+    /* of 168 that each thread has at entry */
+    static constexpr int consumer_registers = slopes && coded   ? 208
+                                              : slopes || coded ? 200
+                                                                : 192,
+                         producer_registers = 3 * 168 - 2 * consumer_registers;
+    static constexpr int record = RECORD_BYTES(format), weights = coded ? 5 * 1024 : 2 * SUBTILE;
+    static constexpr int own = across && coded ? 3 * SUBTILE : SUBTILE;
+    static constexpr int low = 2 * own, barriers = low + 2 * SUBTILE, turns = barriers + 512, indices = barriers + 1024;
+    static constexpr int row_weights = indices + 8 * WIDE_ROWS, stages = row_weights + (slopes ? 4096 : 0);
+};
+
+struct ring {
+    uint32_t first, stage_bytes, rows_bytes, full, empty;
+    int stages, stage, phase;
 };
 
 #if DEV_HOPPER
-/* Word 0 or 1 of the work of a tile; rows = 0 where there is none. */
-static __device__ __forceinline__ uint32_t work_word(const tile_args &a, int index, int tiles, int word) {
-    return index < tiles ? __ldg((const uint32_t *)(a.plan + 1 + index) + word) : 0;
+template <int format, product_kind kind> static __device__ __forceinline__ ring make_ring(uint32_t base, int height) {
+    using F = form<format, kind>;
+    ring r = {};
+    r.first = base + F::stages, r.rows_bytes = (uint32_t)height * 128, r.stage_bytes = r.rows_bytes + F::weights;
+    r.full = base + F::barriers, r.empty = r.full + 8 * MOST_STAGES;
+    r.stages = min((SHARED_BYTES - F::stages) / (int)r.stage_bytes, MOST_STAGES);
+    return r;
 }
 
-/* What the epilogue of down_back will read. */
-static __device__ __forceinline__ void prefetch_gu(const tile_args &a, const work &w, int thread, int threads) {
-    const int pairs = a.p.glu.interleaved ? 2 : 1;
-    const bool whole = w.m * 128 + 64 < a.p.width; /* else half a tile, the last of a row */
-    for (int i = thread; i < w.rows; i += threads) {
-        const char *row = (const char *)(a.p.gu + (int64_t)(w.row0 + i) * 2 * a.p.width + w.m * 128 * pairs);
-        dev_prefetch_l2(row), dev_prefetch_l2(row + 128);
-        row += pairs == 2 ? 256 : 2 * a.p.width;
-        if (whole || pairs == 1) dev_prefetch_l2(row);
-        if (whole) dev_prefetch_l2(row + 128);
-    }
+static __device__ __forceinline__ uint32_t stage_of(const ring &r) {
+    return r.first + r.stage * r.stage_bytes;
 }
 
-/* ---- producers of the wide regime ---- */
-/* Where the codes are read: k-block k of tile `index`; `after`: expert and m of the tile behind it. */
-struct code_place {
-    int index, k;
-    const uint8_t *from;
-    uint32_t after;
-};
-
-/* The tile that is made, and the one behind it. */
-struct row_place {
-    int index, k;
-    uint32_t now[2], next[2]; /* words of their works */
-};
-
-/* Queues the boxes that make 16 * steps rows from row0 on; the stage's barrier counts their bytes. */
-static __device__ __forceinline__ void bring_boxes(const tile_args &a, uint32_t to, uint32_t barrier, int k, int row0, int steps) {
-    dev_barrier_expect(barrier, (uint32_t)steps * 2048);
-    int done = 0;
-    for (int left = steps; left >= 8; left -= 8, done += 8)
-        dev_copy_box(to + done * 2048, &a.boxes[0], barrier, k * BLOCK, row0 + 16 * done);
-#pragma unroll
-    for (int i = 1; i < 4; i++) {
-        const int size = 8 >> i;
-        if (!(steps & size)) continue;
-        dev_copy_box(to + done * 2048, &a.boxes[i], barrier, k * BLOCK, row0 + 16 * done);
-        done += size;
-    }
+static __device__ __forceinline__ void advance(ring &r) {
+    if (++r.stage == r.stages) r.stage = 0, r.phase ^= 1;
 }
 
-template <int format, bool across>
-static __device__ __forceinline__ void produce(const tile_args &a, uint32_t base, int producer, int lane, int tiles) {
-    using R = regime<true>;
-    const int w = producer, row = w % 2 * 32 + lane, blocks_k = a.k_blocks + (a.low_steps > 0);
-    const int pieces = 2 * a.low_steps, jump = (int)gridDim.x;
-    const uint32_t full = base + R::barriers, empty = full + 8 * R::stages;
-    auto block_of_word = [&](uint32_t word) { return min(block_of(a, (int)(word & 0xffffu), w / 2), a.blocks - 1); };
-
-    code_place c;
-    c.index = (int)blockIdx.x - jump, c.k = blocks_k, c.from = NULL, c.after = work_word(a, (int)blockIdx.x, tiles, 0);
-    auto settle = [&]() { /* into the next tile when this one is through */
-                          const int64_t stride = (int64_t)a.k_step * RECORD_BYTES(format);
-                          while (c.k >= blocks_k) {
-                              c.k -= blocks_k, c.index += jump;
-                              const int block = block_of_word(c.after), expert = (int)(c.after >> 16);
-                              c.from =
-                                  a.weights + expert * a.expert_bytes + (int64_t)block * a.block_step * RECORD_BYTES(format) + c.k * stride;
-                              c.after = work_word(a, c.index + jump, tiles, 0);
-                          }
-    };
-    auto fetch = [&](coded_row &codes) {
-        if (c.index < tiles && c.k < a.k_blocks) load_row<format>(codes, c.from, row);
-        c.k++, c.from += (int64_t)a.k_step * RECORD_BYTES(format);
-        settle();
-    };
-    coded_row codes0, codes1;
-    if (format != ESP_Q_NONE) settle(), fetch(codes0), fetch(codes1);
-
-    row_place p;
-    p.index = (int)blockIdx.x - jump, p.k = blocks_k;
-    for (int i = 0; i < 2; i++) p.next[i] = work_word(a, (int)blockIdx.x, tiles, i);
-    auto enter = [&]() {
-        while (p.k >= blocks_k) {
-            p.k -= blocks_k, p.index += jump;
-            for (int i = 0; i < 2; i++) p.now[i] = p.next[i], p.next[i] = work_word(a, p.index + jump, tiles, i);
-            if (a.kind == PRODUCT_DOWN_BACK && p.index < tiles) prefetch_gu(a, unpack_work(p.now[0], p.now[1]), w * 32 + lane, 128);
-        }
-    };
-    enter();
-    uint32_t it = 0;
-    auto make = [&](coded_row &codes) {
-        const uint32_t stage = it % R::stages, to = base + stage * R::stage_bytes, rows_to = to + 2 * SUBTILE;
-        const work now = unpack_work(p.now[0], p.now[1]);
-        const int steps = max((now.rows + 15) / 16, 1), k = p.k;
-        const bool coded = k < a.k_blocks && format != ESP_Q_NONE;
-        const byte_planes planes = planes_of<format>(codes.scale, load_table(base + R::table));
-        dev_barrier_wait(empty + 8 * stage, (it / R::stages & 1) ^ 1);
-        if (w == 0 && lane == 0) {
-            if (k < a.k_blocks)
-                bring_boxes(a, rows_to, full + 8 * stage, k, now.row0, steps);
-            else
-                dev_barrier_arrive(full + 8 * stage);
-        }
-        if (k < a.k_blocks && format == ESP_Q_NONE) {
-            const int block = min(block_of(a, now.m, w / 2), a.blocks - 1), rows = across ? k : block, columns = across ? block : k;
-            copy_plain(to + w / 2 * SUBTILE, a.weights + now.expert * a.expert_bytes + rows * BLOCK * a.row_bytes + columns * BLOCK * 2,
-                       a.row_bytes, row, 64);
-            dev_copy_wait_all();
-        } else if (k == a.k_blocks) {
-            for (int i = w * 32 + lane; i < 16 * steps * pieces; i += 128) {
-                const int line = i / pieces, at = i % pieces;
-                const bool there = 8 * at < a.p.r;
-                const bf16 *from = a.p.low + (int64_t)(now.row0 + min(line, max(now.rows - 1, 0))) * a.p.r + (there ? 8 * at : 0);
-                dev_copy16_or_zero(rows_to + line * 128 + ((at ^ (line & 7)) << 4), from, there ? 16 : 0);
-            }
-            low_block<across>(to + w / 2 * SUBTILE, a, now.expert, min(block_of(a, now.m, w / 2), a.blocks - 1), row, 64);
-            dev_copy_wait_all();
-        }
-        if (coded) decode_row<format>(to + w / 2 * SUBTILE, row, codes, planes);
-        if (format != ESP_Q_NONE) fetch(codes);
-        dev_fence_async();
-        __syncwarp();
-        if (lane == 0) dev_barrier_arrive(full + 8 * stage);
-        it++, p.k++;
-        enter();
-    };
-    while (p.index < tiles) {
-        make(codes0);
-        if (p.index < tiles) make(codes1);
-    }
+/* ---- the warps that bring ---- */
+/* Queues the indices of a tile's rows as a group of copies of their own. */
+static __device__ __forceinline__ void bring_indices(uint32_t to, const tile_args &a, const work &w, int thread) {
+    for (int i = thread; i < w.rows; i += PRODUCERS) dev_copy4(to + 4 * i, a.p.in_row + w.row0 + i);
+    dev_copy_commit();
 }
 
-/* ---- producers of the narrow regime ---- */
-#define DECODERS (regime<false>::producers - 1)
-
-/* Where a decoder is: k-block `k` of tile `index`; `after`: expert and m of the tile behind it, already read. */
-struct decode_place {
-    int index, k, expert, block[2];
-    const uint8_t *from[2];
-    uint32_t after;
-};
-
-template <int format, bool across> static __device__ __forceinline__ void place_at(decode_place &d, const tile_args &a) {
-    for (int g = 0; g < 2; g++) {
-        if (format == ESP_Q_NONE) {
-            const int rows = across ? d.k : d.block[g], columns = across ? d.block[g] : d.k;
-            d.from[g] = a.weights + d.expert * a.expert_bytes + rows * BLOCK * a.row_bytes + columns * BLOCK * 2;
-        } else {
-            d.from[g] = a.weights + d.expert * a.expert_bytes +
-                        ((int64_t)d.block[g] * a.block_step + (int64_t)d.k * a.k_step) * RECORD_BYTES(format);
-        }
-    }
-}
-
-template <int format, bool across>
-static __device__ __forceinline__ void decode(const tile_args &a, uint32_t base, int decoder, int lane, int tiles) {
-    using R = regime<false>;
-    const uint32_t full = base + R::barriers, empty = full + 8 * R::stages;
-    const int blocks_k = a.k_blocks + (a.low_steps > 0);
-    decode_place next;
-    next.index = (int)(blockIdx.x - gridDim.x), next.k = decoder + blocks_k - DECODERS;
-    next.after = work_word(a, (int)blockIdx.x, tiles, 0);
-    auto advance = [&]() { /* rolls over into the next tiles of this block */
-                           next.k += DECODERS;
-                           while (next.k >= blocks_k) {
-                               next.k -= blocks_k, next.index += (int)gridDim.x;
-                               const work w = unpack_work(next.after, 0);
-                               next.expert = w.expert;
-                               for (int g = 0; g < 2; g++) next.block[g] = min(block_of(a, w.m, g), a.blocks - 1);
-                               next.after = work_word(a, next.index + (int)gridDim.x, tiles, 0);
-                           }
-                           if (next.index < tiles) place_at<format, across>(next, a);
-    };
-    advance();
-    coded_row codes[4];
-    auto load = [&](int i) {
-        if (format != ESP_Q_NONE) load_row<format>(codes[i], next.from[i / 2], lane + 32 * (i % 2));
-    };
-    if (next.index < tiles && next.k < a.k_blocks)
-#pragma unroll
-        for (int i = 0; i < 4; i++) load(i);
-    for (uint32_t it = (uint32_t)decoder; next.index < tiles; it += DECODERS) {
-        const uint32_t stage = it % R::stages, to = base + stage * R::stage_bytes, parity = (it / R::stages & 1) ^ 1;
-        if (next.k < a.k_blocks && format != ESP_Q_NONE) {
-            advance();
-            const bool more = next.index < tiles && next.k < a.k_blocks;
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const byte_planes planes = planes_of<format>(codes[i].scale, load_table(base + R::table));
-                uint4 values[4];
-                decode_half<format>(values, codes[i], 0, planes);
-                if (i == 0) dev_barrier_wait(empty + 8 * stage, parity); /* the first values are decoded before the stage is free */
-                store_half(to + i / 2 * SUBTILE, lane + 32 * (i % 2), 0, values);
-                decode_half<format>(values, codes[i], 1, planes);
-                if (more) load(i);
-                store_half(to + i / 2 * SUBTILE, lane + 32 * (i % 2), 1, values);
-            }
-        } else {
-            dev_barrier_wait(empty + 8 * stage, parity);
-#pragma unroll 1
-            for (int g = 0; g < 2; g++) {
-                if (next.k < a.k_blocks)
-                    copy_plain(to + g * SUBTILE, g ? next.from[1] : next.from[0], a.row_bytes, lane, 32);
-                else
-                    low_block<across>(to + g * SUBTILE, a, next.expert, g ? next.block[1] : next.block[0], lane, 32);
-            }
-            dev_copy_wait_all();
-            advance();
-            if (next.index < tiles && next.k < a.k_blocks)
-#pragma unroll
-                for (int i = 0; i < 4; i++) load(i);
-        }
-        dev_fence_async();
-        __syncwarp();
-        if (lane == 0) dev_barrier_arrive(full + 8 * stage);
-    }
-}
-
-/* A warp brings the rows in 16-byte pieces, by their index. */
-static __device__ __forceinline__ void bring_rows(const tile_args &a, uint32_t base, int lane, int tiles) {
-    using R = regime<false>;
-    const uint32_t full = base + R::barriers, empty = full + 8 * R::stages, indices = base + R::indices;
-    const int blocks_k = a.k_blocks + (a.low_steps > 0), quarter = lane / 8, piece = lane % 8, pieces = 2 * a.low_steps;
-    const uint32_t row_bytes = (uint32_t)a.k_blocks * BLOCK * 2;
-    uint32_t it = 0, place[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) place[i] = (4 * quarter + i) * 128 + ((piece ^ (4 * (quarter & 1) + i)) << 4);
-    work next = work_of(a, (int)blockIdx.x);
-    for (int index = (int)blockIdx.x; index < tiles; index += (int)gridDim.x) {
-        const work w = next;
-        if (index + (int)gridDim.x < tiles) next = work_of(a, index + (int)gridDim.x);
-        const int last = max(w.rows - 1, 0), steps = max((w.rows + 15) / 16, 1);
-        __syncwarp();
-        for (int i = lane; i < 16 * steps; i += 32) {
-            const int s = w.row0 + min(i, last);
-            dev_store_shared(indices + 4 * i, a.p.in_row ? (uint32_t)__ldg(a.p.in_row + s) : (uint32_t)s);
-        }
-        __syncwarp();
-        if (a.kind == PRODUCT_DOWN_BACK) prefetch_gu(a, w, lane, 32);
-        for (int k = 0; k < blocks_k; k++, it++) {
-            const uint32_t stage = it % R::stages, to = base + stage * R::stage_bytes + 2 * SUBTILE;
-            dev_barrier_wait(empty + 8 * stage, (it / R::stages & 1) ^ 1);
-            if (k < a.k_blocks) {
-                const char *from = (const char *)(a.p.in + k * BLOCK + 8 * piece);
+/* A sub-tile of plain weights, queued by 64 threads; a forward of gate_up takes them as row_place has them. */
+template <product_kind kind>
+static __device__ __forceinline__ void bring_plain(uint32_t to, const tile_args &a, const work &w, int k, int g, int thread) {
+    using F = form<ESP_Q_NONE, kind>;
+    const int piece = thread & 7;
+    const uint8_t *expert = a.weights + w.expert * a.expert_bytes;
 #pragma unroll 4
-                for (int i = 0; i < steps; i++) {
-                    const uint4 rows = dev_load_shared(indices + 64 * i + 16 * quarter);
-                    dev_copy16(to + i * 2048 + place[0], from + (uint64_t)rows.x * row_bytes);
-                    dev_copy16(to + i * 2048 + place[1], from + (uint64_t)rows.y * row_bytes);
-                    dev_copy16(to + i * 2048 + place[2], from + (uint64_t)rows.z * row_bytes);
-                    dev_copy16(to + i * 2048 + place[3], from + (uint64_t)rows.w * row_bytes);
+    for (int line = thread / 8; line < 64; line += 8) {
+        int sub = g, row = line;
+        if (F::pairs) {
+            const int warp = line / 16, v = line / 8 % 2, q = line % 8;
+            sub = a.halves ? v : g, row = a.halves ? 32 * g + 8 * warp + q : 16 * warp + 2 * q + v;
+        }
+        const int block = min(block_of(a, w.m, sub), a.blocks - 1);
+        const int64_t rows = (F::across ? k : block) * BLOCK + row, columns = (F::across ? block : k) * BLOCK + 8 * piece;
+        dev_copy16(to + line * 128 + ((piece ^ (line & 7)) << 4), expert + rows * a.row_bytes + columns * 2);
+    }
+}
+
+template <int format, product_kind kind>
+static __device__ __forceinline__ void bring(const tile_args &a, uint32_t base, ring r, int tiles) {
+    using F = form<format, kind>;
+    const int thread = (int)threadIdx.x - CONSUMERS, piece = thread % 8, line = thread / 8, blocks_k = a.k_blocks + (a.low_steps > 0);
+    const uint32_t place = line * 128 + ((piece ^ (line & 7)) << 4), row_bytes = (uint32_t)a.k_blocks * BLOCK * 2;
+    const int64_t step = (int64_t)a.k_step * F::record;
+    int low_stage = -1, low_phase = 0;
+    uint32_t indices = base + F::indices, other = indices + WIDE_ROWS * 4;
+    const int first = dev_block();
+    work next = work_of(a, first);
+    if (F::gathers) bring_indices(indices, a, next, thread);
+    for (int index = first; index < tiles; index += (int)gridDim.x) {
+        const work w = next;
+        if (F::gathers) {
+            dev_copy_wait<0>(); /* of the rows only those that were queued before the indices */
+            dev_meet(3, PRODUCERS);
+        }
+        uint32_t rows[16];
+#pragma unroll
+        for (int i = 0; i < 16; i++) {
+            const int row = min(16 * i + line, w.rows - 1);
+            rows[i] = F::gathers ? dev_load_shared4(indices + 4 * row) : (uint32_t)(w.row0 + row);
+        }
+        if (index + (int)gridDim.x < tiles) {
+            next = work_of(a, index + (int)gridDim.x);
+            if (F::gathers) bring_indices(other, a, next, thread);
+            const uint32_t now = indices;
+            indices = other, other = now;
+        }
+        const int block0 = min(block_of(a, w.m, 0), a.blocks - 1), block1 = min(block_of(a, w.m, 1), a.blocks - 1);
+        const uint8_t *from0 = a.weights + w.expert * a.expert_bytes + (int64_t)block0 * a.block_step * F::record;
+        const uint8_t *from1 = a.weights + w.expert * a.expert_bytes + (int64_t)block1 * a.block_step * F::record;
+        const char *in = (const char *)(a.p.in + 8 * piece);
+        for (int k = 0; k < a.k_blocks; k++) {
+            const uint32_t to = stage_of(r), full = r.full + 8 * r.stage;
+            dev_barrier_wait(r.empty + 8 * r.stage, r.phase ^ 1);
+            if (F::coded) {
+                if (thread == 0) {
+                    dev_barrier_expect(full, 2 * F::record);
+                    dev_copy_bulk(to + r.rows_bytes, from0, F::record, full);
+                    dev_copy_bulk(to + r.rows_bytes + F::record, from1, F::record, full);
                 }
+                from0 += step, from1 += step;
             } else {
-                for (int i = lane; i < 16 * steps * pieces; i += 32) {
-                    const int row = i / pieces, c = i % pieces;
-                    const bool there = 8 * c < a.p.r;
-                    const bf16 *from = a.p.low + (int64_t)(w.row0 + min(row, last)) * a.p.r + (there ? 8 * c : 0);
-                    dev_copy16_or_zero(to + row * 128 + ((c ^ (row & 7)) << 4), from, there ? 16 : 0);
-                }
+                bring_plain<kind>(to + r.rows_bytes + thread / 64 * SUBTILE, a, w, k, thread / 64, thread % 64);
+                if (thread == 0) dev_barrier_arrive(full);
             }
-            dev_copy_arrive(full + 8 * stage);
+#pragma unroll
+            for (int i = 0; i < 16; i++)
+                if (16 * i < w.rows) dev_copy16(to + place + 2048 * i, in + (uint64_t)rows[i] * row_bytes);
+            dev_copy_arrive(full);
+            in += BLOCK * 2;
+            advance(r);
+        }
+        if (a.low_steps > 0) {
+            const uint32_t to = stage_of(r), full = r.full + 8 * r.stage;
+            const int pieces = 2 * a.low_steps;
+            dev_barrier_wait(r.empty + 8 * r.stage, r.phase ^ 1);
+            /* with fewer k-blocks than stages the last tile's low-rank weights may still be wanted */
+            if (low_stage >= 0 && blocks_k < r.stages) dev_barrier_wait(r.empty + 8 * low_stage, low_phase);
+            low_stage = r.stage, low_phase = r.phase;
+            for (int i = thread; i < (w.rows + 15) / 16 * 16 * pieces; i += PRODUCERS) {
+                const int row = i / pieces, at = i % pieces;
+                const bool there = 8 * at < a.p.r;
+                const bf16 *from = a.p.low + (int64_t)(w.row0 + min(row, w.rows - 1)) * a.p.r + (there ? 8 * at : 0);
+                dev_copy16_or_zero(to + row * 128 + ((at ^ (row & 7)) << 4), from, there ? 16 : 0);
+            }
+            low_block<F::across>(base + F::low + thread / 64 * SUBTILE, a, w.expert, thread < 64 ? block0 : block1, thread % 64, 64);
+            dev_copy_wait_all();
+            dev_fence_async();
+            dev_barrier_arrive(full);
+            if (thread == 0) dev_barrier_arrive(full);
+            advance(r);
         }
     }
     dev_copy_wait_all(); /* the block may not end before its copies */
 }
 
-/* ---- the products ---- */
-/* Until a block is in shared memory, as the tensor cores see it. */
-template <bool wide> static __device__ __forceinline__ void await_block(uint32_t barrier, uint32_t parity) {
-    dev_barrier_wait(barrier, parity);
-    if (!wide) dev_fence_async();
+/* ---- the warps that multiply ---- */
+/* Where a lane's two rows of weights (v = 0, 1: rows 8 v + lane / 4 of the warp's 16) stand: in the sub-tiles `sub`, rows `row`.  gate_up takes
+ * gates and ups for v, so that a warpgroup has both of its 32 pairs. */
+struct lane_rows {
+    int sub[2], row[2];
+};
+
+template <product_kind kind> static __device__ __forceinline__ lane_rows row_place(const tile_args &a, int g, int warp, int lane) {
+    using F = form<ESP_NF4, kind>;
+    lane_rows at;
+    const int q = lane / 4;
+#pragma unroll
+    for (int v = 0; v < 2; v++) {
+        at.sub[v] = g, at.row[v] = 16 * warp + 8 * v + q;
+        if (F::pairs) {
+            if (a.halves) at.sub[v] = v;
+            at.row[v] = a.halves ? 32 * g + 8 * warp + q : 16 * warp + 2 * q + v;
+        }
+    }
+    return at;
 }
 
-template <int n, bool across, bool wide>
-static __device__ __forceinline__ void multiply(float (&d)[128], const tile_args &a, uint32_t base, uint32_t &it, int g, int lane) {
-    using R = regime<wide>;
-    constexpr uint64_t a_step = across ? 128 : 2;
-    const uint32_t full = base + R::barriers, empty = full + 8 * R::stages;
-    for (int k = 0; k < a.k_blocks; k++, it++) {
-        const uint32_t stage = it % R::stages, at = base + stage * R::stage_bytes;
-        await_block<wide>(full + 8 * stage, it / R::stages & 1);
-        const uint64_t weights = dev_tile(at + g * SUBTILE, 1024), rows = dev_tile(at + 2 * SUBTILE, 1024);
+/* Where the lane's codes and scales are in a stage's records. */
+struct code_places {
+    uint32_t code[2], scale[2];
+};
+
+/* The lane's codes of a k-block, with what decodes them: the products of an absmax with all values, of which each lane of a row makes the
+ * four from 4 (lane % 4) on; of MXFP4 the scales. */
+struct lane_codes {
+    uint32_t q[2][2], scale[2]; /* of rows v; halves of the columns h */
+    byte_planes planes[2];
+};
+
+template <int format>
+static __device__ __forceinline__ void load_codes(lane_codes &c, uint32_t records, const code_places &at, const float (&values)[4]) {
+#pragma unroll
+    for (int v = 0; v < 2; v++) {
+        c.q[v][0] = dev_load_shared4(records + at.code[v]), c.q[v][1] = dev_load_shared4(records + at.code[v] + 1024);
+        c.scale[v] = format == ESP_MXFP4 ? dev_load_shared2(records + at.scale[v]) : dev_load_shared4(records + at.scale[v]);
+    }
+#pragma unroll
+    for (int v = 0; v < 2 && format != ESP_MXFP4; v++) {
+        const float absmax = __uint_as_float(c.scale[v]);
+        const uint32_t a = dev_bf16x2(values[0] * absmax, values[1] * absmax), b = dev_bf16x2(values[2] * absmax, values[3] * absmax);
+        const uint32_t low = dev_prmt(a, b, 0x6420u), high = dev_prmt(a, b, 0x7531u);
+#pragma unroll
+        for (int i = 0; i < 4; i++) c.planes[v].low[i] = __shfl_sync(~0u, low, i, 4), c.planes[v].high[i] = __shfl_sync(~0u, high, i, 4);
+    }
+}
+
+/* Fragments of A of two k16 steps: word 4 j + 2 i + v has columns 32 h + 16 j + 8 i + 2 (lane % 4) .. of row v. */
+template <int format> static __device__ __forceinline__ void decode_fragments(uint32_t (&out)[8], const lane_codes &c, int h) {
+    uint32_t most = 0;
+#pragma unroll
+    for (int v = 0; v < 2; v++) {
+        const uint32_t e = c.scale[v] >> 8 * h & 255u;
+        const uint4 w =
+            format == ESP_MXFP4 ? decode_mx(c.q[v][h], (min(e, 128u) + 126u) * 0x00800080u, 0) : decode_table(c.q[v][h], c.planes[v]);
+        out[v] = w.x, out[2 + v] = w.y, out[4 + v] = w.z, out[6 + v] = w.w;
+        most = max(most, e);
+    }
+    if (format == ESP_MXFP4 && __any_sync(~0u, most > 128)) { /* the factor alone would not be a bf16 */
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const uint32_t e = c.scale[i % 2] >> 8 * h & 255u;
+            out[i] = dev_mul_bf16x2(out[i], e > 128 ? (e - 1) * 0x00800080u : 0x3f803f80u);
+        }
+    }
+}
+
+/* Half a k-block from registers, queued; the half before is read when it returns. */
+template <int n> static __device__ __forceinline__ void multiply_half(float (&d)[128], const uint32_t (&a)[8], uint64_t rows, int keep) {
+    dev_wgmma_begin();
+    dev_wgmma<n, 0>::run(d, a, rows, keep);
+    dev_wgmma<n, 0>::run(d, a + 4, rows + 2, 1);
+    dev_wgmma_commit();
+    dev_wgmma_wait<1>();
+}
+
+/* The k-blocks of a forward: while the tensor cores are at one half, the next one is decoded.  ptxas keeps products in flight side by side only
+ * if none is across the loop's end: there the first half of the next k-block is ready to go. */
+template <int n, int format>
+static __device__ __forceinline__ void multiply_forward(float (&d)[128], const tile_args &a, ring &r, const code_places &at,
+                                                        const float (&values)[4]) {
+    const int lane = threadIdx.x % 32;
+    uint32_t first[8], second[8], ahead[8];
+    lane_codes codes, next;
+    dev_barrier_wait(r.full + 8 * r.stage, r.phase);
+    load_codes<format>(codes, stage_of(r) + r.rows_bytes, at, values);
+    decode_fragments<format>(first, codes, 0);
+#pragma unroll 1
+    for (int k = 0; k + 1 < a.k_blocks; k++) {
+        const uint64_t rows = dev_tile(stage_of(r), 1024);
+        const uint32_t empty = r.empty + 8 * r.stage;
+        dev_fence_async();
+        multiply_half<n>(d, first, rows, k);
+        decode_fragments<format>(second, codes, 1);
+        multiply_half<n>(d, second, rows + 4, 1);
+        advance(r);
+        dev_barrier_wait(r.full + 8 * r.stage, r.phase);
+        load_codes<format>(next, stage_of(r) + r.rows_bytes, at, values);
+        decode_fragments<format>(ahead, next, 0);
+        dev_pin(ahead);
+        dev_wgmma_wait<0>();
+        if (lane == 0) dev_barrier_arrive(empty);
+        codes = next;
+#pragma unroll
+        for (int i = 0; i < 8; i++) first[i] = ahead[i];
+    }
+    const uint64_t rows = dev_tile(stage_of(r), 1024);
+    dev_fence_async();
+    multiply_half<n>(d, first, rows, a.k_blocks > 1);
+    decode_fragments<format>(second, codes, 1);
+    multiply_half<n>(d, second, rows + 4, 1);
+    dev_wgmma_wait<0>();
+    if (lane == 0) dev_barrier_arrive(r.empty + 8 * r.stage);
+    advance(r);
+}
+
+/* What a warpgroup's epilogue of down_back will read. */
+static __device__ __forceinline__ void prefetch_gu(const tile_args &a, const work &w, int g) {
+    const int block = block_of(a, w.m, g), width = (int)a.p.width;
+    const int first = a.p.glu.interleaved ? 2 * block * BLOCK : block * BLOCK, second = a.p.glu.interleaved ? first + BLOCK : first + width;
+    for (int i = (int)threadIdx.x % 128; i < w.rows && block < a.blocks; i += 128) {
+        const bf16 *row = a.p.gu + (int64_t)(w.row0 + i) * 2 * width;
+        dev_prefetch_l2(row + first), dev_prefetch_l2(row + second);
+    }
+}
+
+/* The k-blocks of a backward, and plain weights: from shared memory. */
+template <int n, int format, product_kind kind>
+static __device__ __forceinline__ void multiply_shared(float (&d)[128], const tile_args &a, const work &w, uint32_t base, ring &r, int g,
+                                                       const code_places &at, const float (&values)[4]) {
+    using F = form<format, kind>;
+    constexpr uint64_t a_step = F::across ? 128 : 2;
+    const int lane = threadIdx.x % 32, line = (int)(threadIdx.x / 32) % 4 * 16 + lane % 16;
+    int before = 0, buffer = 1; /* the last tile's results may still be in buffer 0 */
+#pragma unroll 1
+    for (int k = 0; k < a.k_blocks; k++) {
+        const uint32_t to = stage_of(r), weights = to + r.rows_bytes;
+        uint64_t left = dev_tile(weights + g * SUBTILE, 1024);
+        const uint64_t right = dev_tile(to, 1024);
+        if (F::slopes && k == max(a.k_blocks - 6, 0)) prefetch_gu(a, w, g); /* earlier, and it would be gone again when it is wanted */
+        dev_barrier_wait(r.full + 8 * r.stage, r.phase);
+        if (F::coded) {
+            const uint32_t own = base + g * F::own + buffer * SUBTILE;
+            lane_codes codes;
+            load_codes<format>(codes, weights, at, values);
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                uint32_t v[8];
+                decode_fragments<format>(v, codes, h);
+                dev_stmatrix(staged(own, line, 4 * h + lane / 16), v[0], v[1], v[2], v[3]);
+                dev_stmatrix(staged(own, line, 4 * h + 2 + lane / 16), v[4], v[5], v[6], v[7]);
+            }
+            left = dev_tile(own, 1024);
+            buffer = buffer == 2 ? 0 : buffer + 1;
+        }
+        dev_fence_async();
+        if (F::coded) dev_meet(1 + g, 128);
         dev_wgmma_begin();
 #pragma unroll
-        for (int j = 0; j < 4; j++) dev_wgmma<n, across>::run(d, weights + j * a_step, rows + 2 * j, k | j);
+        for (int j = 0; j < 4; j++) dev_wgmma<n, F::across>::run(d, left + j * a_step, right + 2 * j, k | j);
         dev_wgmma_commit();
         dev_wgmma_wait<1>();
-        if (k > 0 && lane == 0) dev_barrier_arrive(empty + 8 * ((it - 1) % R::stages)); /* the block before is read */
+        if (k > 0 && lane == 0) dev_barrier_arrive(r.empty + 8 * before); /* the block before is read */
+        before = r.stage;
+        advance(r);
     }
     dev_wgmma_wait<0>();
-    if (lane == 0) dev_barrier_arrive(empty + 8 * ((it - 1) % R::stages));
+    if (lane == 0) dev_barrier_arrive(r.empty + 8 * before);
+}
+
+template <int n, int format, product_kind kind>
+static __device__ __forceinline__ void multiply(float (&d)[128], const tile_args &a, const work &w, uint32_t base, ring &r, int g,
+                                                const lane_rows &rows, const code_places &at, const float (&values)[4]) {
+    using F = form<format, kind>;
+    constexpr uint64_t a_step = F::across ? 128 : 2;
+    const int lane = threadIdx.x % 32;
+    if constexpr (F::coded && !F::across)
+        multiply_forward<n, format>(d, a, r, at, values);
+    else
+        multiply_shared<n, format, kind>(d, a, w, base, r, g, at, values);
     if (a.low_steps > 0) {
-        const uint32_t stage = it % R::stages, at = base + stage * R::stage_bytes;
-        await_block<wide>(full + 8 * stage, it / R::stages & 1);
-        const uint64_t weights = dev_tile(at + g * SUBTILE, 1024), rows = dev_tile(at + 2 * SUBTILE, 1024);
+        dev_barrier_wait(r.full + 8 * r.stage, r.phase);
+        dev_fence_async();
+        const uint64_t right = dev_tile(stage_of(r), 1024), left = dev_tile(base + F::low + g * SUBTILE, 1024);
+#pragma unroll 1
         for (int j = 0; j < a.low_steps; j++) {
+            uint32_t low[4];
+#pragma unroll
+            for (int i = 0; i < 4 && !F::across; i++)
+                low[i] = dev_load_shared4(staged(base + F::low + rows.sub[i % 2] * SUBTILE, rows.row[i % 2], 2 * j + i / 2) + lane % 4 * 4);
             dev_wgmma_begin();
-            dev_wgmma<n, across>::run(d, weights + j * a_step, rows + 2 * j, 1);
+            if (F::across)
+                dev_wgmma<n, F::across>::run(d, left + j * a_step, right + 2 * j, 1);
+            else
+                dev_wgmma<n, F::across>::run(d, low, right + 2 * j, 1);
             dev_wgmma_commit();
             dev_wgmma_wait<0>();
         }
-        if (lane == 0) dev_barrier_arrive(empty + 8 * stage);
-        it++;
+        if (lane == 0) dev_barrier_arrive(r.empty + 8 * r.stage);
+        advance(r);
     }
     dev_wgmma_settle<8 * n>(d);
 }
 
-/* Turns D^T into rows of 64 outputs by way of shared memory, 64 routed rows at a time. */
-template <bool across, bool wide>
-static __device__ __forceinline__ void finish(float (&d)[128], const tile_args &a, const work &w, uint32_t base, int g, int lane) {
-    using R = regime<wide>;
-    const bool both = !across && a.kind == PRODUCT_GATE_UP;
-    const int warp = (int)(threadIdx.x / 32) % 4, meeting = both ? 1 : 1 + g, members = both ? 256 : 128;
-    const int block = block_of(a, w.m, g);
-    const uint32_t staging = base + R::staging, own = staging + g * SUBTILE;
-    float bias0 = 0, bias1 = 0;
-    if (!across && a.p.bias && block < a.blocks) {
-        const float *bias = a.p.bias + ((int64_t)w.expert * a.blocks + block) * BLOCK + 16 * warp + lane / 4;
-        bias0 = __ldg(bias), bias1 = __ldg(bias + 8);
-    }
+/* Rows 64 chunk .. of a warpgroup's 32 pairs, from its staging: gates, then ups. */
+static __device__ __forceinline__ void finish_pairs(const tile_args &a, const work &w, uint32_t staging, int g, int thread, int chunk) {
 #pragma unroll
-    for (int chunk = 0; chunk < R::rows_max / 64; chunk++) {
-        if (64 * chunk < w.rows) {
-            dev_meet(meeting, members); /* the staging is read */
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const float *v = d + 32 * chunk + 8 * i;
-                dev_stmatrix_trans(staged(own, 16 * i + lane / 16 * 8 + lane % 8, 2 * warp + lane / 8 % 2),
-                                   dev_bf16x2(v[0] + bias0, v[1] + bias0), dev_bf16x2(v[2] + bias1, v[3] + bias1),
-                                   dev_bf16x2(v[4] + bias0, v[5] + bias0), dev_bf16x2(v[6] + bias1, v[7] + bias1));
-            }
-            dev_meet(meeting, members);
-            if (both)
-                finish_gate_up(a, w, staging, chunk);
-            else if (block < a.blocks && across && a.kind == PRODUCT_DOWN_BACK)
-                finish_down_back(a, w, own, block, chunk);
-            else if (block < a.blocks)
-                finish_rows(a, w, own, block, chunk);
-        }
+    for (int i = thread; i < 256; i += 128) {
+        const int row = i / 4, c = i % 4;
+        if (64 * chunk + row >= w.rows) continue;
+        const gate_up_words v =
+            split_gate_up(dev_load_shared(staged(staging, row, c)), dev_load_shared(staged(staging, row, 4 + c)), false);
+        store_gate_up(a, w.row0 + 64 * chunk + row, w.m * BLOCK + 32 * g + 8 * c, v);
     }
 }
 
+/* Turns D^T into rows of 64 outputs by way of shared memory, 64 routed rows at a time. */
+template <product_kind kind>
+static __device__ __forceinline__ void finish(float (&d)[128], const tile_args &a, const work &w, uint32_t own, uint32_t row_weights, int g,
+                                              const lane_rows &rows) {
+    using F = form<ESP_NF4, kind>;
+    const int warp = (int)(threadIdx.x / 32) % 4, lane = threadIdx.x % 32, block = block_of(a, w.m, g);
+    const int piece = F::pairs ? warp + lane / 8 % 2 * 4 : 2 * warp + lane / 8 % 2;
+    const bool there = F::pairs || block < a.blocks;
+    float bias[2] = {};
+    if (F::slopes) dev_copy_wait_all(); /* the rows' weights */
+    if (!F::across && a.p.bias && there)
+#pragma unroll
+        for (int v = 0; v < 2; v++)
+            bias[v] = __ldg(a.p.bias + ((int64_t)w.expert * a.blocks + block_of(a, w.m, rows.sub[v])) * BLOCK + rows.row[v]);
+#pragma unroll
+    for (int chunk = 0; chunk < WIDE_ROWS / 64; chunk++) {
+        if (64 * chunk < w.rows) {
+            const bool back = F::slopes && there;
+            const int thread = dev_opaque((int)threadIdx.x % 128); /* or the places of all chunks would be in registers at once */
+            gu_row gu[2];
+            if (back && chunk > 0) load_gu(gu[0], a, w, block, thread, chunk, 0);
+            dev_meet(1 + g, 128); /* the staging is read */
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float *v = d + 32 * chunk + 8 * i;
+                dev_stmatrix_trans(staged(own, 16 * i + lane / 16 * 8 + lane % 8, piece), dev_bf16x2(v[0] + bias[0], v[1] + bias[0]),
+                                   dev_bf16x2(v[2] + bias[1], v[3] + bias[1]), dev_bf16x2(v[4] + bias[0], v[5] + bias[0]),
+                                   dev_bf16x2(v[6] + bias[1], v[7] + bias[1]));
+            }
+            if (back && chunk == 0) load_gu(gu[0], a, w, block, thread, chunk, 0); /* in the place of sums that are stored */
+            dev_meet(1 + g, 128);
+            if (F::pairs)
+                finish_pairs(a, w, own, g, thread, chunk);
+            else if (back)
+#pragma unroll 1
+                for (int i = 0; i < 4; i += 2) {
+                    load_gu(gu[1], a, w, block, thread, chunk, i + 1);
+                    finish_down_back(a, w, own, row_weights, block, thread, chunk, i, gu[0]);
+                    load_gu(gu[0], a, w, block, thread, chunk, (i + 2) % 4);
+                    finish_down_back(a, w, own, row_weights, block, thread, chunk, i + 1, gu[1]);
+                }
+            else if (there)
+                finish_rows(a, w, own, block, thread, chunk);
+        }
+    }
+}
 #endif
 
-template <bool across, bool wide>
-static __global__ __launch_bounds__(regime<wide>::threads, 1) void product_wgmma_kernel(const __grid_constant__ tile_args a) {
+template <int format, product_kind kind>
+static __global__ __launch_bounds__(CONSUMERS + PRODUCERS, 1) void product_wgmma_kernel(const __grid_constant__ tile_args a) {
 #if DEV_HOPPER
-    using R = regime<wide>;
+    using F = form<format, kind>;
     extern __shared__ __align__(1024) uint8_t shared[];
-    const uint2 counts = __ldg(a.plan);
-    const int tiles = (int)(wide ? counts.x : counts.y);
+    const uint2 plan = __ldg(a.plan);
+    const int tiles = (int)plan.x;
     if ((int)blockIdx.x >= tiles) return;
     const uint32_t base = dev_shared(shared);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    if (a.p.w.format != ESP_Q_NONE && threadIdx.x < 16)
-        dev_store_shared(base + R::table + 4 * threadIdx.x, __float_as_uint(a.p.w.lut[threadIdx.x]));
     if (threadIdx.x == 0) {
-        for (int i = 0; i < R::stages; i++) {
-            dev_barrier_init(base + R::barriers + 8 * i, R::arrivals);
-            dev_barrier_init(base + R::barriers + 8 * (R::stages + i), 8); /* empty: the warps that multiply */
+        const ring r = make_ring<format, kind>(base, (int)plan.y);
+        for (int i = 0; i < r.stages; i++) {
+            dev_barrier_init(r.full + 8 * i, PRODUCERS + 1); /* and the one who queues the records */
+            dev_barrier_init(r.empty + 8 * i, CONSUMERS / 32);
         }
+        for (int g = 0; g < 2; g++) dev_store_shared(base + F::turns + 4 * g, 0u);
         dev_fence_async();
     }
     __syncthreads();
-    if (warp >= 8) {
-        if (wide) dev_registers_shrink<120>();
-        if (wide && a.p.w.format == ESP_MXFP4)
-            produce<ESP_MXFP4, across>(a, base, warp - 8, lane, tiles);
-        else if (wide && a.p.w.format == ESP_Q_NONE)
-            produce<ESP_Q_NONE, across>(a, base, warp - 8, lane, tiles);
-        else if (wide)
-            produce<ESP_NF4, across>(a, base, warp - 8, lane, tiles);
-        else if (warp == 8)
-            bring_rows(a, base, lane, tiles);
-        else if (a.p.w.format == ESP_MXFP4)
-            decode<ESP_MXFP4, across>(a, base, warp - 9, lane, tiles);
-        else if (a.p.w.format == ESP_Q_NONE)
-            decode<ESP_Q_NONE, across>(a, base, warp - 9, lane, tiles);
-        else
-            decode<ESP_NF4, across>(a, base, warp - 9, lane, tiles);
+    if (warp >= CONSUMERS / 32) {
+        dev_registers_shrink<F::producer_registers>();
+        bring<format, kind>(a, base, make_ring<format, kind>(base, (int)plan.y), tiles);
     } else {
-        if (wide) dev_registers_grow<192>();
+        dev_registers_grow<F::consumer_registers>();
+        ring r = make_ring<format, kind>(base, (int)plan.y);
         const int g = warp / 4;
-        uint32_t it = 0;
-        work w = work_of(a, (int)blockIdx.x);
-        for (int index = (int)blockIdx.x; index < tiles; index += (int)gridDim.x) {
-            const work next = index + (int)gridDim.x < tiles ? work_of(a, index + (int)gridDim.x) : w;
+        const lane_rows rows = row_place<kind>(a, g, warp % 4, lane);
+        code_places at;
+        float values[4];
+#pragma unroll
+        for (int v = 0; v < 2; v++) {
+            at.code[v] = rows.sub[v] * F::record + rows.row[v] * 16 + lane % 4 * 4;
+            at.scale[v] = rows.sub[v] * F::record + RECORD_CODES + rows.row[v] * (format == ESP_MXFP4 ? 2 : 4);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) values[i] = format == ESP_NF4 ? __ldg(a.p.w.lut + lane % 4 * 4 + i) : 0;
+        for (;;) {
+            /* kept in shared memory: the compiler would put it on the stack */
+            const int turn = (int)dev_load_shared4(base + F::turns + 4 * g), index = dev_block() + turn * (int)gridDim.x;
+            if (index >= tiles) break;
+            const work w = work_of(a, index); /* the warps that bring have just read it */
+            const uint32_t row_weights = base + F::row_weights + 2048 * g + turn % 2 * 1024;
+            if (F::slopes)
+                for (int i = (int)threadIdx.x % 128; i < w.rows; i += 128)
+                    dev_copy4(row_weights + 4 * i, (const float *)a.p.routing.row_weight + w.row0 + i);
             float d[128];
 #define MULTIPLY(n)                                                                                                                        \
     case n:                                                                                                                                \
-        if (n <= R::steps16) multiply<n <= R::steps16 ? n : 1, across, wide>(d, a, base, it, g, lane);                                     \
+        multiply<n, format, kind>(d, a, w, base, r, g, rows, at, values);                                                                  \
         break
-            switch (max((w.rows + 15) / 16, 1)) {
+            int steps = (w.rows + 15) / 16;
+            if (steps == 5 || steps == 7) steps++;
+            switch (steps) {
                 MULTIPLY(1);
                 MULTIPLY(2);
                 MULTIPLY(3);
                 MULTIPLY(4);
-                MULTIPLY(5);
                 MULTIPLY(6);
-                MULTIPLY(7);
                 MULTIPLY(8);
                 MULTIPLY(9);
                 MULTIPLY(10);
@@ -431,8 +498,9 @@ static __global__ __launch_bounds__(regime<wide>::threads, 1) void product_wgmma
                 MULTIPLY(16);
             }
 #undef MULTIPLY
-            finish<across, wide>(d, a, w, base, g, lane);
-            w = next;
+            dev_meet(1 + g, 128); /* all have read it, and are through with the shared memory of their own */
+            if (threadIdx.x % 128 == 0) dev_store_shared(base + F::turns + 4 * g, (uint32_t)turn + 1);
+            finish<kind>(d, a, w, base + g * F::own, row_weights, g, rows);
         }
     }
 #endif
@@ -441,27 +509,35 @@ static __global__ __launch_bounds__(regime<wide>::threads, 1) void product_wgmma
 /* Built for other targets the kernel is empty: it has no registers to speak of. */
 bool wgmma_available() {
     cudaFuncAttributes attributes;
-    const bool known = cudaFuncGetAttributes(&attributes, product_wgmma_kernel<false, true>) == cudaSuccess;
+    const bool known = cudaFuncGetAttributes(&attributes, product_wgmma_kernel<ESP_NF4, PRODUCT_DOWN>) == cudaSuccess;
     if (!known) (void)cudaGetLastError();
     return known && attributes.binaryVersion == 90 && attributes.numRegs > 64;
 }
 
-template <bool across, bool wide> static cudaError_t launch(const tile_args &a, int multiprocessors, cudaStream_t stream) {
-    using R = regime<wide>;
-    static_assert(R::shared_bytes <= 232448 && R::producers <= R::stages, "");
+template <int format, product_kind kind> static cudaError_t launch(const tile_args &a, int multiprocessors, cudaStream_t stream) {
     const cudaError_t error =
-        cudaFuncSetAttribute(product_wgmma_kernel<across, wide>, cudaFuncAttributeMaxDynamicSharedMemorySize, R::shared_bytes);
+        cudaFuncSetAttribute(product_wgmma_kernel<format, kind>, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES);
     if (error != cudaSuccess) return error;
-    product_wgmma_kernel<across, wide><<<multiprocessors, R::threads, R::shared_bytes, stream>>>(a);
+    product_wgmma_kernel<format, kind><<<multiprocessors, CONSUMERS + PRODUCERS, SHARED_BYTES, stream>>>(a);
     return cudaGetLastError();
 }
 
-/* Both regimes: the one that the plan has no tiles for ends at once. */
-template <bool across> static cudaError_t launch_regimes(const tile_args &a, int multiprocessors, cudaStream_t stream) {
-    const cudaError_t error = launch<across, true>(a, multiprocessors, stream);
-    return error != cudaSuccess ? error : launch<across, false>(a, multiprocessors, stream);
+template <int format> static cudaError_t launch_kind(const tile_args &a, int multiprocessors, cudaStream_t stream) {
+    switch (a.kind) {
+    case PRODUCT_GATE_UP:
+        return launch<format, PRODUCT_GATE_UP>(a, multiprocessors, stream);
+    case PRODUCT_DOWN:
+        return launch<format, PRODUCT_DOWN>(a, multiprocessors, stream);
+    case PRODUCT_DOWN_BACK:
+        return launch<format, PRODUCT_DOWN_BACK>(a, multiprocessors, stream);
+    case PRODUCT_GATE_UP_BACK:
+        return launch<format, PRODUCT_GATE_UP_BACK>(a, multiprocessors, stream);
+    }
+    return cudaErrorInvalidValue;
 }
 
-cudaError_t launch_wgmma(const tile_args &a, bool back, int multiprocessors, cudaStream_t stream) {
-    return back ? launch_regimes<true>(a, multiprocessors, stream) : launch_regimes<false>(a, multiprocessors, stream);
+cudaError_t launch_wgmma(const tile_args &a, int multiprocessors, cudaStream_t stream) {
+    if (a.p.w.format == ESP_MXFP4) return launch_kind<ESP_MXFP4>(a, multiprocessors, stream);
+    if (a.p.w.format == ESP_Q_NONE) return launch_kind<ESP_Q_NONE>(a, multiprocessors, stream);
+    return launch_kind<ESP_NF4>(a, multiprocessors, stream);
 }

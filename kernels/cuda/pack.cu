@@ -25,8 +25,11 @@ static __global__ __launch_bounds__(128) void pack(uint8_t *records, espi_stack 
     const uint4 raw = *(const uint4 *)((const uint8_t *)w.data + part * (int64_t)w.part_bytes + i / 2);
     const uint32_t in[4] = {raw.x, raw.y, raw.z, raw.w};
     uint32_t out[4];
-    for (int j = 0; j < 4; j++)
-        out[j] = w.format == ESP_MXFP4 ? interleave_mx(in[j]) : (in[j] & 0x0f0f0f0fu) << 4 | (in[j] >> 4 & 0x0f0f0f0fu);
+    for (int j = 0; j < 4; j++) {
+        uint32_t word = 0;
+        for (int i = 0; i < 4; i++) word |= (in[i] >> 8 * j & 255u) << 8 * i;
+        out[j] = w.format == ESP_MXFP4 ? interleave_mx(word) : (word & 0x0f0f0f0fu) << 4 | (word >> 4 & 0x0f0f0f0fu);
+    }
     *(uint4 *)(to + half * 1024 + row * 16) = make_uint4(out[0], out[1], out[2], out[3]);
     if (w.format == ESP_MXFP4) {
         to[RECORD_CODES + 2 * row + half] = w.scales[part * w.part_blocks + i / ESPI_MXBLOCK];

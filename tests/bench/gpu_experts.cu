@@ -41,7 +41,7 @@ typedef __nv_bfloat16 bf16;
     } while (0)
 
 /* ---- a layer of experts with everything its ops touch, on the device and, where the reference needs it, on the host ---- */
-enum routing_kind { SKEWED, BALANCED, FEW_EXPERTS, ALL_ON_ONE, BOUNDARIES };
+enum routing_kind { SKEWED, VERY_SKEWED, BALANCED, FEW_EXPERTS, ALL_ON_ONE, BOUNDARIES };
 
 struct shape {
     const char *name;
@@ -105,9 +105,15 @@ struct layer {
 };
 
 static std::mt19937_64 generator;
+static std::normal_distribution<float> normal_values(0, 1);
 static float normal() {
-    static std::normal_distribution<float> d(0, 1);
-    return d(generator);
+    return normal_values(generator);
+}
+
+/* Every case has its own data, whatever ran before it. */
+static void seed(unsigned value) {
+    generator.seed(value);
+    normal_values.reset();
 }
 static float uniform() {
     return (float)((double)(generator() >> 11) * 0x1p-53);
@@ -253,7 +259,7 @@ static void make_routing(layer &l) {
         for (auto &r : rows) std::sort(r.begin(), r.end());
     } else {
         std::vector<double> popularity(s.E);
-        for (auto &p : popularity) p = s.routing == SKEWED ? exp(0.72 * normal()) : 1;
+        for (auto &p : popularity) p = s.routing == SKEWED ? exp(0.72 * normal()) : s.routing == VERY_SKEWED ? exp(1.45 * normal()) : 1;
         for (int t = 0; t < s.T; t++) {
             std::vector<std::pair<double, int>> keys;
             for (int e = 0; e < s.E; e++) {
@@ -732,23 +738,66 @@ static double time_graph(layer &l, double warm, double seconds, const std::funct
     return ms;
 }
 
+/* Variation of the rows per expert. */
+static double routing_cv(const layer &l) {
+    double sum2 = 0;
+    for (int e = 0; e < l.s.E; e++) {
+        const double rows = l.offsets.host[e + 1] - l.offsets.host[e];
+        sum2 += rows * rows;
+    }
+    const double mean = (double)l.S / l.s.E;
+    return sqrt(std::max(0.0, sum2 / l.s.E - mean * mean)) / mean;
+}
+
+/* One JSON line a size: the four ops; forward and forward + backward, from the gather to the sum over a token's rows, with and without LoRA;
+ * both with LoRA again with balanced and with very skewed routing; and cuBLAS in bf16 at the same products. */
 static void time_shape(shape s, double warm, double seconds, bool checked) {
     layer l = {};
     make_layer(l, s);
     if (checked) {
         const int failures = check(l, 2048);
-        printf("  sampled check at this size: %s\n", failures ? "FAILED" : "passed");
+        printf("sampled check at this size: %s\n", failures ? "FAILED" : "passed");
     }
-    const double gu_flops = 2.0 * l.S * 2 * s.I * s.H, dn_flops = 2.0 * l.S * s.I * s.H;
-    const double gu = time_graph(l, warm, seconds, [&] { OP(espi_gate_up_fwd_cuda(&l.exec, &l.gate_up_fwd)); });
-    const double dn = time_graph(l, warm, seconds, [&] { OP(espi_down_fwd_cuda(&l.exec, &l.down_fwd)); });
-    const double dnb = time_graph(l, warm, seconds, [&] { OP(espi_down_bwd_cuda(&l.exec, &l.down_bwd)); });
-    const double gub = time_graph(l, warm, seconds, [&] { OP(espi_gate_up_bwd_cuda(&l.exec, &l.gate_up_bwd)); });
-    const double fwd = time_graph(l, warm, seconds, [&] {
+    bf16 *out;
+    float *d_weight;
+    MUST(cudaMalloc((void **)&out, (size_t)s.T * s.H * sizeof(bf16)));
+    MUST(cudaMalloc((void **)&d_weight, (size_t)l.S * sizeof(float)));
+    espi_combine_fwd combine = {};
+    combine.out = out, combine.y = l.y.device, combine.routing = l.gate_up_fwd.routing, combine.hidden = s.H;
+    espi_combine_bwd back = {};
+    back.d_x = out, back.d_rows = l.d_rows.device, back.routing = combine.routing, back.hidden = s.H;
+    back.d_row_weight = l.d_weight.device, back.d_weight = d_weight;
+    auto time = [&](const std::function<void()> &call) { return time_graph(l, warm, seconds, call); };
+    auto forward = [&] {
         OP(espi_gate_up_fwd_cuda(&l.exec, &l.gate_up_fwd));
         OP(espi_down_fwd_cuda(&l.exec, &l.down_fwd));
-    });
-    const double all = time_graph(l, warm, seconds, [&] { run_all(l); });
+        OP(espi_combine_fwd_cuda(&l.exec, &combine));
+    };
+    auto step = [&] {
+        forward();
+        OP(espi_down_bwd_cuda(&l.exec, &l.down_bwd));
+        OP(espi_gate_up_bwd_cuda(&l.exec, &l.gate_up_bwd));
+        OP(espi_combine_bwd_cuda(&l.exec, &back));
+    };
+    const double gu = time([&] { OP(espi_gate_up_fwd_cuda(&l.exec, &l.gate_up_fwd)); });
+    const double dn = time([&] { OP(espi_down_fwd_cuda(&l.exec, &l.down_fwd)); });
+    const double dnb = time([&] { OP(espi_down_bwd_cuda(&l.exec, &l.down_bwd)); });
+    const double gub = time([&] { OP(espi_gate_up_bwd_cuda(&l.exec, &l.gate_up_bwd)); });
+    const double fwd = time(forward), all = time(step), cv = routing_cv(l);
+    auto set_rank = [&](int r) {
+        for (espi_lora *lora : {&l.gate_up_fwd.lora, &l.down_fwd.lora, &l.down_bwd.lora, &l.gate_up_bwd.lora}) lora->r = r;
+    };
+    set_rank(0);
+    const double fwd0 = time(forward), all0 = time(step);
+    set_rank(s.r);
+    double balanced[2], skewed[2], skewed_cv = 0;
+    for (routing_kind kind : {BALANCED, VERY_SKEWED}) {
+        l.s.routing = kind;
+        make_routing(l);
+        double *to = kind == BALANCED ? balanced : skewed;
+        to[0] = time(forward), to[1] = time(step);
+        skewed_cv = routing_cv(l);
+    }
     double dense[4] = {};
     const blas b = open_blas(l.cuda.stream);
     if (b.handle) {
@@ -758,9 +807,9 @@ static void time_shape(shape s, double warm, double seconds, bool checked) {
         const float one = 1, zero = 0;
         bf16 *rows = l.d_rows.device;
         auto gemm = [&](cublasOperation_t op, int m, int k, const bf16 *in,
-                        bf16 *out) { /* out [S,m] = in [S,k] times a matrix */
-                                     b.gemm(b.handle, op, CUBLAS_OP_N, m, l.S, k, &one, w, CUDA_R_16BF, op == CUBLAS_OP_T ? k : m, in,
-                                            CUDA_R_16BF, k, &zero, out, CUDA_R_16BF, m, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
+                        bf16 *to) { /* to [S,m] = in [S,k] times a matrix */
+                                    b.gemm(b.handle, op, CUBLAS_OP_N, m, l.S, k, &one, w, CUDA_R_16BF, op == CUBLAS_OP_T ? k : m, in,
+                                           CUDA_R_16BF, k, &zero, to, CUDA_R_16BF, m, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
         };
         dense[0] = time_call(l.cuda.stream, warm, seconds, [&] { gemm(CUBLAS_OP_T, 2 * s.I, s.H, rows, l.d_gu.device); });
         dense[1] = time_call(l.cuda.stream, warm, seconds, [&] { gemm(CUBLAS_OP_T, s.H, s.I, l.act.device, l.y.device); });
@@ -768,17 +817,19 @@ static void time_shape(shape s, double warm, double seconds, bool checked) {
         dense[3] = time_call(l.cuda.stream, warm, seconds, [&] { gemm(CUBLAS_OP_N, s.H, 2 * s.I, l.d_gu.device, rows); });
         MUST(cudaFree(w));
     }
-    const double dense_fwd = dense[0] + dense[1], dense_all = dense_fwd + dense[2] + dense[3];
-    printf("%-14s %-5s T %5d r %2d | gate_up %.3f (%.0f) down %.3f (%.0f) down_bwd %.3f (%.0f) gate_up_bwd %.3f (%.0f) ms (TFLOP/s) | fwd "
-           "%.3f fwd+bwd %.3f ms | dense %.3f %.3f %.3f %.3f | of dense: "
-           "fwd %.2f all %.2f\n",
+    printf("{\"shape\": \"%s\", \"format\": \"%s\", \"tokens\": %d, \"rank\": %d, \"gate_up_ms\": %.3f, \"down_ms\": %.3f, "
+           "\"down_bwd_ms\": %.3f, \"gate_up_bwd_ms\": %.3f, \"forward_ms\": %.3f, \"forward_backward_ms\": %.3f, "
+           "\"forward_no_lora_ms\": %.3f, \"forward_backward_no_lora_ms\": %.3f, \"lora_overhead\": %.2f, \"routing_cv\": %.2f, "
+           "\"balanced_ms\": [%.3f, %.3f], \"skewed_ms\": [%.3f, %.3f], \"skewed_cv\": %.2f, \"dense_ms\": [%.3f, %.3f, %.3f, %.3f]}\n",
            s.name,
            s.format == ESP_NF4     ? "nf4"
            : s.format == ESP_MXFP4 ? "mxfp4"
                                    : "bf16",
-           s.T, s.r, gu, gu_flops / gu * 1e-9, dn, dn_flops / dn * 1e-9, dnb, dn_flops / dnb * 1e-9, gub, gu_flops / gub * 1e-9, fwd, all,
-           dense[0], dense[1], dense[2], dense[3], dense_fwd / fwd, dense_all / all);
+           s.T, s.r, gu, dn, dnb, gub, fwd, all, fwd0, all0, all / all0, cv, balanced[0], balanced[1], skewed[0], skewed[1], skewed_cv,
+           dense[0], dense[1], dense[2], dense[3]);
     fflush(stdout);
+    MUST(cudaFree(out));
+    MUST(cudaFree(d_weight));
     free_layer(l);
 }
 
@@ -805,7 +856,7 @@ int main(int argc, char **argv) {
         int failed = 0;
         for (const shape &s : cases) {
             if (argc > 2 && strcmp(argv[2], s.name) != 0) continue;
-            generator.seed(1234);
+            seed(1234);
             layer l = {};
             printf("%s\n", s.name);
             make_layer(l, s);
@@ -817,7 +868,7 @@ int main(int argc, char **argv) {
         return failed != 0;
     }
     if (mode == "once" && argc > 4) { /* for a profiler: every op twice */
-        generator.seed(99);
+        seed(99);
         layer l = {};
         make_layer(l, shape_of(argv[2], argv[3], atoi(argv[4]), 16));
         run_all(l), run_all(l);
@@ -829,7 +880,7 @@ int main(int argc, char **argv) {
         const double seconds = getenv("SECONDS_PER_ROW") ? atof(getenv("SECONDS_PER_ROW")) : 0.15;
         const int r = getenv("RANK") ? atoi(getenv("RANK")) : 16;
         for (int i = 4; i < argc; i++) {
-            generator.seed(99);
+            seed(99);
             time_shape(shape_of(argv[2], argv[3], atoi(argv[i]), r), seconds, seconds, getenv("CHECKED") != NULL);
         }
         return 0;
