@@ -44,25 +44,30 @@ static const espi_st_tensor *find(reader *r, const char *key) {
     return t;
 }
 
-/* A tensor [rows,cols] as f32; free() *values. */
-static esp_status read_matrix(float **values, reader *r, const char *key, int64_t rows, int64_t cols) {
-    const espi_st_tensor *t = find(r, key);
+/* A tensor of plain values [rows,cols], which must be there. */
+static esp_status need(const espi_st_tensor **tensor, reader *r, const char *key, int64_t rows, int64_t cols) {
+    const espi_st_tensor *t = *tensor = find(r, key);
     if (!t)
         return ESPI_FAIL(ESP_ERR_FORMAT, "%s: tensor %s: got none, expected [%lld, %lld]", espi_st_path(r->file), key, (long long)rows,
                          (long long)cols);
     if (t->dtype != ESP_F32 && t->dtype != ESP_BF16 && t->dtype != ESP_F16)
         return ESPI_FAIL(ESP_ERR_DTYPE, "%s: tensor %s: got %s, expected F32, BF16 or F16", espi_st_path(r->file), key, t->dtype_name);
-    ESPI_TRY(espi_st_expect(t, ESP_DTYPE_NONE, 2, (const int64_t[]){rows, cols}));
-    const size_t n = (size_t)(rows * cols);
-    void *raw = malloc((size_t)t->bytes + 1);
-    *values = malloc((n + 1) * sizeof **values);
-    esp_status status = raw && *values ? espi_st_read(t, raw, 0, (size_t)t->bytes)
-                                       : ESPI_FAIL(ESP_ERR_MEMORY, "%s: no memory for tensor %s", espi_st_path(r->file), key);
-    for (size_t i = 0; i < n && status == ESP_OK; i++) {
-        (*values)[i] = espi_plain_value(raw, t->dtype, (int64_t)i);
+    return espi_st_expect(t, ESP_DTYPE_NONE, 2, (const int64_t[]){rows, cols});
+}
+
+/* Its elements first .. first+n-1 as f32; free() *values. */
+static esp_status read_values(float **values, const espi_st_tensor *t, int64_t first, int64_t n) {
+    const char *path = espi_st_path(t->file);
+    const size_t size = esp_dtype_size(t->dtype), bytes = (size_t)n * size;
+    void *raw = malloc(bytes + 1);
+    *values = malloc(((size_t)n + 1) * sizeof **values);
+    esp_status status = raw && *values ? espi_st_read(t, raw, (uint64_t)first * size, bytes)
+                                       : ESPI_FAIL(ESP_ERR_MEMORY, "%s: no memory for tensor %s", path, t->name);
+    for (int64_t i = 0; i < n && status == ESP_OK; i++) {
+        (*values)[i] = espi_plain_value(raw, t->dtype, i);
         if (!isfinite((*values)[i]))
-            status = ESPI_FAIL(ESP_ERR_NONFINITE, "%s: tensor %s, element %zu: got %g, expected a finite number", espi_st_path(r->file),
-                               key, i, (double)(*values)[i]);
+            status = ESPI_FAIL(ESP_ERR_NONFINITE, "%s: tensor %s, element %lld: got %g, expected a finite number", path, t->name,
+                               (long long)(first + i), (double)(*values)[i]);
     }
     free(raw);
     if (status != ESP_OK) {
@@ -70,6 +75,14 @@ static esp_status read_matrix(float **values, reader *r, const char *key, int64_
         *values = NULL;
     }
     return status;
+}
+
+/* All of it. */
+static esp_status read_matrix(float **values, reader *r, const char *key, int64_t rows, int64_t cols) {
+    const espi_st_tensor *t;
+    *values = NULL;
+    ESPI_TRY(need(&t, r, key, rows, cols));
+    return read_values(values, t, 0, rows * cols);
 }
 
 /* ---- what the folder states ---- */
@@ -410,22 +423,36 @@ static void put(const espi_adapter_image *image, const void *parameter, int64_t 
     espi_real_set(espi_adapter_image_at(image, parameter), i, value, image->model->ctx->real);
 }
 
-static esp_status load_entry(const espi_adapter_image *image, reader *r, const espi_adapter_entry *e) {
+/* Rows first .. first+n-1, what is this rank's of them. */
+static esp_status load_rows(const espi_adapter_image *image, const espi_st_tensor *t, const espi_adapter_entry *e, int64_t first,
+                            int64_t n) {
+    const espi_share *share = &image->model->share;
     float *x;
-    ESPI_TRY(read_matrix(&x, r, e->key, e->rows.n, e->cols.n));
+    ESPI_TRY(read_values(&x, t, first * e->cols.n, n * e->cols.n));
     esp_status status = ESP_OK;
-    for (int64_t i = 0; i < e->rows.n; i++) {
+    for (int64_t i = 0; i < n; i++) {
         for (int64_t j = 0; j < e->cols.n; j++) {
             const float value = x[i * e->cols.n + j];
-            const int64_t at = espi_adapter_at(e, i, j);
+            if (!espi_adapter_own_column(e, share, j)) continue;
+            const int64_t at = espi_adapter_at(e, first + i, j);
             if (!e->repeated)
                 put(image, e->parameter, at, value);
             else if (espi_adapter_image_get(image, e->parameter, at) != value)
-                status = ESPI_FAIL(ESP_ERR_INTERNAL, "%s: %s differs from gate's A, expected the same", espi_st_path(r->file), e->key);
+                status = ESPI_FAIL(ESP_ERR_INTERNAL, "%s: %s differs from gate's A, expected the same", espi_st_path(t->file), e->key);
         }
     }
     free(x);
     return status;
+}
+
+static esp_status load_entry(const espi_adapter_image *image, reader *r, const espi_adapter_entry *e) {
+    const espi_st_tensor *t;
+    int64_t begin, end;
+    ESPI_TRY(need(&t, r, e->key, e->rows.n, e->cols.n));
+    espi_adapter_own_rows(&begin, &end, e, &image->model->share);
+    const int64_t most = ESPI_ADAPTER_PIECE / e->cols.n > 0 ? ESPI_ADAPTER_PIECE / e->cols.n : 1;
+    for (int64_t i = begin; i < end; i += most) ESPI_TRY(load_rows(image, t, e, i, end - i < most ? end - i : most));
+    return ESP_OK;
 }
 
 static esp_status load_tensors(const espi_adapter_image *image, reader *r, const espi_adapter_layout *layout) {
@@ -477,17 +504,23 @@ static esp_status load_checked(const espi_adapter_image *image, reader *r, const
     return load_tensors(image, r, &layout);
 }
 
+/* A file that fails half-way must leave the old values: the new ones become the model's when all are read, by every rank. */
+static esp_status read_folder(espi_adapter_image *image, const esp_model *model, const char *dir, const esp_adapter_config *config) {
+    reader r;
+    ESPI_TRY(espi_adapter_image_take(image, model, true));
+    ESPI_TRY(reader_open(&r, dir, &model->config, config));
+    const esp_status status = load_checked(image, &r, dir);
+    reader_close(&r);
+    return status;
+}
+
 esp_status esp_model_load_adapter_as(esp_model *model, const char *dir, const esp_adapter_config *config) {
     if (!model || !dir) return ESPI_FAIL(ESP_ERR_ARG, "esp_model_load_adapter: model or dir is NULL");
-    reader r;
-    ESPI_TRY(reader_open(&r, dir, &model->config, config));
-    /* A file that fails half-way must leave the old values: the new ones become the model's when all are read. */
-    espi_adapter_image image;
-    esp_status status = espi_adapter_image_take(&image, model, true);
-    if (status == ESP_OK) status = load_checked(&image, &r, dir);
+    espi_adapter_image image = {0};
+    esp_status status = read_folder(&image, model, dir, config);
+    status = espi_comm_agree(model->share.comm, (espi_place){"reading an adapter", -1}, status);
     if (status == ESP_OK) status = espi_adapter_image_put(&image);
     espi_adapter_image_free(&image);
-    reader_close(&r);
     return status;
 }
 

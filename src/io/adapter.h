@@ -8,6 +8,7 @@
 #define ESPI_ADAPTER_WEIGHTS "adapter_model.safetensors"
 #define ESPI_ADAPTER_CONFIG "adapter_config.json"
 #define ESPI_ADAPTER_KEY 256
+#define ESPI_ADAPTER_PIECE INT64_C(1048576) /* values that are on their way at once, unless one row has more */
 #define ESPI_ADAPTER_GATE_UP "gate_up_proj" /* the parameters of an experts module, as every family's current class calls them */
 #define ESPI_ADAPTER_DOWN "down_proj"
 
@@ -26,16 +27,28 @@ typedef struct espi_adapter_axis {
     int64_t n, inner, major, minor;
 } espi_adapter_axis;
 
+/* Whose experts a tensor is of. */
+typedef enum espi_adapter_of {
+    ESPI_OF_ALL,         /* none's: every rank has all of it */
+    ESPI_OF_ONE,         /* one expert's */
+    ESPI_OF_EXPERT_ROWS, /* all experts', rows of one after those of the other */
+    ESPI_OF_EXPERT_COLS  /* all experts', by columns */
+} espi_adapter_of;
+
 /* One tensor of the file, [rows.n, cols.n]. */
 typedef struct espi_adapter_entry {
     char key[ESPI_ADAPTER_KEY];
     const void *parameter; /* of the model, in its context's real dtype */
-    int64_t first;         /* where element (0,0) lies in it */
+    int64_t first;         /* where element (0,0) lies in it, as if it held all experts */
     espi_adapter_axis rows, cols;
-    bool repeated; /* an entry before has the same values: up's A where gate and up share one */
+    espi_adapter_of of;
+    int64_t expert, r; /* of ESPI_OF_ONE; the others': how many rows or columns each expert has */
+    bool slowest;      /* ESPI_OF_EXPERT_COLS: column e*r + k, not k*E + e */
+    bool repeated;     /* an entry before has the same values: up's A where gate and up share one */
 } espi_adapter_entry;
 
-/* Every tensor that the adapter of `model` (a skeleton with its adapter suffices) has in this layout; free() *entries. */
+/* Every tensor that the adapter of `model` (a skeleton with its adapter suffices) has in this layout, those of other ranks' experts too;
+ * free() *entries. */
 esp_status espi_adapter_list(espi_adapter_entry **entries, size_t *n, const esp_model *model, const espi_adapter_layout *layout);
 
 static inline int64_t espi_adapter_at(const espi_adapter_entry *e, int64_t i, int64_t j) {
@@ -77,7 +90,20 @@ bool espi_patterns_empty(const espi_patterns *patterns);
 /* value [in,out]: left as it is when no key matches. */
 esp_status espi_patterns_apply(double *value, const espi_patterns *patterns, const char *module);
 
-/* adapter_write.c.  dtype: of the file's tensors, F32 unless values are known to fit a narrower one. */
+/* Rows *begin .. *end-1 are those that have values of this rank's.  Of ESPI_OF_EXPERT_COLS: in some columns. */
+static inline void espi_adapter_own_rows(int64_t *begin, int64_t *end, const espi_adapter_entry *e, const espi_share *s) {
+    const bool foreign = e->of == ESPI_OF_ONE && (e->expert < s->first || e->expert >= s->first + s->count);
+    *begin = e->of == ESPI_OF_EXPERT_ROWS ? s->first * e->r : 0;
+    *end = e->of == ESPI_OF_EXPERT_ROWS ? *begin + s->count * e->r : foreign ? 0 : e->rows.n;
+}
+/* In one of those rows, is this column this rank's? */
+static inline bool espi_adapter_own_column(const espi_adapter_entry *e, const espi_share *s, int64_t column) {
+    if (e->of != ESPI_OF_EXPERT_COLS) return true;
+    const int64_t expert = e->slowest ? column / e->r : column % s->experts;
+    return expert >= s->first && expert < s->first + s->count;
+}
+
+/* adapter_write.c.  Collective.  dtype: of the file's tensors, F32 unless values are known to fit a narrower one. */
 esp_status espi_adapter_write(esp_model *model, const char *dir, const esp_adapter_config *config, esp_dtype dtype);
 
 /* A model without weights: config.json of model_dir and the adapter of adapter_dir, read in `reading`'s way.  dtype: that of all the file's

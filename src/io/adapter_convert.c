@@ -34,6 +34,13 @@ static esp_status fill(esp_model *m, const char *adapter_dir, const char *model_
 
 esp_status espi_adapter_open(esp_model **model, esp_dtype *dtype, esp_ctx *ctx, const char *adapter_dir, const char *model_dir,
                              const esp_adapter_config *reading) {
+    espi_share share;
+    ESPI_TRY(espi_share_make(&share, ctx->comm, 0, 0, 0));
+    if (share.ranks > 1)
+        return ESPI_FAIL(ESP_ERR_UNSUPPORTED,
+                         "%s: got a context of one of %d ranks, expected one that is alone: files are made of files "
+                         "without a launcher",
+                         adapter_dir, share.ranks);
     esp_model *m = calloc(1, sizeof *m);
     if (!m) return ESPI_FAIL(ESP_ERR_MEMORY, "%s: no memory for an adapter's bookkeeping", adapter_dir);
     m->ctx = ctx;

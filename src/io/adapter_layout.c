@@ -57,8 +57,8 @@ static void list_attention(list *l, const char *module, int64_t layer, const esp
 
 /* With a stack's A [E,r,in] and B [E,out,r] in memory. */
 static void list_fused(list *l, const espi_family *f, int64_t layer, bool inner, const espi_adapter_layout *layout, const espi_stack *w,
-                       const espi_lora *lora) {
-    const int64_t r = lora->r, n = w->experts;
+                       const espi_lora *lora, const espi_share *share) {
+    const int64_t r = lora->r, n = share->experts;
     const int64_t per_a = r * w->cols, per_b = w->rows * r; /* of one expert */
     /* The long axis of the file's A is always e*r + k, that of its B one of two; the steps say in which of our parameters. */
     const bool s = layout->swapped;
@@ -66,8 +66,15 @@ static void list_fused(list *l, const espi_family *f, int64_t layer, bool inner,
     const espi_adapter_axis rank_of_a = {n * r, r, a_e, a_k};
     const espi_adapter_axis rank_of_b = layout->slowest ? (espi_adapter_axis){n * r, r, b_e, b_k} : (espi_adapter_axis){n * r, n, b_k, b_e};
     const espi_adapter_axis in = plain(w->cols, 1), out = plain(w->rows, r);
-    espi_adapter_fused_key(add(l, s ? lora->b : lora->a, 0, rank_of_a, s ? out : in)->key, f, layer, inner, 'A');
-    espi_adapter_fused_key(add(l, s ? lora->a : lora->b, 0, s ? in : out, rank_of_b)->key, f, layer, inner, 'B');
+    espi_adapter_entry *a = add(l, s ? lora->b : lora->a, -share->first * a_e, rank_of_a, s ? out : in);
+    a->of = ESPI_OF_EXPERT_ROWS;
+    a->r = r;
+    espi_adapter_fused_key(a->key, f, layer, inner, 'A');
+    espi_adapter_entry *b = add(l, s ? lora->a : lora->b, -share->first * b_e, s ? in : out, rank_of_b);
+    b->of = ESPI_OF_EXPERT_COLS;
+    b->r = r;
+    b->slowest = layout->slowest;
+    espi_adapter_fused_key(b->key, f, layer, inner, 'B');
 }
 
 /* One projection of every expert: `out` rows of B from first_out on, out_step apart; ranks first_rank .. first_rank + r - 1. */
@@ -76,25 +83,32 @@ typedef struct part {
     int64_t out, first_out, out_step, r, first_rank;
 } part;
 
-static void list_part(list *l, const espi_family *f, int64_t layer, int64_t e, const espi_stack *w, const espi_lora *lora, part p) {
+static void list_part(list *l, const espi_family *f, int64_t layer, int64_t e, const espi_stack *w, const espi_lora *lora, part p,
+                      const espi_share *share) {
     const char *module = espi_adapter_expert(f, p.projection);
-    espi_adapter_entry *a = add(l, lora->a, (e * lora->r + p.first_rank) * w->cols, plain(p.r, w->cols), plain(w->cols, 1));
+    const int64_t here = e - share->first;
+    espi_adapter_entry *a = add(l, lora->a, (here * lora->r + p.first_rank) * w->cols, plain(p.r, w->cols), plain(w->cols, 1));
     a->repeated = p.projection == ESPI_P_UP && p.first_rank == 0;
+    a->of = ESPI_OF_ONE;
+    a->expert = e;
     espi_adapter_key(a->key, module, layer, e, 'A');
     espi_adapter_entry *b =
-        add(l, lora->b, (e * w->rows + p.first_out) * lora->r + p.first_rank, plain(p.out, p.out_step * lora->r), plain(p.r, 1));
+        add(l, lora->b, (here * w->rows + p.first_out) * lora->r + p.first_rank, plain(p.out, p.out_step * lora->r), plain(p.r, 1));
+    b->of = ESPI_OF_ONE;
+    b->expert = e;
     espi_adapter_key(b->key, module, layer, e, 'B');
 }
 
-static void list_experts(list *l, const espi_config *c, int64_t i, const espi_adapter_layout *layout, const espi_layer *w) {
+static void list_experts(list *l, const espi_config *c, int64_t i, const espi_adapter_layout *layout, const espi_layer *w,
+                         const espi_share *share) {
     const espi_family *f = c->family;
     const espi_lora *gu = &w->lora_gate_up, *dn = &w->lora_down;
     const bool both = layout->fused[ESPI_STACK_GATE_UP] && layout->fused[ESPI_STACK_DOWN];
-    if (gu->r && layout->fused[ESPI_STACK_GATE_UP]) list_fused(l, f, i, both && !layout->down_inside, layout, &w->gate_up, gu);
-    if (dn->r && layout->fused[ESPI_STACK_DOWN]) list_fused(l, f, i, both && layout->down_inside, layout, &w->down, dn);
+    if (gu->r && layout->fused[ESPI_STACK_GATE_UP]) list_fused(l, f, i, both && !layout->down_inside, layout, &w->gate_up, gu, share);
+    if (dn->r && layout->fused[ESPI_STACK_DOWN]) list_fused(l, f, i, both && layout->down_inside, layout, &w->down, dn, share);
     const int64_t half = w->gate_up.rows / 2, r = layout->separate ? gu->r / 2 : gu->r;
     const bool interleaved = c->glu.interleaved;
-    for (int64_t e = 0; e < w->gate_up.experts; e++) {
+    for (int64_t e = 0; e < share->experts; e++) {
         for (int64_t up = 0; up < 2 && gu->r && !layout->fused[ESPI_STACK_GATE_UP]; up++)
             list_part(l, f, i, e, &w->gate_up, gu,
                       (part){.projection = up ? ESPI_P_UP : ESPI_P_GATE,
@@ -102,9 +116,10 @@ static void list_experts(list *l, const espi_config *c, int64_t i, const espi_ad
                              .first_out = interleaved ? up : up * half,
                              .out_step = interleaved ? 2 : 1,
                              .r = r,
-                             .first_rank = layout->separate ? up * r : 0});
+                             .first_rank = layout->separate ? up * r : 0},
+                      share);
         if (dn->r && !layout->fused[ESPI_STACK_DOWN])
-            list_part(l, f, i, e, &w->down, dn, (part){.projection = ESPI_P_DOWN, .out = w->down.rows, .out_step = 1, .r = dn->r});
+            list_part(l, f, i, e, &w->down, dn, (part){.projection = ESPI_P_DOWN, .out = w->down.rows, .out_step = 1, .r = dn->r}, share);
     }
 }
 
@@ -116,7 +131,7 @@ esp_status espi_adapter_list(espi_adapter_entry **entries, size_t *n, const esp_
         const espi_layer *w = &model->layers[i];
         const espi_linear *attention[] = {&w->q, &w->k, &w->v, &w->o};
         for (int t = ESPI_T_Q; t <= ESPI_T_O; t++) list_attention(&l, espi_adapter_attention(c->family, t), i, attention[t]);
-        if (w->mlp == ESPI_MLP_MOE) list_experts(&l, c, i, layout, w);
+        if (w->mlp == ESPI_MLP_MOE) list_experts(&l, c, i, layout, w, &model->share);
     }
     *entries = l.entries;
     *n = l.n;

@@ -116,6 +116,21 @@ esp_status espi_file_read_all(char **text, size_t *bytes, const char *path, size
     return ESP_OK;
 }
 
+esp_status espi_file_read_end(void *out, size_t bytes, const char *path) {
+    int fd;
+    uint64_t size;
+    size_t got = 0;
+    ESPI_TRY(open_regular(&fd, &size, path));
+    esp_status status = ESP_OK;
+    if (size >= bytes && lseek(fd, -(off_t)bytes, SEEK_END) < 0)
+        status = fail_errno("move to the end", path);
+    else if (size >= bytes)
+        status = read_full(fd, out, bytes, &got, path);
+    close(fd);
+    if (status != ESP_OK || got == bytes) return status;
+    return ESPI_FAIL(ESP_ERR_FORMAT, "%s: %llu bytes, expected at least %zu", path, (unsigned long long)size, bytes);
+}
+
 /* A rename survives a power cut only once the folder itself is on the disk. */
 static esp_status flush_folder_of(const char *path) {
     char dir[ESPI_PATH_MAX];
@@ -182,6 +197,48 @@ esp_status espi_file_fill_atomic(const char *path, espi_fill_fn fill, void *user
         return status;
     }
     return espi_file_commit(path, temp);
+}
+
+struct espi_shared {
+    char path[ESPI_PATH_MAX];
+    int fd;
+};
+
+esp_status espi_shared_open(espi_shared **file, const char *temp, bool make) {
+    *file = NULL;
+    espi_shared *f = calloc(1, sizeof *f);
+    if (!f) return ESPI_FAIL(ESP_ERR_MEMORY, "%s: no memory to open it", temp);
+    f->fd = open(temp, make ? O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC : O_WRONLY | O_CLOEXEC, 0666);
+    if (f->fd < 0) {
+        const int reason = errno;
+        free(f);
+        errno = reason;
+        return fail_errno(make ? "create" : "open, which another rank has made (all need a folder that they all see)", temp);
+    }
+    memcpy(f->path, temp, strlen(temp) + 1); /* it was opened, so it fits */
+    *file = f;
+    return ESP_OK;
+}
+
+esp_status espi_shared_write(espi_shared *file, const void *data, size_t bytes, uint64_t offset) {
+    const char *p = data;
+    while (bytes > 0) {
+        const ssize_t n = pwrite(file->fd, p, bytes, (off_t)offset);
+        if (n < 0 && errno == EINTR) continue;
+        if (n < 0) return fail_errno("write", file->path);
+        p += n;
+        bytes -= (size_t)n;
+        offset += (uint64_t)n;
+    }
+    return ESP_OK;
+}
+
+esp_status espi_shared_close(espi_shared *file) {
+    if (!file) return ESP_OK;
+    esp_status status = fsync(file->fd) == 0 ? ESP_OK : fail_errno("flush", file->path);
+    if (close(file->fd) != 0 && status == ESP_OK) status = fail_errno("write", file->path);
+    free(file);
+    return status;
 }
 
 typedef struct bytes_source {

@@ -20,6 +20,9 @@ bool espi_dir_exists(const char *path);
 /* The whole file with a NUL behind it; free() it.  bytes may be NULL.  ESP_ERR_FORMAT when it has more than max_bytes. */
 esp_status espi_file_read_all(char **text, size_t *bytes, const char *path, size_t max_bytes);
 
+/* The last bytes of the file.  ESP_ERR_FORMAT when it has fewer. */
+esp_status espi_file_read_end(void *out, size_t bytes, const char *path);
+
 /* Replaces `path` atomically: written under a temporary name in the same folder, flushed to the disk, renamed, the folder flushed.  When
  * anything fails (a full disk included) the temporary is removed and the old file is untouched. */
 esp_status espi_file_write_atomic(const char *path, const void *data, size_t bytes);
@@ -34,6 +37,13 @@ esp_status espi_file_fill_atomic(const char *path, espi_fill_fn fill, void *user
 esp_status espi_file_temp_name(char out[ESPI_PATH_MAX], const char *path);
 esp_status espi_file_commit(const char *path, const char *temp);
 void espi_file_remove(const char *path); /* a file that is not there is no failure */
+
+/* A file that several processes write parts of, under a temporary name: one makes it, then the others open it; all close it, which flushes it
+ * to the disk; then one commits it. */
+typedef struct espi_shared espi_shared;
+esp_status espi_shared_open(espi_shared **file, const char *temp, bool make);
+esp_status espi_shared_write(espi_shared *file, const void *data, size_t bytes, uint64_t offset);
+esp_status espi_shared_close(espi_shared *file); /* NULL is allowed */
 
 /* dst is replaced atomically. */
 esp_status espi_file_copy(const char *dst, const char *src);

@@ -517,26 +517,26 @@ static json_t *describe(const plan_item *p, uint64_t begin) {
                      (json_int_t)(begin + p->bytes));
 }
 
-/* The header's text, padded with spaces so that the data begins at a multiple of 8.  NULL: no memory, or a name that is not UTF-8. */
-static char *header_text(const write_plan *plan, size_t *length) {
+/* The length of the header's text, then the text, padded with spaces so that the data begins at a multiple of 8.  free() *out. */
+static esp_status make_header(char **out, size_t *bytes, const write_plan *plan) {
     json_t *root = json_pack("{s:{s:s}}", "__metadata__", "format", "pt");
     uint64_t at = 0;
     bool good = root != NULL;
     for (size_t i = 0; good && i < plan->n; at += plan->items[i++].bytes)
         good = json_object_set_new(root, plan->items[i].item->name, describe(&plan->items[i], at)) == 0;
-    char *text = NULL, *json = good ? json_dumps(root, JSON_COMPACT) : NULL;
-    if (json) {
-        size_t n = strlen(json);
-        *length = (n + 7) / 8 * 8;
-        text = malloc(*length);
-        if (text) {
-            memset(text, ' ', *length);
-            memcpy(text, json, n);
-        }
+    char *json = good ? json_dumps(root, JSON_COMPACT) : NULL;
+    const size_t n = json ? strlen(json) : 0, padded = (n + 7) / 8 * 8;
+    *out = json ? malloc(8 + padded) : NULL;
+    *bytes = 8 + padded;
+    if (*out) {
+        for (int i = 0; i < 8; i++) (*out)[i] = (char)((uint64_t)padded >> (8 * i));
+        memset(*out + 8, ' ', padded);
+        memcpy(*out + 8, json, n);
     }
     free(json);
     json_decref(root);
-    return text;
+    if (*out) return ESP_OK;
+    return ESPI_FAIL(ESP_ERR_MEMORY, "%s: cannot make the header: no memory, or a tensor name that is not UTF-8", plan->path);
 }
 
 static esp_status write_items(const write_plan *plan, espi_out *out) {
@@ -561,29 +561,42 @@ static esp_status write_items(const write_plan *plan, espi_out *out) {
 
 static esp_status fill_file(void *user, espi_out *out) {
     const write_plan *plan = user;
-    size_t length;
-    char *text = header_text(plan, &length);
-    if (!text) return ESPI_FAIL(ESP_ERR_MEMORY, "%s: cannot make the header: no memory, or a tensor name that is not UTF-8", plan->path);
-    unsigned char prefix[8];
-    for (int i = 0; i < 8; i++) prefix[i] = (unsigned char)((uint64_t)length >> (8 * i));
-    esp_status status = espi_out_write(out, prefix, sizeof prefix);
-    if (status == ESP_OK) status = espi_out_write(out, text, length);
-    free(text);
+    size_t bytes;
+    char *header;
+    ESPI_TRY(make_header(&header, &bytes, plan));
+    const esp_status status = espi_out_write(out, header, bytes);
+    free(header);
     return status == ESP_OK ? write_items(plan, out) : status;
 }
 
+/* The items in the order of the file; free() plan->items, also after a failure. */
+static esp_status make_plan(write_plan *plan, const char *path, const espi_st_item *items, size_t n) {
+    *plan = (write_plan){.items = calloc(n + 1, sizeof(plan_item)), .n = n, .path = path};
+    if (!plan->items) return ESPI_FAIL(ESP_ERR_MEMORY, "%s: no memory for the entries of %zu tensors", path, n);
+    for (size_t i = 0; i < n; i++) ESPI_TRY(plan_one(&plan->items[i], &items[i], path));
+    if (n > 1) qsort(plan->items, n, sizeof *plan->items, items_by_name);
+    for (size_t i = 0; i < n; i++)
+        if (strcmp(plan->items[i].item->name, "__metadata__") == 0 ||
+            (i > 0 && strcmp(plan->items[i - 1].item->name, plan->items[i].item->name) == 0))
+            return ESPI_FAIL(ESP_ERR_ARG, "%s: tensor name %s is given twice or reserved, expected distinct names", path,
+                             plan->items[i].item->name);
+    if (n > 1) qsort(plan->items, n, sizeof *plan->items, in_file_order);
+    return ESP_OK;
+}
+
+esp_status espi_st_layout(char **header, size_t *header_bytes, uint64_t *offsets, const char *path, const espi_st_item *items, size_t n) {
+    write_plan plan;
+    esp_status status = make_plan(&plan, path, items, n);
+    if (status == ESP_OK) status = make_header(header, header_bytes, &plan);
+    uint64_t at = status == ESP_OK ? *header_bytes : 0;
+    for (size_t i = 0; i < n && status == ESP_OK; at += plan.items[i++].bytes) offsets[plan.items[i].item - items] = at;
+    free(plan.items);
+    return status;
+}
+
 esp_status espi_st_write(const char *path, const espi_st_item *items, size_t n) {
-    write_plan plan = {.items = calloc(n + 1, sizeof(plan_item)), .n = n, .path = path};
-    if (!plan.items) return ESPI_FAIL(ESP_ERR_MEMORY, "%s: no memory for the entries of %zu tensors", path, n);
-    esp_status status = ESP_OK;
-    for (size_t i = 0; status == ESP_OK && i < n; i++) status = plan_one(&plan.items[i], &items[i], path);
-    if (n > 1) qsort(plan.items, n, sizeof *plan.items, items_by_name);
-    for (size_t i = 0; status == ESP_OK && i < n; i++)
-        if (strcmp(plan.items[i].item->name, "__metadata__") == 0 ||
-            (i > 0 && strcmp(plan.items[i - 1].item->name, plan.items[i].item->name) == 0))
-            status = ESPI_FAIL(ESP_ERR_ARG, "%s: tensor name %s is given twice or reserved, expected distinct names", path,
-                               plan.items[i].item->name);
-    if (n > 1) qsort(plan.items, n, sizeof *plan.items, in_file_order);
+    write_plan plan;
+    esp_status status = make_plan(&plan, path, items, n);
     if (status == ESP_OK) status = espi_file_fill_atomic(path, fill_file, &plan);
     free(plan.items);
     return status;

@@ -71,4 +71,8 @@ typedef struct espi_st_item {
  * padded to 8 bytes.  ESP_ERR_ARG: a duplicate name, an unknown dtype, a negative dimension. */
 esp_status espi_st_write(const char *path, const espi_st_item *items, size_t n);
 
+/* The same file, to be written in parts: header [header_bytes] is what it begins with, free() it; offsets [n]: where each item's data begins,
+ * counted from the file's first byte. */
+esp_status espi_st_layout(char **header, size_t *header_bytes, uint64_t *offsets, const char *path, const espi_st_item *items, size_t n);
+
 #endif

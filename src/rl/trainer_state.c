@@ -10,7 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define STATE_VERSION 2
+#define STATE_VERSION 3
 enum {
     S_VERSION,
     S_STEP,
@@ -66,21 +66,48 @@ static esp_status add(list *l, const char *group, const char *name, esp_dtype dt
     return ESP_OK;
 }
 
-static esp_status add_adapter(list *l, esp_trainer *t) {
-    for (int64_t i = 0; i < esp_model_param_count(t->model); i++) {
-        esp_param p = ESP_PARAM_INIT;
-        ESPI_TRY(esp_model_param_get(t->model, i, &p));
-        const esp_tensor view = esp_tensor_view(p.data, p.dtype, p.rank, p.dims);
-        ESPI_TRY(add(l, "adapter", p.name, p.dtype, esp_tensor_count(&view), p.data));
-        l->items[l->n - 1].ctx = t->model->ctx;
-    }
-    for (int64_t i = 0; i < esp_optim_array_count(t->optim); i++) {
+/* An array of `of` whole tensors of a parameter's shape, or of its experts' parts: of a tensor of experts this rank has its own alone. */
+static esp_status add_part(list *l, const char *group, const char *name, const esp_trainer *t, const esp_param *of, esp_dtype dtype,
+                           int64_t count, void *data, bool in_tensor_memory) {
+    const espi_share *share = &t->model->share;
+    ESPI_TRY(add(l, group, name, dtype, count, data));
+    espi_saved_array *a = &l->items[l->n - 1];
+    if (in_tensor_memory) a->ctx = t->model->ctx;
+    if (of->rank != 3 || share->count == share->experts) return ESP_OK;
+    a->first = share->count ? share->first * (count / share->count) : 0;
+    a->total = share->count ? share->experts * (count / share->count) : -1;
+    return ESP_OK;
+}
+
+static bool is_of(const esp_param *p, const char *moment) {
+    const size_t n = strlen(p->name);
+    return strncmp(moment, p->name, n) == 0 && moment[n] == '/';
+}
+
+static esp_status add_optimizer(list *l, esp_trainer *t, const esp_param *params) {
+    for (int64_t i = 0, p = 0; i < esp_optim_array_count(t->optim); i++) {
         esp_optim_array a = ESP_OPTIM_ARRAY_INIT;
         ESPI_TRY(esp_optim_array_get(t->optim, i, &a));
-        ESPI_TRY(add(l, "optimizer", a.name, a.dtype, a.count, a.data));
-        l->items[l->n - 1].ctx = t->model->ctx;
+        /* "NAME/m" of the parameter NAME; both lists are in the same order. */
+        while (p < t->model->n_params && !is_of(&params[p], a.name)) p++;
+        if (p == t->model->n_params) return ESPI_FAIL(ESP_ERR_INTERNAL, "checkpoint: %s is of no parameter", a.name);
+        ESPI_TRY(add_part(l, "optimizer", a.name, t, &params[p], a.dtype, a.count, a.data, true));
     }
     return ESP_OK;
+}
+
+static esp_status add_adapter(list *l, esp_trainer *t) {
+    char *reference = t->snapshot.data;
+    for (int64_t i = 0; i < t->model->n_params; i++) {
+        const esp_param *p = &t->model->params[i];
+        const esp_tensor view = esp_tensor_view(p->data, p->dtype, p->rank, p->dims);
+        const int64_t count = esp_tensor_count(&view);
+        ESPI_TRY(add_part(l, "adapter", p->name, t, p, p->dtype, count, p->data, true));
+        if (!reference) continue;
+        ESPI_TRY(add_part(l, "reference", p->name, t, p, p->dtype, count, reference, false));
+        reference += (size_t)count * esp_dtype_size(p->dtype);
+    }
+    return add_optimizer(l, t, t->model->params);
 }
 
 static esp_status add_rollouts(list *l, espi_rollouts *r) {
@@ -99,7 +126,6 @@ static esp_status add_rollouts(list *l, espi_rollouts *r) {
 /* What is read to where it is written from: everything but the config, the counters and the rollouts, whose sizes are not known before. */
 static esp_status make_list(list *l, esp_trainer *t) {
     ESPI_TRY(add(l, "trainer", "correction", ESP_F64, CORRECTION_STATS, &t->correction));
-    if (t->snapshot.data) ESPI_TRY(add(l, "trainer", "reference", ESP_U8, (int64_t)t->snapshot.bytes, t->snapshot.data));
     return add_adapter(l, t);
 }
 
@@ -325,7 +351,7 @@ static esp_status write_list(esp_trainer *t, list *l, const char *path, char *co
     ESPI_TRY(add(l, "trainer", "config", ESP_U8, (int64_t)strlen(config_text), config_text));
     ESPI_TRY(make_list(l, t));
     if (has_rollouts) ESPI_TRY(add_rollouts(l, &t->rollouts));
-    return espi_checkpoint_write(path, l->items, l->n);
+    return espi_checkpoint_write(path, l->items, l->n, &t->model->share);
 }
 
 static esp_status checkpoint_name(char path[ESPI_PATH_MAX], const esp_trainer *t, int64_t step) {
@@ -346,8 +372,18 @@ static esp_status note_kept(esp_trainer *t, char removed[ESPI_PATH_MAX]) {
     return ESP_OK;
 }
 
+/* Of several ranks, the file that names their parts; those stay as long as some file names them. */
+static esp_status keep(const esp_trainer *t, const char *path, const char *removed) {
+    char copy[ESPI_PATH_MAX];
+    if (!espi_ranks_first(t->model)) return ESP_OK;
+    ESPI_TRY(checkpoint_name(copy, t, t->step));
+    ESPI_TRY(espi_file_copy(copy, path));
+    if (*removed) espi_checkpoint_remove(removed);
+    return ESP_OK;
+}
+
 esp_status espi_state_save(esp_trainer *t) {
-    char path[ESPI_PATH_MAX], adapter[ESPI_PATH_MAX], copy[ESPI_PATH_MAX], removed[ESPI_PATH_MAX] = "";
+    char path[ESPI_PATH_MAX], adapter[ESPI_PATH_MAX], removed[ESPI_PATH_MAX] = "";
     json_t *config;
     ESPI_TRY(espi_path_join(path, t->out_dir, "checkpoint.h5"));
     ESPI_TRY(espi_path_join(adapter, t->out_dir, "adapter"));
@@ -361,11 +397,7 @@ esp_status espi_state_save(esp_trainer *t) {
     list_free(&l);
     free(text);
     ESPI_TRY(status);
-    if (t->c.keep_checkpoints > 0) {
-        ESPI_TRY(checkpoint_name(copy, t, t->step));
-        ESPI_TRY(espi_file_copy(copy, path));
-        if (*removed) espi_file_remove(removed);
-    }
+    if (t->c.keep_checkpoints > 0) ESPI_TRY(espi_ranks_agree(t->model, "a kept checkpoint", keep(t, path, removed)));
     return esp_model_save_adapter(t->model, adapter);
 }
 
@@ -448,9 +480,10 @@ static esp_status read_list(const espi_checkpoint *c, const list *places, list *
         memmove((char *)from->name, from->name + 1, strlen(from->name)); /* its group is in the name already */
         ESPI_TRY(espi_take_array(&data, to->count, esp_dtype_size(to->dtype)));
         from->data = data;
-        ESPI_TRY(espi_checkpoint_read(c, from));
+        from->first = to->first;
+        from->total = to->total;
     }
-    return ESP_OK;
+    return espi_checkpoint_read_all(c, staged->items, staged->n);
 }
 
 static void adopt(esp_trainer *t, const int64_t *s, const double *reals) {
@@ -473,28 +506,50 @@ static void adopt(esp_trainer *t, const int64_t *s, const double *reals) {
     t->best = reals[R_BEST];
 }
 
-static esp_status apply(esp_trainer *t, const espi_checkpoint *c, const char *path, list *places, list *staged, int64_t *s) {
+/* All that a restore needs, read and checked. */
+typedef struct restored {
+    list places, staged;
+    int64_t s[S_COUNT];
     double reals[R_COUNT];
-    ESPI_TRY(espi_checkpoint_read(c, &(espi_saved_array){"trainer/state", ESP_I64, S_COUNT, s}));
-    ESPI_TRY(espi_checkpoint_read(c, &(espi_saved_array){"trainer/reals", ESP_F64, R_COUNT, reals}));
-    ESPI_TRY(check_state(t, s, path));
+} restored;
+
+static void restored_free(restored *r) {
+    for (size_t i = 0; i < r->staged.n; i++) free(r->staged.items[i].data);
+    list_free(&r->staged);
+    list_free(&r->places);
+}
+
+static esp_status read_state(restored *r, esp_trainer *t, const espi_checkpoint *c, const char *path) {
+    ESPI_TRY(espi_checkpoint_read(c, &(espi_saved_array){"trainer/state", ESP_I64, S_COUNT, r->s}));
+    ESPI_TRY(espi_checkpoint_read(c, &(espi_saved_array){"trainer/reals", ESP_F64, R_COUNT, r->reals}));
+    ESPI_TRY(check_state(t, r->s, path));
     ESPI_TRY(check_config(t, c, path));
-    ESPI_TRY(make_list(places, t));
-    ESPI_TRY(read_list(c, places, staged));
-    if (s[S_HAS_ROLLOUTS]) {
-        ESPI_TRY(espi_rollouts_read(&t->rollouts, c));
-        ESPI_TRY(check_rollouts(t, &t->rollouts, path));
-    }
-    for (size_t i = 0; i < places->n; i++) {
-        const espi_saved_array *to = &places->items[i];
+    ESPI_TRY(make_list(&r->places, t));
+    ESPI_TRY(read_list(c, &r->places, &r->staged));
+    if (!r->s[S_HAS_ROLLOUTS]) return ESP_OK;
+    ESPI_TRY(espi_rollouts_read(&t->rollouts, c));
+    return check_rollouts(t, &t->rollouts, path);
+}
+
+static esp_status read_file(restored *r, esp_trainer *t, const char *path) {
+    espi_checkpoint *c;
+    ESPI_TRY(espi_checkpoint_open(&c, path));
+    const esp_status status = read_state(r, t, c, path);
+    espi_checkpoint_close(c);
+    return status;
+}
+
+static esp_status apply(esp_trainer *t, const restored *r) {
+    for (size_t i = 0; i < r->places.n; i++) {
+        const espi_saved_array *to = &r->places.items[i];
         const size_t bytes = (size_t)to->count * esp_dtype_size(to->dtype);
         if (to->ctx)
-            ESPI_TRY(espi_ctx_put(to->ctx, to->data, staged->items[i].data, bytes));
+            ESPI_TRY(espi_ctx_put(to->ctx, to->data, r->staged.items[i].data, bytes));
         else
-            memcpy(to->data, staged->items[i].data, bytes);
+            memcpy(to->data, r->staged.items[i].data, bytes);
     }
-    ESPI_TRY(esp_optim_restore(t->optim, s[S_OPTIM_STEP], s[S_OPTIM_SKIPPED]));
-    adopt(t, s, reals);
+    ESPI_TRY(esp_optim_restore(t->optim, r->s[S_OPTIM_STEP], r->s[S_OPTIM_SKIPPED]));
+    adopt(t, r->s, r->reals);
     return t->phase == ESPI_PHASE_READY ? espi_rollout_ready(t) : ESP_OK;
 }
 
@@ -516,18 +571,14 @@ static esp_status locate(char folder[ESPI_PATH_MAX], char path[ESPI_PATH_MAX], c
 esp_status espi_state_restore(esp_trainer *t, char folder[ESPI_PATH_MAX], const char *from, int64_t *metrics_bytes,
                               int64_t *completions_bytes) {
     char path[ESPI_PATH_MAX];
-    espi_checkpoint *c;
-    int64_t s[S_COUNT];
-    ESPI_TRY(locate(folder, path, from));
-    ESPI_TRY(espi_checkpoint_open(&c, path));
-    list places = {0}, staged = {0};
-    const esp_status status = apply(t, c, path, &places, &staged, s);
-    for (size_t i = 0; i < staged.n; i++) free(staged.items[i].data);
-    list_free(&staged);
-    list_free(&places);
-    espi_checkpoint_close(c);
-    ESPI_TRY(status);
-    *metrics_bytes = s[S_METRICS_BYTES];
-    *completions_bytes = s[S_COMPLETIONS_BYTES];
-    return ESP_OK;
+    restored r = {0};
+    esp_status status = locate(folder, path, from);
+    if (status == ESP_OK) status = read_file(&r, t, path);
+    /* None goes on from a state that another could not read. */
+    status = espi_ranks_agree(t->model, "reading a checkpoint", status);
+    if (status == ESP_OK) status = apply(t, &r);
+    *metrics_bytes = r.s[S_METRICS_BYTES];
+    *completions_bytes = r.s[S_COMPLETIONS_BYTES];
+    restored_free(&r);
+    return status;
 }

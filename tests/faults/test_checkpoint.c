@@ -11,7 +11,7 @@ static void write_values(const char *path, double value, int64_t n, esp_status e
     double *x = malloc((size_t)n * sizeof *x);
     for (int64_t i = 0; i < n; i++) x[i] = value;
     const espi_saved_array arrays[] = {{"a/values", ESP_F64, n, x}, {"a/none", ESP_I32, 0, NULL}};
-    const esp_status got = espi_checkpoint_write(path, arrays, 2);
+    const esp_status got = espi_checkpoint_write(path, arrays, 2, NULL);
     free(x);
     cr_assert_eq(got, expected, "%s: %s", esp_status_name(got), esp_last_error());
 }
@@ -96,7 +96,7 @@ Test(checkpoint, killed_while_writing_leaves_a_whole_one) {
             for (double value = 1;; value++) {
                 for (int64_t i = 0; i < N; i++) x[i] = value;
                 const espi_saved_array arrays[] = {{"a/values", ESP_F64, N, x}};
-                if (espi_checkpoint_write(path, arrays, 1) != ESP_OK) _exit(1);
+                if (espi_checkpoint_write(path, arrays, 1, NULL) != ESP_OK) _exit(1);
             }
         }
         nanosleep(&(struct timespec){.tv_nsec = 7000000L + 4300000L * round}, NULL);

@@ -91,7 +91,7 @@ Test(rollout, a_checkpoint_gives_back_what_went_in) {
     size_t n;
     a.has_old = 1;
     espi_rollouts_arrays(arrays, &n, &a);
-    OK(espi_checkpoint_write(path, arrays, n));
+    OK(espi_checkpoint_write(path, arrays, n, NULL));
     OK(espi_checkpoint_open(&c, path));
     OK(espi_rollouts_read(&b, c));
     espi_checkpoint_close(c);
