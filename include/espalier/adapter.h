@@ -45,7 +45,7 @@ struct esp_adapter_config {
 #define ESP_ADAPTER_CONFIG(...) ((esp_adapter_config){.struct_size = sizeof(esp_adapter_config), __VA_ARGS__})
 
 /// esp_model_save_adapter() in a form of choice.  A gate_up branch that was read from separate A of gate and up, and has not been trained
-/// since, is written to 2-D as it was; to 3-D with twice the rank and alpha.
+/// since, is written to 2-D as it was; to 3-D with twice the rank and alpha.  Collective, as that is.
 /// In 2-D, rsLoRA's scale is stated as alpha / R (use_rslora false): PEFT takes alpha / sqrt(R) of such a file sqrt(2) too large.
 /// ESP_ERR_UNSUPPORTED: 2-D for a family that has no module per expert, or swapped widths
 ESP_API esp_status esp_model_save_adapter_as(esp_model *model, const char *dir, const esp_adapter_config *config);

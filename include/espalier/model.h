@@ -90,7 +90,8 @@ typedef struct esp_batch {
 #define ESP_BATCH(...) ((esp_batch){.struct_size = sizeof(esp_batch), __VA_ARGS__})
 
 /// Loads a folder with config.json and model.safetensors (or shards with an index).  Experts are turned to 4 bits one by one, so peak
-/// memory is the packed model plus one staging buffer of at most 64 MiB.
+/// memory is the packed model plus one staging buffer of at most 64 MiB.  Collective over the context's comm: a rank reads its own experts
+/// alone, and all ranks have a model or none.
 /// ESP_ERR_FORMAT / ESP_ERR_SHAPE name file and tensor; ESP_ERR_UNSUPPORTED names the family and what is offered
 ESP_API esp_status esp_model_load(esp_model **model, esp_ctx *ctx, const char *dir, const esp_model_config *config);
 ESP_API void esp_model_destroy(esp_model *model);
@@ -178,9 +179,11 @@ ESP_API esp_status esp_model_param_get(esp_model *model, int64_t index, esp_para
 ESP_API esp_status esp_model_zero_grad(esp_model *model);
 
 /// PEFT files: adapter_config.json and adapter_model.safetensors, in the form that vLLM loads for the family (adapter.h has others).
-/// Written to a temporary name, flushed, renamed.
+/// Written to a temporary name, flushed, renamed.  Collective over the context's comm: all ranks give one folder that all of them see, each
+/// writes what it holds, and the files have the bytes that one rank would write.
 ESP_API esp_status esp_model_save_adapter(esp_model *model, const char *dir);
-/// Ranks, targets and shapes must be those of the model's config: ESP_ERR_MISMATCH names the first that is not.
+/// Ranks, targets and shapes must be those of the model's config: ESP_ERR_MISMATCH names the first that is not.  Collective; each rank takes
+/// what is its own, and the models change on all ranks or on none.
 ESP_API esp_status esp_model_load_adapter(esp_model *model, const char *dir);
 
 #ifdef __cplusplus

@@ -167,6 +167,8 @@ ESP_API esp_status esp_trainer_evaluate(esp_trainer *trainer, double *sampled, d
 ESP_API bool esp_trainer_finished(const esp_trainer *trainer);
 
 /// Writes checkpoint.h5 and adapter/ now, each under a temporary name, flushed, renamed: an older one survives any failure.
+/// Of several ranks checkpoint.h5 names a file of each of them, part-*.h5 beside it, and is written when those are there; any number of
+/// ranks goes on from it.  Move or copy such a checkpoint with its parts.  ESP_ERR_MISMATCH: the ranks have drifted apart; nothing is written.
 ESP_API esp_status esp_trainer_save(esp_trainer *trainer);
 
 /// What the trainer planned to take and what was measured, model, optimiser and sampler included; equal.

@@ -99,14 +99,11 @@ esp_status espi_model_finish(esp_model *m) {
     return espi_decoder_saved_create(&m->saved, &m->config);
 }
 
-static esp_status build(esp_model *m, const char *dir) {
-    const esp_model_config *o = &m->options;
+static esp_status build(esp_model *m, const char *dir, const esp_model_config *config) {
+    ESPI_TRY(espi_config_read(&m->config, dir));
+    ESPI_TRY(espi_model_options(&m->options, m->lora, config, &m->config));
     ESPI_TRY(espi_model_load_weights(m, dir));
-    ESPI_TRY(espi_model_finish(m));
-    if (o->adapter_dir) ESPI_TRY(esp_model_load_adapter_as(m, o->adapter_dir, o->adapter_reading));
-    m->options.adapter_dir = NULL; /* the caller's string need not outlive the call, nor what goes with it */
-    m->options.adapter_reading = NULL;
-    return ESP_OK;
+    return espi_model_finish(m);
 }
 
 esp_status esp_model_load(esp_model **model, esp_ctx *ctx, const char *dir, const esp_model_config *config) {
@@ -115,13 +112,16 @@ esp_status esp_model_load(esp_model **model, esp_ctx *ctx, const char *dir, cons
     esp_model *m = calloc(1, sizeof *m);
     if (!m) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for a model's bookkeeping");
     m->ctx = ctx;
-    esp_status status = espi_config_read(&m->config, dir);
-    if (status == ESP_OK) status = espi_model_options(&m->options, m->lora, config, &m->config);
-    if (status == ESP_OK) status = build(m, dir);
+    /* No rank goes on without the others. */
+    esp_status status = espi_comm_agree(ctx->comm, (espi_place){"loading a model", -1}, build(m, dir, config));
+    if (status == ESP_OK && m->options.adapter_dir)
+        status = esp_model_load_adapter_as(m, m->options.adapter_dir, m->options.adapter_reading);
     if (status != ESP_OK) {
         esp_model_destroy(m);
         return status;
     }
+    m->options.adapter_dir = NULL; /* the caller's string need not outlive the call, nor what goes with it */
+    m->options.adapter_reading = NULL;
     *model = m;
     return ESP_OK;
 }
