@@ -262,7 +262,7 @@ static void telling(rank_run *r, int rank) {
 static esp_trainer_config plain(void) {
     return ESP_TRAINER_CONFIG(.kind = ESP_TRAIN_GRPO, .train_file = DEMO_PROMPTS, .steps = 100, .seed = 5, .prompts_per_step = 5,
                               .group_size = 4, .micro_batch_tokens = 60, .checkpoint_every = 1000, .eval_every = 2, .eval_samples = 2,
-                              .eval_file = short_eval());
+                              .eval_file = short_eval(), .keep_best = true);
 }
 
 static esp_trainer_config everything(void) {
@@ -318,6 +318,53 @@ Test(ranks_train, sft) {
     expect_alike(&c, 4, CUTS(cuts), NULL);
 }
 
+/* ---- a stop, and another number of ranks that goes on ---- */
+
+static int stop_here(void *user) {
+    const rank_run *r = user;
+    return r->trainer && r->trainer->step == r->stop_step && r->trainer->phase == r->stop_phase;
+}
+
+static void stop_last_rank(rank_run *r, int rank, int64_t step, espi_phase phase) {
+    if (rank + 1 < r->c.ranks) return;
+    r->stop_step = step;
+    r->stop_phase = phase;
+    r->config.stop = stop_here;
+    r->config.stop_user = r;
+}
+
+static void stop_ready(rank_run *r, int rank) {
+    stop_last_rank(r, rank, 3, ESPI_PHASE_READY);
+}
+static void stop_gathering(rank_run *r, int rank) {
+    stop_last_rank(r, rank, 4, ESPI_PHASE_GATHERING);
+}
+static void stop_between(rank_run *r, int rank) {
+    stop_last_rank(r, rank, 2, ESPI_PHASE_EMPTY);
+}
+
+static void resume_elsewhere(esp_trainer_config c, int64_t until, change_fn stop, int64_t step, cut first, cut second) {
+    char dir[ESPI_PATH_MAX];
+    outcome *want = outcome_of((cut){1, 1}, c, until, NULL);
+    scratch_make(dir);
+    outcome *half = outcome_in(dir, first, c, until, stop);
+    cr_expect_eq(half->steps, step);
+    c.resume_dir = dir;
+    outcome *got = outcome_in(dir, second, c, until, NULL);
+    expect_same(got, want);
+    scratch_remove(dir);
+    drop(want);
+    drop(half);
+    drop(got);
+}
+
+Test(ranks_train, a_stop_on_one_rank_and_others_go_on) {
+    const esp_trainer_config c = everything(), sft = supervised();
+    resume_elsewhere(c, 5, stop_ready, 3, (cut){3, 3}, (cut){2, 1});
+    resume_elsewhere(c, 5, stop_gathering, 4, (cut){2, 1}, (cut){4, 2});
+    resume_elsewhere(sft, 4, stop_between, 2, (cut){4, 4}, (cut){1, 1});
+}
+
 /* ---- what ends all ranks ---- */
 
 static int failing_reward(void *user, const esp_reward_batch *batch, float *reward) {
@@ -354,6 +401,7 @@ static void expect_end(change_fn change, esp_status status, const char *part) {
     rank_run ranks[MOST_RANKS];
     outcome *out = calloc(1, sizeof *out);
     esp_trainer_config c = plain();
+    c.keep_best = false; /* there is no folder */
     on_ranks(jobs, ranks, out, (cut){3, 3}, &c, 3, change);
     for (int i = 0; i < 3; i++) {
         cr_expect_eq(jobs[i].status, status, "rank %d: %s", i, jobs[i].sentence);
