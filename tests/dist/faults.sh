@@ -58,7 +58,7 @@ alike() {
     what=$1 key=$2
     shift 2
     start $deadline 3 sh -c 'rank=${OMPI_COMM_WORLD_RANK:-$ESP_RANK}; '"$*"
-    left=$(pgrep -cf "^($sft|$work/other)")
+    count_left "^($sft|$work/other)"
     expect_failure "$what" 71 $((deadline + 8))
     says "rank [0-2] of 3 .*ESP_ERR_MISMATCH: .*$key is not the same on all ranks: rank 0 has [0-9a-f]+, rank 1 has [0-9a-f]+"
 }

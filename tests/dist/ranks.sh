@@ -22,6 +22,15 @@ fi
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_hwloc_base_binding_policy=none
 export OMPI_MCA_mpi_yield_when_idle=1 OMPI_MCA_btl_vader_single_copy_mechanism=none OMP_NUM_THREADS=1 ESP_MPI_PLUGIN="$plugin"
 
+# count_left PATTERN: how many such processes are left after 3 seconds.
+count_left() {
+    for _ in 1 2 3 4 5 6; do
+        left=$(pgrep -f "$1" | wc -l)
+        test "$left" = 0 && return
+        sleep 0.5
+    done
+}
+
 # start DEADLINE RANKS COMMAND...: runs the job; sets status (of the launcher, or of the first rank that failed), took (seconds), left.
 start() {
     export ESP_DEADLINE="$1"
@@ -47,7 +56,7 @@ start() {
         cat "$work"/rank? >"$out"
     fi
     took=$(($(date +%s) - began))
-    left=$(pgrep -f "^$1" | wc -l)
+    count_left "^$1"
 }
 # expect STATUS SECONDS
 expect() {
