@@ -253,10 +253,10 @@ static int64_t order_experts(int32_t *order, const espi_routing *routing) {
     return hit;
 }
 
-/* Columns of task `panel`.  With an activation that has its gates first: as many gates as ups. */
-static cpu_columns task_columns(int64_t panel, int64_t all, const espi_glu *glu) {
-    if (!glu || glu->interleaved) return (cpu_columns){panel * TASK_COLS, 0, cpu_min(all - panel * TASK_COLS, TASK_COLS)};
-    const int64_t width = all / 2, half = TASK_COLS / 2, first = panel * half;
+/* The `cols` columns of task `panel`.  With an activation that has its gates first: as many gates as ups. */
+static cpu_columns task_columns(int64_t panel, int64_t cols, int64_t all, const espi_glu *glu) {
+    if (!glu || glu->interleaved) return (cpu_columns){panel * cols, 0, cpu_min(all - panel * cols, cols)};
+    const int64_t width = all / 2, half = cols / 2, first = panel * half;
     return (cpu_columns){first, width + first, cpu_min(width - first, half)};
 }
 
@@ -279,13 +279,13 @@ typedef struct packed_pass {
     const espi_glu *glu;
 } packed_pass;
 
-static void packed_task(const packed_pass *k, int64_t e, int64_t panel, void *work) {
+static void packed_task(const packed_pass *k, int64_t e, int64_t panel, int64_t cols, void *work) {
     const expert_pass *p = k->pass;
     const int64_t in = k->backward ? p->w->rows : p->w->cols, out = k->backward ? p->w->cols : p->w->rows, r = p->lora->r;
     const int64_t first = p->routing->offsets[e], m = p->routing->offsets[e + 1] - first;
     const cpu_rows from = input_rows(p, k->from, in, first), to = routed_rows(k->to, out, first), low = routed_rows(k->low, r, first);
     const cpu_packed w = cpu_packed_of(p->w, e);
-    const cpu_columns columns = task_columns(panel, out, k->glu);
+    const cpu_columns columns = task_columns(panel, cols, out, k->glu);
     const cpu_branch l = cpu_branch_of(p->lora, e, p->w->cols, p->w->rows);
     const cpu_weight weight = k->backward ? cpu_floats(l.a, l.in, 1, false) : cpu_floats(l.b, r, l.scale, true);
     if (k->backward)
@@ -302,8 +302,10 @@ static void packed_task(const packed_pass *k, int64_t e, int64_t panel, void *wo
 
 static void run_packed(const espi_exec *exec, const packed_pass *k, char *scratch) {
     const expert_pass *p = k->pass;
-    const int64_t in = p->w->cols, out = p->w->rows, r = p->lora->r, panels = cpu_blocks(k->backward ? in : out, TASK_COLS);
+    const int64_t in = p->w->cols, out = p->w->rows, r = p->lora->r;
     const int threads = pass_threads(exec, p);
+    /* Every task converts its rows: alone, a thread is better off with few.  A backward adds to its columns, which should stay near. */
+    const int64_t cols = threads > 1 || k->backward ? TASK_COLS : 4 * TASK_COLS, panels = cpu_blocks(k->backward ? in : out, cols);
     int32_t *order = (int32_t *)scratch;
     char *work = scratch + cpu_blocks(p->w->experts * (int64_t)sizeof *order, 64) * 64;
     const int64_t hit = order_experts(order, p->routing);
@@ -323,7 +325,7 @@ static void run_packed(const espi_exec *exec, const packed_pass *k, char *scratc
         }
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < hit * panels; task++)
-            packed_task(k, order[task / panels], task % panels, work + (size_t)omp_get_thread_num() * each);
+            packed_task(k, order[task / panels], task % panels, cols, work + (size_t)omp_get_thread_num() * each);
     }
 }
 
