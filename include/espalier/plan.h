@@ -49,9 +49,9 @@ typedef struct esp_placement {
     int32_t expert_ranks;                     ///< over how many ranks the experts of one model are spread
     esp_plan plan;                            ///< memory of the rank that holds most experts: exact
     double exchange_bytes;                    ///< that a rank sends for one layer of experts, forward and backward of one micro-batch
-    double sum_bytes;                         ///< that a rank sends once a step, to add up gradients
+    double sum_bytes;                         ///< that a rank sends to add up gradients, after every micro-batch
     double seconds_compute, seconds_exchange; ///< of one micro-batch
-    double seconds_sum;                       ///< once a step
+    double seconds_sum;                       ///< of one micro-batch
     double seconds;                           ///< of an optimiser step
     bool fits;                                ///< plan.peak is within esp_machine.memory
 } esp_placement;

@@ -82,7 +82,7 @@ static void predict(esp_placement *p, const sizes *s, const esp_ctx *ctx, int64_
     if (p->expert_ranks > 1)
         p->seconds_exchange = (double)s->moe_layers * (p->exchange_bytes / machine->bytes_per_second + CALLS * machine->seconds_per_call);
     if (p->ranks > 1) p->seconds_sum = p->sum_bytes / machine->bytes_per_second + (double)(TENSORS * s->layers) * machine->seconds_per_call;
-    p->seconds = p->micro_batches * (p->seconds_compute + p->seconds_exchange) + p->seconds_sum;
+    p->seconds = p->micro_batches * (p->seconds_compute + p->seconds_exchange + p->seconds_sum);
     p->fits = machine->memory == 0 || p->plan.peak <= machine->memory;
 }
 
