@@ -74,9 +74,9 @@ typedef struct esp_batch {
     /// sequence of the loss: its advantage is not read, and it does not count among step_seqs.
     const int32_t *prefix_of;
     /// Routing replay: [T,L,K] ids of the experts that each token was sent to when it was sampled (L all layers; what stands in layers
-    /// without experts is not read), u8 where E <= 255, else u16.  All ones: routed natively, all K of a token and layer together.  The
-    /// last token of every sequence that is no prefix has all ones too, as a sampler never feeds it back; it goes where the token before it
-    /// went, as nobody reads what comes of it.  Weights come from the current logits.  NULL: none.
+    /// without experts is not read), u8 where E <= 255, else u16.  All ones: routed natively, all K of a token and layer together; so is the
+    /// last token of every sequence that is no prefix, which a sampler never feeds back (see last_follows).  Weights come from the current
+    /// logits.  NULL: none.
     const void *routed_experts;
     void *record_experts; ///< [out] the same shape: what a forward chose (as replayed, where it was); NULL = not wanted
     int64_t n_routed;     ///< elements of these two arrays, T*L*K; 0 = neither is given
@@ -86,6 +86,9 @@ typedef struct esp_batch {
     /// them.  Its log-probability and entropy are those of the softmax over these ids.  An empty part: over the vocabulary.  NULL: all are.
     const int64_t *kept_offsets;
     const int32_t *kept_ids;
+    /// With routing replay: the caller reads nothing of what comes of the last token of a sequence that is no prefix, so it goes where the
+    /// token before it went.  Then ranks that share experts know all their rows before the pass, and count them once for all layers.
+    bool last_follows;
 } esp_batch;
 #define ESP_BATCH(...) ((esp_batch){.struct_size = sizeof(esp_batch), __VA_ARGS__})
 

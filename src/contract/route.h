@@ -33,10 +33,10 @@ esp_status espi_route_backward(espi_pass *pass, int64_t layer, void *d_x, const 
  * K different experts; all ones at the last token of every sequence that is no prefix, or they are those of other tokens.
  * *replayed: pairs of a token and a layer that are not all ones.  ESP_ERR_SHAPE, ESP_ERR_ARG */
 esp_status espi_routes_check(int64_t *replayed, const esp_model *model, const esp_batch *batch);
-/* Whether that is every token but those that have no experts of their own. */
+/* Whether where every token goes is known: `replayed`, and last tokens that follow. */
 bool espi_routes_whole(const esp_model *model, const esp_batch *batch, int64_t replayed);
-/* Fills chosen [L,T,K], in host memory, as espi_router_fwd takes it: ascending ids, -1 where the router is to choose.  The last token of a
- * sequence, whose output nobody reads, goes where the one before it went: so it is known before the pass where all rows go. */
+/* Fills chosen [L,T,K], in host memory, as espi_router_fwd takes it: ascending ids, -1 where the router is to choose; last tokens
+ * that follow (esp_batch.last_follows) as -2 - id. */
 void espi_routes_read(int32_t *chosen, const esp_model *model, const esp_batch *batch);
 /* counts [L,E] overwrite: the rows of every expert in such a `chosen`, of which all is known. */
 void espi_routes_count(int32_t *counts, const esp_model *model, const int32_t *chosen, int64_t tokens);

@@ -175,7 +175,7 @@ esp_status espi_routes_check(int64_t *replayed, const esp_model *model, const es
 
 bool espi_routes_whole(const esp_model *model, const esp_batch *batch, int64_t replayed) {
     int64_t own = batch->n_tokens;
-    for (int32_t s = 0; s < batch->n_seqs; s++) own -= !espi_is_prefix(batch, s);
+    for (int32_t s = 0; batch->last_follows && s < batch->n_seqs; s++) own -= !espi_is_prefix(batch, s);
     return replayed == own * model->config.moe_layers && (batch->routed_experts || batch->n_tokens == 0);
 }
 
@@ -193,7 +193,7 @@ void espi_routes_read(int32_t *chosen, const esp_model *model, const esp_batch *
         if (!has_experts(model, l)) continue;
         for (int64_t t = 0; t < batch->n_tokens; t++)
             read_ids(ids + t * c->top_k, batch->routed_experts, batch->routed_bytes, part_of(c, t, l), c->top_k);
-        for (int32_t s = 0; s < batch->n_seqs; s++) {
+        for (int32_t s = 0; batch->last_follows && s < batch->n_seqs; s++) {
             const int64_t last = batch->cu_seqlens[s + 1] - 1;
             send_last(ids + last * c->top_k, last + 1 - batch->cu_seqlens[s], c->top_k);
         }

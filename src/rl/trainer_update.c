@@ -229,6 +229,7 @@ static esp_status pack(esp_batch *batch, esp_trainer *t, const espi_sequence *se
                        .prefix_of = p->share ? p->prefix_of : NULL);
     if (sequences->routes) { /* so have all, or none; an empty batch says so too */
         batch->routed_experts = p->routes;
+        batch->last_follows = true; /* what comes of it is in no loss */
         batch->routed_bytes = (int32_t)shape->route_bytes;
         batch->n_routed = batch->n_tokens * shape->layers * shape->top_k;
     }

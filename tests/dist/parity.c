@@ -85,6 +85,7 @@ static void make_routes(batch_data *b, int index, skew kind, const espi_config *
     for (int32_t s = 0; s < b->batch.n_seqs; s++)
         memset(b->routes + (b->cu[s + 1] - 1) * c->layers * c->top_k, 255, (size_t)(c->layers * c->top_k));
     b->batch.routed_experts = b->routes;
+    b->batch.last_follows = kind % 2;
     b->batch.routed_bytes = 1;
     b->batch.n_routed = b->batch.n_tokens * c->layers * c->top_k;
 }

@@ -22,10 +22,14 @@ fi
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_hwloc_base_binding_policy=none
 export OMPI_MCA_mpi_yield_when_idle=1 OMPI_MCA_btl_vader_single_copy_mechanism=none OMP_NUM_THREADS=1 ESP_MPI_PLUGIN="$plugin"
 
-# count_left PATTERN: how many such processes are left after 3 seconds.
+# count_left PATTERN: how many processes of this script's jobs are left after 3 seconds; those of a script beside it have another mark.
+export RANKS_TEST=$$
 count_left() {
     for _ in 1 2 3 4 5 6; do
-        left=$(pgrep -f "$1" | wc -l)
+        left=0
+        for pid in $(pgrep -f "$1"); do
+            tr '\0' '\n' <"/proc/$pid/environ" 2>/dev/null | grep -qx "RANKS_TEST=$RANKS_TEST" && left=$((left + 1))
+        done
         test "$left" = 0 && return
         sleep 0.5
     done

@@ -330,6 +330,9 @@ Test(replay, ids_of_two_bytes) {
     OK(espi_routes_check(&replayed, &model, &b));
     cr_assert_eq(replayed, TOKENS - SEQS);
     espi_routes_read(again[0][0], &model, &b);
+    for (int32_t t = 0; t < TOKENS; t++) cr_assert_eq(again[1][t][1], routes[t][1][0] == 65535 ? -1 : chosen[1][t][1]);
+    b.last_follows = true;
+    espi_routes_read(again[0][0], &model, &b);
     for (int32_t t = 0; t < TOKENS; t++) { /* the last goes where the one before it went, and a single one to the first experts */
         const int32_t sent = t == 9 ? -2 - 1 : -2 - chosen[1][t > 0 ? t - 1 : 0][1];
         cr_assert_eq(again[1][t][1], routes[t][1][0] == 65535 ? sent : chosen[1][t][1], "token %d", t);
