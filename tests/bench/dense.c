@@ -7,7 +7,6 @@
 #include "measure.h"
 #include "roof.h"
 
-#include <getopt.h>
 #include <jansson.h>
 #include <math.h>
 
@@ -289,32 +288,14 @@ static void write_json(const char *path, const dense_case *cases, int n, int rou
 }
 
 int main(int argc, char **argv) {
-    static const struct option options[] = {{"backend", required_argument, NULL, 'b'}, {"threads", required_argument, NULL, 't'},
-                                            {"rounds", required_argument, NULL, 'r'},  {"only", required_argument, NULL, 'o'},
-                                            {"json", required_argument, NULL, 'j'},    {NULL, 0, NULL, 0}};
     static dense_case cases[MOST];
     static double fma[MAX_ROUNDS], dot[MAX_ROUNDS], copy[MAX_ROUNDS], reading[MAX_ROUNDS];
-    const char *name = NULL, *only = NULL, *json = NULL;
-    int rounds = 3;
-    program = "esp_bench_dense";
-    for (int o; (o = getopt_long(argc, argv, "", options, NULL)) != -1;) {
-        if (o == 'b') name = optarg;
-        if (o == 't') threads = atoi(optarg);
-        if (o == 'r') rounds = atoi(optarg);
-        if (o == 'o') only = optarg;
-        if (o == 'j') json = optarg;
-        if (o == '?') rounds = 0;
-    }
-    if (rounds < 1 || rounds > MAX_ROUNDS || threads < 1) {
-        fprintf(stderr,
-                "usage: esp_bench_dense [--backend NAME] [--threads N] [--rounds 1..%d] [--json FILE]\n"
-                "       [--only attention|projections|head|adamw|quant]\n",
-                MAX_ROUNDS);
-        return 2;
-    }
-    if (threads > 1) stopwatch = CLOCK_MONOTONIC;
-    backend = find_backend(name);
-    const int n = make_cases(cases, only);
+    const bench_options asked = bench_read(argc, argv, "esp_bench_dense", 3, "attention|projections|head|adamw|quant");
+    const int rounds = asked.rounds;
+    const char *json = asked.json;
+    backend = asked.backend;
+    threads = asked.threads;
+    const int n = make_cases(cases, asked.only);
     for (int round = -1; round < rounds; round++) { /* the first round warms up */
         const int at = round < 0 ? 0 : round;
         fma[at] = fma_roof();

@@ -4,7 +4,6 @@
 #include "measure.h"
 #include "roof.h"
 
-#include <getopt.h>
 #include <jansson.h>
 #include <math.h>
 
@@ -340,32 +339,14 @@ static void time_case(expert_case *c, int round) {
 }
 
 int main(int argc, char **argv) {
-    static const struct option options[] = {{"backend", required_argument, NULL, 'b'}, {"threads", required_argument, NULL, 't'},
-                                            {"rounds", required_argument, NULL, 'r'},  {"only", required_argument, NULL, 'o'},
-                                            {"json", required_argument, NULL, 'j'},    {NULL, 0, NULL, 0}};
     static expert_case cases[MOST];
     static roofs r;
-    const char *name = NULL, *only = NULL, *json = NULL;
-    int rounds = 5;
-    program = "esp_bench_experts";
-    for (int o; (o = getopt_long(argc, argv, "", options, NULL)) != -1;) {
-        if (o == 'b') name = optarg;
-        if (o == 't') threads = atoi(optarg);
-        if (o == 'r') rounds = atoi(optarg);
-        if (o == 'o') only = optarg;
-        if (o == 'j') json = optarg;
-        if (o == '?') rounds = 0;
-    }
-    if (rounds < 1 || rounds > MAX_ROUNDS || threads < 1) {
-        fprintf(stderr,
-                "usage: %s [--backend NAME] [--threads N] [--rounds 1..%d] [--json FILE]\n"
-                "       [--only expert|layer|train|gpt-oss]\n",
-                program, MAX_ROUNDS);
-        return 2;
-    }
-    if (threads > 1) stopwatch = CLOCK_MONOTONIC;
-    backend = find_backend(name);
-    const int n = make_cases(cases, only);
+    const bench_options asked = bench_read(argc, argv, "esp_bench_experts", 5, "expert|layer|train|gpt-oss");
+    const int rounds = asked.rounds;
+    const char *json = asked.json;
+    backend = asked.backend;
+    threads = asked.threads;
+    const int n = make_cases(cases, asked.only);
     for (int round = -1; round < rounds; round++) { /* the first round warms up */
         const int at = round < 0 ? 0 : round;
         r.fma[at] = fma_roof();

@@ -1,9 +1,11 @@
-/* What the benchmarks of CPU kernels share: the roofs of the machine, backends by name, and arrays of noise. */
+/* What the benchmarks of CPU kernels share: the roofs of the machine, backends by name, options, and arrays of noise. */
 #ifndef ESP_BENCH_ROOF_H
 #define ESP_BENCH_ROOF_H
 
 #include "kernels/backend.h"
 #include "measure.h"
+
+#include <getopt.h>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -142,6 +144,39 @@ static inline const espi_backend *find_backend(const char *name) {
         if ((*b)->available() && (!name || strcmp((*b)->name, name) == 0)) return *b;
     fprintf(stderr, "%s: no backend %s on this machine\n", program, name ? name : "(any)");
     exit(2);
+}
+
+/* What a benchmark against these roofs is asked. */
+typedef struct bench_options {
+    const espi_backend *backend;
+    const char *only, *json;
+    int threads, rounds;
+} bench_options;
+
+/* sections: what --only takes.  Ends the program where the options make no sense. */
+static inline bench_options bench_read(int argc, char **argv, const char *name, int rounds, const char *sections) {
+    static const struct option options[] = {{"backend", required_argument, NULL, 'b'}, {"threads", required_argument, NULL, 't'},
+                                            {"rounds", required_argument, NULL, 'r'},  {"only", required_argument, NULL, 'o'},
+                                            {"json", required_argument, NULL, 'j'},    {NULL, 0, NULL, 0}};
+    bench_options b = {.threads = 1, .rounds = rounds};
+    const char *backend = NULL;
+    program = name;
+    for (int o; (o = getopt_long(argc, argv, "", options, NULL)) != -1;) {
+        if (o == 'b') backend = optarg;
+        if (o == 't') b.threads = atoi(optarg);
+        if (o == 'r') b.rounds = atoi(optarg);
+        if (o == 'o') b.only = optarg;
+        if (o == 'j') b.json = optarg;
+        if (o == '?') b.rounds = 0;
+    }
+    if (b.rounds < 1 || b.rounds > MAX_ROUNDS || b.threads < 1) {
+        fprintf(stderr, "usage: %s [--backend NAME] [--threads N] [--rounds 1..%d] [--json FILE]\n       [--only %s]\n", program,
+                MAX_ROUNDS, sections);
+        exit(2);
+    }
+    if (b.threads > 1) stopwatch = CLOCK_MONOTONIC;
+    b.backend = find_backend(backend);
+    return b;
 }
 
 #endif

@@ -3,58 +3,34 @@
  * dies. */
 #include "fake.h"
 #include "rank_step.h"
-
-#include "core/status.h"
-#include "dist/share.h"
+#include "ranks.h"
 
 #include <criterion/criterion.h>
-#include <pthread.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-enum { MOST = 4 };
-
-typedef struct rank_run {
+typedef struct run {
     const rank_setting *set;
-    esp_comm *comm;
     bool device;
-    esp_status status;
-    char sentence[1024];
-    rank_digest digest;
-} rank_run;
+    rank_digest digest; /* of rank 0 */
+} run;
 
-static esp_status work(rank_run *r) {
+static esp_status work(rank_job *job) {
+    run *r = job->user;
+    rank_digest digest = {0};
     esp_ctx *ctx;
-    const esp_ctx_config config = ESP_CTX_CONFIG(.comm = r->comm, .threads = 1, .backend = "ref");
+    const esp_ctx_config config = ESP_CTX_CONFIG(.comm = job->comm, .threads = 1, .backend = "ref");
     ESPI_TRY(r->device ? fake_ctx(&ctx, &config) : esp_ctx_create(&ctx, &config));
-    const esp_status status = rank_step(&r->digest, ctx, r->set);
+    const esp_status status = rank_step(&digest, ctx, r->set);
     esp_ctx_destroy(ctx);
+    if (job->rank == 0) r->digest = digest;
     return status;
 }
 
-static void *run(void *user) {
-    rank_run *r = user;
-    r->status = work(r);
-    if (r->status != ESP_OK) snprintf(r->sentence, sizeof r->sentence, "%s", esp_last_error());
-    esp_comm_destroy(r->comm);
-    return NULL;
-}
-
 static rank_digest digest_of(const rank_setting *set, int size, bool device) {
-    rank_run ranks[MOST];
-    esp_comm *comms[MOST];
-    pthread_t threads[MOST];
-    cr_assert_eq(espi_comm_simulate(comms, size), ESP_OK);
-    for (int r = 0; r < size; r++) {
-        ranks[r] = (rank_run){.set = set, .comm = comms[r], .device = device};
-        espi_comm_patience(comms[r], 60);
-        cr_assert_eq(pthread_create(&threads[r], NULL, run, &ranks[r]), 0);
-    }
-    for (int r = 0; r < size; r++) pthread_join(threads[r], NULL);
-    for (int r = 0; r < size; r++)
-        cr_assert_eq(ranks[r].status, ESP_OK, "rank %d of %d, spread %d: %s", r, size, set->spread, ranks[r].sentence);
-    return ranks[0].digest;
+    run r = {.set = set, .device = device};
+    ranks_well(size, set->spread, work, &r, set->dir);
+    return r.digest;
 }
 
 static void expect_alike(rank_setting set) {

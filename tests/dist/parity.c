@@ -1,16 +1,15 @@
 /* One training step over any number of ranks has the same bits as over one: hidden states, losses, every gradient, the norm, the weights
  * after the step.  Ranks are threads; real processes run the same code over another transport (ranks.sh). */
 #include "checkpoint.h"
-#include "dist/share.h"
 #include "espalier/espalier.h"
 #include "models/passes.h"
+#include "ranks.h"
 
 #include <math.h>
-#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 
-enum { MOST_RANKS = 64, BATCHES = 7, MOST_TOKENS = 40, MOST_SEQS = 3 };
+enum { BATCHES = 7, MOST_TOKENS = 40, MOST_SEQS = 3 };
 
 /* How tokens choose experts: by the router, or as replayed routes say. */
 typedef enum skew {
@@ -104,13 +103,11 @@ static void make_batch(batch_data *b, int index, skew kind, const espi_config *c
     make_routes(b, index, kind, c);
 }
 
+/* What a rank is given. */
 typedef struct rank_run {
     const setting *set;
     esp_comm *comm;
     outcome *out; /* shared: every rank writes what is its own */
-    esp_status status;
-    char sentence[600];
-    uint64_t calls;
 } rank_run;
 
 /* B from the place in the whole tensor, so that every cut starts alike. */
@@ -211,8 +208,10 @@ static esp_status train(rank_run *r, esp_model *model) {
     return status;
 }
 
-static esp_status work(rank_run *r) {
+static esp_status work(rank_job *job) {
+    rank_run run = *(rank_run *)job->user, *r = &run;
     const setting *s = r->set;
+    r->comm = job->comm;
     esp_ctx *ctx;
     esp_model *model;
     ESPI_TRY(esp_ctx_create(&ctx, &ESP_CTX_CONFIG(.comm = r->comm, .backend = "cpu", .threads = 1)));
@@ -228,29 +227,10 @@ static esp_status work(rank_run *r) {
     return status;
 }
 
-static void *run(void *user) {
-    rank_run *r = user;
-    r->status = work(r);
-    if (r->status != ESP_OK) snprintf(r->sentence, sizeof r->sentence, "%s", esp_last_error());
-    r->calls = espi_comm_calls(r->comm);
-    esp_comm_destroy(r->comm);
-    return NULL;
-}
-
 static outcome *outcome_of(const setting *set) {
-    rank_run ranks[MOST_RANKS];
-    esp_comm *comms[MOST_RANKS];
-    pthread_t threads[MOST_RANKS];
     outcome *out = calloc(1, sizeof *out);
     cr_assert_not_null(out);
-    OK(espi_comm_simulate(comms, set->ranks));
-    for (int i = 0; i < set->ranks; i++) {
-        ranks[i] = (rank_run){.set = set, .comm = comms[i], .out = out};
-        cr_assert_eq(pthread_create(&threads[i], NULL, run, &ranks[i]), 0);
-    }
-    for (int i = 0; i < set->ranks; i++) pthread_join(threads[i], NULL);
-    for (int i = 0; i < set->ranks; i++)
-        cr_assert_eq(ranks[i].status, ESP_OK, "%s, rank %d of %d, spread %d: %s", set->dir, i, set->ranks, set->spread, ranks[i].sentence);
+    ranks_well(set->ranks, set->spread, work, &(rank_run){.set = set, .out = out}, set->dir);
     return out;
 }
 
