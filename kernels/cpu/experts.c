@@ -236,9 +236,13 @@ static void branch_grads(const espi_exec *exec, const expert_pass *p, const void
 
 #if defined(__AVX512BF16__)
 /* Work memory of a packed product: the hit experts, most rows first, then every thread's own. */
-static size_t packed_scratch(const espi_exec *exec, const espi_stack *w) {
+static size_t work_bytes(const espi_stack *w, const espi_routing *routing) {
+    return cpu_packed_work(w, cpu_min(routing->tokens, TASK_ROWS)); /* a token has an expert once */
+}
+
+static size_t packed_scratch(const espi_exec *exec, const espi_stack *w, const espi_routing *routing) {
     if (espi_cpu_packed_bytes(w) == 0) return 0;
-    return (size_t)cpu_blocks(w->experts * (int64_t)sizeof(int32_t), 64) * 64 + (size_t)exec->threads * cpu_packed_work(w);
+    return (size_t)cpu_blocks(w->experts * (int64_t)sizeof(int32_t), 64) * 64 + (size_t)exec->threads * work_bytes(w, routing);
 }
 
 static int64_t order_experts(int32_t *order, const espi_routing *routing) {
@@ -279,39 +283,54 @@ typedef struct packed_pass {
     const espi_glu *glu;
 } packed_pass;
 
-static void packed_task(const packed_pass *k, int64_t e, int64_t panel, int64_t cols, void *work) {
+/* Work memory of a thread, and the first row of those that its last task had. */
+typedef struct packed_work {
+    void *memory;
+    int64_t rows;
+} packed_work;
+
+/* Rows first .. first + m - 1 of all, which expert e has, and some of its columns. */
+static void packed_rows(const packed_pass *k, int64_t e, const cpu_columns *columns, int64_t first, int64_t m, packed_work *work) {
     const expert_pass *p = k->pass;
     const int64_t in = k->backward ? p->w->rows : p->w->cols, out = k->backward ? p->w->cols : p->w->rows, r = p->lora->r;
-    const int64_t first = p->routing->offsets[e], m = p->routing->offsets[e + 1] - first;
     const cpu_rows from = input_rows(p, k->from, in, first), to = routed_rows(k->to, out, first), low = routed_rows(k->low, r, first);
     const cpu_packed w = cpu_packed_of(p->w, e);
-    const cpu_columns columns = task_columns(panel, cols, out, k->glu);
     const cpu_branch l = cpu_branch_of(p->lora, e, p->w->cols, p->w->rows);
     const cpu_weight weight = k->backward ? cpu_floats(l.a, l.in, 1, false) : cpu_floats(l.b, r, l.scale, true);
+    const bool again = work->rows == first;
+    work->rows = first;
     if (k->backward)
-        cpu_packed_backward(&to, &from, &w, m, columns, work);
+        cpu_packed_backward(&to, &from, &w, m, *columns, work->memory, again);
     else
-        cpu_packed_forward(&to, &from, &w, p->bias ? p->bias + e * out : NULL, m, columns, work);
-    add_branch(&to, &columns, &low, &weight, r, m);
+        cpu_packed_forward(&to, &from, &w, p->bias ? p->bias + e * out : NULL, m, *columns, work->memory, again);
+    add_branch(&to, columns, &low, &weight, r, m);
     if (!k->act) return;
-    const int64_t begin = k->glu->interleaved ? columns.first / 2 : columns.first;
-    const int64_t end = begin + (k->glu->interleaved ? columns.n / 2 : columns.n);
+    const int64_t begin = k->glu->interleaved ? columns->first / 2 : columns->first;
+    const int64_t end = begin + (k->glu->interleaved ? columns->n / 2 : columns->n);
     for (int64_t s = first; s < first + m; s++)
         activate(k->glu, (float *)k->act + s * (out / 2), (const float *)k->to + s * out, begin, end, out / 2);
+}
+
+static void packed_task(const packed_pass *k, int64_t e, int64_t panel, int64_t cols, packed_work *work) {
+    const espi_routing *routing = k->pass->routing;
+    const cpu_columns columns = task_columns(panel, cols, k->backward ? k->pass->w->cols : k->pass->w->rows, k->glu);
+    for (int64_t first = routing->offsets[e], end = routing->offsets[e + 1]; first < end; first += TASK_ROWS)
+        packed_rows(k, e, &columns, first, cpu_min(end - first, TASK_ROWS), work);
 }
 
 static void run_packed(const espi_exec *exec, const packed_pass *k, char *scratch) {
     const expert_pass *p = k->pass;
     const int64_t in = p->w->cols, out = p->w->rows, r = p->lora->r;
     const int threads = pass_threads(exec, p);
-    /* Every task converts its rows: alone, a thread is better off with few.  A backward adds to its columns, which should stay near. */
+    /* Every task may have to convert its rows: alone, a thread is better off with few. */
     const int64_t cols = threads > 1 || k->backward ? TASK_COLS : 4 * TASK_COLS, panels = cpu_blocks(k->backward ? in : out, cols);
     int32_t *order = (int32_t *)scratch;
-    char *work = scratch + cpu_blocks(p->w->experts * (int64_t)sizeof *order, 64) * 64;
+    char *memory = scratch + cpu_blocks(p->w->experts * (int64_t)sizeof *order, 64) * 64;
     const int64_t hit = order_experts(order, p->routing);
-    const size_t each = cpu_packed_work(p->w);
+    const size_t each = work_bytes(p->w, p->routing);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
+        packed_work work = {memory + (size_t)omp_get_thread_num() * each, -1};
         if (r) {
 #pragma omp for schedule(dynamic, 1)
             for (int64_t i = 0; i < hit; i++) {
@@ -324,8 +343,7 @@ static void run_packed(const espi_exec *exec, const packed_pass *k, char *scratc
             }
         }
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t task = 0; task < hit * panels; task++)
-            packed_task(k, order[task / panels], task % panels, cols, work + (size_t)omp_get_thread_num() * each);
+        for (int64_t task = 0; task < hit * panels; task++) packed_task(k, order[task / panels], task % panels, cols, &work);
     }
 }
 
@@ -334,8 +352,8 @@ static bool activates_at_once(const espi_stack *w, const espi_glu *glu) {
     return w->packed && (glu->interleaved || w->rows / 2 % RECORD_ROWS == 0);
 }
 #else
-static size_t packed_scratch(const espi_exec *exec, const espi_stack *w) {
-    (void)exec, (void)w;
+static size_t packed_scratch(const espi_exec *exec, const espi_stack *w, const espi_routing *routing) {
+    (void)exec, (void)w, (void)routing;
     return 0;
 }
 #endif
@@ -373,7 +391,7 @@ static size_t floats_first(int64_t n) {
 }
 
 size_t ESPI_CPU(espi_gate_up_fwd_scratch)(const espi_exec *exec, const espi_gate_up_fwd *a) {
-    return packed_scratch(exec, &a->w);
+    return packed_scratch(exec, &a->w, &a->routing);
 }
 
 esp_status ESPI_CPU(espi_gate_up_fwd)(const espi_exec *exec, const espi_gate_up_fwd *a) {
@@ -390,7 +408,7 @@ esp_status ESPI_CPU(espi_gate_up_fwd)(const espi_exec *exec, const espi_gate_up_
 }
 
 size_t ESPI_CPU(espi_down_fwd_scratch)(const espi_exec *exec, const espi_down_fwd *a) {
-    return packed_scratch(exec, &a->w);
+    return packed_scratch(exec, &a->w, &a->routing);
 }
 
 esp_status ESPI_CPU(espi_down_fwd)(const espi_exec *exec, const espi_down_fwd *a) {
@@ -401,7 +419,7 @@ esp_status ESPI_CPU(espi_down_fwd)(const espi_exec *exec, const espi_down_fwd *a
 
 /* q. */
 size_t ESPI_CPU(espi_gate_up_bwd_scratch)(const espi_exec *exec, const espi_gate_up_bwd *a) {
-    return floats_first(slots_of(&a->routing) * a->lora.r) + packed_scratch(exec, &a->w);
+    return floats_first(slots_of(&a->routing) * a->lora.r) + packed_scratch(exec, &a->w, &a->routing);
 }
 
 esp_status ESPI_CPU(espi_gate_up_bwd)(const espi_exec *exec, const espi_gate_up_bwd *a) {
@@ -419,7 +437,7 @@ static size_t down_floats(const espi_down_bwd *a) {
 }
 
 size_t ESPI_CPU(espi_down_bwd_scratch)(const espi_exec *exec, const espi_down_bwd *a) {
-    return down_floats(a) + packed_scratch(exec, &a->w);
+    return down_floats(a) + packed_scratch(exec, &a->w, &a->routing);
 }
 
 /* From a_s, which d_act holds, to d_row_weight_s = act_s . a_s + bias_e . d_out_t and w_s a_s. */

@@ -45,11 +45,11 @@ static inline cpu_packed cpu_packed_of(const espi_stack *w, int64_t expert) {
     return (cpu_packed){records, w->lut, w->format, w->rows, w->cols};
 }
 
-/* What a task works on: so many columns of one expert's y, or of its d_x.  Tiles take longer to convert rows. */
+/* What a task works on: so many columns of one expert's y, or of its d_x, and at most so many rows.  Tiles take longer to convert rows. */
 #if defined(__AMX_BF16__)
-enum { TASK_COLS = 1024 };
+enum { TASK_COLS = 1024, TASK_ROWS = 1 << 20 };
 #else
-enum { TASK_COLS = 256 };
+enum { TASK_COLS = 256, TASK_ROWS = 512 };
 #endif
 
 /* Columns `first` .. first + n - 1 of an expert and, where `second` is not 0, `second` .. second + n - 1; all whole records.  Rows of c begin
@@ -58,16 +58,17 @@ typedef struct cpu_columns {
     int64_t first, second, n;
 } cpu_columns;
 
-/* Bytes that a thread needs for either. */
+/* Bytes that a thread needs for either, with up to so many rows at a time. */
 #define cpu_packed_work ESPI_CPU(espi_cpu_packed_work)
-size_t cpu_packed_work(const espi_stack *w);
-/* c[0..m)[columns] = bias[columns] (NULL: 0) + a[0..m) W[columns]^T. */
+size_t cpu_packed_work(const espi_stack *w, int64_t rows);
+/* c[0..m)[columns] = bias[columns] (NULL: 0) + a[0..m) W[columns]^T.  again: the last call with this work memory went the same way and had
+ * these rows of a, so what it made of them may still be used. */
 #define cpu_packed_forward ESPI_CPU(espi_cpu_packed_forward)
 void cpu_packed_forward(const cpu_rows *c, const cpu_rows *a, const cpu_packed *w, const float *bias, int64_t m, cpu_columns columns,
-                        void *work);
+                        void *work, bool again);
 /* c[0..m)[columns] = a[0..m) W[.][columns]. */
 #define cpu_packed_backward ESPI_CPU(espi_cpu_packed_backward)
-void cpu_packed_backward(const cpu_rows *c, const cpu_rows *a, const cpu_packed *w, int64_t m, cpu_columns columns, void *work);
+void cpu_packed_backward(const cpu_rows *c, const cpu_rows *a, const cpu_packed *w, int64_t m, cpu_columns columns, void *work, bool again);
 
 #endif
 #endif

@@ -237,7 +237,8 @@ static void put_tiles(const cpu_rows *c, const float *sums, int64_t first, int64
     }
 }
 
-size_t cpu_packed_work(const espi_stack *w) {
+size_t cpu_packed_work(const espi_stack *w, int64_t rows) {
+    (void)rows;
     const size_t forward = ROWS_TOGETHER * (size_t)w->cols * 2;
     const size_t backward = (ROWS_TOGETHER * 2 + TILE_DEPTH) * (size_t)w->rows; /* rows, and 64 bytes for each pair of n */
     return forward > backward ? forward : backward;
@@ -257,7 +258,8 @@ static void forward_columns(const cpu_rows *c, const cpu_packed *w, const float 
 }
 
 void cpu_packed_forward(const cpu_rows *c, const cpu_rows *a, const cpu_packed *w, const float *bias, int64_t m, cpu_columns columns,
-                        void *work) {
+                        void *work, bool again) {
+    (void)again;
     tiles_begin();
     for (int64_t start = 0; start < m; start += ROWS_TOGETHER) {
         const int64_t many = cpu_min(m - start, ROWS_TOGETHER);
@@ -310,7 +312,9 @@ static void backward_columns(const cpu_rows *c, const cpu_packed *w, const uint8
     }
 }
 
-void cpu_packed_backward(const cpu_rows *c, const cpu_rows *a, const cpu_packed *w, int64_t m, cpu_columns columns, void *work) {
+void cpu_packed_backward(const cpu_rows *c, const cpu_rows *a, const cpu_packed *w, int64_t m, cpu_columns columns, void *work,
+                         bool again) {
+    (void)again;
     uint8_t *values = work, *y = values + w->rows * TILE_DEPTH;
     tiles_begin();
     for (int64_t start = 0; start < m; start += ROWS_TOGETHER) {

@@ -203,7 +203,8 @@ static void forward_columns(const cpu_rows *c, const cpu_packed *w, const float 
 }
 
 void cpu_packed_forward(const cpu_rows *c, const cpu_rows *a, const cpu_packed *w, const float *bias, int64_t m, cpu_columns columns,
-                        void *work) {
+                        void *work, bool again) {
+    (void)again;
     uint8_t *x = work;
     for (int64_t start = 0; start < m; start += FORWARD_ROWS) {
         const int64_t many = cpu_min(m - start, FORWARD_ROWS), strips = cpu_blocks(many, STRIP_ROWS);
@@ -369,7 +370,8 @@ BACKWARD_ALL(1)
 static backward_fn *const backward_few[2][FEW_ROWS] = {{backward_1_0, backward_2_0, backward_3_0, backward_4_0},
                                                        {backward_1_1, backward_2_1, backward_3_1, backward_4_1}};
 
-size_t cpu_packed_work(const espi_stack *w) {
+size_t cpu_packed_work(const espi_stack *w, int64_t rows) {
+    (void)rows;
     const size_t forward = FORWARD_ROWS * (size_t)w->cols * 2;
     const size_t backward = BACKWARD_ROWS * BACK_DEPTH * 2 + BACK_DEPTH * RECORD_COLS * 2;
     return forward > backward ? forward : backward;
@@ -394,7 +396,9 @@ static void backward_columns(const cpu_rows *c, const cpu_packed *w, const uint8
     }
 }
 
-void cpu_packed_backward(const cpu_rows *c, const cpu_rows *a, const cpu_packed *w, int64_t m, cpu_columns columns, void *work) {
+void cpu_packed_backward(const cpu_rows *c, const cpu_rows *a, const cpu_packed *w, int64_t m, cpu_columns columns, void *work,
+                         bool again) {
+    (void)again;
     uint8_t *panel = work, *y = panel + BACK_DEPTH * RECORD_COLS * 2;
     for (int64_t start = 0; start < m; start += BACKWARD_ROWS) {
         const int64_t many = cpu_min(m - start, BACKWARD_ROWS);
