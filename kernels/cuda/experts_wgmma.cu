@@ -182,55 +182,6 @@ template <product_kind kind> static __device__ __forceinline__ lane_rows row_pla
     return at;
 }
 
-/* Where the lane's codes and scales are in a stage's records. */
-struct code_places {
-    uint32_t code[2], scale[2];
-};
-
-/* The lane's codes of a k-block, with what decodes them: the products of an absmax with all values, of which each lane of a row makes the
- * four from 4 (lane % 4) on; of MXFP4 the scales. */
-struct lane_codes {
-    uint32_t q[2][2], scale[2]; /* of rows v; halves of the columns h */
-    byte_planes planes[2];
-};
-
-template <int format>
-static __device__ __forceinline__ void load_codes(lane_codes &c, uint32_t records, const code_places &at, const float (&values)[4]) {
-#pragma unroll
-    for (int v = 0; v < 2; v++) {
-        c.q[v][0] = dev_load_shared4(records + at.code[v]), c.q[v][1] = dev_load_shared4(records + at.code[v] + 1024);
-        c.scale[v] = format == ESP_MXFP4 ? dev_load_shared2(records + at.scale[v]) : dev_load_shared4(records + at.scale[v]);
-    }
-#pragma unroll
-    for (int v = 0; v < 2 && format != ESP_MXFP4; v++) {
-        const float absmax = __uint_as_float(c.scale[v]);
-        const uint32_t a = dev_bf16x2(values[0] * absmax, values[1] * absmax), b = dev_bf16x2(values[2] * absmax, values[3] * absmax);
-        const uint32_t low = dev_prmt(a, b, 0x6420u), high = dev_prmt(a, b, 0x7531u);
-#pragma unroll
-        for (int i = 0; i < 4; i++) c.planes[v].low[i] = __shfl_sync(~0u, low, i, 4), c.planes[v].high[i] = __shfl_sync(~0u, high, i, 4);
-    }
-}
-
-/* Fragments of A of two k16 steps: word 4 j + 2 i + v has columns 32 h + 16 j + 8 i + 2 (lane % 4) .. of row v. */
-template <int format> static __device__ __forceinline__ void decode_fragments(uint32_t (&out)[8], const lane_codes &c, int h) {
-    uint32_t most = 0;
-#pragma unroll
-    for (int v = 0; v < 2; v++) {
-        const uint32_t e = c.scale[v] >> 8 * h & 255u;
-        const uint4 w =
-            format == ESP_MXFP4 ? decode_mx(c.q[v][h], (min(e, 128u) + 126u) * 0x00800080u, 0) : decode_table(c.q[v][h], c.planes[v]);
-        out[v] = w.x, out[2 + v] = w.y, out[4 + v] = w.z, out[6 + v] = w.w;
-        most = max(most, e);
-    }
-    if (format == ESP_MXFP4 && __any_sync(~0u, most > 128)) { /* the factor alone would not be a bf16 */
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            const uint32_t e = c.scale[i % 2] >> 8 * h & 255u;
-            out[i] = dev_mul_bf16x2(out[i], e > 128 ? (e - 1) * 0x00800080u : 0x3f803f80u);
-        }
-    }
-}
-
 /* Half a k-block from registers, queued; the half before is read when it returns. */
 template <int n> static __device__ __forceinline__ void multiply_half(float (&d)[128], const uint32_t (&a)[8], uint64_t rows, int keep) {
     dev_wgmma_begin();
