@@ -170,6 +170,7 @@ static const option options[] = {
     {"warmup_steps", I64, NOT_NEGATIVE, A(warmup_steps), BOTH, NULL, "(0)"},
     {"total_steps", I64, NOT_NEGATIVE, A(total_steps), BOTH, NULL, "length of the schedule; needed unless it is constant"},
     {"eight_bit", FLAG, ANY, A(eight_bit), BOTH, NULL, "moments in 8 bits"},
+    {"host_moments", FLAG, ANY, A(host_moments), BOTH, NULL, "of a GPU: moments in the host's memory, the same bits"},
     {"experts", CHOICE, ANY, M(experts), BOTH, formats,
      "how experts are held: nf4|fp4|mxfp4|none (as the checkpoint has them in 4 bits, else nf4)"},
     {"mxfp4_rule", CHOICE, ANY, M(mxfp4_rule), BOTH, mxfp4_rules, "how plain experts become mxfp4: ocp|round_up (ocp)"},

@@ -14,6 +14,7 @@ static void print_plan(const esp_plan *plan) {
     print_part("adapter", plan->adapter);
     print_part("gradients", plan->gradients);
     print_part("optimizer", plan->optimizer);
+    if (plan->host_moments) print_part("  and in host memory", plan->host_moments);
     print_part("activations", plan->activations);
     print_part("  of these the head", plan->head);
     printf("%-22s %14" PRId64 "\n", "layers recomputed", plan->layers_recomputed);
@@ -105,6 +106,7 @@ int espi_cli_plan(int argc, char **argv) {
         {"--experts", ESPI_OPTION_CHOICE, &experts, espi_cli_experts, "how frozen experts are held (auto: MXFP4 as it is, others as nf4)"},
         {"--double-quant", ESPI_OPTION_FLAG, &o.model.double_quant, NULL, "block scales through 8 bits"},
         {"--8bit-adam", ESPI_OPTION_FLAG, &o.adamw.eight_bit, NULL, "moments in 8 bits"},
+        {"--host-moments", ESPI_OPTION_FLAG, &o.adamw.host_moments, NULL, "moments in the host's memory, of a GPU"},
         {"--activation-budget", ESPI_OPTION_BYTES, &o.model.activation_budget, "BYTES", "saved activations; K, M, G allowed (no bound)"},
         {"--backend", ESPI_OPTION_TEXT, &o.backend, "NAME", "cpu, cuda, ref or ref64 (auto)"},
         {"--ranks", ESPI_OPTION_COUNT, &o.ranks, "R",

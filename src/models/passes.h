@@ -33,12 +33,12 @@ typedef struct espi_adamw_settings {
     double lr, beta1, beta2, eps, weight_decay, max_grad_norm, num_cycles;
     esp_schedule schedule;
     int64_t warmup_steps, total_steps;
-    bool eight_bit;
+    bool eight_bit, host_moments;
 } espi_adamw_settings;
 esp_status espi_adamw_settings_read(espi_adamw_settings *settings, const esp_adamw_config *config);
 
 /* optim/adamw.c: bytes that esp_adamw_create takes for this model; config NULL = defaults. */
-esp_status espi_adamw_plan(size_t *bytes, const esp_model *model, const esp_adamw_config *config);
+esp_status espi_adamw_plan(espi_extent *bytes, const esp_model *model, const esp_adamw_config *config);
 
 /* This batch's share of the optimiser step: counted tokens / step_tokens, 1 when that is not stated. */
 double espi_loss_share(const esp_batch *batch);

@@ -64,8 +64,10 @@ static esp_status fill_plan(esp_plan *plan, esp_model *model, const esp_adamw_co
     plan->expert_weights = w.experts;
     plan->adapter = w.adapter;
     plan->gradients = w.gradients;
-    ESPI_TRY(espi_adamw_plan(&plan->optimizer, model, adamw));
     espi_extent room;
+    ESPI_TRY(espi_adamw_plan(&room, model, adamw));
+    plan->optimizer = room.main;
+    plan->host_moments = room.host;
     ESPI_TRY(espi_activation_bytes(&room, model, n_tokens, n_seqs, true));
     plan->activations = room.main;
     ESPI_TRY(head_bytes(&plan->head, model, &shape));

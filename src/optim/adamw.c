@@ -1,4 +1,4 @@
-/* AdamW over a model's adapter: moments in one block of the context, global-norm clipping, learning rate by schedule. */
+/* AdamW over a model's adapter: moments in one room of the context, global-norm clipping, learning rate by schedule. */
 #include "core/decimal.h"
 #include "core/select.h"
 #include "espalier/quant.h"
@@ -32,8 +32,8 @@ struct esp_optim {
     moments *tensors;        /* [n] in the order of the model's parameters */
     esp_optim_array *arrays; /* [n_arrays] what a checkpoint keeps */
     int64_t n_arrays;
-    espi_block block;
-    espi_arena arena;                /* over the block: moments, then the scratch of the ops */
+    espi_room room;
+    espi_arena arena;                /* over the room: moments, then the scratch of the ops */
     double *square_sums, *host_sums; /* [n_parts] sums of squares here; room in host memory for find_norm */
     int64_t n_parts, n_sums;         /* parts of all tensors here; of the whole model */
     const float *map1, *map2;        /* of the 8-bit form, where the ops read them */
@@ -81,7 +81,8 @@ esp_status espi_adamw_settings_read(espi_adamw_settings *s, const esp_adamw_conf
                                .schedule = given.schedule,
                                .warmup_steps = given.warmup_steps,
                                .total_steps = given.total_steps,
-                               .eight_bit = given.eight_bit};
+                               .eight_bit = given.eight_bit,
+                               .host_moments = given.host_moments};
     return check_settings(s);
 }
 
@@ -165,17 +166,21 @@ static void *after(void *p, size_t bytes) {
     return p ? (unsigned char *)p + bytes : NULL;
 }
 
+static esp_status take(esp_optim *o, size_t bytes, void *out) {
+    return o->set.host_moments ? espi_arena_take_host(&o->arena, bytes, out) : espi_arena_take(&o->arena, bytes, out);
+}
+
 /* Those of a run in one piece each. */
 static esp_status take_moments(esp_optim *o, int64_t first) {
     moments *t = &o->tensors[first];
     const int64_t all = run_count(o, first);
     const size_t size = t->eight_bit ? 1 : o->model->ctx->real_size;
-    ESPI_TRY(espi_arena_take(&o->arena, (size_t)all * size, &t->m));
-    ESPI_TRY(espi_arena_take(&o->arena, (size_t)all * size, &t->v));
+    ESPI_TRY(take(o, (size_t)all * size, &t->m));
+    ESPI_TRY(take(o, (size_t)all * size, &t->v));
     if (t->eight_bit) {
         const size_t scales = (size_t)((all + EIGHT_BIT_BLOCK - 1) / EIGHT_BIT_BLOCK) * sizeof(float);
-        ESPI_TRY(espi_arena_take(&o->arena, scales, &t->absmax_m));
-        ESPI_TRY(espi_arena_take(&o->arena, scales, &t->absmax_v));
+        ESPI_TRY(take(o, scales, &t->absmax_m));
+        ESPI_TRY(take(o, scales, &t->absmax_v));
     }
     for (int64_t i = 1; i < t->run; i++) {
         const size_t count = (size_t)t[i - 1].count, scales = count / EIGHT_BIT_BLOCK * sizeof(float);
@@ -289,18 +294,18 @@ static esp_status take_all(esp_optim *o) {
     return espi_arena_take(&o->arena, (size_t)o->n_parts * sizeof *o->square_sums, &o->square_sums);
 }
 
-static esp_status plan_bytes(size_t *bytes, esp_optim *o) {
-    *bytes = 0;
+static esp_status plan_bytes(espi_extent *bytes, esp_optim *o) {
+    *bytes = (espi_extent){0};
     if (o->n == 0) return ESP_OK;
     o->arena = espi_ctx_dry(o->model->ctx);
     ESPI_TRY(take_all(o));
     ESPI_TRY(square_sums(o));
     ESPI_TRY(update(o, 0, 0));
-    *bytes = o->arena.main.high;
+    *bytes = espi_arena_high(&o->arena);
     return ESP_OK;
 }
 
-esp_status espi_adamw_plan(size_t *bytes, const esp_model *model, const esp_adamw_config *config) {
+esp_status espi_adamw_plan(espi_extent *bytes, const esp_model *model, const esp_adamw_config *config) {
     esp_model shape = *model;
     esp_optim o = {0};
     esp_status status = describe(&o, &shape, config);
@@ -370,12 +375,10 @@ static esp_status check_params(const esp_optim *o) {
 static esp_status build(esp_optim *o, esp_model *model, const esp_adamw_config *config) {
     ESPI_TRY(describe(o, model, config));
     ESPI_TRY(check_params(o));
-    size_t bytes;
-    void *p;
+    espi_extent bytes;
     ESPI_TRY(plan_bytes(&bytes, o));
-    ESPI_TRY(espi_ctx_alloc(model->ctx, ESPI_MEM_OPTIMIZER, bytes, &p));
-    o->block = (espi_block){.purpose = ESPI_MEM_OPTIMIZER, .p = p, .bytes = bytes};
-    o->arena = espi_arena_over(p, bytes);
+    ESPI_TRY(espi_room_take(&o->room, model->ctx, ESPI_MEM_OPTIMIZER, bytes));
+    o->arena = espi_room_arena(&o->room, model->ctx);
     ESPI_TRY(take_all(o));
     o->host_sums = malloc((size_t)(o->n_parts + 2 * o->n_sums) * sizeof *o->host_sums + espi_share_add_bytes(&model->share));
     if (!o->host_sums) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for the norms of %lld tensors", (long long)o->n);
@@ -397,7 +400,7 @@ esp_status esp_adamw_create(esp_optim **optim, esp_model *model, const esp_adamw
 
 void esp_optim_destroy(esp_optim *optim) {
     if (!optim) return;
-    if (optim->block.p) espi_ctx_free(optim->model->ctx, optim->block.purpose, optim->block.p, optim->block.bytes);
+    espi_room_free(&optim->room, optim->model->ctx);
     for (int64_t i = 0; i < optim->n_arrays; i++) free((void *)optim->arrays[i].name);
     free(optim->arrays);
     free(optim->tensors);

@@ -92,13 +92,14 @@ static esp_status take_memory(esp_trainer *t) {
     esp_ctx *ctx = t->model->ctx;
     t->most_kept = most_kept(t);
     const esp_sampler_config sampler = sampler_config(t);
-    size_t optim, activations, cache = 0;
+    espi_extent optim;
+    size_t activations, cache = 0;
     if (t->c.server) ESPI_TRY(espi_server_reserve(t->model));
     ESPI_TRY(espi_adamw_plan(&optim, t->model, &t->c.adamw));
     ESPI_TRY(espi_update_reserve(&activations, t, false));
     if (needs_sampler(t)) ESPI_TRY(esp_sampler_plan(t->model, &sampler, &cache));
     if (activations < t->model->room.extent.main) activations = t->model->room.extent.main;
-    const size_t whole = ctx->total - t->model->room.extent.main + activations + optim + cache;
+    const size_t whole = ctx->total - t->model->room.extent.main + activations + optim.main + cache;
     t->planned = whole > ctx->peak ? whole : ctx->peak;
     ESPI_TRY(esp_adamw_create(&t->optim, t->model, &t->c.adamw));
     if (needs_sampler(t)) ESPI_TRY(esp_sampler_create(&t->sampler, t->model, &sampler));

@@ -1,13 +1,14 @@
 #!/bin/bash
 # Everything that needs a GPU, in under 9 minutes of its time: tests, sanitizers on small shapes, benchmarks.
 #   tests/bench/gpu.sh pack BUILD DIR     where the compiler is: builds for the H100/H200 and puts all that a run needs into DIR
-#   DIR/gpu.sh run RESULTS                where the GPU is (needs nothing else but the driver and CUDA's libraries): RESULTS/gpu-*.json
+#   DIR/gpu.sh run RESULTS [PART..]       where the GPU is (needs nothing else but the driver and CUDA's libraries): RESULTS/gpu-*.json
 #   tests/bench/gpu.sh all BUILD RESULTS  both, on one machine
+# Parts: tests models ops sanitizers times; without any all of them, in this order.
 # Bugs that were planted once, and what caught them: tests/cuda/planted.md.
 set -u
 here=$(cd "$(dirname "$0")" && pwd)
 programs="tests/cuda/test_cuda_device tests/cuda/test_cuda_model tests/cuda/test_cuda_ops tests/bench/esp_bench_gpu
-    tests/bench/esp_bench_gpu_ops espalier"
+    tests/bench/esp_bench_gpu_ops tests/bench/esp_bench_gpu_experts espalier"
 
 pack() { # BUILD DIR
     root=$(cd "$here/../.." && pwd)
@@ -60,7 +61,46 @@ bench() {
     record "$name" "$@"
 }
 
-run() { # RESULTS
+part_tests() {
+    step device 60 ./test_cuda_device
+    step model 90 ./test_cuda_model data
+    step verify 60 ./espalier verify --device cuda data
+}
+
+part_models() {
+    for shape in "qwen3-30b-a3b nf4" "gpt-oss-20b mxfp4"; do
+        # shellcheck disable=SC2086  # two words
+        set -- $shape
+        bench "$1" 60 ./esp_bench_gpu "configs/$1" "experts=$2" adam8=1 decode=64 profile=1
+        bench "$1-recomputed" 40 ./esp_bench_gpu "configs/$1" "experts=$2" adam8=1 budget=1 steps=5
+        bench "$1-least-memory" 40 ./esp_bench_gpu "configs/$1" "experts=$2" host_moments=1 budget=1 steps=5
+        bench "$1-4x2048" 40 ./esp_bench_gpu "configs/$1" "experts=$2" adam8=1 sequences=4 steps=5
+    done
+}
+
+part_ops() {
+    step ops 90 ./test_cuda_ops
+    step experts-exact 30 ./esp_bench_gpu_experts exact
+}
+
+# Experts as they are tiled for few and for many rows, in the formats that have kernels of their own; and a model of all ops.
+part_sanitizers() {
+    for tool in memcheck racecheck initcheck; do
+        checked="compute-sanitizer --tool $tool --error-exitcode 9 --report-api-errors no"
+        # shellcheck disable=SC2086  # words
+        step $tool-model 60 $checked ./test_cuda_model data q3c
+        for layer in nf4-r16 nf4-few-rows mxfp4-r16-clamped mxfp4-few-rows; do
+            # shellcheck disable=SC2086  # words
+            step $tool-$layer 40 $checked ./esp_bench_gpu_experts check $layer
+        done
+    done
+}
+
+part_times() {
+    bench ops-times 90 ./esp_bench_gpu_ops
+}
+
+run() { # RESULTS [PART..]
     cd "$here" || exit 1
     results=$1
     mkdir -p "$results"
@@ -68,34 +108,29 @@ run() { # RESULTS
     device=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1)
     [ -n "$device" ] || { echo "no GPU here: nvidia-smi names none"; exit 77; }
     chmod +x ./*
-    step device 60 ./test_cuda_device
-    step model 90 ./test_cuda_model data
-    step verify 60 ./espalier verify --device cuda data
-    for shape in "qwen3-30b-a3b nf4" "gpt-oss-20b mxfp4"; do
-        # shellcheck disable=SC2086  # two words
-        set -- $shape
-        bench "$1" 60 ./esp_bench_gpu "configs/$1" "experts=$2" adam8=1 decode=64 profile=1
-        bench "$1-4x2048" 40 ./esp_bench_gpu "configs/$1" "experts=$2" adam8=1 sequences=4 steps=5
-        bench "$1-least-memory" 40 ./esp_bench_gpu "configs/$1" "experts=$2" adam8=1 budget=1 steps=5
+    shift
+    [ $# -gt 0 ] || set -- tests models ops sanitizers times
+    for part; do
+        begun=$SECONDS
+        "part_$part"
+        printf '%-28s %d s\n' "== $part" $((SECONDS - begun))
     done
-    step ops 60 ./test_cuda_ops
-    for tool in memcheck racecheck initcheck; do
-        step $tool-model 60 compute-sanitizer --tool $tool --error-exitcode 9 --report-api-errors no ./test_cuda_model data q3c
-    done
-    bench ops-times 90 ./esp_bench_gpu_ops
     echo "$SECONDS s of the GPU's time"
     exit $failed
 }
 
 case ${1-} in
 pack) pack "$2" "$3" ;;
-run) run "$2" ;;
+run)
+    shift
+    run "$@"
+    ;;
 all)
     pack "$2" "$2/gpu"
     exec "$2/gpu/gpu.sh" run "$(mkdir -p "$3" && cd "$3" && pwd)"
     ;;
 *)
-    sed -n '2,6p' "$0"
+    sed -n '2,7p' "$0"
     exit 2
     ;;
 esac

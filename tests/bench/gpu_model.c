@@ -1,6 +1,6 @@
 /* esp_bench_gpu: seconds of whole SFT steps and of decoding on a GPU, random weights of a published shape, and what each op takes.
  *   esp_bench_gpu CONFIG_DIR [experts=nf4|mxfp4] [tokens=2048] [sequences=2] [steps=10] [rank=16] [budget=MiB] [decode=ROWS] [prompt=128]
- *                 [new=128] [adam8=1] [profile=1]
+ *                 [new=128] [adam8=1] [host_moments=1] [profile=1]
  * One line of JSON at the end. */
 #include "core/record.h"
 #include "espalier/espalier.h"
@@ -104,7 +104,7 @@ static void profile_end(esp_ctx *ctx, const char *what) {
 
 typedef struct options {
     const char *dir, *experts;
-    int64_t tokens, sequences, steps, rank, budget, decode, profile, eight_bit, prompt, new_tokens;
+    int64_t tokens, sequences, steps, rank, budget, decode, profile, eight_bit, host_moments, prompt, new_tokens;
 } options;
 
 static bool number_option(int64_t *value, const char *argument, const char *name) {
@@ -122,9 +122,10 @@ static bool read_options(options *o, int argc, char **argv) {
         const struct {
             const char *name;
             int64_t *value;
-        } numbers[] = {{"tokens", &o->tokens}, {"sequences", &o->sequences}, {"steps", &o->steps},     {"rank", &o->rank},
-                       {"budget", &o->budget}, {"decode", &o->decode},       {"profile", &o->profile}, {"adam8", &o->eight_bit},
-                       {"prompt", &o->prompt}, {"new", &o->new_tokens}};
+        } numbers[] = {{"tokens", &o->tokens},   {"sequences", &o->sequences}, {"steps", &o->steps},
+                       {"rank", &o->rank},       {"budget", &o->budget},       {"decode", &o->decode},
+                       {"profile", &o->profile}, {"adam8", &o->eight_bit},     {"host_moments", &o->host_moments},
+                       {"prompt", &o->prompt},   {"new", &o->new_tokens}};
         bool known = strncmp(argv[i], "experts=", 8) == 0;
         if (known) o->experts = argv[i] + 8;
         for (size_t k = 0; k < sizeof numbers / sizeof *numbers; k++)
@@ -156,6 +157,38 @@ static int one_step(esp_model *model, esp_optim *optim, const esp_batch *batch, 
     return 0;
 }
 
+/* Medians of a loss and its gradient by the hidden states: cross-entropy, and GRPO with a coefficient a token. */
+static int time_losses(esp_model *model, const esp_batch *batch, double *cross_entropy, double *grpo) {
+    enum { TIMES = 5 };
+    const int64_t n = batch->n_tokens;
+    double seconds[2][TIMES], loss;
+    float *old = malloc((size_t)n * sizeof *old), *advantage = malloc((size_t)batch->n_seqs * sizeof *advantage);
+    esp_batch rollouts = *batch;
+    esp_tensor hidden, d_hidden;
+    esp_grpo_stats stats = ESP_GRPO_STATS_INIT;
+    rollouts.old_logprob = old;
+    rollouts.advantage = advantage;
+    for (int32_t s = 0; s < batch->n_seqs; s++) advantage[s] = s % 2 ? -0.5f : 0.75f;
+    OK(esp_model_forward(model, batch, &hidden));
+    OK(esp_model_logprob(model, batch, &hidden, 1.0f, old, NULL));
+    for (int64_t i = 0; i < n; i++) old[i] += 1e-3f * (float)(i % 300 - 150); /* some ratios are clipped */
+    for (int i = 0; i < TIMES; i++) {
+        const double start = now();
+        OK(esp_model_cross_entropy(model, batch, &hidden, &loss, &d_hidden));
+        const double middle = now();
+        OK(esp_grpo_loss(model, &rollouts, &hidden, &d_hidden, &stats));
+        seconds[0][i] = middle - start;
+        seconds[1][i] = now() - middle;
+    }
+    *cross_entropy = median(seconds[0], TIMES);
+    *grpo = median(seconds[1], TIMES);
+    printf("head and loss of %lld tokens: cross-entropy %.3f ms, GRPO %.3f ms (%.2f of the tokens clipped)\n", (long long)n,
+           1e3 * *cross_entropy, 1e3 * *grpo, stats.clip_low + stats.clip_high);
+    free(old);
+    free(advantage);
+    return 0;
+}
+
 static int train(const options *o, esp_ctx *ctx, esp_model *model, char *json, size_t room) {
     const int64_t n = o->tokens * o->sequences;
     int32_t *ids = malloc((size_t)n * sizeof *ids), *cu = malloc((size_t)(o->sequences + 1) * sizeof *cu);
@@ -163,8 +196,9 @@ static int train(const options *o, esp_ctx *ctx, esp_model *model, char *json, s
     for (int64_t i = 0; i <= o->sequences; i++) cu[i] = (int32_t)(i * o->tokens);
     const esp_batch batch = ESP_BATCH(.tokens = ids, .cu_seqlens = cu, .n_tokens = n, .n_seqs = (int32_t)o->sequences);
     esp_optim *optim;
-    OK(esp_adamw_create(&optim, model, &ESP_ADAMW_CONFIG(.lr = 1e-4f, .eight_bit = o->eight_bit != 0)));
-    double seconds[100], parts[4] = {0}, loss = 0;
+    OK(esp_adamw_create(&optim, model,
+                        &ESP_ADAMW_CONFIG(.lr = 1e-4f, .eight_bit = o->eight_bit != 0, .host_moments = o->host_moments != 0)));
+    double seconds[100], parts[4] = {0}, loss = 0, cross_entropy, grpo;
     for (int i = 0; i < 2; i++)
         if (one_step(model, optim, &batch, &loss, NULL)) return 1;
     for (int i = 0; i < o->steps; i++) {
@@ -172,7 +206,7 @@ static int train(const options *o, esp_ctx *ctx, esp_model *model, char *json, s
         if (one_step(model, optim, &batch, &loss, NULL)) return 1;
         seconds[i] = now() - start;
     }
-    if (one_step(model, optim, &batch, &loss, parts)) return 1;
+    if (one_step(model, optim, &batch, &loss, parts) || time_losses(model, &batch, &cross_entropy, &grpo)) return 1;
     esp_memory memory = ESP_MEMORY_INIT;
     OK(esp_ctx_memory(ctx, &memory));
     const double step = median(seconds, (int)o->steps);
@@ -183,12 +217,12 @@ static int train(const options *o, esp_ctx *ctx, esp_model *model, char *json, s
     printf("memory: peak %.2f GB; weights %.2f, adapter and gradients %.2f, optimiser %.2f, activations %.2f (used %.2f), pinned %.3f GB\n",
            1e-9 * (double)memory.peak, 1e-9 * (double)memory.weights, 1e-9 * (double)memory.adapter, 1e-9 * (double)memory.optimizer,
            1e-9 * (double)memory.activations, 1e-9 * (double)memory.activations_used, 1e-9 * (double)memory.pinned);
-    snprintf(
-        json, room,
-        "\"step_s\": %.5f, \"tokens_per_s\": %.0f, \"forward_s\": %.5f, \"head_s\": %.5f, \"backward_s\": %.5f, \"optimizer_s\": %.5f, "
-        "\"peak_gb\": %.3f, \"weights_gb\": %.3f, \"activations_gb\": %.3f",
-        step, (double)n / step, parts[0], parts[1], parts[2], parts[3], 1e-9 * (double)memory.peak, 1e-9 * (double)memory.weights,
-        1e-9 * (double)memory.activations);
+    snprintf(json, room,
+             "\"step_s\": %.5f, \"tokens_per_s\": %.0f, \"forward_s\": %.5f, \"backward_s\": %.5f, \"optimizer_s\": %.5f, "
+             "\"cross_entropy_s\": %.5f, \"grpo_loss_s\": %.5f, \"peak_gb\": %.3f, \"pinned_gb\": %.3f, \"weights_gb\": %.3f, "
+             "\"activations_gb\": %.3f",
+             step, (double)n / step, parts[0], parts[2], parts[3], cross_entropy, grpo, 1e-9 * (double)memory.peak,
+             1e-9 * (double)memory.pinned, 1e-9 * (double)memory.weights, 1e-9 * (double)memory.activations);
     if (o->profile) {
         profile_begin(ctx);
         const int failed = one_step(model, optim, &batch, &loss, NULL);
@@ -251,7 +285,7 @@ int main(int argc, char **argv) {
     if (!read_options(&o, argc, argv)) {
         fprintf(stderr,
                 "usage: %s CONFIG_DIR [experts=nf4|mxfp4] [tokens=] [sequences=] [steps=] [rank=] [budget=MiB] [decode=ROWS] "
-                "[prompt=] [new=] [adam8=1] [profile=1]\n",
+                "[prompt=] [new=] [adam8=1] [host_moments=1] [profile=1]\n",
                 argv[0]);
         return 2;
     }

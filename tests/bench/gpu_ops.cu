@@ -467,6 +467,15 @@ void bench_optimiser(int64_t n) {
     q.map1 = put(map, 256);
     q.map2 = q.map1;
     measure("adamw8", espi_backend_cuda.adamw8, q, 0, 16.0 * (double)n);
+    /* Moments in the host's memory: bytes over the bus, one way. */
+    void *moments;
+    a.n = n / 4;
+    MUST(espi_backend_cuda.device->alloc_host(gpu, (size_t)a.n * 8, &moments));
+    memset(moments, 0, (size_t)a.n * 8);
+    a.m = moments;
+    a.v = (float *)moments + a.n;
+    measure("adamw, moments in host memory", espi_backend_cuda.adamw, a, 0, 8.0 * (double)a.n);
+    espi_backend_cuda.device->free_host(gpu, moments);
     used = before;
 }
 

@@ -1,7 +1,7 @@
 /* Every family on the GPU against the same model in f64: hidden states, log-probabilities and every LoRA gradient within twice the error of
  * a plain bf16 run (the reference with bf16 weights, and every activation and gradient of one rounded as an op leaves it).  Routes are
  * those of the f64 run, so that no near tie decides.  And: the plan holds, two runs have the same bits, a recorded run those of a plain
- * one, nothing is taken once set up, adapters go to disk and back.   model [FOLDER OF GOLDEN DATA [BEGINNING OF A NAME]] */
+ * one, nothing is taken once set up, moments in the host's memory.   model [FOLDER OF GOLDEN DATA [BEGINNING OF A NAME]] */
 #include "check.h"
 
 #include "espalier/adapter.h"
@@ -331,6 +331,53 @@ static void one_form(const form *f) {
     esp_ctx_destroy(gpu_ctx);
 }
 
+/* ---- moments in the host's memory ---- */
+
+/* Parameters and moments after a few steps. */
+static unsigned char *trained(size_t *bytes, const form *f, const esp_adamw_config *adamw) {
+    esp_ctx *ctx;
+    esp_optim *optim;
+    unsigned char *all = malloc((size_t)1 << 26);
+    OK(esp_ctx_create(&ctx, &ESP_CTX_CONFIG(.backend = "cuda")));
+    esp_model *model = load(ctx, f);
+    OK(esp_adamw_create(&optim, model, adamw));
+    *bytes = 0;
+    for (int i = 0; i < 3; i++) {
+        results r;
+        run(&r, model, NULL, true);
+        OK(esp_optim_step(optim));
+        free_results(&r);
+    }
+    for (int64_t i = 0; i < model->n_params; i++) {
+        const esp_param *p = &model->params[i];
+        const esp_tensor view = esp_tensor_view(p->data, p->dtype, p->rank, p->dims);
+        const size_t n = (size_t)esp_tensor_count(&view) * esp_dtype_size(p->dtype);
+        OK(espi_ctx_get(ctx, all + *bytes, p->data, n));
+        *bytes += n;
+    }
+    for (int64_t i = 0; i < esp_optim_array_count(optim); i++) {
+        esp_optim_array a = ESP_OPTIM_ARRAY_INIT;
+        OK(esp_optim_array_get(optim, i, &a));
+        const size_t n = (size_t)a.count * esp_dtype_size(a.dtype);
+        OK(espi_ctx_get(ctx, all + *bytes, a.data, n));
+        *bytes += n;
+    }
+    esp_optim_destroy(optim);
+    esp_model_destroy(model);
+    esp_ctx_destroy(ctx);
+    return all;
+}
+
+static void moments_in_host_memory(const form *f, bool eight_bit) {
+    size_t here_bytes, there_bytes;
+    unsigned char *here = trained(&here_bytes, f, &ESP_ADAMW_CONFIG(.lr = 0.01f, .eight_bit = eight_bit));
+    unsigned char *there = trained(&there_bytes, f, &ESP_ADAMW_CONFIG(.lr = 0.01f, .eight_bit = eight_bit, .host_moments = true));
+    EXPECT(here_bytes > 0 && here_bytes == there_bytes && memcmp(here, there, here_bytes) == 0,
+           "%s: %d-bit moments in the host's memory: other bits than on the GPU", f->folder, eight_bit ? 8 : 32);
+    free(here);
+    free(there);
+}
+
 int main(int argc, char **argv) {
     const espi_backend *backend = espi_backends_gpu[0];
     if (backend == NULL || !backend->available()) {
@@ -343,5 +390,6 @@ int main(int argc, char **argv) {
         printf("%s\n", forms[i].folder);
         RUN(one_form(&forms[i]));
     }
+    for (int eight_bit = 0; eight_bit < 2 && argc <= 2; eight_bit++) RUN(moments_in_host_memory(&forms[1], eight_bit));
     return check_end();
 }

@@ -94,7 +94,7 @@ static double step(esp_model *model, const esp_batch *batch, double *loss) {
 static void run(results *r, esp_ctx *ctx, const form *f) {
     char dir[ESPI_PATH_MAX], saved[ESPI_PATH_MAX];
     const esp_batch batch = ESP_BATCH(.tokens = ids, .cu_seqlens = borders, .n_tokens = TOKENS, .n_seqs = 2);
-    const esp_adamw_config adamw = ESP_ADAMW_CONFIG(.lr = 0.01f, .eight_bit = f->packing);
+    const esp_adamw_config adamw = ESP_ADAMW_CONFIG(.lr = 0.01f, .eight_bit = f->packing, .host_moments = (f - forms) % 2);
     esp_model *model;
     esp_optim *optim;
     esp_sampler *sampler;
@@ -103,7 +103,10 @@ static void run(results *r, esp_ctx *ctx, const form *f) {
     snprintf(dir, sizeof dir, "%s/tests/golden/data/%s", ESP_SOURCE_DIR, f->folder);
     OK(esp_plan_folder(&r->plan, ctx, dir, &f->config, &adamw, TOKENS, 2));
     OK(esp_model_load(&model, ctx, dir, &f->config));
+    const size_t pinned = ctx->pinned;
     OK(esp_adamw_create(&optim, model, &adamw));
+    cr_expect_eq(ctx->pinned - pinned, r->plan.host_moments, "%s: moments in host memory", f->folder);
+    cr_expect_eq(r->plan.host_moments > 0, ctx->device && adamw.host_moments, "%s: moments in host memory", f->folder);
     OK(esp_model_reserve(model, TOKENS, 2, true));
     for (int i = 0; i < 2; i++) {
         r->z += step(model, &batch, &r->loss); /* the sum of all that probes see, for now */

@@ -64,6 +64,7 @@ Test(plan, equals_measured) {
     check(MODEL, &ESP_MODEL_CONFIG(.lora_targets = ESP_LORA_EXPERTS, .experts = ESP_Q_NONE), NULL, 300, 1);
     check(DENSE_MODEL, &ESP_MODEL_CONFIG(.activation_budget = 200000), &ESP_ADAMW_CONFIG(.eight_bit = true), 100, 2);
     check(DENSE_MODEL, &ESP_MODEL_CONFIG(.activation_budget = 1, .train_router = true), NULL, 33, 1);
+    check(MODEL, NULL, &ESP_ADAMW_CONFIG(.host_moments = true), 20, 2); /* the same memory on a CPU */
 }
 
 /* A library's work memory is planned too, though a plan has no pointers to look at. */

@@ -64,15 +64,16 @@ Test(optim, takes_the_planned_bytes) {
             bench b;
             const esp_adamw_config config = ESP_ADAMW_CONFIG(.eight_bit = eight_bit);
             bench_make(&b, wide ? "ref64" : "ref", small, large, &config);
-            size_t planned;
+            espi_extent planned;
             esp_memory memory = ESP_MEMORY_INIT;
             cr_assert_eq(espi_adamw_plan(&planned, &b.m.model, &config), ESP_OK, "%s", esp_last_error());
             cr_assert_eq(esp_ctx_memory(b.ctx, &memory), ESP_OK);
-            cr_expect_eq(memory.optimizer, planned, "planned %zu, taken %zu", planned, memory.optimizer);
+            cr_expect_eq(memory.optimizer, planned.main, "planned %zu, taken %zu", planned.main, memory.optimizer);
             set_gradients(&b, 0, 1);
             step(&b);
             cr_assert_eq(esp_ctx_memory(b.ctx, &memory), ESP_OK);
-            cr_expect_eq(memory.peak, planned, "planned %zu, peak %zu", planned, memory.peak);
+            cr_expect_eq(memory.peak, planned.main, "planned %zu, peak %zu", planned.main, memory.peak);
+            cr_expect_eq(planned.host, 0);
             bench_free(&b);
         }
 }
@@ -286,13 +287,14 @@ Test(optim, nothing_to_train_is_refused) {
     esp_ctx *ctx;
     adapter_model m;
     esp_optim *optim;
-    size_t planned;
+    espi_extent planned;
     cr_assert_eq(esp_ctx_create(&ctx, &ESP_CTX_CONFIG(.backend = "ref")), ESP_OK, "%s", esp_last_error());
     adapter_model_make(&m, ctx, (adapter_shape){0}, (adapter_shape){0});
     cr_expect_eq(esp_adamw_create(&optim, &m.model, NULL), ESP_ERR_ARG);
     cr_expect(strstr(esp_last_error(), "nothing to train"), "%s", esp_last_error());
     cr_assert_eq(espi_adamw_plan(&planned, &m.model, NULL), ESP_OK);
-    cr_expect_eq(planned, 0);
+    cr_expect_eq(planned.main, 0);
+    cr_expect_eq(planned.host, 0);
     free(m.memory);
     esp_ctx_destroy(ctx);
 }
