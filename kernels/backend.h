@@ -37,7 +37,9 @@ typedef enum espi_lane { ESPI_LANE_WORK, ESPI_LANE_EXCHANGE, ESPI_LANES } espi_l
 
 /* Where a backend's arrays live when that is not host memory.  Functions that do not wait return once the work is queued. */
 typedef struct espi_device {
-    esp_status (*start)(void **device);
+    esp_status (*start)(void **device,
+                        int which);    /* of those that the process sees, the which-th, counted on from the first behind the last */
+    esp_status (*enter)(void *device); /* ops that this thread queues from now on are this device's */
     void (*stop)(void *device);
     esp_status (*alloc)(void *device, size_t bytes, void **out); /* contents undefined, aligned to 256 */
     void (*free)(void *device, void *p);

@@ -33,6 +33,9 @@ ESP_API void esp_comm_destroy(esp_comm *comm);
 /// comm may be NULL: rank 0 of 1.
 ESP_API int esp_comm_rank(const esp_comm *comm);
 ESP_API int esp_comm_size(const esp_comm *comm);
+/// How many ranks of a lower number are on this rank's host, which is a name and a boot: containers of one machine that have names of their
+/// own count as several.  0 for comm NULL.
+ESP_API int esp_comm_local_rank(const esp_comm *comm);
 
 /// What failed on one rank, its files or callbacks, must end all: collective; returns ESP_OK where every rank says ESP_OK, else on all of
 /// them the status and sentence of the lowest rank that does not.  With ESP_OK: nobody goes on before all have come.
@@ -73,9 +76,11 @@ typedef void (*esp_free_fn)(void *user, void *p, size_t bytes);
 typedef struct esp_ctx_config {
     size_t struct_size;
     esp_comm *comm; ///< NULL: alone
-    /// "auto" (default) or "cpu": products of f32, in the best instruction set there is; "cpu-bf16": the same, but products with 4-bit experts
-    /// round what they multiply to bf16 (sums stay f32), which is twice as fast where the machine has it; "ref" (f32 storage, f64 sums) or "ref64" (all f64); "cuda": a GPU, on which tensors that the library hands
-    /// out (hidden states, parameters) lie in the GPU's memory; "any": "cuda" where there is a usable GPU, else "cpu"
+    /// "auto" (default) or "cpu": products of f32, in the best instruction set there is; "cpu-bf16": the same, but products with 4-bit
+    /// experts round what they multiply to bf16 (sums stay f32), which is twice as fast where the machine has it; "ref" (f32 storage, f64
+    /// sums) or "ref64" (all f64); "cuda": a GPU, on which tensors that the library hands out (hidden states, parameters) lie in the GPU's
+    /// memory; "any": "cuda" where there is a usable GPU, else "cpu".  Of the GPUs that CUDA_VISIBLE_DEVICES leaves a process, a rank takes
+    /// the one with the number esp_comm_local_rank(), counted on from 0 behind the last
     const char *backend;
     int threads;         ///< OpenMP threads; 0 = OMP_NUM_THREADS or the number of cores
     size_t memory_limit; ///< bytes; 0 = none.  Passing it is ESP_ERR_MEMORY, never an abort

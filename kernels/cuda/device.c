@@ -21,6 +21,7 @@ typedef struct gpu {
     int now;
     uint32_t *fault_host; /* pinned */
     bool recording;
+    int ordinal; /* as the runtime counts */
     cudaStream_t exchange;
     cudaEvent_t turn[ESPI_LANES]; /* the end of a lane, for the other one to wait for */
     cudaEvent_t marks[ESPI_MARKS];
@@ -68,14 +69,21 @@ static void gpu_stop(void *device) {
     free(g);
 }
 
-static esp_status set_up(gpu *g) {
+/* The runtime keeps for every thread which GPU its calls are of. */
+static esp_status gpu_enter(void *device) {
+    return espi_cuda_check(cudaSetDevice(((const gpu *)device)->ordinal), "choosing a GPU");
+}
+
+static esp_status set_up(gpu *g, int which) {
     espi_cuda *c = &g->shared;
     const char *reason = espi_cublaslt_open();
     if (reason != NULL) return ESPI_FAIL(ESP_ERR_UNSUPPORTED, "no GPU backend: %s", reason);
-    int ordinal;
-    ESPI_CUDA_TRY(cudaGetDevice(&ordinal));
-    ESPI_CUDA_TRY(cudaDeviceGetAttribute(&c->sms, cudaDevAttrMultiProcessorCount, ordinal));
-    ESPI_CUDA_TRY(cudaDeviceGetAttribute(&c->major, cudaDevAttrComputeCapabilityMajor, ordinal));
+    int gpus;
+    ESPI_CUDA_TRY(cudaGetDeviceCount(&gpus));
+    g->ordinal = which % gpus;
+    ESPI_TRY(gpu_enter(g));
+    ESPI_CUDA_TRY(cudaDeviceGetAttribute(&c->sms, cudaDevAttrMultiProcessorCount, g->ordinal));
+    ESPI_CUDA_TRY(cudaDeviceGetAttribute(&c->major, cudaDevAttrComputeCapabilityMajor, g->ordinal));
     ESPI_CUDA_TRY(cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking));
     ESPI_CUDA_TRY(cudaStreamCreateWithFlags(&g->exchange, cudaStreamNonBlocking));
     ESPI_TRY(create(g->turn, ESPI_LANES));
@@ -94,10 +102,10 @@ static esp_status set_up(gpu *g) {
     return ESP_OK;
 }
 
-static esp_status gpu_start(void **device) {
+static esp_status gpu_start(void **device, int which) {
     gpu *g = calloc(1, sizeof *g);
     if (g == NULL) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for the bookkeeping of a GPU (%zu bytes)", sizeof *g);
-    const esp_status status = set_up(g);
+    const esp_status status = set_up(g, which);
     if (status != ESP_OK) {
         gpu_stop(g);
         return status;
@@ -114,6 +122,7 @@ static esp_status not_recording(const gpu *g, const char *what) {
 
 static esp_status gpu_alloc(void *device, size_t bytes, void **out) {
     ESPI_TRY(not_recording(device, "memory wanted"));
+    ESPI_TRY(gpu_enter(device));
     const cudaError_t error = cudaMalloc(out, bytes);
     if (error != cudaErrorMemoryAllocation) return espi_cuda_check(error, "taking memory of the GPU");
     (void)cudaGetLastError();
@@ -130,6 +139,7 @@ static void gpu_free(void *device, void *p) {
 
 static esp_status gpu_alloc_host(void *device, size_t bytes, void **out) {
     ESPI_TRY(not_recording(device, "pinned memory wanted"));
+    ESPI_TRY(gpu_enter(device));
     return espi_cuda_check(cudaHostAlloc(out, bytes, cudaHostAllocDefault), "taking pinned memory");
 }
 
@@ -174,6 +184,7 @@ static esp_status next_slot(gpu *g) {
 static esp_status gpu_put(void *device, void *to, const void *from_host, size_t bytes) {
     gpu *g = device;
     ESPI_TRY(not_recording(g, "a copy to the GPU"));
+    ESPI_TRY(gpu_enter(g));
     for (size_t done = 0; done < bytes;) {
         if (g->slots[g->now].used == SLOT) ESPI_TRY(next_slot(g));
         slot *s = &g->slots[g->now];
@@ -222,6 +233,7 @@ static esp_status gpu_wait(void *device) {
 static esp_status gpu_record_begin(void *device) {
     gpu *g = device;
     ESPI_TRY(not_recording(g, "a recording"));
+    ESPI_TRY(gpu_enter(g));
     ESPI_CUDA_TRY(cudaStreamBeginCapture(g->shared.stream, cudaStreamCaptureModeThreadLocal));
     g->recording = true;
     return ESP_OK;
@@ -247,6 +259,7 @@ static esp_status gpu_record_end(void *device, void **graph) {
 static esp_status gpu_launch(void *device, void *graph) {
     gpu *g = device;
     ESPI_TRY(not_recording(g, "a recording launched"));
+    ESPI_TRY(gpu_enter(g));
     return espi_cuda_check(cudaGraphLaunch(graph, g->shared.stream), "launching a graph");
 }
 
@@ -299,6 +312,7 @@ static void gpu_set_watch(void *device, esp_status (*watch)(void *user), void *u
 
 const espi_device espi_device_cuda = {
     .start = gpu_start,
+    .enter = gpu_enter,
     .stop = gpu_stop,
     .alloc = gpu_alloc,
     .free = gpu_free,

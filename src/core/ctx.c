@@ -53,7 +53,7 @@ static esp_status configure(esp_ctx *ctx, const esp_ctx_config *config) {
         return ESPI_FAIL(ESP_ERR_UNSUPPORTED,
                          "esp_ctx_config.alloc is set with backend \"%s\", expected no hooks: they are for memory of the host",
                          ctx->backends[0]->name);
-    return ctx->device_ops != NULL ? ctx->device_ops->start(&ctx->device) : ESP_OK;
+    return ctx->device_ops != NULL ? ctx->device_ops->start(&ctx->device, esp_comm_local_rank(ctx->comm)) : ESP_OK;
 }
 
 esp_status esp_ctx_create(esp_ctx **ctx, const esp_ctx_config *config) {

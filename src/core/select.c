@@ -59,6 +59,7 @@ static esp_status unsupported(const esp_ctx *ctx, espi_op_id op, const refusals 
                 continue;                                                                                                                  \
             }                                                                                                                              \
             report(ctx, ESPI_OP_##name, b, &refused);                                                                                      \
+            if (ctx->device != NULL) ESPI_TRY(ctx->device_ops->enter(ctx->device));                                                        \
             espi_exec exec = {.device = ctx->device, .threads = ctx->threads};                                                             \
             const espi_mark mark = espi_arena_mark(arena);                                                                                 \
             ESPI_TRY(espi_arena_take(arena, slot->scratch == NULL ? 0 : slot->scratch(&exec, a), &exec.scratch));                          \

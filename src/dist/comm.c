@@ -24,7 +24,7 @@ typedef struct header {
 struct esp_comm {
     const espi_transport *transport;
     void *self;
-    int rank, size;
+    int rank, size, local;
     double patience;
     uint64_t calls;
     bool broken, late; /* a call failed; because its deadline passed */
@@ -36,6 +36,20 @@ struct esp_comm {
 
 uint64_t espi_comm_calls(const esp_comm *comm) {
     return comm == NULL ? 0 : comm->calls;
+}
+
+int esp_comm_local_rank(const esp_comm *comm) {
+    return comm == NULL ? 0 : comm->local;
+}
+
+esp_status espi_comm_find_hosts(esp_comm *comm, uint64_t host) {
+    uint64_t *all = calloc((size_t)comm->size, sizeof *all);
+    if (all == NULL) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for the hosts of %d ranks", comm->size);
+    const esp_status status = espi_comm_gather(comm, (espi_place){"who is on which host", -1}, all, &host, sizeof host);
+    comm->local = 0;
+    for (int r = 0; r < comm->rank; r++) comm->local += all[r] == host;
+    free(all);
+    return status;
 }
 
 void espi_comm_patience(esp_comm *comm, double seconds) {

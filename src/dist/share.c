@@ -242,49 +242,69 @@ size_t espi_share_sum_bytes(const espi_share *s) {
 
 /* What the messages of a sum are described by. */
 typedef struct sum_room {
-    espi_row_array *arrays;     /* [spread] */
-    int64_t *at, *rows, *start; /* [ranks] */
+    espi_row_array *parts;                    /* [spread] */
+    int64_t *at, *rows, *part_at, *part_rows; /* [ranks] the slice of each; what it sends of this rank's slice */
 } sum_room;
 
-/* The ranks that hold the same tell each other what they have, piece by piece, and add it up in rank order; of experts, each has something of
+/* `n` values from `first` on, a slice for every rank that holds them: it gets what the others have of its own slice, adds all up in rank order,
+ * and gives them the result.  So what a rank sends is twice the values, however many ranks there are.  Of experts, each has something of
  * every rank of its group. */
-static esp_status add_up(esp_ctx *ctx, const espi_share *s, const espi_sum *sum, void *scratch, const sum_room *room) {
-    const int64_t piece = espi_comm_piece(s->comm), owned = (s->experts + s->spread - 1) / s->spread;
-    const int64_t most = sum->of_experts ? owned * sum->each : sum->n; /* as many pieces as the rank with most experts has */
-    const int each = sum->of_experts ? s->spread : 1;
+static esp_status add_block(esp_ctx *ctx, const espi_share *s, const espi_sum *sum, void *scratch, const sum_room *room, int64_t first,
+                            int64_t n) {
+    const espi_place place = {sum->of_experts ? "gradients of experts" : "gradients", -1};
+    const int apart = sum->of_experts ? s->spread : 1, holders = s->ranks / apart;
+    const int64_t most = (n + holders - 1) / holders;
     const size_t size = ctx->real_size;
+    char *total = (char *)sum->total + (size_t)first * size;
+    for (int r = 0; r < s->ranks; r++) {
+        const int64_t begin = r / apart * most, left = n - begin;
+        const bool has = r % apart == s->rank % apart;
+        room->at[r] = begin < n ? begin : n;
+        room->rows[r] = !has || left < 0 ? 0 : left < most ? left : most;
+    }
+    const int64_t own = room->rows[s->rank], own_at = room->at[s->rank];
+    for (int r = 0; r < s->ranks; r++) {
+        room->part_at[r] = r / apart * apart * own;
+        room->part_rows[r] = r % apart == s->rank % apart ? own : 0;
+    }
+    for (int m = 0; m < apart; m++)
+        room->parts[m] = (espi_row_array){.to = (char *)scratch + (size_t)(m * own) * size,
+                                          .from = (const char *)sum->partial + (size_t)(m * sum->n + first) * size,
+                                          .row_bytes = size};
+    ESPI_TRY(exchange(ctx, s, place, room->parts, apart, (espi_row_ranges){room->part_at, room->part_rows},
+                      (espi_row_ranges){room->at, room->rows}));
     espi_arena none = espi_arena_over(NULL, 0);
-    for (int64_t first = 0; first < most; first += piece) {
-        const int64_t left = sum->n - first, n = left < 0 ? 0 : left < piece ? left : piece;
-        for (int m = 0; m < each; m++)
-            room->arrays[m] = (espi_row_array){.to = (char *)scratch + (size_t)(m * n) * size,
-                                               .from = (const char *)sum->partial + (size_t)(m * sum->n + first) * size,
-                                               .row_bytes = (size_t)n * size};
-        for (int r = 0; r < s->ranks; r++) {
-            const bool has = !sum->of_experts || r % s->spread == espi_share_member(s);
-            room->rows[r] = has && n > 0 ? 1 : 0;
-            room->at[r] = sum->of_experts ? r / s->spread * each : r;
-            room->start[r] = 0;
-        }
-        ESPI_TRY(exchange(ctx, s, (espi_place){sum->of_experts ? "gradients of experts" : "gradients", -1}, room->arrays, each,
-                          (espi_row_ranges){room->at, room->rows}, (espi_row_ranges){room->start, room->rows}));
-        const espi_parts_add args = {.total = (char *)sum->total + (size_t)first * size, .parts = scratch, .n = n, .n_parts = s->ranks};
-        if (n > 0) ESPI_TRY(espi_op_parts_add(ctx, &none, &args));
+    const espi_parts_add args = {.total = total + (size_t)own_at * size, .parts = scratch, .n = own, .n_parts = s->ranks};
+    if (own > 0) ESPI_TRY(espi_op_parts_add(ctx, &none, &args));
+    for (int r = 0; r < s->ranks; r++) room->part_at[r] = own_at;
+    room->rows[s->rank] = room->part_rows[s->rank] = 0;
+    const espi_row_array result = {.to = total, .from = total, .row_bytes = size};
+    return exchange(ctx, s, place, &result, 1, (espi_row_ranges){room->at, room->rows}, (espi_row_ranges){room->part_at, room->part_rows});
+}
+
+static esp_status add_up(esp_ctx *ctx, const espi_share *s, const espi_sum *sum, void *scratch, const sum_room *room) {
+    const int64_t block = espi_comm_piece(s->comm) * (sum->of_experts ? espi_share_copies(s) : s->ranks);
+    const int64_t owned = (s->experts + s->spread - 1) / s->spread;
+    const int64_t most = sum->of_experts ? owned * sum->each : sum->n; /* as many blocks as the rank with most experts has */
+    for (int64_t first = 0; first < most; first += block) {
+        const int64_t left = sum->n - first;
+        ESPI_TRY(add_block(ctx, s, sum, scratch, room, first, left < 0 ? 0 : left < block ? left : block));
     }
     return ESP_OK;
 }
 
 esp_status espi_share_sum(esp_ctx *ctx, const espi_share *s, const espi_sum *sums, int64_t n_sums, void *scratch) {
     if (n_sums == 0) return ESP_OK;
-    int64_t *places = malloc(3 * (size_t)s->ranks * sizeof *places);
-    sum_room room = {.arrays = malloc((size_t)s->spread * sizeof *room.arrays), .at = places};
-    esp_status status = places != NULL && room.arrays != NULL ? ESP_OK : ESPI_FAIL(ESP_ERR_MEMORY, "no memory for %d ranks", s->ranks);
+    int64_t *places = malloc(4 * (size_t)s->ranks * sizeof *places);
+    sum_room room = {.parts = malloc((size_t)s->spread * sizeof *room.parts), .at = places};
+    esp_status status = places != NULL && room.parts != NULL ? ESP_OK : ESPI_FAIL(ESP_ERR_MEMORY, "no memory for %d ranks", s->ranks);
     if (status == ESP_OK) {
         room.rows = places + s->ranks;
-        room.start = places + 2 * s->ranks;
+        room.part_at = places + 2 * s->ranks;
+        room.part_rows = places + 3 * s->ranks;
     }
     for (int64_t i = 0; i < n_sums && status == ESP_OK; i++) status = add_up(ctx, s, &sums[i], scratch, &room);
     free(places);
-    free(room.arrays);
+    free(room.parts);
     return status;
 }

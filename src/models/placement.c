@@ -75,13 +75,14 @@ static int busiest(int64_t *most, int64_t experts, int spread) {
 static void predict(esp_placement *p, const sizes *s, const esp_ctx *ctx, int64_t own, int64_t tokens, const esp_machine *machine) {
     const double spread = p->expert_ranks, copies = p->ranks / p->expert_ranks, real = (double)ctx->real_size, act = (double)ctx->act_size;
     const double rows = (double)(tokens * s->top_k) * (spread - 1) / spread;
-    enum { CALLS = 5, TENSORS = 12 }; /* of a layer: its counts and four exchanges; its matrices of LoRA */
+    enum { CALLS = 5, SUMS = 2 * 12 }; /* of a layer: its counts and four exchanges; two for each of its matrices of LoRA */
     p->exchange_bytes = rows * (4 * (double)s->hidden * act + 2 * real);
-    p->sum_bytes = real * (s->dense_lora * (p->ranks - 1) + s->expert_lora * (double)own * spread * (copies - 1));
+    p->sum_bytes =
+        real * (s->dense_lora * 2 * (p->ranks - 1) / p->ranks + s->expert_lora * (double)own * (spread + 1) * (copies - 1) / copies);
     p->seconds_compute = 4 * s->active * (double)tokens / machine->flops;
     if (p->expert_ranks > 1)
         p->seconds_exchange = (double)s->moe_layers * (p->exchange_bytes / machine->bytes_per_second + CALLS * machine->seconds_per_call);
-    if (p->ranks > 1) p->seconds_sum = p->sum_bytes / machine->bytes_per_second + (double)(TENSORS * s->layers) * machine->seconds_per_call;
+    if (p->ranks > 1) p->seconds_sum = p->sum_bytes / machine->bytes_per_second + (double)(SUMS * s->layers) * machine->seconds_per_call;
     p->seconds = p->micro_batches * (p->seconds_compute + p->seconds_exchange + p->seconds_sum);
     p->fits = machine->memory == 0 || p->plan.peak <= machine->memory;
 }

@@ -490,7 +490,7 @@ int main(int argc, char **argv) {
     if (argc > 2) peak_bytes = atof(argv[2]) * 1e9;
     if (argc > 3) filter = argv[3];
     void *at;
-    MUST(espi_backend_cuda.device->start(&gpu));
+    MUST(espi_backend_cuda.device->start(&gpu, 0));
     MUST(espi_backend_cuda.device->alloc(gpu, MOST_MEMORY, &at));
     memory = (char *)at;
     bench_rows(4096);

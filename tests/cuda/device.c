@@ -180,7 +180,7 @@ int main(void) {
         return 77;
     }
     ops = backend->device;
-    OK(ops->start(&device));
+    OK(ops->start(&device, 0));
     RUN(copies());
     RUN(recordings());
     RUN(too_much());

@@ -721,7 +721,7 @@ static bool set_up(void) {
     image = malloc(MEMORY);
     result = malloc(MEMORY);
     void *at, *host;
-    if (!image || !result || device->start(&gpu) != ESP_OK) return false;
+    if (!image || !result || device->start(&gpu, 0) != ESP_OK) return false;
     if (device->alloc(gpu, MEMORY, &at) != ESP_OK || device->alloc_host(gpu, (size_t)1 << 20, &host) != ESP_OK) return false;
     memory = at;
     pinned = host;

@@ -19,7 +19,7 @@ start() {
     rm -rf "$work/meet" "$work"/rank* && mkdir "$work/meet"
     rank=0
     while [ $rank -lt "$n" ]; do
-        CUDA_VISIBLE_DEVICES=$((rank % gpus)) ESP_WORLD=$n ESP_RANK=$rank ESP_RENDEZVOUS=file:$work/meet \
+        ESP_WORLD=$n ESP_RANK=$rank ESP_RENDEZVOUS=file:$work/meet \
             timeout -k 5 60 "$program" "$@" >"$work/rank$rank" 2>&1 &
         pids="$pids $!"
         rank=$((rank + 1))

@@ -172,7 +172,7 @@ static esp_status run_batch(rank_run *r, esp_model *model, int index) {
     if (index < BATCHES) r->out->loss[index] = loss;
     ESPI_TRY(esp_model_backward(model, &b.batch, &d_hidden));
     /* One call for each of these small gradients. */
-    if (model->share.rank == 0) r->out->rows_calls = (int64_t)(espi_comm_calls(r->comm) - before) - model->n_sums;
+    if (model->share.rank == 0) r->out->rows_calls = (int64_t)(espi_comm_calls(r->comm) - before) - 2 * model->n_sums;
     return ESP_OK;
 }
 

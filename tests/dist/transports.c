@@ -53,6 +53,13 @@ static esp_status gather(rank_call *r) {
     return ESP_OK;
 }
 
+/* Ranks dealt to three hosts in turn. */
+static esp_status find_hosts(rank_call *r) {
+    ESPI_TRY(espi_comm_find_hosts(r->comm, 1000 + (uint64_t)(r->rank % 3)));
+    r->wrong = esp_comm_local_rank(r->comm) != r->rank / 3;
+    return ESP_OK;
+}
+
 /* Rank a sends (a + b) % 3 rows to rank b, each holding where it is from and where it is to. */
 static int64_t rows_of(int from, int to) {
     return (from + to) % 3;
@@ -112,6 +119,10 @@ static void expect_right(esp_status (*body)(rank_call *), const char *what) {
             cr_expect_eq(ranks[r].calls, ranks[0].calls);
         }
     }
+}
+
+Test(transports, hosts) {
+    expect_right(find_hosts, "local ranks");
 }
 
 Test(transports, gather) {

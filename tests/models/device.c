@@ -212,6 +212,33 @@ Test(device, nothing_is_taken_once_set_up) {
     esp_ctx_destroy(ctx);
 }
 
+/* A process may have several devices, and a thread may call now of this one, now of that one. */
+Test(device, two_take_turns) {
+    char dir[ESPI_PATH_MAX];
+    const esp_batch batch = ESP_BATCH(.tokens = ids, .cu_seqlens = borders, .n_tokens = TOKENS, .n_seqs = 2);
+    esp_ctx *ctx[2];
+    esp_model *model[2];
+    esp_optim *optim[2];
+    esp_tensor hidden[2], d_hidden[2];
+    double loss[2];
+    snprintf(dir, sizeof dir, "%s/tests/golden/data/q3a/model", ESP_SOURCE_DIR);
+    for (int d = 0; d < 2; d++) OK(fake_ctx(&ctx[d], NULL));
+    for (int d = 0; d < 2; d++) OK(esp_model_load(&model[d], ctx[d], dir, NULL));
+    for (int d = 0; d < 2; d++) OK(esp_adamw_create(&optim[d], model[d], NULL));
+    for (int step = 0; step < 4; step++) {
+        for (int d = 0; d < 2; d++) OK(esp_model_forward(model[d], &batch, &hidden[d]));
+        for (int d = 0; d < 2; d++) OK(esp_model_cross_entropy(model[d], &batch, &hidden[d], &loss[d], &d_hidden[d]));
+        for (int d = 0; d < 2; d++) OK(esp_model_backward(model[d], &batch, &d_hidden[d]));
+        for (int d = 0; d < 2; d++) OK(esp_optim_step(optim[d]));
+        cr_expect_eq(loss[0], loss[1], "step %d: losses %g and %g", step, loss[0], loss[1]);
+    }
+    for (int d = 0; d < 2; d++) {
+        esp_optim_destroy(optim[d]);
+        esp_model_destroy(model[d]);
+        esp_ctx_destroy(ctx[d]);
+    }
+}
+
 /* One step, by what it gives: the loss, and every gradient. */
 static double grads_of(esp_model *model, const esp_batch *batch, float *grads) {
     esp_tensor hidden, d_hidden;

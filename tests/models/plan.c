@@ -170,7 +170,7 @@ Test(plan, placements) {
         cr_assert_eq(esp_model_param_get(model, i, &param), ESP_OK);
         if (param.rank == 2) dense += (double)(param.dims[0] * param.dims[1]);
     }
-    cr_expect_eq(p.sum_bytes, 4 * dense * (RANKS - 1));
+    cr_expect_eq(p.sum_bytes, 4 * dense * 2 * (RANKS - 1) / RANKS);
     cr_expect_eq(p.exchange_bytes, (double)(T * info.top_k) * (SPREAD - 1) / SPREAD * (double)(4 * info.hidden * 4 + 2 * 4));
     cr_expect(fabs(p.seconds - 2 * (p.seconds_compute + p.seconds_exchange + p.seconds_sum)) < 1e-12);
     esp_model_destroy(model);

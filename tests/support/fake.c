@@ -42,8 +42,16 @@ struct call {
 
 static bool packing;
 
+/* Like a GPU, which is the one that the thread last chose. */
+static _Thread_local const fake *entered;
+
 void fake_set_packing(bool on) {
     packing = on;
+}
+
+static esp_status fake_enter(void *device) {
+    entered = device;
+    return ESP_OK;
 }
 
 static void protect(fake *f, int mode) {
@@ -80,10 +88,12 @@ static esp_status settle(fake *f) {
     return ESP_OK;
 }
 
-static esp_status fake_start(void **device) {
+static esp_status fake_start(void **device, int which) {
     fake *f = calloc(1, sizeof *f);
     *device = f;
     if (!f) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for a fake device");
+    (void)which;
+    entered = f;
     f->exchange = (fake_lane){.device = f, .open = open_memory, .close = close_memory};
     return ESP_OK;
 }
@@ -99,6 +109,7 @@ static size_t whole_pages(size_t bytes) {
 
 static esp_status fake_alloc(void *device, size_t bytes, void **out) {
     fake *f = device;
+    entered = f;
     if (f->recording) return ESPI_FAIL(ESP_ERR_STATE, "memory wanted while recording");
     for (int i = 0; i < REGIONS; i++) {
         region *r = &f->regions[i];
@@ -142,6 +153,7 @@ static void fake_free_host(void *device, void *p) {
 /* Runs it now, or keeps a copy of its arguments in the recording. */
 static esp_status queue(const espi_exec *exec, esp_status (*run)(const espi_exec *, const void *), const void *args, size_t bytes) {
     fake *f = exec->device;
+    if (entered != f) return ESPI_FAIL(ESP_ERR_INTERNAL, "work is queued on a device that the thread has not entered");
     if (!f->recording) {
         ESPI_TRY(settle(f));
         unlock(f);
@@ -171,6 +183,7 @@ static esp_status run_zero(const espi_exec *exec, const void *args) {
 }
 
 static esp_status fake_zero(void *device, void *p, size_t bytes) {
+    entered = device;
     return queue(&(espi_exec){.device = device}, run_zero, &(espi_zero){.out = p, .bytes = bytes}, sizeof(espi_zero));
 }
 
@@ -180,6 +193,7 @@ static esp_status not_recording(const fake *f, const char *what) {
 
 static esp_status fake_put(void *device, void *to, const void *from_host, size_t bytes) {
     fake *f = device;
+    entered = f;
     ESPI_TRY(not_recording(f, "a put"));
     ESPI_TRY(settle(f));
     f->counts.puts++;
@@ -218,6 +232,7 @@ static esp_status fake_wait(void *device) {
 
 static esp_status fake_record_begin(void *device) {
     fake *f = device;
+    entered = f;
     ESPI_TRY(not_recording(f, "a recording"));
     f->recording = true;
     f->first = f->last = NULL;
@@ -236,6 +251,7 @@ static esp_status fake_record_end(void *device, void **graph) {
 
 static esp_status fake_launch(void *device, void *graph) {
     fake *f = device;
+    entered = f;
     esp_status status = not_recording(f, "a launch");
     f->counts.launches++;
     if (status == ESP_OK) status = settle(f);
@@ -302,6 +318,7 @@ static void fake_set_watch(void *device, esp_status (*watch)(void *user), void *
 
 static const espi_device fake_device = {
     .start = fake_start,
+    .enter = fake_enter,
     .stop = fake_stop,
     .alloc = fake_alloc,
     .free = fake_free,
@@ -636,7 +653,7 @@ esp_status fake_ctx(esp_ctx **ctx, const esp_ctx_config *config) {
     (*ctx)->backends[0] = &fake_backend;
     (*ctx)->n_backends = 1;
     (*ctx)->device_ops = &fake_device;
-    const esp_status status = fake_start(&(*ctx)->device);
+    const esp_status status = fake_start(&(*ctx)->device, 0);
     if (status != ESP_OK) {
         (*ctx)->device_ops = NULL;
         esp_ctx_destroy(*ctx);
