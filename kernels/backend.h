@@ -45,6 +45,8 @@ typedef struct espi_device {
     void (*free)(void *device, void *p);
     esp_status (*alloc_host)(void *device, size_t bytes, void **out); /* pinned memory of the host, aligned to 64 */
     void (*free_host)(void *device, void *p);
+    /* Bytes of its memory that are free, and a number that no other device of this host has; NULL: cannot be told. */
+    esp_status (*left)(void *device, uint64_t *bytes, uint64_t *number);
     esp_status (*zero)(void *device, void *p, size_t bytes);
     esp_status (*put)(void *device, void *to, const void *from_host, size_t bytes); /* from_host may be used again on return */
     esp_status (*get)(void *device, void *to_host, const void *from, size_t bytes); /* waits */

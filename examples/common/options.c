@@ -189,7 +189,8 @@ static const option options[] = {
     {"device", TEXT, ANY, S(device), BOTH, NULL, "cuda|cpu|auto: a GPU where one is usable (cpu)"},
     {"backend", TEXT, ANY, C(backend), BOTH, NULL, "auto|cpu|ref, instead of a device (auto)"},
     {"threads", I32, NOT_NEGATIVE, C(threads), BOTH, NULL, "0 = OMP_NUM_THREADS or all cores (0)"},
-    {"memory_limit", BYTES, NOT_NEGATIVE, C(memory_limit), BOTH, NULL, "bytes; 0 = none (0)"},
+    {"memory_limit", BYTES, NOT_NEGATIVE, C(memory_limit), BOTH, NULL, "bytes of a rank; 0 = none (0)"},
+    {"ignore_memory", FLAG, ANY, S(ignore_memory), BOTH, NULL, "begin although the plan says that there is too little memory"},
 };
 #define N_OPTIONS ((int)(sizeof options / sizeof options[0]))
 _Static_assert(N_OPTIONS <= MAX_OPTIONS, "raise MAX_OPTIONS");

@@ -16,7 +16,7 @@ typedef struct settings {
     const char *model_dir;
     const char *preset;
     const char *plot_file; /* drawn anew while the run goes on */
-    bool dry_run;
+    bool dry_run, ignore_memory;
     const char *device; /* cuda, cpu, auto: a GPU where one is usable */
     esp_ctx_config ctx;
     esp_model_config model;

@@ -283,8 +283,13 @@ static int start(run *r, settings *s) {
         return EXIT_INTERNAL;
     }
     CHECK(esp_ctx_create(&r->ctx, &s->ctx));
-    CHECK(esp_model_load(&r->model, r->ctx, s->model_dir, &s->model));
     CHECK(esp_tokenizer_load(&r->tokenizer, s->model_dir));
+    if (!s->ignore_memory) {
+        size_t peak;
+        CHECK(esp_trainer_plan(&peak, r->ctx, s->model_dir, &s->model, r->tokenizer, &s->trainer));
+        CHECK(esp_plan_check(r->ctx, peak));
+    }
+    CHECK(esp_model_load(&r->model, r->ctx, s->model_dir, &s->model));
     const esp_status created = esp_trainer_create(&r->trainer, r->model, r->tokenizer, &s->trainer);
     if (created != ESP_OK && stop_signal) { /* while a server was looked at */
         printf("signal %d: stopped before the run began; what there was to resume is as it was\n", (int)stop_signal);

@@ -95,7 +95,8 @@ typedef struct esp_batch {
 /// Loads a folder with config.json and model.safetensors (or shards with an index).  Experts are turned to 4 bits one by one, so peak
 /// memory is the packed model plus one staging buffer of at most 64 MiB.  Collective over the context's comm: a rank reads its own experts
 /// alone, and all ranks have a model or none.
-/// ESP_ERR_FORMAT / ESP_ERR_SHAPE name file and tensor; ESP_ERR_UNSUPPORTED names the family and what is offered
+/// ESP_ERR_FORMAT / ESP_ERR_SHAPE name file and tensor; ESP_ERR_UNSUPPORTED names the family and what is offered; ESP_ERR_MISMATCH on all
+/// ranks names what differs between them, of config.json or of `config`, before a weight is read
 ESP_API esp_status esp_model_load(esp_model **model, esp_ctx *ctx, const char *dir, const esp_model_config *config);
 ESP_API void esp_model_destroy(esp_model *model);
 

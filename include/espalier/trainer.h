@@ -129,6 +129,12 @@ ESP_API esp_status esp_trainer_preset(esp_trainer_config *config, const char *na
 
 typedef struct esp_trainer esp_trainer;
 
+/// What esp_trainer_memory() will say is planned, to the byte, before a weight is read: from config.json and the task files.  For
+/// esp_plan_check().  Collective over the comm of ctx.
+/// model [in]  NULL = all defaults, as for esp_model_load()
+ESP_API esp_status esp_trainer_plan(size_t *peak, esp_ctx *ctx, const char *dir, const esp_model_config *model,
+                                    const esp_tokenizer *tokenizer, const esp_trainer_config *config);
+
 /// Reads the task files, takes all memory, restores resume_dir if given.  The model's adapter is what trains.  Destroy before the model.
 /// Collective over the comm of the model's context, as is every call on the trainer but esp_trainer_steps_done, _finished, _memory and
 /// _destroy: all ranks give the same config and the same files, and all get the same results.  Micro-batches, prompts, rewards and evaluation

@@ -148,6 +148,21 @@ static void gpu_free_host(void *device, void *p) {
     (void)cudaFreeHost(p);
 }
 
+static esp_status gpu_left(void *device, uint64_t *bytes, uint64_t *number) {
+    static const enum cudaDeviceAttr where[] = {cudaDevAttrPciDomainId, cudaDevAttrPciBusId, cudaDevAttrPciDeviceId};
+    size_t left, all;
+    int part;
+    ESPI_TRY(gpu_enter(device));
+    ESPI_CUDA_TRY(cudaMemGetInfo(&left, &all));
+    *bytes = left;
+    *number = 0;
+    for (int i = 0; i < 3; i++) {
+        ESPI_CUDA_TRY(cudaDeviceGetAttribute(&part, where[i], ((const gpu *)device)->ordinal));
+        *number = *number << 16 | (uint64_t)part;
+    }
+    return ESP_OK;
+}
+
 static esp_status gpu_zero(void *device, void *p, size_t bytes) {
     const gpu *g = device;
     return espi_cuda_check(cudaMemsetAsync(p, 0, bytes, g->shared.stream), "zeroing memory of the GPU");
@@ -318,6 +333,7 @@ const espi_device espi_device_cuda = {
     .free = gpu_free,
     .alloc_host = gpu_alloc_host,
     .free_host = gpu_free_host,
+    .left = gpu_left,
     .zero = gpu_zero,
     .put = gpu_put,
     .get = gpu_get,

@@ -62,9 +62,11 @@ esp_status espi_comm_mpi(esp_comm **comm, int *argc, char ***argv);
 
 /* Calls made so far: tests count them. */
 uint64_t espi_comm_calls(const esp_comm *comm);
-/* How long a call waits for the others; seconds. */
 /* Collective: settles esp_comm_local_rank(); host: the same number on ranks of one host alone. */
 esp_status espi_comm_find_hosts(esp_comm *comm, uint64_t host);
+/* start.c.  That number of this process. */
+uint64_t espi_comm_host(void);
+/* How long a call waits for the others; seconds. */
 void espi_comm_patience(esp_comm *comm, double seconds);
 double espi_comm_patience_of(const esp_comm *comm);
 /* Something beside these calls went wrong between the ranks (link.h), late: for a deadline that passed.  All later calls fail. */

@@ -148,7 +148,7 @@ static esp_status alike(esp_comm *comm) {
 }
 
 /* Names may repeat (localhost), a boot has a number of its own. */
-static uint64_t hash_of_host(void) {
+uint64_t espi_comm_host(void) {
     char name[256] = "";
     (void)gethostname(name, sizeof name - 1);
     return hash_of_text(name) + hash_of_file("/proc/sys/kernel/random/boot_id");
@@ -158,5 +158,5 @@ esp_status esp_comm_init(esp_comm **comm, int *argc, char ***argv) {
     ESPI_TRY(espi_comm_start(comm, argc, argv));
     if (esp_comm_size(*comm) == 1) return ESP_OK;
     ESPI_TRY(alike(*comm));
-    return espi_comm_find_hosts(*comm, hash_of_host());
+    return espi_comm_find_hosts(*comm, espi_comm_host());
 }

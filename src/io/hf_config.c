@@ -6,6 +6,7 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
+#include <xxhash.h>
 
 #define MAX_CONFIG ((size_t)16 << 20)
 #define MLP_ONLY "mlp_only_layers"
@@ -343,10 +344,12 @@ esp_status espi_config_read(espi_config *config, const char *dir) {
     ESPI_TRY(espi_file_read_all(&text, &bytes, path, MAX_CONFIG));
     json_error_t error;
     json_t *root = json_loadb(text, bytes, JSON_REJECT_DUPLICATES, &error);
+    const uint64_t hash = XXH3_64bits(text, bytes);
     free(text);
     const esp_status status =
         root ? read_root(config, root, path) : ESPI_FAIL(ESP_ERR_FORMAT, "%s: line %d: %s: not valid JSON", path, error.line, error.text);
     json_decref(root);
+    config->hash = hash;
     if (status != ESP_OK) espi_config_free(config);
     return status;
 }

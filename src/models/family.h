@@ -41,6 +41,7 @@ struct espi_family;
 /* config.json with every alias resolved and every number checked. */
 typedef struct espi_config {
     const struct espi_family *family;
+    uint64_t hash; /* of the file */
     int64_t layers, hidden, heads, kv_heads, head_dim, vocab, max_position;
     int64_t experts, top_k, expert_width; /* expert_width: I of a routed expert */
     int64_t dense_width;                  /* I of a dense layer */

@@ -99,9 +99,37 @@ esp_status espi_model_finish(esp_model *m) {
     return espi_decoder_saved_create(&m->saved, &m->config);
 }
 
-static esp_status build(esp_model *m, const char *dir, const esp_model_config *config) {
+static esp_status settle(esp_model *m, const char *dir, const esp_model_config *config) {
     ESPI_TRY(espi_config_read(&m->config, dir));
-    ESPI_TRY(espi_model_options(&m->options, m->lora, config, &m->config));
+    return espi_model_options(&m->options, m->lora, config, &m->config);
+}
+
+/* What changes shapes, calls between ranks, or results. */
+static esp_status check_alike(const esp_model *m) {
+    const esp_model_config *o = &m->options;
+    ESPI_TRY(esp_comm_same(m->ctx->comm, "config.json", &m->config.hash, sizeof m->config.hash));
+    for (int i = 0; i < ESPI_T_COUNT; i++) {
+        ESPI_TRY(espi_comm_same(m->ctx->comm, "model.lora_rank or model.lora_targets", (uint64_t)m->lora[i].r));
+        ESPI_TRY(esp_comm_same(m->ctx->comm, "model.lora_alpha or model.rslora", &m->lora[i].scale, sizeof m->lora[i].scale));
+    }
+    const struct {
+        const char *key;
+        uint64_t value;
+    } numbers[] = {{"model.experts", o->experts},
+                   {"model.mxfp4_rule", o->mxfp4_rule},
+                   {"model.double_quant", o->double_quant},
+                   {"model.seed", o->seed},
+                   {"model.activation_budget", o->activation_budget},
+                   {"model.train_router", o->train_router},
+                   {"model.adapter_dir (set or not)", o->adapter_dir != NULL},
+                   {"model.expert_ranks", (uint64_t)o->expert_ranks},
+                   {"model.expert_rows", (uint64_t)o->expert_rows}};
+    for (int i = 0; i < ESPI_COUNT(numbers); i++) ESPI_TRY(espi_comm_same(m->ctx->comm, numbers[i].key, numbers[i].value));
+    ESPI_TRY(esp_comm_same(m->ctx->comm, "model.router_aux_coef", &o->router_aux_coef, sizeof o->router_aux_coef));
+    return esp_comm_same(m->ctx->comm, "model.router_z_coef", &o->router_z_coef, sizeof o->router_z_coef);
+}
+
+static esp_status build(esp_model *m, const char *dir) {
     ESPI_TRY(espi_model_load_weights(m, dir));
     return espi_model_finish(m);
 }
@@ -113,7 +141,9 @@ esp_status esp_model_load(esp_model **model, esp_ctx *ctx, const char *dir, cons
     if (!m) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for a model's bookkeeping");
     m->ctx = ctx;
     /* No rank goes on without the others. */
-    esp_status status = espi_comm_agree(ctx->comm, (espi_place){"loading a model", -1}, build(m, dir, config));
+    esp_status status = espi_comm_agree(ctx->comm, (espi_place){"the model's config", -1}, settle(m, dir, config));
+    if (status == ESP_OK) status = check_alike(m);
+    if (status == ESP_OK) status = espi_comm_agree(ctx->comm, (espi_place){"loading a model", -1}, build(m, dir));
     if (status == ESP_OK && m->options.adapter_dir)
         status = esp_model_load_adapter_as(m, m->options.adapter_dir, m->options.adapter_reading);
     if (status != ESP_OK) {

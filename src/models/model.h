@@ -96,6 +96,9 @@ esp_status espi_weight_plan_make(espi_weight_plan *out, esp_ctx *ctx, const espi
  * and head likewise.  Enough to walk a pass dry; the loader and the adapter then fill the pointers. */
 esp_status espi_model_skeleton(esp_model *model);
 void espi_model_skeleton_free(esp_model *model);
+/* models/plan.c: such a model of a folder, for plans.  espi_model_outline_free() also where this fails. */
+esp_status espi_model_outline(esp_model *model, esp_ctx *ctx, const char *dir, const esp_model_config *config);
+void espi_model_outline_free(esp_model *model);
 
 /* models/load.c: the block of a skeleton's frozen weights, not yet filled.  map: the table of double quantisation, or NULL; lut: that of the
  * experts' values where it lies on a device, or NULL. */

@@ -48,13 +48,10 @@ static void measure(sizes *s, esp_model *model) {
 }
 
 static esp_status sizes_of(sizes *s, esp_ctx *ctx, const char *dir, const esp_model_config *config) {
-    esp_model model = {.ctx = ctx, .adapter_on = true};
-    esp_status status = espi_config_read(&model.config, dir);
-    if (status == ESP_OK) status = espi_model_options(&model.options, model.lora, config, &model.config);
-    if (status == ESP_OK) status = espi_model_skeleton(&model);
+    esp_model model;
+    const esp_status status = espi_model_outline(&model, ctx, dir, config);
     if (status == ESP_OK) measure(s, &model);
-    espi_model_skeleton_free(&model);
-    espi_config_free(&model.config);
+    espi_model_outline_free(&model);
     return status;
 }
 

@@ -2,6 +2,19 @@
 #include "espalier/plan.h"
 #include "models/passes.h"
 
+esp_status espi_model_outline(esp_model *model, esp_ctx *ctx, const char *dir, const esp_model_config *config) {
+    *model = (esp_model){.ctx = ctx, .adapter_on = true};
+    ESPI_TRY(espi_config_read(&model->config, dir));
+    ESPI_TRY(espi_model_options(&model->options, model->lora, config, &model->config));
+    return espi_model_skeleton(model);
+}
+
+void espi_model_outline_free(esp_model *model) {
+    espi_room_free(&model->room, model->ctx);
+    espi_model_skeleton_free(model);
+    espi_config_free(&model->config);
+}
+
 static esp_status no_coef(void *user, const espi_head_rows *rows, int64_t first, int64_t count) {
     (void)user, (void)rows, (void)first, (void)count; /* never called: the arena is dry */
     return ESP_OK;
@@ -87,12 +100,9 @@ esp_status esp_plan_folder(esp_plan *out, esp_ctx *ctx, const char *dir, const e
                          "esp_plan_folder: got %lld tokens in %d sequences, expected at least one token in each of at least one",
                          (long long)n_tokens, n_seqs);
     esp_plan plan = {0};
-    esp_model model = {.ctx = ctx, .adapter_on = true};
-    esp_status status = espi_config_read(&model.config, dir);
-    if (status == ESP_OK) status = espi_model_options(&model.options, model.lora, config, &model.config);
-    if (status == ESP_OK) status = espi_model_skeleton(&model);
+    esp_model model;
+    esp_status status = espi_model_outline(&model, ctx, dir, config);
     if (status == ESP_OK) status = fill_plan(&plan, &model, adamw, n_tokens, n_seqs);
-    espi_model_skeleton_free(&model);
-    espi_config_free(&model.config);
+    espi_model_outline_free(&model);
     return status == ESP_OK ? espi_struct_write(out, &plan, sizeof plan, "esp_plan") : status;
 }

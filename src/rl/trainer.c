@@ -28,8 +28,6 @@ esp_status espi_copy_text(char **out, const char *text) {
 static esp_status read_tasks(esp_trainer *t) {
     t->info = (esp_model_info)ESP_MODEL_INFO_INIT;
     ESPI_TRY(esp_model_info_get(t->model, &t->info));
-    if (t->info.adapter_parameters == 0)
-        return ESPI_FAIL(ESP_ERR_ARG, "trainer: the model has no adapter, expected one: nothing would train (see lora_targets)");
     if (t->info.eos_token_id < 0)
         return ESPI_FAIL(ESP_ERR_FORMAT,
                          "trainer: the model's config.json states no eos_token_id, expected one: completions would not end");
@@ -87,9 +85,8 @@ static int64_t most_kept(const esp_trainer *t) {
     return !filtered ? 0 : most < vocab ? most : vocab;
 }
 
-/* What the run will take, known before any of it is taken; then takes it. */
-static esp_status take_memory(esp_trainer *t) {
-    esp_ctx *ctx = t->model->ctx;
+/* Of the optimiser, the activations and the sampler. */
+static esp_status run_bytes(size_t *bytes, esp_trainer *t) {
     t->most_kept = most_kept(t);
     const esp_sampler_config sampler = sampler_config(t);
     espi_extent optim;
@@ -99,7 +96,17 @@ static esp_status take_memory(esp_trainer *t) {
     ESPI_TRY(espi_update_reserve(&activations, t, false));
     if (needs_sampler(t)) ESPI_TRY(esp_sampler_plan(t->model, &sampler, &cache));
     if (activations < t->model->room.extent.main) activations = t->model->room.extent.main;
-    const size_t whole = ctx->total - t->model->room.extent.main + activations + optim.main + cache;
+    *bytes = optim.main + activations + cache;
+    return ESP_OK;
+}
+
+/* What the run will take, known before any of it is taken; then takes it. */
+static esp_status take_memory(esp_trainer *t) {
+    esp_ctx *ctx = t->model->ctx;
+    size_t activations, whole;
+    ESPI_TRY(run_bytes(&whole, t));
+    const esp_sampler_config sampler = sampler_config(t);
+    whole += ctx->total - t->model->room.extent.main;
     t->planned = whole > ctx->peak ? whole : ctx->peak;
     ESPI_TRY(esp_adamw_create(&t->optim, t->model, &t->c.adamw));
     if (needs_sampler(t)) ESPI_TRY(esp_sampler_create(&t->sampler, t->model, &sampler));
@@ -148,6 +155,8 @@ static esp_status prepare(esp_trainer *t, const esp_trainer_config *config) {
                          espi_ranks_count(t->model));
     ESPI_TRY(take_folders(t));
     ESPI_TRY(read_tasks(t));
+    if (t->info.adapter_parameters == 0)
+        return ESPI_FAIL(ESP_ERR_ARG, "trainer: the model has no adapter, expected one: nothing would train (see lora_targets)");
     ESPI_TRY(espi_take_array(&t->order, t->train.n, sizeof *t->order));
     return espi_update_create(t);
 }
@@ -168,16 +177,23 @@ static esp_status build(esp_trainer *t, const esp_trainer_config *config) {
     return ESP_OK;
 }
 
-esp_status esp_trainer_create(esp_trainer **trainer, esp_model *model, const esp_tokenizer *tokenizer, const esp_trainer_config *config) {
-    if (!trainer || !model || !tokenizer || !config)
-        return ESPI_FAIL(ESP_ERR_ARG, "esp_trainer_create: trainer, model, tokenizer or config is NULL, expected all four");
-    *trainer = NULL;
+static esp_status make(esp_trainer **trainer, esp_model *model, const esp_tokenizer *tokenizer) {
     esp_trainer *t = calloc(1, sizeof *t);
     if (!t) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for a trainer's bookkeeping");
     t->model = model;
     t->tokenizer = tokenizer;
     t->order_epoch = t->eval_step = t->published = -1;
     t->best = -1;
+    *trainer = t;
+    return ESP_OK;
+}
+
+esp_status esp_trainer_create(esp_trainer **trainer, esp_model *model, const esp_tokenizer *tokenizer, const esp_trainer_config *config) {
+    if (!trainer || !model || !tokenizer || !config)
+        return ESPI_FAIL(ESP_ERR_ARG, "esp_trainer_create: trainer, model, tokenizer or config is NULL, expected all four");
+    *trainer = NULL;
+    esp_trainer *t = NULL;
+    ESPI_TRY(make(&t, model, tokenizer));
     const esp_status status = build(t, config);
     if (status != ESP_OK) {
         esp_trainer_destroy(t);
@@ -207,6 +223,39 @@ void esp_trainer_destroy(esp_trainer *trainer) {
     free(trainer->save_rollouts);
     espi_lock_free(trainer->lock);
     free(trainer);
+}
+
+/* The same sums as of a trainer. */
+static esp_status plan_on(size_t *peak, esp_model *model, const esp_tokenizer *tokenizer, const esp_trainer_config *config) {
+    esp_trainer *t = NULL;
+    espi_weight_plan w;
+    size_t run = 0;
+    ESPI_TRY(espi_weight_plan_make(&w, model->ctx, &model->config, &model->options, model->lora));
+    ESPI_TRY(make(&t, model, tokenizer));
+    esp_status status = espi_trainer_settle(t, config);
+    if (status == ESP_OK) status = read_tasks(t);
+    if (status == ESP_OK) status = run_bytes(&run, t);
+    esp_trainer_destroy(t);
+    const size_t weights = w.dense + w.experts, whole = weights + w.adapter + w.gradients + run;
+    *peak = whole > weights + w.staging ? whole : weights + w.staging;
+    return status;
+}
+
+esp_status esp_trainer_plan(size_t *peak, esp_ctx *ctx, const char *dir, const esp_model_config *model, const esp_tokenizer *tokenizer,
+                            const esp_trainer_config *config) {
+    if (!peak || !ctx || !dir || !tokenizer || !config)
+        return ESPI_FAIL(ESP_ERR_ARG, "esp_trainer_plan: peak, ctx, dir, tokenizer or config is NULL, expected all five");
+    esp_model outline;
+    unsigned char reported[sizeof ctx->reported];
+    const esp_log_fn log = ctx->log;
+    memcpy(reported, ctx->reported, sizeof reported);
+    ctx->log = NULL; /* what there is to tell is told by the trainer */
+    esp_status status = espi_model_outline(&outline, ctx, dir, model);
+    if (status == ESP_OK) status = plan_on(peak, &outline, tokenizer, config);
+    espi_model_outline_free(&outline);
+    ctx->log = log;
+    memcpy(ctx->reported, reported, sizeof reported);
+    return esp_comm_agree(ctx->comm, "the plan of a run", status);
 }
 
 int64_t esp_trainer_steps_done(const esp_trainer *trainer) {

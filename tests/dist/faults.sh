@@ -64,7 +64,9 @@ alike() {
 }
 cp "$sft" "$work/other" && echo >>"$work/other"
 alike "another program" "the program \(the file that runs\)" 'test $rank = 1 && exec '"$work/other $run; exec $sft $run"
-alike "another seed" "config.seed" "exec $sft $run --seed \$((rank % 2))"
+alike "another seed" "model.seed" "exec $sft $run --seed \$((rank % 2))"
+mkdir "$work/model" && cp "$source"/examples/models/mix-moe/* "$work/model" && echo >>"$work/model/config.json"
+alike "another config.json" "config.json" 'test $rank = 1 && exec '"$sft $run --model $work/model; exec $sft $run"
 alike "another environment" "ESP_CPU_ISA" 'test $rank = 1 && export ESP_CPU_ISA=generic; exec '"$sft $run"
 
 what="goes on after a kill"
@@ -81,6 +83,16 @@ what="wrong use"
 ranks $deadline "-1 none" --stepz 3
 expect_failure "$what" 64 10
 says 'did you mean --steps'
+what="too little memory"
+ranks $deadline "-1 none" --eval "$source/examples/tasks/mix-eval.jsonl" --decode-rows 100000000
+expect_failure "$what" 70 10
+says 'rank [0-2] of 3 .*ESP_ERR_MEMORY: rank 0: a run takes up to [0-9]+ bytes here, all 3 ranks .* together [0-9]+, expected at most the [0-9]+ that are left \(/'
+ranks $deadline "-1 none" --memory-limit 1000000
+expect_failure "$what" 70 10
+says 'ESP_ERR_MEMORY: rank 0: a run takes up to [0-9]+ bytes, expected at most esp_ctx_config.memory_limit, 1000000'
+ranks $deadline "-1 none" --memory-limit 1000000 --ignore-memory
+expect_failure "$what" 70 10
+says 'ESP_ERR_MEMORY: rank 0: [0-9]+ bytes wanted'
 what="no such model"
 ranks $deadline "-1 none" --train "$work/none.jsonl"
 expect_failure "$what" '73|65' 10

@@ -22,8 +22,8 @@ typedef struct outcome {
     int64_t size[MOST_PARAMS], n_params, steps;
     uint64_t state[MOST_RANKS]; /* of each rank's rollouts and counters */
     cut c;
-    size_t planned[MOST_RANKS], peak[MOST_RANKS];
-    uint64_t best; /* of the file of the best adapter; 0: none is kept */
+    size_t foretold[MOST_RANKS], planned[MOST_RANKS], peak[MOST_RANKS]; /* foretold: before the model was loaded */
+    uint64_t best;                                                      /* of the file of the best adapter; 0: none is kept */
 } outcome;
 
 typedef struct rank_run {
@@ -35,7 +35,9 @@ typedef struct rank_run {
     int64_t stop_step; /* where a stop is asked for on this rank */
     espi_phase stop_phase;
     esp_reward reward;
+    const char *dir; /* of the model */
     float aux_coef;
+    int lora_rank; /* 0: the default */
     uint64_t calls;
 } rank_run;
 
@@ -105,11 +107,12 @@ static esp_status train(rank_run *r, esp_model *model, const esp_tokenizer *toke
 static esp_status work(rank_job *job) {
     rank_run *r = (rank_run *)job->user + job->rank;
     demo d = {NULL, NULL, NULL, NULL};
+    const esp_model_config config =
+        ESP_MODEL_CONFIG(.seed = 5, .expert_ranks = job->spread, .router_aux_coef = r->aux_coef, .lora_rank = r->lora_rank);
     esp_status status = esp_ctx_create(&d.ctx, &ESP_CTX_CONFIG(.comm = job->comm, .threads = 1));
-    if (status == ESP_OK)
-        status = esp_model_load(&d.model, d.ctx, DEMO_MODEL,
-                                &ESP_MODEL_CONFIG(.seed = r->config.seed, .expert_ranks = job->spread, .router_aux_coef = r->aux_coef));
     if (status == ESP_OK) status = esp_tokenizer_load(&d.tokenizer, DEMO_MODEL);
+    if (status == ESP_OK) status = esp_trainer_plan(&r->out->foretold[job->rank], d.ctx, r->dir, &config, d.tokenizer, &r->config);
+    if (status == ESP_OK) status = esp_model_load(&d.model, d.ctx, r->dir, &config);
     if (status == ESP_OK) status = train(r, d.model, d.tokenizer);
     demo_free(&d);
     r->calls = espi_comm_calls(job->comm);
@@ -124,7 +127,7 @@ typedef void (*change_fn)(rank_run *r, int rank);
 static void on_ranks(rank_job *jobs, rank_run *runs, outcome *out, cut c, const esp_trainer_config *config, int64_t until,
                      change_fn change) {
     for (int i = 0; i < c.ranks; i++) {
-        runs[i] = (rank_run){.config = *config, .c = c, .until = until, .out = out};
+        runs[i] = (rank_run){.config = *config, .c = c, .until = until, .out = out, .dir = DEMO_MODEL};
         if (change) change(&runs[i], i);
     }
     ranks_run(jobs, c.ranks, c.spread, work, runs);
@@ -167,6 +170,9 @@ static outcome *outcome_in(const char *dir, cut c, esp_trainer_config config, in
         cr_expect_eq(ranks[i].calls, ranks[0].calls);
         cr_expect_eq(out->state[i], out->state[0], "ranks %d and 0 of %d, spread %d, have other states", i, c.ranks, c.spread);
     }
+    for (int i = 0; i < c.ranks; i++)
+        cr_expect_eq(out->foretold[i], out->planned[i], "rank %d of %d, spread %d, plans %zu bytes, and planned %zu before it was loaded",
+                     i, c.ranks, c.spread, out->planned[i], out->foretold[i]);
     for (int i = 0; i < c.ranks; i++)
         cr_expect_eq(out->peak[i], out->planned[i], "rank %d of %d, spread %d, took %zu bytes of %zu planned", i, c.ranks, c.spread,
                      out->peak[i], out->planned[i]);
@@ -387,6 +393,15 @@ static void other_lines(rank_run *r, int rank) {
 static void other_cut(rank_run *r, int rank) {
     if (rank == 1) r->config.eval_every = 3;
 }
+static void other_loss(rank_run *r, int rank) {
+    if (rank == 1) r->aux_coef = 0.5f;
+}
+static void other_adapter(rank_run *r, int rank) {
+    if (rank == 2) r->lora_rank = 4;
+}
+static void other_model(rank_run *r, int rank) {
+    if (rank == 2) r->dir = DEMO_GPT_OSS;
+}
 static void by_server(rank_run *r, int rank) {
     (void)rank;
     r->config.server = "http://127.0.0.1:9";
@@ -420,4 +435,7 @@ Test(ranks_train, what_differs_is_named) {
     expect_end(other_seed, ESP_ERR_MISMATCH, "config.seed");
     expect_end(other_lines, ESP_ERR_MISMATCH, "config.train_file_hash");
     expect_end(other_cut, ESP_ERR_MISMATCH, "config.eval_every");
+    expect_end(other_loss, ESP_ERR_MISMATCH, "model.router_aux_coef is not the same on all ranks: rank 0 has ");
+    expect_end(other_adapter, ESP_ERR_MISMATCH, "model.lora_rank or model.lora_targets is not the same on all ranks");
+    expect_end(other_model, ESP_ERR_MISMATCH, "config.json is not the same on all ranks");
 }

@@ -150,6 +150,13 @@ static void fake_free_host(void *device, void *p) {
     free(p);
 }
 
+static esp_status fake_left(void *device, uint64_t *bytes, uint64_t *number) {
+    (void)device;
+    *bytes = FAKE_LEFT;
+    *number = 7;
+    return ESP_OK;
+}
+
 /* Runs it now, or keeps a copy of its arguments in the recording. */
 static esp_status queue(const espi_exec *exec, esp_status (*run)(const espi_exec *, const void *), const void *args, size_t bytes) {
     fake *f = exec->device;
@@ -324,6 +331,7 @@ static const espi_device fake_device = {
     .free = fake_free,
     .alloc_host = fake_alloc_host,
     .free_host = fake_free_host,
+    .left = fake_left,
     .zero = fake_zero,
     .put = fake_put,
     .get = fake_get,

@@ -20,6 +20,9 @@ typedef struct fake_lane {
 /* Like esp_ctx_create with backend "ref", but on the fake device.  esp_ctx_destroy() it. */
 esp_status fake_ctx(esp_ctx **ctx, const esp_ctx_config *config);
 
+/* Bytes that a fake device says are free; all say that they are the same one. */
+#define FAKE_LEFT ((size_t)3 << 20)
+
 /* What the device was asked for since it was started. */
 typedef struct fake_counts {
     int64_t allocations, puts, gets, waits, launches, recordings, pinned;
