@@ -6,6 +6,9 @@ size_t espi_cpu_packed_bytes(const espi_stack *w) {
     return (size_t)(w->rows / RECORD_ROWS * (w->cols / RECORD_COLS) * record_bytes(w->format));
 }
 
+/* Of an MXFP4 block: 6 times 2^125 is the last product that bf16 holds. */
+enum { LARGEST_SCALE = 252 };
+
 /* Where a row's codes of a record begin, and which part's block is its first. */
 typedef struct record_row {
     const uint8_t *codes;
@@ -30,17 +33,37 @@ static void pack_units(uint8_t *out, const uint8_t *const codes[4], bool low_fir
     }
 }
 
+/* MXFP4: bf16 has normal numbers from 2^-126 on, so a block of 2^-127 becomes one of 2^-126 whose values are half as large; those of less
+ * than 2^-126, which products of bf16 take as 0, become 0.  codes: the record's of the row, or `halved` with those blocks changed. */
+static const uint8_t *normal_codes(uint8_t halved[RECORD_COLS / 2], const uint8_t *codes, const uint8_t *scales) {
+    static const uint8_t half[8] = {0, 0, 0, 0, 2, 3, 4, 5}; /* of 0, 0.5, 1, 1.5, 2, 3, 4, 6; 0.75 is not normal */
+    if (scales[0] != 0 && scales[1] != 0) return codes;
+    for (int64_t i = 0; i < RECORD_COLS / 2; i++) {
+        const unsigned code = codes[i];
+        const bool small = scales[i / (ESPI_MXBLOCK / 2)] == 0;
+        halved[i] = (uint8_t)(small ? (code & 0x88u) | half[code & 7u] | (unsigned)half[code >> 4 & 7u] << 4 : code);
+    }
+    return halved;
+}
+
 static void pack_record(uint8_t *out, const espi_stack *one, int64_t row0, int64_t col0) {
     record_row rows[RECORD_ROWS];
-    for (int64_t n = 0; n < RECORD_ROWS; n++) rows[n] = row_of(one, row0 + n, col0);
+    uint8_t halved[RECORD_ROWS][RECORD_COLS / 2];
+    for (int64_t n = 0; n < RECORD_ROWS; n++) {
+        rows[n] = row_of(one, row0 + n, col0);
+        if (one->format == ESP_MXFP4)
+            rows[n].codes = normal_codes(halved[n], rows[n].codes, one->scales + rows[n].part * one->part_blocks + rows[n].block);
+    }
     for (int64_t n = 0; n < RECORD_ROWS; n++) {
         const record_row *r = &rows[n];
         if (n % 16 < 4)
             pack_units(out + n / 16 * (RECORD_CODES / 2) + n % 4 * 4,
                        (const uint8_t *const[4]){r[0].codes, r[4].codes, r[8].codes, r[12].codes}, one->format == ESP_MXFP4);
         if (one->format == ESP_MXFP4) {
-            for (int64_t b = 0; b < RECORD_COLS / ESPI_MXBLOCK; b++)
-                out[RECORD_CODES + b * RECORD_ROWS + n] = one->scales[r->part * one->part_blocks + r->block + b];
+            for (int64_t b = 0; b < RECORD_COLS / ESPI_MXBLOCK; b++) {
+                const uint8_t scale = one->scales[r->part * one->part_blocks + r->block + b];
+                out[RECORD_CODES + b * RECORD_ROWS + n] = scale == 0 ? 1 : scale;
+            }
         } else {
             const float scale = espi_stack_absmax(one, r->part, r->block);
             memcpy(out + RECORD_CODES + (size_t)n * sizeof scale, &scale, sizeof scale);
@@ -54,6 +77,12 @@ esp_status espi_cpu_pack(const espi_exec *exec, void *packed, const espi_stack *
     if (espi_cpu_packed_bytes(one) == 0)
         return ESPI_FAIL(ESP_ERR_SHAPE, "packing an expert of %lld x %lld, expected whole records of %d x %d: leave it as it is",
                          (long long)one->rows, (long long)one->cols, RECORD_ROWS, RECORD_COLS);
+    for (int64_t b = 0; one->format == ESP_MXFP4 && b < one->parts * one->part_blocks; b++)
+        if (one->scales[b] > LARGEST_SCALE)
+            return ESPI_FAIL(ESP_ERR_UNSUPPORTED,
+                             "packing an expert whose block %lld of 32 has scale byte %d, expected at most %d (2^%d): use a "
+                             "backend that multiplies in f32",
+                             (long long)b, one->scales[b], LARGEST_SCALE, LARGEST_SCALE - 127);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < records; i++)
         pack_record((uint8_t *)packed + i * record_bytes(one->format), one, i / across * RECORD_ROWS, i % across * RECORD_COLS);

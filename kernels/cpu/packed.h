@@ -1,8 +1,8 @@
 /* Experts packed for products of bf16, and what the file of an instruction set offers on them.
  *
  * An expert [n,k] is cut into records of 32 n by 64 k, k fastest, so that a forward reads it from one end to the other.  A record holds 1024
- * bytes of codes, then its scales: of NF4 and FP4 32 floats, one a row; of MXFP4 64 bytes, the 32 rows' of the first 32 k, then of the
- * others.  Codes of 16 n by 64 k follow each other, 16 bytes for each pair of k: eight 16-bit units, unit 2i + j of k + j with rows i, i + 4,
+ * bytes of codes, then its scales: of NF4 and FP4 32 floats, one a row; of MXFP4 64 bytes, never 0, the 32 rows' of the first 32 k, then of
+ * the others.  Codes of 16 n by 64 k follow each other, 16 bytes for each pair of k: eight 16-bit units, unit 2i + j of k + j with rows i, i + 4,
  * i + 8, i + 12 in its nibbles.
  *
  * Forward (a lane is one n, its halves k and k + 1): the 16 bytes are repeated four times, which puts each unit where it is wanted, and a
@@ -10,8 +10,9 @@
  * above the code does not matter.  Backward (a lane is one k, its halves n and n + 4): units of 16 k are gathered once for two pairs of n.
  *
  * Numbers of avx512_bf16.  Forward: the products of 64 k are summed, values unscaled, then multiplied by the scale and added to the sum so
- * far; of MXFP4's two scales the first 32 k go over to the second.  Backward: values are scaled and rounded to bf16, and 512 n are summed before they are added.  Of amx_bf16: values are
- * scaled and rounded, and tiles add up over the whole depth.  None of it depends on how many rows there are, so a row's bits do not. */
+ * far; MXFP4's values are scaled, which is exact, and their products add up over the whole depth.  Backward, and everywhere in amx_bf16:
+ * values are scaled and rounded to bf16, and products add up over the whole depth.  None of it depends on how many rows there are, so a
+ * row's bits do not. */
 #ifndef ESPI_KERNELS_CPU_PACKED_H
 #define ESPI_KERNELS_CPU_PACKED_H
 

@@ -1,35 +1,43 @@
 /* Products of bf16 with packed experts, by dot products of pairs: see packed.h for the layout and for the order of the sums.
  *
  * Forward: strips of up to 12 rows meet 32 columns, or up to 4 rows 64, codes being decoded in registers for each strip.  Backward: up to 4
- * rows likewise; more rows meet a panel that was decoded once. */
+ * rows likewise.  More rows meet a panel of 64 columns that was decoded once, 512 steps of the sum at a time, while the codes of the next
+ * one are fetched. */
 #include "kernels/cpu/decode.h"
 
 enum {
-    STRIP_ROWS = 12,   /* forward; 24 of 32 registers are sums */
-    FEW_ROWS = 4,      /* both directions: rows that meet 64 columns without a panel */
-    TILES = 4,         /* of 16 columns that a strip of few rows meets */
-    FORWARD_ROWS = 96, /* rows that are converted together: their bf16 stays in the second cache */
-    BACK_ROWS = 6,     /* rows of a strip against a panel */
-    BACKWARD_ROWS = 384,
-    BACK_DEPTH = 512, /* n of a panel */
+    STRIP_ROWS = 12, /* forward; 24 of 32 registers are sums */
+    FEW_ROWS = 4,    /* both directions: rows that meet 64 columns without a panel */
+    TILES = 4,       /* of 16 columns that a strip of few rows meets, and of a panel */
+#ifndef PANEL_FROM
+#define PANEL_FROM 32
+#endif
+    FORWARD_PANEL_ROWS = PANEL_FROM, /* rows that are worth a panel */
+    PANEL_ROWS = 6,                  /* rows of a strip against a panel */
+    DEPTH = 512,                     /* steps of the sum that a panel holds, and of a row that lie together */
+    ROW_BYTES = DEPTH * 2,
+    HALF = TILES / 2,
+    WIDTH = TILES * 16,
+    GROUP = 16, /* pairs of a panel that come from one record, or from half of one */
 };
 
-/* ---- what a row becomes ---- */
+/* ---- what rows become: for every DEPTH values those of all rows, a row's ROW_BYTES after the other's ---- */
 
-/* 64 floats to bf16, in order: rounded to nearest, ties to even. */
-INLINE void convert_line(uint8_t *to, const float *from) {
-#pragma GCC unroll 16
-    for (int i = 0; i < 2; i++) {
-        const __m512bh pair = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + i * 32 + 16), _mm512_loadu_ps(from + i * 32));
-        _mm512_store_si512(to + i * 64, (__m512i)pair);
-    }
+/* 32 floats to bf16: rounded to nearest, ties to even. */
+INLINE __m512i convert_32(const float *from) {
+    return (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + 16), _mm512_loadu_ps(from));
 }
 
-/* The rows of a strip lie beside each other for every 64 k, so that one pointer serves all. */
-static void convert_strip(uint8_t *to, const cpu_rows *a, int64_t first, int64_t rows, int64_t depth) {
-    for (int64_t i = 0; i < rows; i++) {
-        const float *from = row_at(a, first + i);
-        for (int64_t k = 0; k < depth; k += RECORD_COLS) convert_line(to + (k * rows + i * RECORD_COLS) * 2, from + k);
+/* m rows of n values, whole 32s.  paired: in the order in which rows of W pair up. */
+static void convert_rows(uint8_t *to, const cpu_rows *a, int64_t m, int64_t n, bool paired) {
+    const __m512i order = pairing();
+    for (int64_t i = 0; i < m; i++) {
+        const float *from = row_at(a, i);
+        for (int64_t k = 0; k < n; k += 32) {
+            const __m512i x = convert_32(from + k);
+            uint8_t *out = to + (k / DEPTH * m + i) * ROW_BYTES + k % DEPTH * 2;
+            _mm512_store_si512(out, paired ? _mm512_permutexvar_epi16(order, x) : x);
+        }
     }
 }
 
@@ -53,25 +61,40 @@ INLINE __m512i quarter_shifts(void) {
 }
 
 /* 16 columns of a pair of k. */
-INLINE __m512bh decode_pair(const uint8_t *codes, __m512i values, __m512i shifts) {
+INLINE __m512i decode_pair(const uint8_t *codes, __m512i values, __m512i shifts) {
     const __m512i units = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)codes));
-    return (__m512bh)_mm512_permutexvar_epi16(_mm512_srlv_epi16(units, shifts), values);
+    return _mm512_permutexvar_epi16(_mm512_srlv_epi16(units, shifts), values);
+}
+
+/* MXFP4: what scales 16 columns by powers of two, added to the bits of their values. */
+INLINE __m512i powers_of(const uint8_t *record, int tile, int half) {
+    const __m512i above = _mm512_sub_epi32(exponents_of(record, tile, half), _mm512_set1_epi32(127));
+    const __m512i power = _mm512_slli_epi32(above, 23);
+    return _mm512_or_si512(power, _mm512_srli_epi32(power, 16));
+}
+
+/* A value of 0 stays one. */
+INLINE __m512i scale_pair(__m512i pair, __m512i powers) {
+    return _mm512_maskz_add_epi16(_mm512_test_epi16_mask(pair, _mm512_set1_epi16(0x7fff)), pair, powers);
 }
 
 /* ---- forward ---- */
 
-/* part[rows][tiles] += products of `pairs` pairs of k. */
+/* part[rows][tiles] += products of `pairs` pairs of k.  powers: MXFP4's, NULL: none. */
 INLINE void forward_pairs(__m512 part[STRIP_ROWS][TILES], const uint8_t *x, const uint8_t *codes, int64_t stride, __m512i values,
-                          __m512i shifts, const int pairs, const int rows, const int tiles) {
+                          __m512i shifts, const __m512i *powers, const int pairs, const int rows, const int tiles) {
 #pragma GCC unroll 4
     for (int p = 0; p < pairs; p++) {
         __m512bh b[TILES];
 #pragma GCC unroll 16
-        for (int t = 0; t < tiles; t++) b[t] = decode_pair(codes + t / 2 * stride + t % 2 * (RECORD_CODES / 2) + p * 16, values, shifts);
+        for (int t = 0; t < tiles; t++) {
+            const __m512i pair = decode_pair(codes + t / 2 * stride + t % 2 * (RECORD_CODES / 2) + p * 16, values, shifts);
+            b[t] = (__m512bh)(powers ? scale_pair(pair, powers[t]) : pair);
+        }
 #pragma GCC unroll 16
         for (int i = 0; i < rows; i++) {
             int32_t two;
-            memcpy(&two, x + i * RECORD_COLS * 2 + p * 4, sizeof two);
+            memcpy(&two, x + i * ROW_BYTES + p * 4, sizeof two);
             const __m512bh xx = (__m512bh)_mm512_set1_epi32(two);
 #pragma GCC unroll 16
             for (int t = 0; t < tiles; t++) part[i][t] = _mm512_dpbf16_ps(part[i][t], xx, b[t]);
@@ -88,59 +111,60 @@ INLINE void add_scaled(float *sum, __m512 part[STRIP_ROWS][TILES], __m512 scale,
     }
 }
 
-/* From a record's first 32 k of MXFP4 to the others: sums go over to their scale, which is exact, or to `sum` where the two are too far apart
- * for that. */
-INLINE void change_scale(float *sum, __m512 part[STRIP_ROWS][TILES], const uint8_t *record, const int t, const int rows, const int tiles) {
-    const __m512i apart = _mm512_sub_epi32(exponents_of(record, t % 2, 0), exponents_of(record, t % 2, 1));
-    if (_mm512_cmpgt_epi32_mask(_mm512_abs_epi32(apart), _mm512_set1_epi32(64)) == 0) {
-        const __m512 ratio = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(apart, _mm512_set1_epi32(127)), 23));
+INLINE void clear(__m512 part[STRIP_ROWS][TILES], const int rows, const int tiles) {
 #pragma GCC unroll 16
-        for (int i = 0; i < rows; i++) part[i][t] = _mm512_mul_ps(part[i][t], ratio);
-        return;
-    }
-    add_scaled(sum, part, scales_of(record, t % 2, 0, true), t, rows, tiles);
+    for (int i = 0; i < rows; i++)
 #pragma GCC unroll 16
-    for (int i = 0; i < rows; i++) part[i][t] = _mm512_setzero_ps();
+        for (int t = 0; t < tiles; t++) part[i][t] = _mm512_setzero_ps();
 }
 
-/* sum[rows][tiles * 16] = a W^T over all of k.  tiles: 2, or 4 of two records that lie `stride` apart. */
-INLINE void forward_strip(float *sum, const uint8_t *a, const uint8_t *w, int64_t stride, int64_t blocks, const float *lut, const int rows,
-                          const int tiles, const bool mx) {
+/* sum[rows][tiles * 16] = a W^T over all of k.  tiles: 2, or 4 of two records that lie `stride` apart.  far: from DEPTH values of a to the
+ * next. */
+INLINE void forward_strip(float *sum, const uint8_t *a, int64_t far, const uint8_t *w, int64_t stride, int64_t blocks, const float *lut,
+                          const int rows, const int tiles, const bool mx) {
     const __m512i values = values_of(lut), shifts = quarter_shifts();
     const int64_t record = record_bytes(mx ? ESP_MXFP4 : ESP_NF4);
-    enum { HALF = RECORD_COLS / 4, AHEAD = 6 };
-    for (int i = 0; i < rows * tiles; i++) _mm512_storeu_ps(sum + i * 16, _mm512_setzero_ps());
-    for (int64_t b = 0; b < blocks; b++, w += record, a += rows * RECORD_COLS * 2) {
+    enum { PAIRS = RECORD_COLS / 2, AHEAD = 6, TURN = DEPTH / RECORD_COLS };
+    __m512 part[STRIP_ROWS][TILES];
+    clear(part, rows, tiles);
+    for (int i = 0; !mx && i < rows * tiles; i++) _mm512_storeu_ps(sum + i * 16, _mm512_setzero_ps());
+    for (int64_t b = 0; b < blocks; b++, w += record) {
         /* From memory to the second cache: what comes behind this column of records is the next one.  From there: the next block. */
         const uint8_t *later = w + (b + AHEAD < blocks || tiles == 2 ? 0 : stride) + AHEAD * record;
+        const uint8_t *x = a + b / TURN * far + b % TURN * (RECORD_COLS * 2);
 #pragma GCC unroll 2
         for (int t = 0; t < tiles; t += 2) {
             prefetch_record(later + t / 2 * stride, record);
             prefetch_lines(w + record + t / 2 * stride, record);
         }
-        prefetch_lines(a + rows * RECORD_COLS * 2, rows * RECORD_COLS * 2);
-        __asm__ volatile("" ::: "memory"); /* sums stay in memory: registers are for the parts */
-        __m512 part[STRIP_ROWS][TILES];
-#pragma GCC unroll 16
-        for (int i = 0; i < rows; i++)
-#pragma GCC unroll 16
-            for (int t = 0; t < tiles; t++) part[i][t] = _mm512_setzero_ps();
-        forward_pairs(part, a, w, stride, values, shifts, mx ? HALF : 2 * HALF, rows, tiles);
         if (mx) {
+#pragma GCC unroll 2
+            for (int half = 0; half < 2; half++) {
+                __m512i powers[TILES];
 #pragma GCC unroll 16
-            for (int t = 0; t < tiles; t++) change_scale(sum, part, w + t / 2 * stride, t, rows, tiles);
-            forward_pairs(part, a + HALF * 4, w + HALF * 16, stride, values, shifts, HALF, rows, tiles);
+                for (int t = 0; t < tiles; t++) powers[t] = powers_of(w + t / 2 * stride, t % 2, half);
+                forward_pairs(part, x + half * PAIRS * 2, w + half * PAIRS * 8, stride, values, shifts, powers, PAIRS / 2, rows, tiles);
+            }
+        } else {
+            __asm__ volatile("" ::: "memory"); /* sums stay in memory: registers are for the parts */
+            clear(part, rows, tiles);
+            forward_pairs(part, x, w, stride, values, shifts, NULL, PAIRS, rows, tiles);
+#pragma GCC unroll 16
+            for (int t = 0; t < tiles; t++) add_scaled(sum, part, scales_of(w + t / 2 * stride, t % 2, 0, false), t, rows, tiles);
         }
-#pragma GCC unroll 16
-        for (int t = 0; t < tiles; t++) add_scaled(sum, part, scales_of(w + t / 2 * stride, t % 2, 1, mx), t, rows, tiles);
     }
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 16
+        for (int t = 0; t < tiles; t++)
+            if (mx) _mm512_storeu_ps(sum + (i * tiles + t) * 16, part[i][t]);
 }
 
-typedef void forward_fn(float *sum, const uint8_t *a, const uint8_t *w, int64_t stride, int64_t blocks, const float *lut);
+typedef void forward_fn(float *sum, const uint8_t *a, int64_t far, const uint8_t *w, int64_t stride, int64_t blocks, const float *lut);
 #define FORWARD(rows, tiles, mx)                                                                                                           \
-    static void forward_##rows##_##tiles##_##mx(float *sum, const uint8_t *a, const uint8_t *w, int64_t stride, int64_t blocks,            \
-                                                const float *lut) {                                                                        \
-        forward_strip(sum, a, w, stride, blocks, lut, rows, tiles, mx);                                                                    \
+    static void forward_##rows##_##tiles##_##mx(float *sum, const uint8_t *a, int64_t far, const uint8_t *w, int64_t stride,               \
+                                                int64_t blocks, const float *lut) {                                                        \
+        forward_strip(sum, a, far, w, stride, blocks, lut, rows, tiles, mx);                                                               \
     }
 #define FORWARD_ALL(mx)                                                                                                                    \
     FORWARD(1, 2, mx)                                                                                                                      \
@@ -182,39 +206,232 @@ static void put_strip(const cpu_rows *c, const float *sum, const float *bias, in
     }
 }
 
-/* Rows start .. start + many - 1, which lie converted in strips at x, and n columns from `col` on. */
-static void forward_columns(const cpu_rows *c, const cpu_packed *w, const float *bias, const uint8_t *x, int64_t start, int64_t many,
-                            int64_t col, int64_t n) {
-    const bool mx = w->format == ESP_MXFP4;
-    const int64_t blocks = w->cols / RECORD_COLS, stride = blocks * record_bytes(w->format), strips = cpu_blocks(many, STRIP_ROWS);
-    const int64_t end = col + n;
-    _Alignas(64) float sum[STRIP_ROWS * RECORD_ROWS];
-    for (; many <= FEW_ROWS && col + 2 * RECORD_ROWS <= end; col += 2 * RECORD_ROWS) {
-        forward_few[mx][many - 1](sum, x, w->records + col / RECORD_ROWS * stride, stride, blocks, w->lut);
-        put_strip(c, sum, bias, start, many, col, 4);
-    }
-    for (; col < end; col += RECORD_ROWS) {
-        for (int64_t s = 0; s < strips; s++) {
-            const int64_t first = strip_start(many, strips, s), rows = strip_start(many, strips, s + 1) - first;
-            forward_strips[mx][rows - 1](sum, x + first * w->cols * 2, w->records + col / RECORD_ROWS * stride, stride, blocks, w->lut);
-            put_strip(c, sum, bias, start + first, rows, col, 2);
+/* ---- panels: both directions ---- */
+
+/* Where the codes lie that a later panel will be made of: for every other group of pairs the next ones are `step[0]` or `step[1]` on. */
+typedef struct ahead {
+    const uint8_t *at;
+    int64_t step[2];
+} ahead;
+
+/* Memory of a thread. */
+typedef struct panel_work {
+    uint8_t *panel;       /* [DEPTH / 2][WIDTH] pairs */
+    float *scales, *sums; /* of NF4 and FP4 [DEPTH / 64][WIDTH]; [rows][WIDTH] */
+    uint8_t *rows;
+} panel_work;
+
+static panel_work work_of(void *memory, int64_t rows) {
+    panel_work work = {.panel = memory};
+    work.scales = (float *)(work.panel + DEPTH / 2 * WIDTH * 4);
+    work.sums = work.scales + DEPTH / RECORD_COLS * WIDTH;
+    work.rows = (uint8_t *)(work.sums + rows * WIDTH);
+    return work;
+}
+
+size_t cpu_packed_work(const espi_stack *w, int64_t rows) {
+    const int64_t deepest = w->rows > w->cols ? w->rows : w->cols;
+    return DEPTH / 2 * WIDTH * 4 + DEPTH / RECORD_COLS * WIDTH * sizeof(float) +
+           (size_t)rows * (WIDTH * sizeof(float) + (size_t)cpu_blocks(deepest, DEPTH) * ROW_BYTES);
+}
+
+/* part[rows][TILES] += GROUP pairs. */
+INLINE void panel_group(__m512 part[PANEL_ROWS][TILES], const uint8_t *a, const uint8_t *panel, const uint8_t *next, const int rows) {
+    for (int p = 0; p < GROUP; p++) {
+        __m512bh b[TILES];
+        _mm_prefetch((const char *)next + p * 64, _MM_HINT_T1);
+#pragma GCC unroll 16
+        for (int t = 0; t < TILES; t++) b[t] = (__m512bh)_mm512_load_si512(panel + p * WIDTH * 4 + t * 64);
+#pragma GCC unroll 16
+        for (int i = 0; i < rows; i++) {
+            int32_t two;
+            memcpy(&two, a + i * ROW_BYTES + p * 4, sizeof two);
+            const __m512bh xx = (__m512bh)_mm512_set1_epi32(two);
+#pragma GCC unroll 16
+            for (int t = 0; t < TILES; t++) part[i][t] = _mm512_dpbf16_ps(part[i][t], xx, b[t]);
         }
     }
 }
 
-void cpu_packed_forward(const cpu_rows *c, const cpu_rows *a, const cpu_packed *w, const float *bias, int64_t m, cpu_columns columns,
-                        void *work, bool again) {
-    (void)again;
-    uint8_t *x = work;
-    for (int64_t start = 0; start < m; start += FORWARD_ROWS) {
-        const int64_t many = cpu_min(m - start, FORWARD_ROWS), strips = cpu_blocks(many, STRIP_ROWS);
-        for (int64_t s = 0; s < strips; s++) {
-            const int64_t first = strip_start(many, strips, s);
-            convert_strip(x + first * w->cols * 2, a, start + first, strip_start(many, strips, s + 1) - first, w->cols);
-        }
-        forward_columns(c, w, bias, x, start, many, columns.first, columns.n);
-        if (columns.second) forward_columns(c, w, bias, x, start, many, columns.second, columns.n);
+/* sums[rows][WIDTH] = (add ? sums : 0) + a times `groups` groups of a panel. */
+INLINE void panel_strip(float *sums, const uint8_t *a, const panel_work *work, int64_t groups, bool add, ahead next, const int rows) {
+    const uint8_t *panel = work->panel;
+    __m512 part[PANEL_ROWS][TILES];
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 16
+        for (int t = 0; t < TILES; t++) part[i][t] = _mm512_maskz_loadu_ps(add ? 0xffff : 0, sums + i * WIDTH + t * 16);
+    for (int64_t g = 0; g < groups; g++, a += GROUP * 4, panel += GROUP * WIDTH * 4) {
+        _mm_prefetch((const char *)next.at + RECORD_CODES, _MM_HINT_T1);
+        panel_group(part, a, panel, next.at, rows);
+        next.at += next.step[g & 1];
     }
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 16
+        for (int t = 0; t < TILES; t++) _mm512_storeu_ps(sums + i * WIDTH + t * 16, part[i][t]);
+}
+
+/* The same with values that are not scaled, by half a panel: the scales are those of two groups. */
+INLINE void scaled_half(float *sums, const uint8_t *a, const uint8_t *panel, const float *scales, int64_t groups, bool add, ahead next,
+                        const int rows) {
+    __m512 sum[PANEL_ROWS][HALF];
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 16
+        for (int t = 0; t < HALF; t++) sum[i][t] = _mm512_maskz_loadu_ps(add ? 0xffff : 0, sums + i * WIDTH + t * 16);
+    for (int64_t g = 0; g < groups; g += 2, scales += WIDTH) {
+        __m512 part[PANEL_ROWS][HALF];
+#pragma GCC unroll 16
+        for (int i = 0; i < rows; i++)
+#pragma GCC unroll 16
+            for (int t = 0; t < HALF; t++) part[i][t] = _mm512_setzero_ps();
+        for (int p = 0; p < 2 * GROUP; p++, a += 4, panel += WIDTH * 2) {
+            _mm_prefetch((const char *)next.at + p * 36, _MM_HINT_T1);
+            const __m512bh b[HALF] = {(__m512bh)_mm512_load_si512(panel), (__m512bh)_mm512_load_si512(panel + 64)};
+#pragma GCC unroll 16
+            for (int i = 0; i < rows; i++) {
+                int32_t two;
+                memcpy(&two, a + i * ROW_BYTES, sizeof two);
+                const __m512bh xx = (__m512bh)_mm512_set1_epi32(two);
+#pragma GCC unroll 16
+                for (int t = 0; t < HALF; t++) part[i][t] = _mm512_dpbf16_ps(part[i][t], xx, b[t]);
+            }
+        }
+        next.at += next.step[0] + next.step[1];
+#pragma GCC unroll 16
+        for (int i = 0; i < rows; i++)
+#pragma GCC unroll 16
+            for (int t = 0; t < HALF; t++) sum[i][t] = _mm512_fmadd_ps(part[i][t], _mm512_loadu_ps(scales + t * 16), sum[i][t]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 16
+        for (int t = 0; t < HALF; t++) _mm512_storeu_ps(sums + i * WIDTH + t * 16, sum[i][t]);
+}
+
+INLINE void scaled_strip(float *sums, const uint8_t *a, const panel_work *work, int64_t groups, bool add, ahead next, const int rows) {
+    for (int half = 0; half < TILES / HALF; half++) {
+        scaled_half(sums + half * HALF * 16, a, work->panel + half * (DEPTH / 2 * WIDTH * 2), work->scales + half * HALF * 16, groups, add,
+                    next, rows);
+        next.at += next.step[0];
+    }
+}
+
+typedef void panel_fn(float *sums, const uint8_t *a, const panel_work *work, int64_t groups, bool add, ahead next);
+#define PANEL(name, rows)                                                                                                                  \
+    static void name##_##rows(float *sums, const uint8_t *a, const panel_work *work, int64_t groups, bool add, ahead next) {               \
+        name##_strip(sums, a, work, groups, add, next, rows);                                                                              \
+    }
+#define PANELS(name) PANEL(name, 1) PANEL(name, 2) PANEL(name, 3) PANEL(name, 4) PANEL(name, 5) PANEL(name, 6)
+PANELS(panel)
+PANELS(scaled)
+static panel_fn *const panel_strips[2][PANEL_ROWS] = {{panel_1, panel_2, panel_3, panel_4, panel_5, panel_6},
+                                                      {scaled_1, scaled_2, scaled_3, scaled_4, scaled_5, scaled_6}};
+
+/* All rows of x, DEPTH values each at most, meet a panel. */
+static void run_panel(const panel_work *work, const uint8_t *x, int64_t m, int64_t depth, bool add, bool scaled, const ahead *next) {
+    const int64_t strips = cpu_blocks(m, PANEL_ROWS);
+    for (int64_t s = 0; s < strips; s++) {
+        const int64_t first = strip_start(m, strips, s), rows = strip_start(m, strips, s + 1) - first;
+        const uint8_t *a = x + first * ROW_BYTES;
+        panel_strips[scaled][rows - 1](work->sums + first * WIDTH, a, work, depth / 2 / GROUP, add, s == 0 ? *next : (ahead){a, {0, 0}});
+    }
+}
+
+/* ---- forward by panels ---- */
+
+/* Two records that lie `stride` apart, for 64 k.  Values that are not scaled: the columns of one record after those of the other. */
+INLINE void decode_columns(uint8_t *panel, float *scales, const uint8_t *record, int64_t stride, __m512i values, __m512i shifts,
+                           const bool mx) {
+    enum { PAIRS = RECORD_COLS / 2 };
+#pragma GCC unroll 4
+    for (int t = 0; t < TILES && !mx; t++) _mm512_storeu_ps(scales + t * 16, scales_of(record + t / 2 * stride, t % 2, 0, false));
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; half++) {
+        __m512i powers[TILES];
+#pragma GCC unroll 4
+        for (int t = 0; t < TILES; t++) powers[t] = mx ? powers_of(record + t / 2 * stride, t % 2, half) : _mm512_setzero_si512();
+#pragma GCC unroll 4
+        for (int p = half * (PAIRS / 2); p < (half + 1) * (PAIRS / 2); p++) {
+#pragma GCC unroll 4
+            for (int t = 0; t < TILES; t++) {
+                const __m512i pair = decode_pair(record + t / 2 * stride + t % 2 * (RECORD_CODES / 2) + p * 16, values, shifts);
+                if (mx)
+                    _mm512_store_si512(panel + p * WIDTH * 4 + t * 64, scale_pair(pair, powers[t]));
+                else
+                    _mm512_store_si512(panel + t / HALF * (DEPTH / 2 * WIDTH * 2) + p * WIDTH * 2 + t % HALF * 64, pair);
+            }
+        }
+    }
+}
+
+static void forward_panel(const panel_work *work, const uint8_t *w, int64_t stride, int64_t blocks, const float *lut, bool mx, bool cold) {
+    const __m512i values = values_of(lut), shifts = quarter_shifts();
+    const int64_t record = record_bytes(mx ? ESP_MXFP4 : ESP_NF4);
+    for (int64_t b = 0; b < blocks; b++, w += record) {
+        if (cold) {
+            prefetch_record(w + 4 * record, record);
+            prefetch_record(w + 4 * record + stride, record);
+        }
+        uint8_t *panel = work->panel + b * (RECORD_COLS / 2 * WIDTH * (mx ? 4 : 2));
+        if (mx)
+            decode_columns(panel, NULL, w, stride, values, shifts, true);
+        else
+            decode_columns(panel, work->scales + b * WIDTH, w, stride, values, shifts, false);
+    }
+}
+
+/* n columns from `col` on of m rows; n is whole panels.  cold: nobody has asked for the first one's codes. */
+static void forward_panels(const cpu_rows *c, const cpu_packed *w, const float *bias, const panel_work *work, int64_t m, int64_t col,
+                           int64_t n, bool cold) {
+    const bool mx = w->format == ESP_MXFP4;
+    const int64_t record = record_bytes(w->format), stride = w->cols / RECORD_COLS * record;
+    for (const int64_t end = col + n; col < end; col += WIDTH, cold = false) {
+        const uint8_t *records = w->records + col / RECORD_ROWS * stride;
+        for (int64_t k = 0; k < w->cols; k += DEPTH, records += DEPTH / RECORD_COLS * record) {
+            const int64_t depth = cpu_min(w->cols - k, DEPTH);
+            const ahead next = {records + 2 * stride, {stride, record - stride}};
+            forward_panel(work, records, stride, depth / RECORD_COLS, w->lut, mx, cold);
+            run_panel(work, work->rows + k * m * 2, m, depth, k > 0, !mx, &next);
+        }
+        put_strip(c, work->sums, bias, 0, m, col, TILES);
+    }
+}
+
+/* n columns from `col` on, codes being decoded for each strip. */
+static void forward_directly(const cpu_rows *c, const cpu_packed *w, const float *bias, const uint8_t *x, int64_t m, int64_t col,
+                             int64_t n) {
+    const bool mx = w->format == ESP_MXFP4;
+    const int64_t blocks = w->cols / RECORD_COLS, stride = blocks * record_bytes(w->format), strips = cpu_blocks(m, STRIP_ROWS);
+    const int64_t end = col + n, far = m * ROW_BYTES;
+    _Alignas(64) float sum[STRIP_ROWS * RECORD_ROWS];
+    for (; m <= FEW_ROWS && col + 2 * RECORD_ROWS <= end; col += 2 * RECORD_ROWS) {
+        forward_few[mx][m - 1](sum, x, far, w->records + col / RECORD_ROWS * stride, stride, blocks, w->lut);
+        put_strip(c, sum, bias, 0, m, col, TILES);
+    }
+    for (; col < end; col += RECORD_ROWS) {
+        for (int64_t s = 0; s < strips; s++) {
+            const int64_t first = strip_start(m, strips, s), rows = strip_start(m, strips, s + 1) - first;
+            forward_strips[mx][rows - 1](sum, x + first * ROW_BYTES, far, w->records + col / RECORD_ROWS * stride, stride, blocks, w->lut);
+            put_strip(c, sum, bias, first, rows, col, 2);
+        }
+    }
+}
+
+static void forward_columns(const cpu_rows *c, const cpu_packed *w, const float *bias, const panel_work *work, int64_t m, int64_t col,
+                            int64_t n) {
+    const int64_t by_panels = m < FORWARD_PANEL_ROWS ? 0 : n / WIDTH * WIDTH;
+    forward_panels(c, w, bias, work, m, col, by_panels, true);
+    forward_directly(c, w, bias, work->rows, m, col + by_panels, n - by_panels);
+}
+
+void cpu_packed_forward(const cpu_rows *c, const cpu_rows *a, const cpu_packed *w, const float *bias, int64_t m, cpu_columns columns,
+                        void *memory, bool again) {
+    const panel_work work = work_of(memory, m);
+    if (!again) convert_rows(work.rows, a, m, w->cols, false);
+    forward_columns(c, w, bias, &work, m, columns.first, columns.n);
+    if (columns.second) forward_columns(c, w, bias, &work, m, columns.second, columns.n);
 }
 
 /* ---- backward ---- */
@@ -242,11 +459,13 @@ INLINE void decode_record(uint8_t *panel, const gather *g, const uint8_t *record
     }
 }
 
-static void decode_panel(uint8_t *panel, const uint8_t *w, int64_t stride, int64_t records, const float *lut, bool mx) {
+static void backward_panel(const panel_work *work, const uint8_t *w, int64_t stride, int64_t records, const float *lut, bool mx,
+                           bool cold) {
     const gather g = gather_make();
     const __m512 values = _mm512_loadu_ps(lut);
-    for (int64_t i = 0; i < records; i++, w += stride, panel += RECORD_ROWS * RECORD_COLS * 2) {
-        prefetch_record(w + 4 * stride, record_bytes(mx ? ESP_MXFP4 : ESP_NF4));
+    uint8_t *panel = work->panel;
+    for (int64_t i = 0; i < records; i++, w += stride, panel += GROUP * WIDTH * 4) {
+        if (cold) prefetch_record(w + 4 * stride, record_bytes(mx ? ESP_MXFP4 : ESP_NF4));
         if (mx)
             decode_record(panel, &g, w, values, true);
         else
@@ -254,62 +473,32 @@ static void decode_panel(uint8_t *panel, const uint8_t *w, int64_t stride, int64
     }
 }
 
-/* n floats, whole 32s, of each row, in pairs of rows of W: BACK_DEPTH * 2 bytes a row. */
-static void convert_rows(uint8_t *to, const cpu_rows *a, int64_t first, int64_t rows, int64_t n0, int64_t n) {
-    const __m512i order = pairing();
-    for (int64_t i = 0; i < rows; i++, to += BACK_DEPTH * 2) {
-        const float *from = row_at(a, first + i) + n0;
-        for (int64_t k = 0; k < n; k += 32) {
-            const __m512bh pair = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + k + 16), _mm512_loadu_ps(from + k));
-            _mm512_store_si512(to + k * 2, _mm512_permutexvar_epi16(order, (__m512i)pair));
+/* n columns from `col` on of m rows.  cold: nobody has asked for the first one's codes. */
+static void backward_panels(const cpu_rows *c, const cpu_packed *w, const panel_work *work, int64_t m, int64_t col, int64_t n, bool cold) {
+    const bool mx = w->format == ESP_MXFP4;
+    const int64_t record = record_bytes(w->format), stride = w->cols / RECORD_COLS * record;
+    for (const int64_t end = col + n; col < end; col += WIDTH) {
+        const uint8_t *column = w->records + col / RECORD_COLS * record;
+        for (int64_t n0 = 0; n0 < w->rows; n0 += DEPTH, cold = false) {
+            const int64_t depth = cpu_min(w->rows - n0, DEPTH), then = n0 + DEPTH;
+            const ahead next = {then < w->rows ? column + then / RECORD_ROWS * stride : column + record, {stride, stride}};
+            backward_panel(work, column + n0 / RECORD_ROWS * stride, stride, depth / RECORD_ROWS, w->lut, mx, cold);
+            run_panel(work, work->rows + n0 * m * 2, m, depth, n0 > 0, false, &next);
         }
+        put_strip(c, work->sums, NULL, 0, m, col, TILES);
     }
 }
 
-INLINE void put_sums(const cpu_rows *c, int64_t first, int64_t at, bool add, __m512 (*part)[4], const int rows) {
-#pragma GCC unroll 16
-    for (int i = 0; i < rows; i++) {
-        float *to = row_at(c, first + i) + at;
-#pragma GCC unroll 16
-        for (int t = 0; t < 4; t++)
-            _mm512_storeu_ps(to + t * 16, add ? _mm512_add_ps(_mm512_loadu_ps(to + t * 16), part[i][t]) : part[i][t]);
-    }
-}
-
-/* c[rows][64] = (add ? c : 0) + a times a panel of `pairs` pairs. */
-INLINE void panel_strip(const cpu_rows *c, int64_t first, int64_t at, bool add, const uint8_t *a, const uint8_t *panel, int64_t pairs,
-                        const int rows) {
-    __m512 part[BACK_ROWS][4];
-#pragma GCC unroll 16
-    for (int i = 0; i < rows; i++)
-#pragma GCC unroll 16
-        for (int t = 0; t < 4; t++) part[i][t] = _mm512_setzero_ps();
-    for (int64_t p = 0; p < pairs; p++) {
-        __m512bh b[4];
-#pragma GCC unroll 16
-        for (int t = 0; t < 4; t++) b[t] = (__m512bh)_mm512_load_si512(panel + p * 256 + t * 64);
-#pragma GCC unroll 16
-        for (int i = 0; i < rows; i++) {
-            int32_t two;
-            memcpy(&two, a + i * BACK_DEPTH * 2 + p * 4, sizeof two);
-            const __m512bh xx = (__m512bh)_mm512_set1_epi32(two);
-#pragma GCC unroll 16
-            for (int t = 0; t < 4; t++) part[i][t] = _mm512_dpbf16_ps(part[i][t], xx, b[t]);
-        }
-    }
-    put_sums(c, first, at, add, part, rows);
-}
-
-/* The same, decoding on the way. */
-INLINE void backward_strip(const cpu_rows *c, int64_t first, int64_t at, bool add, const uint8_t *a, const uint8_t *w, int64_t stride,
-                           int64_t records, const float *lut, const int rows, const bool mx) {
+/* c[rows][WIDTH] = (add ? c : 0) + a W of `records` records, decoding on the way. */
+INLINE void backward_strip(const cpu_rows *c, int64_t at, bool add, const uint8_t *a, const uint8_t *w, int64_t stride, int64_t records,
+                           const float *lut, const int rows, const bool mx) {
     const gather g = gather_make();
     const int halves = mx ? 2 : 1;
-    __m512 part[BACK_ROWS][4];
+    __m512 part[FEW_ROWS][TILES];
 #pragma GCC unroll 16
     for (int i = 0; i < rows; i++)
 #pragma GCC unroll 16
-        for (int t = 0; t < 4; t++) part[i][t] = _mm512_setzero_ps();
+        for (int t = 0; t < TILES; t++) part[i][t] = _mm512_maskz_loadu_ps(add ? 0xffff : 0, row_at(c, i) + at + t * 16);
     for (int64_t r = 0; r < records; r++, w += stride) {
         prefetch_record(w + 4 * stride, record_bytes(mx ? ESP_MXFP4 : ESP_NF4));
         for (int tile = 0; tile < 2; tile++, a += 32) {
@@ -332,7 +521,7 @@ INLINE void backward_strip(const cpu_rows *c, int64_t first, int64_t at, bool ad
 #pragma GCC unroll 16
                             for (int m = 0; m < rows; m++) {
                                 int32_t two;
-                                memcpy(&two, a + m * BACK_DEPTH * 2 + (i * 2 + h) * 4, sizeof two);
+                                memcpy(&two, a + m * ROW_BYTES + (i * 2 + h) * 4, sizeof two);
                                 part[m][k] = _mm512_dpbf16_ps(part[m][k], (__m512bh)_mm512_set1_epi32(two), b);
                             }
                         }
@@ -341,28 +530,20 @@ INLINE void backward_strip(const cpu_rows *c, int64_t first, int64_t at, bool ad
             }
         }
     }
-    put_sums(c, first, at, add, part, rows);
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; i++) {
+        float *to = row_at(c, i) + at;
+#pragma GCC unroll 16
+        for (int t = 0; t < TILES; t++) _mm512_storeu_ps(to + t * 16, part[i][t]);
+    }
 }
 
-typedef void panel_fn(const cpu_rows *c, int64_t first, int64_t at, bool add, const uint8_t *a, const uint8_t *panel, int64_t pairs);
-typedef void backward_fn(const cpu_rows *c, int64_t first, int64_t at, bool add, const uint8_t *a, const uint8_t *w, int64_t stride,
-                         int64_t records, const float *lut);
-#define PANEL(rows)                                                                                                                        \
-    static void panel_##rows(const cpu_rows *c, int64_t first, int64_t at, bool add, const uint8_t *a, const uint8_t *panel,               \
-                             int64_t pairs) {                                                                                              \
-        panel_strip(c, first, at, add, a, panel, pairs, rows);                                                                             \
-    }
-PANEL(1)
-PANEL(2)
-PANEL(3)
-PANEL(4)
-PANEL(5)
-PANEL(6)
-static panel_fn *const panel_strips[BACK_ROWS] = {panel_1, panel_2, panel_3, panel_4, panel_5, panel_6};
+typedef void backward_fn(const cpu_rows *c, int64_t at, bool add, const uint8_t *a, const uint8_t *w, int64_t stride, int64_t records,
+                         const float *lut);
 #define BACKWARD(rows, mx)                                                                                                                 \
-    static void backward_##rows##_##mx(const cpu_rows *c, int64_t first, int64_t at, bool add, const uint8_t *a, const uint8_t *w,         \
-                                       int64_t stride, int64_t records, const float *lut) {                                                \
-        backward_strip(c, first, at, add, a, w, stride, records, lut, rows, mx);                                                           \
+    static void backward_##rows##_##mx(const cpu_rows *c, int64_t at, bool add, const uint8_t *a, const uint8_t *w, int64_t stride,        \
+                                       int64_t records, const float *lut) {                                                                \
+        backward_strip(c, at, add, a, w, stride, records, lut, rows, mx);                                                                  \
     }
 #define BACKWARD_ALL(mx) BACKWARD(1, mx) BACKWARD(2, mx) BACKWARD(3, mx) BACKWARD(4, mx)
 BACKWARD_ALL(0)
@@ -370,43 +551,24 @@ BACKWARD_ALL(1)
 static backward_fn *const backward_few[2][FEW_ROWS] = {{backward_1_0, backward_2_0, backward_3_0, backward_4_0},
                                                        {backward_1_1, backward_2_1, backward_3_1, backward_4_1}};
 
-size_t cpu_packed_work(const espi_stack *w, int64_t rows) {
-    (void)rows;
-    const size_t forward = FORWARD_ROWS * (size_t)w->cols * 2;
-    const size_t backward = BACKWARD_ROWS * BACK_DEPTH * 2 + BACK_DEPTH * RECORD_COLS * 2;
-    return forward > backward ? forward : backward;
-}
-
-/* Rows start .. start + many - 1, whose n0 .. n0 + depth - 1 lie converted at y, and n columns from `col` on. */
-static void backward_columns(const cpu_rows *c, const cpu_packed *w, const uint8_t *y, uint8_t *panel, int64_t start, int64_t many,
-                             int64_t n0, int64_t depth, int64_t col, int64_t n) {
-    const bool mx = w->format == ESP_MXFP4, add = n0 > 0;
-    const int64_t record = record_bytes(w->format), stride = w->cols / RECORD_COLS * record, strips = cpu_blocks(many, BACK_ROWS);
-    for (const int64_t end = col + n; col < end; col += RECORD_COLS) {
-        const uint8_t *records = w->records + n0 / RECORD_ROWS * stride + col / RECORD_COLS * record;
-        if (many <= FEW_ROWS) {
-            backward_few[mx][many - 1](c, start, col, add, y, records, stride, depth / RECORD_ROWS, w->lut);
-            continue;
-        }
-        decode_panel(panel, records, stride, depth / RECORD_ROWS, w->lut, mx);
-        for (int64_t s = 0; s < strips; s++) {
-            const int64_t first = strip_start(many, strips, s), rows = strip_start(many, strips, s + 1) - first;
-            panel_strips[rows - 1](c, start + first, col, add, y + first * BACK_DEPTH * 2, panel, depth / 2);
-        }
+static void backward_columns(const cpu_rows *c, const cpu_packed *w, const panel_work *work, int64_t m, int64_t col, int64_t n) {
+    const bool mx = w->format == ESP_MXFP4;
+    const int64_t record = record_bytes(w->format), stride = w->cols / RECORD_COLS * record;
+    if (m > FEW_ROWS) {
+        backward_panels(c, w, work, m, col, n, true);
+        return;
     }
+    for (int64_t n0 = 0; n0 < w->rows; n0 += DEPTH)
+        for (int64_t at = col; at < col + n; at += WIDTH)
+            backward_few[mx][m - 1](c, at, n0 > 0, work->rows + n0 * m * 2,
+                                    w->records + n0 / RECORD_ROWS * stride + at / RECORD_COLS * record, stride,
+                                    cpu_min(w->rows - n0, DEPTH) / RECORD_ROWS, w->lut);
 }
 
-void cpu_packed_backward(const cpu_rows *c, const cpu_rows *a, const cpu_packed *w, int64_t m, cpu_columns columns, void *work,
+void cpu_packed_backward(const cpu_rows *c, const cpu_rows *a, const cpu_packed *w, int64_t m, cpu_columns columns, void *memory,
                          bool again) {
-    (void)again;
-    uint8_t *panel = work, *y = panel + BACK_DEPTH * RECORD_COLS * 2;
-    for (int64_t start = 0; start < m; start += BACKWARD_ROWS) {
-        const int64_t many = cpu_min(m - start, BACKWARD_ROWS);
-        for (int64_t n0 = 0; n0 < w->rows; n0 += BACK_DEPTH) {
-            const int64_t depth = cpu_min(w->rows - n0, BACK_DEPTH);
-            convert_rows(y, a, start, many, n0, depth);
-            backward_columns(c, w, y, panel, start, many, n0, depth, columns.first, columns.n);
-            if (columns.second) backward_columns(c, w, y, panel, start, many, n0, depth, columns.second, columns.n);
-        }
-    }
+    const panel_work work = work_of(memory, m);
+    if (!again) convert_rows(work.rows, a, m, w->rows, true);
+    backward_columns(c, w, &work, m, columns.first, columns.n);
+    if (columns.second) backward_columns(c, w, &work, m, columns.second, columns.n);
 }

@@ -7,6 +7,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <time.h>
 
 enum { MAX_ROUNDS = 101, LINE = 160 };
@@ -31,9 +32,15 @@ static inline void die(const char *what) {
     exit(1);
 }
 
+/* In large pages where it is much, as a context takes its memory. */
 static inline void *allocate(size_t bytes) {
-    void *p = aligned_alloc(64, (bytes + 64) / 64 * 64);
+    const size_t align = bytes >= (2u << 20) ? 2u << 20 : 64;
+    const size_t rounded = (bytes + align) / align * align;
+    void *p = aligned_alloc(align, rounded);
     if (!p) die("out of memory");
+#ifdef MADV_HUGEPAGE
+    if (align > 64) (void)madvise(p, rounded, MADV_HUGEPAGE);
+#endif
     return p;
 }
 

@@ -1,6 +1,8 @@
 /* A builder for each row of ops.def. */
 #include "cases.h"
 
+#include "espalier/quant.h"
+
 #include <criterion/criterion.h>
 #include <math.h>
 #include <stdlib.h>
@@ -62,9 +64,11 @@ static espi_stack stack(problem *p, int64_t rows, int64_t cols, int parts) {
     w.data = field_add(p, "w", ROLE_IN, ESP_U8, all * (int64_t)w.part_bytes);
     w.lut = in_f32(p, "lut", 16);
     if (s->format == ESP_MXFP4) {
+        memcpy((float *)(uintptr_t)w.lut, esp_quant_table(ESP_MXFP4), 16 * sizeof(float)); /* kernels may know these powers of two */
+        settle(p, "lut");
         w.part_blocks = n / ESPI_MXBLOCK;
         uint8_t *scales = field_add(p, "scales", ROLE_IN, ESP_U8, all * w.part_blocks);
-        for (int64_t i = 0; i < all * w.part_blocks; i++) scales[i] = (uint8_t)(i % 5 == 4 ? 0 : 124 + scales[i] % 5); /* 2^-3 .. 2^1 */
+        for (int64_t i = 0; i < all * w.part_blocks; i++) scales[i] = (uint8_t)(i % 5 == 4 ? 0 : 121 + scales[i] % 5); /* 2^-6 .. 2^-2 */
         settle(p, "scales");
         w.scales = scales;
         return w;
