@@ -31,8 +31,9 @@ typedef enum espi_op_id {
 } espi_op_id;
 
 /* What is queued on a lane is done in order; ops, puts, gets and waits are of the first.  The second is for ranks that exchange rows while
- * the first computes. */
-typedef enum espi_lane { ESPI_LANE_WORK, ESPI_LANE_EXCHANGE, ESPI_LANES } espi_lane;
+ * the first computes, the third for what is brought from the host's memory meanwhile: copies on it may be recorded with the ops around
+ * them, when the first lane is ordered behind them before the recording ends. */
+typedef enum espi_lane { ESPI_LANE_WORK, ESPI_LANE_EXCHANGE, ESPI_LANE_FETCH, ESPI_LANES } espi_lane;
 #define ESPI_MARKS 64
 
 /* Where a backend's arrays live when that is not host memory.  Functions that do not wait return once the work is queued. */

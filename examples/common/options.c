@@ -181,6 +181,7 @@ static const option options[] = {
     {"lora_targets", TARGETS, ANY, M(lora_targets), BOTH, targets, "comma list of q,k,v,o,gate_up,down,attention,experts,all (all)"},
     {"adapter", TEXT, ANY, M(adapter_dir), BOTH, NULL, "PEFT folder to start from; states rank, alpha and targets"},
     {"activation_budget", BYTES, NOT_NEGATIVE, M(activation_budget), BOTH, NULL, "bytes of saved activations; 0 = no bound (0)"},
+    {"host_layers", I32, NOT_NEGATIVE, M(host_layers), BOTH, NULL, "of a GPU: layers whose weights stay in the host's memory (0)"},
     {"expert_ranks", I32, NOT_NEGATIVE, M(expert_ranks), BOTH, NULL,
      "ranks that share the experts of one model; 1: each holds all; 0 = all of the job (0)"},
     {"expert_rows", I64, NOT_NEGATIVE, M(expert_rows), BOTH, NULL, "routed rows that a rank takes at once; 0 = 1.5 of an even share (0)"},

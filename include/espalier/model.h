@@ -48,6 +48,9 @@ typedef struct esp_model_config {
     /// many as there are ranks (default): one model, and tokens travel.  Results do not depend on it.
     int expert_ranks;
     int64_t expert_rows; ///< routed rows that a rank takes at once, the rest in rounds; default 1.5 times its even share
+    /// Of a GPU: that many layers, evenly spread, keep their frozen weights in pinned memory of the host, and stand in one place on the GPU
+    /// in turn, each brought there while the layers before it are computed.  The bits are the same.  Changes nothing on a CPU.
+    int host_layers;
 } esp_model_config;
 #define ESP_MODEL_CONFIG(...) ((esp_model_config){.struct_size = sizeof(esp_model_config), __VA_ARGS__})
 

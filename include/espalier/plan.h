@@ -21,6 +21,8 @@ typedef struct esp_plan {
     size_t total;              ///< weights + adapter + gradients + optimizer + activations
     size_t peak;               ///< the larger of total and of weights + staging while loading
     int64_t layers_recomputed; ///< layers that keep their input only, under esp_model_config.activation_budget
+    size_t host_weights;       ///< of a GPU: frozen weights in pinned memory of the host, an embedding and the layers of
+                               ///< esp_model_config.host_layers, for which expert_weights has the place of one; in none of the sums
     size_t host_moments;       ///< of a GPU with esp_adamw_config.host_moments: pinned memory of the host, in none of the sums
 } esp_plan;
 #define ESP_PLAN_INIT                                                                                                                      \

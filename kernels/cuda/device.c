@@ -21,9 +21,9 @@ typedef struct gpu {
     int now;
     uint32_t *fault_host; /* pinned */
     bool recording;
-    int ordinal; /* as the runtime counts */
-    cudaStream_t exchange;
-    cudaEvent_t turn[ESPI_LANES]; /* the end of a lane, for the other one to wait for */
+    int ordinal;                    /* as the runtime counts */
+    cudaStream_t lanes[ESPI_LANES]; /* all but the first, which is the ops' stream */
+    cudaEvent_t turn[ESPI_LANES];   /* the end of a lane, for another one to wait for */
     cudaEvent_t marks[ESPI_MARKS];
     esp_status (*watch)(void *user);
     void *watch_user;
@@ -50,7 +50,8 @@ static esp_status create(cudaEvent_t *events, int n) {
 
 static void gpu_stop(void *device) {
     gpu *g = device;
-    if (g->exchange) (void)cudaStreamSynchronize(g->exchange);
+    for (int i = 0; i < ESPI_LANES; i++)
+        if (g->lanes[i]) (void)cudaStreamSynchronize(g->lanes[i]);
     if (g->shared.stream) (void)cudaStreamSynchronize(g->shared.stream);
     destroy(g->turn, ESPI_LANES);
     destroy(g->marks, ESPI_MARKS);
@@ -63,7 +64,8 @@ static void gpu_stop(void *device) {
     (void)cudaFreeHost(g->fault_host);
     (void)cudaFree(g->shared.workspace);
     (void)cudaFree(g->shared.fault);
-    if (g->exchange) (void)cudaStreamDestroy(g->exchange);
+    for (int i = 0; i < ESPI_LANES; i++)
+        if (g->lanes[i]) (void)cudaStreamDestroy(g->lanes[i]);
     if (g->shared.stream) (void)cudaStreamDestroy(g->shared.stream);
     (void)cudaGetLastError();
     free(g);
@@ -85,7 +87,7 @@ static esp_status set_up(gpu *g, int which) {
     ESPI_CUDA_TRY(cudaDeviceGetAttribute(&c->sms, cudaDevAttrMultiProcessorCount, g->ordinal));
     ESPI_CUDA_TRY(cudaDeviceGetAttribute(&c->major, cudaDevAttrComputeCapabilityMajor, g->ordinal));
     ESPI_CUDA_TRY(cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking));
-    ESPI_CUDA_TRY(cudaStreamCreateWithFlags(&g->exchange, cudaStreamNonBlocking));
+    for (int i = ESPI_LANE_WORK + 1; i < ESPI_LANES; i++) ESPI_CUDA_TRY(cudaStreamCreateWithFlags(&g->lanes[i], cudaStreamNonBlocking));
     ESPI_TRY(create(g->turn, ESPI_LANES));
     ESPI_TRY(create(g->marks, ESPI_MARKS));
     if (cublasLtCreate(&c->blas) != CUBLAS_STATUS_SUCCESS)
@@ -285,7 +287,7 @@ static void gpu_graph_free(void *device, void *graph) {
 }
 
 static cudaStream_t stream_of(const gpu *g, espi_lane lane) {
-    return lane == ESPI_LANE_EXCHANGE ? g->exchange : g->shared.stream;
+    return lane == ESPI_LANE_WORK ? g->shared.stream : g->lanes[lane];
 }
 
 static void *gpu_lane(void *device, espi_lane lane) {
@@ -298,7 +300,7 @@ static esp_status gpu_copy(void *device, espi_lane lane, void *to, const void *f
 
 static esp_status gpu_order(void *device, espi_lane later, espi_lane earlier) {
     const gpu *g = device;
-    ESPI_TRY(not_recording(g, "an exchange between ranks"));
+    if (later == ESPI_LANE_EXCHANGE || earlier == ESPI_LANE_EXCHANGE) ESPI_TRY(not_recording(g, "an exchange between ranks"));
     ESPI_CUDA_TRY(cudaEventRecord(g->turn[earlier], stream_of(g, earlier)));
     ESPI_CUDA_TRY(cudaStreamWaitEvent(stream_of(g, later), g->turn[earlier], 0));
     return ESP_OK;

@@ -34,7 +34,9 @@ static esp_status run(void *user) {
     espi_probe(pass, "d_hidden", c->layers, p->d_hidden, t, c->hidden);
     ESPI_TRY(espi_norm_backward(pass, d, p->d_hidden, NULL, saved->h[c->layers], saved->rstd, model->final_norm, t, c->hidden));
     espi_probe(pass, "d_h", c->layers, d, t, c->hidden);
+    ESPI_TRY(espi_guests_bring(model, arena, c->layers - 1, -1));
     for (int64_t l = c->layers - 1; l >= 0; l--) {
+        ESPI_TRY(espi_guest_enter(model, arena, l));
         const espi_mark mark = espi_arena_mark(arena);
         espi_block_saved again = saved->blocks[l]; /* of a checkpointed layer only what lasts is alive */
         if (l < saved->first_kept) {
@@ -45,6 +47,7 @@ static esp_status run(void *user) {
         /* Below layer 0 there is only the frozen embedding: its gradient is formed for a probe alone. */
         ESPI_TRY(espi_block_backward(pass, l, d, saved->h[l], &again, l > 0 || model->probe));
         espi_arena_release(arena, mark);
+        ESPI_TRY(espi_guest_leave(model, arena, l, -1));
     }
     ESPI_TRY(espi_embed_backward(pass, NULL, d)); /* frozen: no table to add to */
     espi_arena_release(arena, all);

@@ -11,6 +11,7 @@ static void print_part(const char *part, size_t bytes) {
 static void print_plan(const esp_plan *plan) {
     print_part("dense weights", plan->dense_weights);
     print_part("expert weights", plan->expert_weights);
+    if (plan->host_weights) print_part("  and in host memory", plan->host_weights);
     print_part("adapter", plan->adapter);
     print_part("gradients", plan->gradients);
     print_part("optimizer", plan->optimizer);
@@ -96,7 +97,7 @@ static esp_status print_all(const plan_options *o) {
 }
 
 int espi_cli_plan(int argc, char **argv) {
-    int64_t rank = 8;
+    int64_t rank = 8, host_layers = 0;
     int experts = 0, code;
     plan_options o = {.backend = "auto", .sequences = 1, .micro_batches = 1, .model = ESP_MODEL_CONFIG(), .adamw = ESP_ADAMW_CONFIG()};
     const espi_option options[] = {
@@ -107,6 +108,7 @@ int espi_cli_plan(int argc, char **argv) {
         {"--double-quant", ESPI_OPTION_FLAG, &o.model.double_quant, NULL, "block scales through 8 bits"},
         {"--8bit-adam", ESPI_OPTION_FLAG, &o.adamw.eight_bit, NULL, "moments in 8 bits"},
         {"--host-moments", ESPI_OPTION_FLAG, &o.adamw.host_moments, NULL, "moments in the host's memory, of a GPU"},
+        {"--host-layers", ESPI_OPTION_COUNT, &host_layers, "N", "layers whose weights stay in the host's memory, of a GPU (0)"},
         {"--activation-budget", ESPI_OPTION_BYTES, &o.model.activation_budget, "BYTES", "saved activations; K, M, G allowed (no bound)"},
         {"--backend", ESPI_OPTION_TEXT, &o.backend, "NAME", "cpu, cuda, ref or ref64 (auto)"},
         {"--ranks", ESPI_OPTION_COUNT, &o.ranks, "R",
@@ -126,7 +128,9 @@ int espi_cli_plan(int argc, char **argv) {
         return espi_cli_misuse(&usage, "--tokens %" PRId64 " in --sequences %" PRId64 " is no batch: every sequence has a token", o.tokens,
                                o.sequences);
     if (rank < 1 || rank > INT32_MAX) return espi_cli_misuse(&usage, "--rank cannot be %" PRId64 "; expected at least 1", rank);
+    if (host_layers > INT32_MAX) return espi_cli_misuse(&usage, "--host-layers cannot be %" PRId64 "; expected fewer", host_layers);
     o.model.lora_rank = (int)rank;
+    o.model.host_layers = (int)host_layers;
     o.model.experts = espi_cli_format(experts);
     if (o.ranks > 4096 || o.micro_batches < 1 || o.micro_batches > INT32_MAX ||
         (o.expert_ranks > 0 && (o.ranks < 1 || o.ranks % o.expert_ranks != 0)))

@@ -209,12 +209,15 @@ static esp_status run_training(void *user) {
     ESPI_TRY(espi_take_real(pass, t, &saved->rstd));
     ESPI_TRY(espi_take_act(pass, t * c->hidden, &saved->h[0]));
     ESPI_TRY(espi_embed_forward(pass, saved->h[0]));
+    ESPI_TRY(espi_guests_bring(pass->model, pass->arena, 0, 1));
     for (int64_t l = 0; l < c->layers; l++) {
+        ESPI_TRY(espi_guest_enter(pass->model, pass->arena, l));
         ESPI_TRY(espi_take_act(pass, t * c->hidden, &saved->h[l + 1]));
         ESPI_TRY(espi_block_take_lasting(pass, l, &saved->blocks[l]));
         const espi_mark mark = espi_arena_mark(pass->arena);
         ESPI_TRY(espi_block_forward(pass, l, saved->h[l + 1], saved->h[l], &saved->blocks[l], false));
         if (l < saved->first_kept) espi_arena_release(pass->arena, mark);
+        ESPI_TRY(espi_guest_leave(pass->model, pass->arena, l, 1));
     }
     return final_norm(pass, saved->hidden, saved->rstd, saved->h[c->layers]);
 }
@@ -251,12 +254,15 @@ static esp_status run_inference(void *user) {
     ESPI_TRY(espi_take_act(pass, pass->tokens * c->hidden, &h[1]));
     ESPI_TRY(espi_take_real(pass, pass->tokens, &rstd));
     ESPI_TRY(espi_embed_forward(pass, h[0]));
+    ESPI_TRY(espi_guests_bring(pass->model, arena, 0, 1));
     for (int64_t l = 0; l < c->layers; l++) {
+        ESPI_TRY(espi_guest_enter(pass->model, arena, l));
         espi_block_saved saved;
         const espi_mark mark = espi_arena_mark(arena);
         ESPI_TRY(espi_block_take_lasting(pass, l, &saved));
         ESPI_TRY(espi_block_forward(pass, l, h[(l + 1) % 2], h[l % 2], &saved, false));
         espi_arena_release(arena, mark);
+        ESPI_TRY(espi_guest_leave(pass->model, arena, l, 1));
     }
     ESPI_TRY(final_norm(pass, ((inference_piece *)user)->hidden, rstd, h[c->layers % 2]));
     espi_arena_release(arena, all);

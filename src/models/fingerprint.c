@@ -65,18 +65,28 @@ static void find_experts(const char **first, const char **last, const esp_model 
     }
 }
 
-/* What lies between the experts of the layers, and in a device's host memory. */
+/* Where the layers that are no guests begin, behind what is of no layer. */
+static const char *find_layers(const esp_model *m) {
+    for (int64_t l = 0; l < m->config.layers; l++)
+        if (!m->layers[l].home) return (const char *)m->layers[l].norm1;
+    return (const char *)m->weights.main + m->weights.extent.main;
+}
+
+/* What is of no layer, what a layer has beside its experts, and an embedding in a device's host memory: wherever layers are at home. */
 static esp_status feed_others(reader *r, const esp_model *m) {
-    const char *at = m->weights.main, *end = at + m->weights.extent.main;
+    const char *begin = (const char *)m->weights.main + m->guest_bytes;
+    ESPI_TRY(feed(r, begin, (size_t)(find_layers(m) - begin)));
     for (int64_t l = 0; l < m->config.layers; l++) {
-        const char *first, *last;
-        find_experts(&first, &last, m, &m->layers[l]);
-        if (!first) continue;
-        ESPI_TRY(feed(r, at, (size_t)(first - at)));
-        at = last;
+        const espi_layer *w = &m->layers[l];
+        const char *at = (const char *)w->norm1, *const end = at + w->bytes, *first, *last;
+        ESPI_TRY(espi_guest_fetch(m, l));
+        find_experts(&first, &last, m, w);
+        if (first) ESPI_TRY(feed(r, at, (size_t)(first - at)));
+        if (first) at = last;
+        ESPI_TRY(feed(r, at, (size_t)(end - at)));
     }
-    ESPI_TRY(feed(r, at, (size_t)(end - at)));
-    if (m->weights.host) XXH3_64bits_update(r->state, m->weights.host, m->weights.extent.host);
+    if (m->weights.host && !m->config.tied_head)
+        XXH3_64bits_update(r->state, m->embed.data, (size_t)(m->embed.rows * m->embed.cols) * esp_dtype_size(m->embed.dtype));
     return ESP_OK;
 }
 
@@ -86,6 +96,7 @@ static esp_status digest_experts(uint64_t *own, reader *r, const esp_model *m) {
     for (int64_t l = 0; l < m->config.layers; l++) {
         piece pieces[MOST_PIECES];
         const int n = pieces_of(pieces, m, &m->layers[l]);
+        ESPI_TRY(espi_guest_fetch(m, l));
         for (int64_t e = 0; e < share->count && n > 0; e++) {
             XXH3_64bits_reset(r->state);
             for (int i = 0; i < n; i++) ESPI_TRY(feed(r, (const char *)pieces[i].data + (size_t)e * pieces[i].each, pieces[i].each));

@@ -84,52 +84,79 @@ static size_t table_bytes(const esp_model *m) {
     return m->ctx->device && !m->config.tied_head ? (size_t)(table->rows * table->cols) * esp_dtype_size(table->dtype) : 0;
 }
 
-/* Gives every pointer of the skeleton its place.  dense, experts: bytes of each kind; map: the table of double quantisation, or NULL; lut:
+/* The weights of one layer, one behind the other; its experts' bytes. */
+static size_t lay_layer(layout *l, const esp_model *m, espi_layer *w, const float *map, const float *lut) {
+    const espi_config *c = &m->config;
+    const size_t begin = l->used;
+    w->norm1 = place_floats(l, c->hidden);
+    w->norm2 = place_floats(l, c->hidden);
+    w->q_norm = c->qk_norm ? place_floats(l, espi_qk_norm_size(c, c->heads)) : NULL;
+    w->k_norm = c->qk_norm ? place_floats(l, espi_qk_norm_size(c, c->kv_heads)) : NULL;
+    place_linear(l, &w->q, c->attention_bias);
+    place_linear(l, &w->k, c->attention_bias);
+    place_linear(l, &w->v, c->attention_bias);
+    place_linear(l, &w->o, c->output_bias);
+    w->sinks = c->sinks ? place_floats(l, c->heads) : NULL;
+    if (w->mlp == ESPI_MLP_DENSE) {
+        place_linear(l, &w->mlp_gate_up, false);
+        place_linear(l, &w->mlp_down, false);
+        w->bytes = l->used - begin;
+        return 0;
+    }
+    place_mat(l, &w->router);
+    w->router_bias = c->router_bias ? place_floats(l, c->experts) : NULL;
+    w->router_correction = c->router_correction ? place_floats(l, c->experts) : NULL;
+    if (c->shared_width) {
+        place_linear(l, &w->shared_gate_up, false);
+        place_linear(l, &w->shared_down, false);
+    }
+    const size_t before = l->used;
+    place_stack(l, &w->gate_up, m, map, lut);
+    place_stack(l, &w->down, m, map, lut);
+    w->gate_up_bias = c->expert_bias ? place_floats(l, w->gate_up.experts * w->gate_up.rows) : NULL;
+    w->down_bias = c->expert_bias ? place_floats(l, w->down.experts * w->down.rows) : NULL;
+    w->bytes = l->used - begin;
+    return l->used - before;
+}
+
+/* Guests all stand in one place on the device; their homes are one behind the other.  Bytes of the place. */
+static size_t lay_guests(layout *host, esp_model *m, unsigned char *place_of_guests, const float *map, const float *lut) {
+    size_t most = 0;
+    for (int64_t i = 0; i < m->config.layers; i++) {
+        if (!espi_is_guest(m, i)) continue;
+        layout l = {.base = place_of_guests};
+        (void)lay_layer(&l, m, &m->layers[i], map, lut);
+        m->layers[i].home = place(host, m->layers[i].bytes);
+        if (l.used > most) most = l.used;
+    }
+    return most;
+}
+
+/* Gives every pointer of the skeleton its place.  bytes: what there is of each kind; map: the table of double quantisation, or NULL; lut:
  * that of the experts' values, where it must lie on a device. */
-static void lay_out(esp_model *m, unsigned char *base, size_t *dense, size_t *experts, float **map, float **lut) {
+static void lay_out(esp_model *m, unsigned char *base, unsigned char *host_base, espi_weight_plan *bytes, float **map, float **lut) {
     const espi_config *c = &m->config;
     const bool device = m->ctx->device != NULL;
-    layout l = {.base = base};
-    *experts = 0;
+    layout l = {.base = base}, host = {.base = host_base};
+    if (table_bytes(m)) place_mat(&host, &m->embed);
+    const layout homes = host;
+    m->guest_bytes = lay_guests(&host, m, NULL, NULL, NULL);
+    m->guest_place = place(&l, m->guest_bytes);
+    bytes->experts = m->guest_bytes;
+    bytes->host = host.used;
     *map = m->options.double_quant ? place(&l, 256 * sizeof(float)) : NULL;
     *lut = device && m->options.experts != ESP_Q_NONE ? place(&l, 16 * sizeof(float)) : NULL;
+    host = homes;
+    (void)lay_guests(&host, m, m->guest_place, *map, *lut);
     if (!table_bytes(m)) place_mat(&l, &m->embed);
     if (c->tied_head)
         m->head = m->embed;
     else
         place_mat(&l, &m->head);
     m->final_norm = place_floats(&l, c->hidden);
-    for (int64_t i = 0; i < c->layers; i++) {
-        espi_layer *w = &m->layers[i];
-        w->norm1 = place_floats(&l, c->hidden);
-        w->norm2 = place_floats(&l, c->hidden);
-        w->q_norm = c->qk_norm ? place_floats(&l, espi_qk_norm_size(c, c->heads)) : NULL;
-        w->k_norm = c->qk_norm ? place_floats(&l, espi_qk_norm_size(c, c->kv_heads)) : NULL;
-        place_linear(&l, &w->q, c->attention_bias);
-        place_linear(&l, &w->k, c->attention_bias);
-        place_linear(&l, &w->v, c->attention_bias);
-        place_linear(&l, &w->o, c->output_bias);
-        w->sinks = c->sinks ? place_floats(&l, c->heads) : NULL;
-        if (w->mlp == ESPI_MLP_DENSE) {
-            place_linear(&l, &w->mlp_gate_up, false);
-            place_linear(&l, &w->mlp_down, false);
-            continue;
-        }
-        place_mat(&l, &w->router);
-        w->router_bias = c->router_bias ? place_floats(&l, c->experts) : NULL;
-        w->router_correction = c->router_correction ? place_floats(&l, c->experts) : NULL;
-        if (c->shared_width) {
-            place_linear(&l, &w->shared_gate_up, false);
-            place_linear(&l, &w->shared_down, false);
-        }
-        const size_t before = l.used;
-        place_stack(&l, &w->gate_up, m, *map, *lut);
-        place_stack(&l, &w->down, m, *map, *lut);
-        w->gate_up_bias = c->expert_bias ? place_floats(&l, w->gate_up.experts * w->gate_up.rows) : NULL;
-        w->down_bias = c->expert_bias ? place_floats(&l, w->down.experts * w->down.rows) : NULL;
-        *experts += l.used - before;
-    }
-    *dense = l.used - *experts;
+    for (int64_t i = 0; i < c->layers; i++)
+        if (!espi_is_guest(m, i)) bytes->experts += lay_layer(&l, m, &m->layers[i], *map, *lut);
+    bytes->dense = l.used - bytes->experts;
 }
 
 static int64_t larger(int64_t a, int64_t b) {
@@ -202,7 +229,7 @@ esp_status espi_weight_plan_make(espi_weight_plan *out, esp_ctx *ctx, const espi
     memcpy(m.lora, lora, sizeof m.lora);
     ESPI_TRY(espi_model_skeleton(&m));
     float *map, *lut;
-    lay_out(&m, NULL, &out->dense, &out->experts, &map, &lut);
+    lay_out(&m, NULL, NULL, out, &map, &lut);
     espi_adapter_bytes(&out->adapter, &out->gradients, &m, ctx->real_size);
     const staging parts = plan_staging(&m);
     out->staging = staging_extent(&parts, ctx).main;
@@ -998,17 +1025,17 @@ static esp_status load_all(espi_loader *loader) {
         ESPI_TRY(load_attention(loader, w, l));
         const char *const dense[] = {c->family->dense_gate, c->family->dense_up, c->family->dense_down};
         ESPI_TRY(w->mlp == ESPI_MLP_DENSE ? load_mlp(loader, &w->mlp_gate_up, &w->mlp_down, dense, l) : load_moe(loader, w, l));
+        ESPI_TRY(espi_guest_put_home(m, l));
     }
     return check_unused(loader);
 }
 
 esp_status espi_model_take_weights(esp_model *model, float **map, float **lut) {
-    size_t dense, experts;
-    lay_out(model, NULL, &dense, &experts, map, lut);
-    ESPI_TRY(
-        espi_room_take(&model->weights, model->ctx, ESPI_MEM_WEIGHTS, (espi_extent){.main = dense + experts, .host = table_bytes(model)}));
-    lay_out(model, model->weights.main, &dense, &experts, map, lut);
-    if (model->weights.host) model->embed.data = model->weights.host;
+    espi_weight_plan bytes;
+    lay_out(model, NULL, NULL, &bytes, map, lut);
+    ESPI_TRY(espi_room_take(&model->weights, model->ctx, ESPI_MEM_WEIGHTS,
+                            (espi_extent){.main = bytes.dense + bytes.experts, .host = bytes.host}));
+    lay_out(model, model->weights.main, model->weights.host, &bytes, map, lut);
     return ESP_OK;
 }
 

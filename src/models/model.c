@@ -45,6 +45,9 @@ esp_status espi_model_options(esp_model_config *options, espi_lora_spec lora[ESP
     ESPI_TRY(espi_struct_read(options, sizeof *options, config, "esp_model_config"));
     ESPI_TRY(check_options(options));
     ESPI_TRY(choose_experts(options, c));
+    if (options->host_layers < 0 || options->host_layers > c->layers)
+        return ESPI_FAIL(ESP_ERR_ARG, "host_layers: got %d, expected 0 to %lld, the layers of the model", options->host_layers,
+                         (long long)c->layers);
     if (c->router_sigmoid && (options->router_aux_coef != 0 || options->router_z_coef != 0))
         return ESPI_FAIL(ESP_ERR_UNSUPPORTED,
                          "router_aux_coef, router_z_coef: got %g, %g, expected 0: the router of %s has no softmax to balance",
@@ -192,7 +195,7 @@ esp_status esp_model_info_get(const esp_model *model, esp_model_info *out) {
                            .bos_token_id = c->bos_id,
                            .eos_token_id = c->eos_id,
                            .pad_token_id = c->pad_id,
-                           .weight_bytes = model->weights.extent.main + model->weights.extent.host};
+                           .weight_bytes = model->weights.extent.main + model->weights.extent.host - model->guest_bytes};
     for (int i = 0; i < ESPI_T_COUNT; i++)
         if (model->lora[i].r > info.lora_rank) info.lora_rank = model->lora[i].r;
     for (int64_t i = 0; i < model->n_params; i++) {

@@ -32,6 +32,8 @@ typedef struct espi_layer {
     espi_linear shared_gate_up, shared_down; /* f32 [2Is,H], [H,Is]: the expert that sees every token; no rows: none */
     /* dense */
     espi_linear mlp_gate_up, mlp_down; /* f32 [2I,H] (gate rows, then up rows), [H,I] */
+    size_t bytes;                      /* of all frozen weights above, which stand in one piece from norm1 on */
+    void *home;                        /* where they are when this layer is a guest, see models/guests.c; else NULL */
 } espi_layer;
 
 /* One allocation of the context, owned by the model. */
@@ -63,7 +65,9 @@ struct esp_model {
     espi_layer *layers;
     double *inv_freq; /* [D/2], in host memory, where the op reads it */
 
-    espi_room weights;  /* all frozen bytes: one block of the context, and in a device's host memory the embedding, see load.c */
+    espi_room weights; /* all frozen bytes: one block of the context, and in a device's host memory the embedding and guests, see load.c */
+    void *guest_place; /* at the beginning of that block, for layers whose home is the host's memory; guest_bytes long */
+    size_t guest_bytes;
     espi_block adapter; /* parameters, gradients, then what ranks add to them */
     esp_param *params;  /* the public view of the adapter, in canonical order: layer, then q k v o gate_up down, A before B */
     int64_t n_params;
@@ -86,8 +90,9 @@ struct esp_model {
 
 /* Bytes of the frozen weights and of the adapter, from the config alone: what models/load.c will take, exactly. */
 typedef struct espi_weight_plan {
-    size_t dense, experts, adapter, gradients;
-    size_t staging; /* while loading only */
+    size_t dense, experts, adapter, gradients; /* the place of guests is counted with the experts */
+    size_t staging;                            /* while loading only */
+    size_t host;                               /* of a device: frozen weights that stay in the host's memory */
 } espi_weight_plan;
 esp_status espi_weight_plan_make(espi_weight_plan *out, esp_ctx *ctx, const espi_config *config, const esp_model_config *options,
                                  const espi_lora_spec lora[ESPI_T_COUNT]);
@@ -99,6 +104,17 @@ void espi_model_skeleton_free(esp_model *model);
 /* models/plan.c: such a model of a folder, for plans.  espi_model_outline_free() also where this fails. */
 esp_status espi_model_outline(esp_model *model, esp_ctx *ctx, const char *dir, const esp_model_config *config);
 void espi_model_outline_free(esp_model *model);
+
+/* models/guests.c: whether a layer is at home in the host's memory; whoever has filled the weights of a layer puts them there, and whoever
+ * reads them outside of a pass fetches them. */
+bool espi_is_guest(const esp_model *model, int64_t layer);
+esp_status espi_guest_put_home(const esp_model *model, int64_t layer);
+esp_status espi_guest_fetch(const esp_model *model, int64_t layer);
+/* A pass that goes through the layers by `step` says at its beginning that the guests from its first layer on may come, enters and leaves
+ * every layer.  Nothing happens while an arena is dry or idle. */
+esp_status espi_guests_bring(const esp_model *model, const espi_arena *arena, int64_t layer, int step);
+esp_status espi_guest_enter(const esp_model *model, const espi_arena *arena, int64_t layer);
+esp_status espi_guest_leave(const esp_model *model, const espi_arena *arena, int64_t layer, int step);
 
 /* models/load.c: the block of a skeleton's frozen weights, not yet filled.  map: the table of double quantisation, or NULL; lut: that of the
  * experts' values where it lies on a device, or NULL. */

@@ -75,6 +75,7 @@ static esp_status fill_plan(esp_plan *plan, esp_model *model, const esp_adamw_co
     ESPI_TRY(espi_weight_plan_make(&w, model->ctx, &model->config, &model->options, model->lora));
     plan->dense_weights = w.dense;
     plan->expert_weights = w.experts;
+    plan->host_weights = w.host;
     plan->adapter = w.adapter;
     plan->gradients = w.gradients;
     espi_extent room;

@@ -68,12 +68,12 @@ part_tests() {
 }
 
 part_models() {
-    for shape in "qwen3-30b-a3b nf4" "gpt-oss-20b mxfp4"; do
-        # shellcheck disable=SC2086  # two words
+    for shape in "qwen3-30b-a3b nf4 6" "gpt-oss-20b mxfp4 0"; do
+        # shellcheck disable=SC2086  # three words
         set -- $shape
         bench "$1" 60 ./esp_bench_gpu "configs/$1" "experts=$2" adam8=1 decode=64 profile=1
         bench "$1-recomputed" 40 ./esp_bench_gpu "configs/$1" "experts=$2" adam8=1 budget=1 steps=5
-        bench "$1-least-memory" 40 ./esp_bench_gpu "configs/$1" "experts=$2" host_moments=1 budget=1 steps=5
+        bench "$1-least-memory" 40 ./esp_bench_gpu "configs/$1" "experts=$2" host_moments=1 "host_layers=$3" budget=1 steps=5
         bench "$1-4x2048" 40 ./esp_bench_gpu "configs/$1" "experts=$2" adam8=1 sequences=4 steps=5
     done
 }

@@ -1,6 +1,6 @@
 /* esp_bench_gpu: seconds of whole SFT steps and of decoding on a GPU, random weights of a published shape, and what each op takes.
  *   esp_bench_gpu CONFIG_DIR [experts=nf4|mxfp4] [tokens=2048] [sequences=2] [steps=10] [rank=16] [budget=MiB] [decode=ROWS] [prompt=128]
- *                 [new=128] [adam8=1] [host_moments=1] [profile=1]
+ *                 [new=128] [adam8=1] [host_moments=1] [host_layers=N] [profile=1]
  * One line of JSON at the end. */
 #include "core/record.h"
 #include "espalier/espalier.h"
@@ -104,7 +104,7 @@ static void profile_end(esp_ctx *ctx, const char *what) {
 
 typedef struct options {
     const char *dir, *experts;
-    int64_t tokens, sequences, steps, rank, budget, decode, profile, eight_bit, host_moments, prompt, new_tokens;
+    int64_t tokens, sequences, steps, rank, budget, decode, profile, eight_bit, host_moments, host_layers, prompt, new_tokens;
 } options;
 
 static bool number_option(int64_t *value, const char *argument, const char *name) {
@@ -122,10 +122,18 @@ static bool read_options(options *o, int argc, char **argv) {
         const struct {
             const char *name;
             int64_t *value;
-        } numbers[] = {{"tokens", &o->tokens},   {"sequences", &o->sequences}, {"steps", &o->steps},
-                       {"rank", &o->rank},       {"budget", &o->budget},       {"decode", &o->decode},
-                       {"profile", &o->profile}, {"adam8", &o->eight_bit},     {"host_moments", &o->host_moments},
-                       {"prompt", &o->prompt},   {"new", &o->new_tokens}};
+        } numbers[] = {{"tokens", &o->tokens},
+                       {"sequences", &o->sequences},
+                       {"steps", &o->steps},
+                       {"rank", &o->rank},
+                       {"budget", &o->budget},
+                       {"decode", &o->decode},
+                       {"profile", &o->profile},
+                       {"adam8", &o->eight_bit},
+                       {"host_moments", &o->host_moments},
+                       {"host_layers", &o->host_layers},
+                       {"prompt", &o->prompt},
+                       {"new", &o->new_tokens}};
         bool known = strncmp(argv[i], "experts=", 8) == 0;
         if (known) o->experts = argv[i] + 8;
         for (size_t k = 0; k < sizeof numbers / sizeof *numbers; k++)
@@ -285,7 +293,7 @@ int main(int argc, char **argv) {
     if (!read_options(&o, argc, argv)) {
         fprintf(stderr,
                 "usage: %s CONFIG_DIR [experts=nf4|mxfp4] [tokens=] [sequences=] [steps=] [rank=] [budget=MiB] [decode=ROWS] "
-                "[prompt=] [new=] [adam8=1] [host_moments=1] [profile=1]\n",
+                "[prompt=] [new=] [adam8=1] [host_moments=1] [host_layers=N] [profile=1]\n",
                 argv[0]);
         return 2;
     }
@@ -298,7 +306,7 @@ int main(int argc, char **argv) {
     const double start = now();
     OK(random_model(&model, ctx, o.dir,
                     &ESP_MODEL_CONFIG(.experts = strcmp(o.experts, "mxfp4") == 0 ? ESP_MXFP4 : ESP_NF4, .lora_rank = (int)o.rank,
-                                      .activation_budget = (size_t)o.budget << 20)));
+                                      .activation_budget = (size_t)o.budget << 20, .host_layers = (int)o.host_layers)));
     printf("%s: %lld layers, made in %.1f s\n", o.dir, (long long)model->config.layers, now() - start);
     if (o.steps > 0 && train(&o, ctx, model, trained, sizeof trained)) return 1;
     if (o.decode > 0 && decode(&o, ctx, model, decoded, sizeof decoded)) return 1;

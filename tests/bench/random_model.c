@@ -143,7 +143,10 @@ static esp_status fill_model(esp_model *m) {
     if (status == ESP_OK) status = fill_mat(&s, &m->embed);
     if (status == ESP_OK && !c->tied_head) status = fill_mat(&s, &m->head);
     if (status == ESP_OK) status = fill(&s, m->final_norm, ESP_F32, c->hidden, 0.1f, 1);
-    for (int64_t l = 0; l < c->layers && status == ESP_OK; l++) status = fill_layer(&s, c, &m->layers[l]);
+    for (int64_t l = 0; l < c->layers && status == ESP_OK; l++) {
+        status = fill_layer(&s, c, &m->layers[l]);
+        if (status == ESP_OK) status = espi_guest_put_home(m, l);
+    }
     close_source(&s);
     return status;
 }

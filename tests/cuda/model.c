@@ -33,6 +33,7 @@ static const form forms[] = {
     {"q3a/model_nf4", {.struct_size = sizeof(esp_model_config), .lora_rank = 4}},
     {"q3a/model_nf4_dq", {.struct_size = sizeof(esp_model_config), .lora_rank = 4, .double_quant = true}},
     {"q3b/model", {.struct_size = sizeof(esp_model_config), .lora_rank = 4, .activation_budget = 20000}},
+    {"q3b/model", {.struct_size = sizeof(esp_model_config), .lora_rank = 4, .activation_budget = 20000, .host_layers = 3}},
     {"q3c/model", {.struct_size = sizeof(esp_model_config), .lora_rank = 4, .experts = ESP_FP4}},
     {"ol/model", {.struct_size = sizeof(esp_model_config), .lora_rank = 4}},
     {"go1/model", {.struct_size = sizeof(esp_model_config), .lora_rank = 4, .train_router = true}},

@@ -28,14 +28,15 @@ static const form forms[] = {
     {"q3a/model", false, {.struct_size = sizeof(esp_model_config), .lora_rank = 4, .double_quant = true}},
     {"q3a/model", false, {.struct_size = sizeof(esp_model_config), .lora_rank = 4, .experts = ESP_Q_NONE}},
     {"q3a/model_nf4", true, {.struct_size = sizeof(esp_model_config), .lora_rank = 4}},
-    {"q3a/model_nf4_dq", true, {.struct_size = sizeof(esp_model_config), .lora_rank = 4, .double_quant = true}},
+    {"q3a/model_nf4_dq", true, {.struct_size = sizeof(esp_model_config), .lora_rank = 4, .double_quant = true, .host_layers = 1}},
     {"q3b/model", true, {.struct_size = sizeof(esp_model_config), .lora_rank = 4, .activation_budget = 20000}},
+    {"q3b/model", false, {.struct_size = sizeof(esp_model_config), .lora_rank = 4, .activation_budget = 20000, .host_layers = 3}},
     {"q3c/model", false, {.struct_size = sizeof(esp_model_config), .lora_rank = 4, .experts = ESP_FP4}},
     {"q3c/model_fused", true, {.struct_size = sizeof(esp_model_config), .lora_rank = 4}},
     {"vla/model", true, {.struct_size = sizeof(esp_model_config), .lora_rank = 4, .experts = ESP_MXFP4}},
     {"ol/model", true, {.struct_size = sizeof(esp_model_config), .lora_rank = 4}},
     {"go1/model", true, {.struct_size = sizeof(esp_model_config), .lora_rank = 4}},
-    {"go2/model", true, {.struct_size = sizeof(esp_model_config), .lora_rank = 4, .train_router = true}},
+    {"go2/model", true, {.struct_size = sizeof(esp_model_config), .lora_rank = 4, .train_router = true, .host_layers = 2}},
     {"mx/model", true, {.struct_size = sizeof(esp_model_config), .lora_rank = 4}},
     {"vl/model", true, {.struct_size = sizeof(esp_model_config), .lora_rank = 4}},
     {"vla/model_transposed", false, {.struct_size = sizeof(esp_model_config), .lora_rank = 4}},
@@ -54,6 +55,7 @@ typedef struct results {
     float logprob[TOKENS], entropy[TOKENS];
     int32_t tokens[2 * NEW], lengths[2];
     float sampled[2 * NEW];
+    uint64_t fingerprint;
     esp_memory memory;
     esp_plan plan;
 } results;
@@ -120,9 +122,16 @@ static void run(results *r, esp_ctx *ctx, const form *f) {
     r->z += z;
     esp_model_info info = {.struct_size = sizeof info};
     OK(esp_model_info_get(model, &info));
+    OK(espi_model_fingerprint(&r->fingerprint, model));
     const size_t table = (size_t)(model->embed.rows * model->embed.cols) * esp_dtype_size(model->embed.dtype);
-    cr_expect_eq(info.weight_bytes - r->memory.weights, ctx->device && !model->config.tied_head ? table : 0,
-                 "%s: an embedding that is no head stays in the host's memory", f->folder);
+    size_t in_host = ctx->device && !model->config.tied_head ? table : 0;
+    int guests = 0;
+    for (int64_t l = 0; l < model->config.layers; l++) guests += model->layers[l].home != NULL;
+    for (int64_t l = 0; l < model->config.layers; l++) in_host += model->layers[l].home ? model->layers[l].bytes : 0;
+    cr_expect_eq(guests, ctx->device ? f->config.host_layers : 0);
+    cr_expect_eq(r->plan.host_weights, in_host, "%s: weights in host memory", f->folder);
+    cr_expect_eq(info.weight_bytes + model->guest_bytes - r->memory.weights, in_host,
+                 "%s: an embedding that is no head stays in the host's memory, and so do guests", f->folder);
     r->n = info.adapter_parameters;
     r->params = calloc((size_t)r->n, sizeof(float));
     r->grads = calloc((size_t)r->n, sizeof(float));
@@ -178,6 +187,31 @@ Test(device, every_family_has_the_bits_of_the_reference) {
         esp_ctx_destroy(plain);
         esp_ctx_destroy(device);
     }
+}
+
+/* Layers at home in the host's memory are the same weights: dense layers and such with experts, some of them and all. */
+Test(device, guests_do_not_change_the_fingerprint) {
+    char dir[ESPI_PATH_MAX];
+    const int guests[] = {0, 1, 3, 4}, wrong[] = {-1, 5};
+    uint64_t first = 0;
+    esp_ctx *ctx;
+    esp_model *model;
+    snprintf(dir, sizeof dir, "%s/tests/golden/data/q3b/model", ESP_SOURCE_DIR);
+    OK(fake_ctx(&ctx, NULL));
+    fake_set_packing(true);
+    for (int i = 0; i < ESPI_COUNT(guests); i++) {
+        uint64_t hash;
+        OK(esp_model_load(&model, ctx, dir, &ESP_MODEL_CONFIG(.host_layers = guests[i])));
+        OK(espi_model_fingerprint(&hash, model));
+        if (i == 0) first = hash;
+        cr_expect_eq(hash, first, "with %d guests", guests[i]);
+        esp_model_destroy(model);
+    }
+    for (int i = 0; i < ESPI_COUNT(wrong); i++) {
+        cr_expect_eq(esp_model_load(&model, ctx, dir, &ESP_MODEL_CONFIG(.host_layers = wrong[i])), ESP_ERR_ARG);
+        cr_expect(strstr(esp_last_error(), "expected 0 to 4"), "%s", esp_last_error());
+    }
+    esp_ctx_destroy(ctx);
 }
 
 /* After the first step of a shape nothing more is taken, and the host waits as rarely as it can: for the loss and for the norm. */

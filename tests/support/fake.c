@@ -20,6 +20,12 @@ typedef struct region {
     size_t bytes;     /* of it */
 } region;
 
+typedef struct transfer {
+    void *to;
+    const void *from;
+    size_t bytes;
+} transfer;
+
 typedef struct call call;
 typedef struct fake {
     region regions[REGIONS];
@@ -28,6 +34,7 @@ typedef struct fake {
     uint64_t marks[ESPI_MARKS], awaited; /* how many exchanges were queued before a mark, and must be done before anything else */
     esp_status (*watch)(void *user);
     void *watch_user;
+    transfer fetched; /* on its way from the host's memory; bytes = 0: nothing is */
     bool recording;
     call *first, *last; /* of the present recording */
 } fake;
@@ -282,9 +289,27 @@ static void *fake_device_lane(void *device, espi_lane lane) {
     return lane == ESPI_LANE_EXCHANGE ? &((fake *)device)->exchange : NULL;
 }
 
-/* Within the device, or to or from memory of the host, on either lane: what is on that of exchanges was ordered behind all that is done. */
+/* What is brought meanwhile is there when the ops wait for it, and until then nobody knows what lies in its place. */
+static esp_status run_fetch(const espi_exec *exec, const void *args) {
+    fake *f = exec->device;
+    if (f->fetched.bytes > 0) return ESPI_FAIL(ESP_ERR_INTERNAL, "two things are brought at once");
+    f->fetched = *(const transfer *)args;
+    memset(f->fetched.to, 0xff, f->fetched.bytes);
+    return ESP_OK;
+}
+
+static esp_status run_arrive(const espi_exec *exec, const void *args) {
+    (void)args;
+    fake *f = exec->device;
+    if (f->fetched.bytes == 0) return ESPI_FAIL(ESP_ERR_INTERNAL, "nothing is being brought");
+    memcpy(f->fetched.to, f->fetched.from, f->fetched.bytes);
+    f->fetched.bytes = 0;
+    return ESP_OK;
+}
+
+/* Within the device, or to or from memory of the host: what is on the lane of exchanges was ordered behind all that is done. */
 static esp_status fake_copy(void *device, espi_lane lane, void *to, const void *from, size_t bytes) {
-    (void)lane;
+    if (lane == ESPI_LANE_FETCH) return queue(&(espi_exec){.device = device}, run_fetch, &(transfer){to, from, bytes}, sizeof(transfer));
     ESPI_TRY(settle(device));
     unlock(device);
     memcpy(to, from, bytes);
@@ -294,6 +319,8 @@ static esp_status fake_copy(void *device, espi_lane lane, void *to, const void *
 
 static esp_status fake_order(void *device, espi_lane later, espi_lane earlier) {
     fake *f = device;
+    if (later == ESPI_LANE_FETCH) return ESP_OK; /* all before is done */
+    if (earlier == ESPI_LANE_FETCH) return queue(&(espi_exec){.device = device}, run_arrive, &(transfer){0}, sizeof(transfer));
     ESPI_TRY(not_recording(f, "an exchange"));
     if (earlier == ESPI_LANE_EXCHANGE) f->awaited = f->exchange.queued;
     return later == ESPI_LANE_EXCHANGE ? settle(f) : ESP_OK;
