@@ -462,6 +462,7 @@ esp_status ESPI_CPU(espi_down_bwd)(const espi_exec *exec, const espi_down_bwd *a
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
     for (int64_t e = 0; e < a->w.experts; e++)
         for (int64_t s = a->routing.offsets[e]; s < a->routing.offsets[e + 1]; s++) weigh_row(a, d_act, act, e, s);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t s = 0; s < slots; s++) {
         for (int64_t k = 0; k < r; k++) {
             q[s * r + k] *= weight[s];
@@ -472,10 +473,13 @@ esp_status ESPI_CPU(espi_down_bwd)(const espi_exec *exec, const espi_down_bwd *a
     return ESPI_CPU(espi_swiglu_bwd)(exec, &(espi_swiglu_bwd){a->d_gu, d_act, a->gu, slots, width, a->glu});
 }
 
+/* A combination's work is to fetch rows from memory, which takes so many times as long as a multiply-add of theirs. */
+enum { FAR = 16 };
+
 esp_status ESPI_CPU(espi_combine_fwd)(const espi_exec *exec, const espi_combine_fwd *a) {
     const espi_routing *routing = &a->routing;
     const int64_t k_count = routing->top_k, hidden = a->hidden;
-    const int threads = cpu_threads(exec, (double)routing->tokens * (double)(k_count * hidden));
+    const int threads = cpu_threads(exec, (double)routing->tokens * (double)(k_count * hidden) * FAR);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t t = 0; t < routing->tokens; t++) {
         float *out = (float *)a->out + t * hidden;
@@ -493,7 +497,7 @@ esp_status ESPI_CPU(espi_combine_fwd)(const espi_exec *exec, const espi_combine_
 esp_status ESPI_CPU(espi_combine_bwd)(const espi_exec *exec, const espi_combine_bwd *a) {
     const espi_routing *routing = &a->routing;
     const int64_t k_count = routing->top_k, hidden = a->hidden;
-    const int threads = cpu_threads(exec, (double)routing->tokens * (double)(k_count * hidden));
+    const int threads = cpu_threads(exec, (double)routing->tokens * (double)(k_count * hidden) * FAR);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t t = 0; t < routing->tokens; t++) {
         float *d_x = (float *)a->d_x + t * hidden;
