@@ -49,17 +49,21 @@ typedef struct esp_machine {
     double bytes_per_second; ///< that a rank sends, all of them sending at once
     double seconds_per_call; ///< of an exchange of nothing
     size_t memory;           ///< bytes for each rank; 0 = not looked at
+    /// How many weights of frozen experts a rank reads and unpacks a second: a pass reads all of them however few rows it has, once
+    /// forward and once back.  0 = as fast as need be.
+    double weights_per_second;
+    double skew; ///< routed rows of the busiest of the ranks that share a model's experts, over their mean; 0 = 1, even
 } esp_machine;
 #define ESP_MACHINE(...) ((esp_machine){.struct_size = sizeof(esp_machine), __VA_ARGS__})
 
-/// A way to place the experts of a job, and a prediction of what comes of it: even routing, dense products alone, nothing overlapping.
+/// A way to place the experts of a job, and a prediction of what comes of it: products, reading of experts, messages; nothing overlapping.
 typedef struct esp_placement {
     size_t struct_size;
     int32_t ranks;                            ///< [in]
     int32_t micro_batches;                    ///< [in] of each rank in an optimiser step; default 1
     int32_t expert_ranks;                     ///< over how many ranks the experts of one model are spread
     esp_plan plan;                            ///< memory of the rank that holds most experts: exact
-    double exchange_bytes;                    ///< that a rank sends for one layer of experts, forward and backward of one micro-batch
+    double exchange_bytes;                    ///< that the busiest gets for one layer of experts, forward and backward of a micro-batch
     double sum_bytes;                         ///< that a rank sends to add up gradients, after every micro-batch
     double seconds_compute, seconds_exchange; ///< of one micro-batch
     double seconds_sum;                       ///< of one micro-batch

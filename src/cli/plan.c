@@ -27,7 +27,7 @@ static void print_plan(const esp_plan *plan) {
 typedef struct plan_options {
     const char *dir, *backend;
     int64_t tokens, sequences, ranks, expert_ranks, micro_batches;
-    double gflops, gbytes, microseconds; /* of a rank; 0 = as stated below */
+    double gflops, gbytes, microseconds, gweights, skew; /* of a rank; 0 = as stated below */
     size_t memory;
     esp_model_config model;
     esp_adamw_config adamw;
@@ -46,7 +46,7 @@ static esp_machine machine_of(const esp_ctx *ctx, const plan_options *o) {
     return ESP_MACHINE(.flops = 1e9 * (o->gflops > 0 ? o->gflops
                                        : gpu         ? 350e3
                                                      : 100),
-                       .memory = o->memory,
+                       .memory = o->memory, .weights_per_second = 1e9 * o->gweights, .skew = o->skew,
                        .bytes_per_second = 1e9 * (o->gbytes > 0 ? o->gbytes
                                                   : gpu         ? 340
                                                                 : 2),
@@ -118,6 +118,8 @@ int espi_cli_plan(int argc, char **argv) {
         {"--gflops", ESPI_OPTION_REAL, &o.gflops, "X", "of a rank, in products (CPU 100, GPU 350000)"},
         {"--gbytes", ESPI_OPTION_REAL, &o.gbytes, "X", "a second that a rank sends (CPU 2, GPU 340)"},
         {"--latency", ESPI_OPTION_REAL, &o.microseconds, "US", "of an exchange of nothing (CPU 12, GPU 20)"},
+        {"--gweights", ESPI_OPTION_REAL, &o.gweights, "X", "weights of experts that a rank unpacks a second (not counted)"},
+        {"--skew", ESPI_OPTION_REAL, &o.skew, "X", "routed rows of the busiest rank over the mean (1)"},
         {"--memory", ESPI_OPTION_BYTES, &o.memory, "BYTES", "that each rank has; K, M, G allowed (not looked at)"},
     };
     const espi_usage usage = {"plan",  "Memory of one training step by part, and its peak.  Reads config.json, no weights.",

@@ -175,6 +175,18 @@ Test(plan, placements) {
     cr_expect(fabs(p.seconds - 2 * (p.seconds_compute + p.seconds_exchange + p.seconds_sum)) < 1e-12);
     esp_model_destroy(model);
 
+    /* What the busiest rank does beyond its share, and experts unpacked for every rank that sends rows, forward and back. */
+    const esp_machine loaded = ESP_MACHINE(.flops = 1e9, .bytes_per_second = 1e6, .seconds_per_call = 1e-3, .skew = 1.5,
+                                           .weights_per_second = 1e8),
+                      even = ESP_MACHINE(.flops = 1e9, .bytes_per_second = 1e6, .seconds_per_call = 1e-3, .skew = 0.9);
+    const double expert = (double)(info.layers * 3 * info.hidden * info.expert_width), own = (double)((info.experts + SPREAD - 1) / SPREAD);
+    esp_placement q = ESP_PLACEMENT(.ranks = RANKS, .micro_batches = 2);
+    cr_assert_eq(esp_plan_placement(&q, alone, MODEL, &config, NULL, T, 3, &loaded), ESP_OK, "%s", esp_last_error());
+    cr_expect_float_eq(q.exchange_bytes, 1.5 * p.exchange_bytes, 1e-3);
+    cr_expect_float_eq(q.seconds_compute - p.seconds_compute,
+                       4 * 0.5 * (double)info.top_k * expert * T / 1e9 + 2 * expert * own * SPREAD / 1e8, 1e-9);
+    cr_expect_eq(esp_plan_placement(&q, alone, MODEL, &config, NULL, T, 3, &even), ESP_ERR_ARG);
+
     const esp_model_config uneven = ESP_MODEL_CONFIG(.expert_ranks = 2);
     cr_expect_eq(esp_plan_placement(&p, alone, MODEL, &uneven, NULL, T, 3, &machine), ESP_ERR_ARG);
     esp_ctx_destroy(alone);
