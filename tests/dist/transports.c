@@ -1,13 +1,17 @@
 /* The collective calls over simulated ranks: what arrives, in which order sums are made, and how every kind of disagreement ends. */
 #include "dist/comm.h"
 
+#include "core/clock.h"
 #include "core/status.h"
+#include "dist/watch.h"
 
 #include <criterion/criterion.h>
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 enum { MOST = 64 };
 
@@ -190,4 +194,43 @@ Test(transports, another_number_of_rows) {
     cr_expect_eq(ranks[0].status, ESP_ERR_MISMATCH);
     cr_expect(strstr(ranks[0].sentence, "got 8 bytes announced by rank 2, expected 4") != NULL, "%s", ranks[0].sentence);
     cr_expect(ranks[1].status == ESP_ERR_COMM && ranks[2].status == ESP_ERR_COMM);
+}
+
+/* ---- an abort ---- */
+
+/* A transport whose abort comes back when the program has been told to end. */
+typedef struct hanging {
+    atomic_bool told;
+    int code;
+    double began, seconds; /* until it was told */
+    char line[512];
+} hanging;
+
+static void end_job(void *self, int code) {
+    hanging *a = self;
+    (void)code;
+    for (int i = 0; !atomic_load(&a->told) && i < 1500; i++) nanosleep(&(struct timespec){.tv_nsec = 10000000}, NULL);
+}
+
+static void note_end(void *user, int code, const char *line) {
+    hanging *a = user;
+    a->code = code;
+    a->seconds = espi_seconds() - a->began;
+    snprintf(a->line, sizeof a->line, "%s", line);
+    atomic_store(&a->told, true);
+}
+
+Test(transports, an_abort_that_hangs_is_cut_short) {
+    static const espi_transport transport = {.name = "hanging", .end_job = end_job};
+    esp_comm *comm;
+    hanging a = {.code = 0};
+    cr_assert_eq(espi_comm_make(&comm, &transport, &a, 0, 2), ESP_OK);
+    cr_assert_eq(esp_comm_watch(comm, NULL, note_end, &a), ESP_OK);
+    a.began = espi_seconds();
+    esp_comm_abort(comm, 73);
+    esp_comm_destroy(comm);
+    cr_assert(atomic_load(&a.told), "nobody ends the program");
+    cr_expect_eq(a.code, 73);
+    cr_expect(a.seconds >= ESPI_WATCH_ABORT && a.seconds < ESPI_WATCH_ABORT + 2, "told after %g s", a.seconds);
+    cr_expect(strstr(a.line, "the abort of the job did not return within 5 s") != NULL, "%s", a.line);
 }
