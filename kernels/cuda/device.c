@@ -55,6 +55,9 @@ static void gpu_stop(void *device) {
     if (g->shared.stream) (void)cudaStreamSynchronize(g->shared.stream);
     destroy(g->turn, ESPI_LANES);
     destroy(g->marks, ESPI_MARKS);
+    destroy(&g->shared.asked, 1);
+    destroy(&g->shared.made, 1);
+    if (g->shared.aside) (void)cudaStreamDestroy(g->shared.aside);
     espi_cuda_calls_free(&g->shared);
     if (g->shared.blas) (void)cublasLtDestroy(g->shared.blas);
     for (int i = 0; i < SLOTS; i++) {
@@ -90,6 +93,9 @@ static esp_status set_up(gpu *g, int which) {
     for (int i = ESPI_LANE_WORK + 1; i < ESPI_LANES; i++) ESPI_CUDA_TRY(cudaStreamCreateWithFlags(&g->lanes[i], cudaStreamNonBlocking));
     ESPI_TRY(create(g->turn, ESPI_LANES));
     ESPI_TRY(create(g->marks, ESPI_MARKS));
+    ESPI_CUDA_TRY(cudaStreamCreateWithFlags(&c->aside, cudaStreamNonBlocking));
+    ESPI_TRY(create(&c->asked, 1));
+    ESPI_TRY(create(&c->made, 1));
     if (cublasLtCreate(&c->blas) != CUBLAS_STATUS_SUCCESS)
         return ESPI_FAIL(ESP_ERR_DEVICE, "cublasLtCreate failed, expected a handle: is the GPU's memory full?");
     c->workspace_bytes = WORKSPACE;

@@ -183,7 +183,7 @@ __device__ int64_t find_id(const id_list &list, int64_t v) {
 
 /* What the loss asks of the rows: on the GPU, or where the host has left it, from where it is copied. */
 struct row_coefficients {
-    const float *g, *e, *lse, *entropy; /* e may be NULL */
+    const float *g, *e, *lse, *entropy; /* g may be NULL: 1; e: 0 */
     float *copy_g, *copy_e;             /* NULL: not from the host */
 };
 
@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(THREADS) row_gradient(bf16 *tile, const int32_
                                                         const int32_t *kept, int64_t stride, int64_t vocab, logit_terms terms) {
     bf16 *row = tile + blockIdx.x * stride;
     const id_list list = list_of(kept_offsets, kept, blockIdx.x);
-    const float gain = c.g[blockIdx.x], spread = c.e ? c.e[blockIdx.x] : 0, log_sum = c.lse[blockIdx.x];
+    const float gain = c.g ? c.g[blockIdx.x] : 1, spread = c.e ? c.e[blockIdx.x] : 0, log_sum = c.lse[blockIdx.x];
     const float h = spread != 0 ? c.entropy[blockIdx.x] : 0, factor = PLAIN ? terms.gain : terms.logit_scale * terms.inverse_temperature;
     const int64_t y = target[blockIdx.x];
     if (c.copy_g && blockIdx.y == 0 && threadIdx.x == 0) {
@@ -248,15 +248,20 @@ __global__ void __launch_bounds__(THREADS) row_gradient(bf16 *tile, const int32_
     }
 }
 
-/* The slices' sums of a row, added in order, and put where the row is named. */
+/* The slices' sums of a row, added in order, and put where the row is named.  late: the coefficients that the sums were made without. */
 __global__ void __launch_bounds__(COPY_THREADS)
-    sum_slices(bf16 *to, const float *parts, const int32_t *rows, int64_t count, int64_t hidden) {
+    sum_slices(bf16 *to, const float *parts, const int32_t *rows, int64_t count, int64_t hidden, row_coefficients late) {
     const int64_t from = blockIdx.x * hidden, at = rows[blockIdx.x] * hidden;
+    const float gain = late.g ? late.g[blockIdx.x] : 1;
+    if (late.copy_g && threadIdx.x == 0) {
+        late.copy_g[blockIdx.x] = gain;
+        late.copy_e[blockIdx.x] = 0;
+    }
     for (int64_t h = threadIdx.x; h < hidden; h += COPY_THREADS) {
         float sum = 0;
 #pragma unroll
         for (int slice = 0; slice < SLICES; slice++) sum += parts[slice * count * hidden + from + h];
-        espi_store(to + at + h, sum);
+        espi_store(to + at + h, gain * sum);
     }
 }
 
@@ -523,6 +528,10 @@ bool is_sliced(const espi_head *head) {
            head->w.cols % VECTOR == 0;
 }
 
+bool sums_slices(const espi_head *head) {
+    return is_sliced(head) && espi_aligned16(head->w.data);
+}
+
 /* The arrays of a chunk; x is the rows' hidden states, and after the tile is made, their gradient; slices its parts. */
 struct chunk {
     int64_t first, count;
@@ -616,8 +625,9 @@ esp_status make_statistics(const espi_exec *exec, const espi_head *head, const c
     return ESPI_CUDA_LAUNCHED("statistics of the head");
 }
 
-/* From the tile and the coefficients to d_hidden. */
-esp_status make_gradient(const espi_exec *exec, const espi_head *head, const chunk *c, void *d_hidden, const row_coefficients *of) {
+/* From the tile and the coefficients to d_hidden.  late: those that the host is still making; of is then without them. */
+esp_status make_gradient(const espi_exec *exec, const espi_head *head, const chunk *c, void *d_hidden, const row_coefficients *of,
+                         const row_coefficients *late) {
     const int64_t stride = tile_stride(head), hidden = head->w.cols;
     const int32_t *to = (head->d_rows ? head->d_rows : head->rows) + c->first;
     by_kind(head, c->count, [&](auto kind) {
@@ -628,7 +638,7 @@ esp_status make_gradient(const espi_exec *exec, const espi_head *head, const chu
     ESPI_TRY(ESPI_CUDA_LAUNCHED("gradient of the head's logits"));
     espi_product p = espi_product_of(c->x, espi_rows_of(c->tile, ESP_BF16, stride), espi_rows_of(head->w.data, head->w.dtype, hidden),
                                      c->count, hidden, head->w.rows);
-    if (!is_sliced(head) || !espi_aligned16(head->w.data)) {
+    if (!sums_slices(head)) {
         ESPI_TRY(espi_product_cuda(exec, &p));
         return copy(exec, static_cast<bf16 *>(d_hidden), c->x, to, hidden, c->count, true);
     }
@@ -640,8 +650,9 @@ esp_status make_gradient(const espi_exec *exec, const espi_head *head, const chu
     p.b_step = p.k * hidden;
     p.d_step = c->count * hidden;
     ESPI_TRY(espi_product_cuda(exec, &p));
-    sum_slices<<<static_cast<unsigned>(c->count), COPY_THREADS, 0, espi_cuda_of(exec)->stream>>>(static_cast<bf16 *>(d_hidden), c->slices,
-                                                                                                 to, c->count, hidden);
+    if (late) ESPI_CUDA_TRY(cudaStreamWaitEvent(espi_cuda_of(exec)->stream, espi_cuda_of(exec)->made, 0));
+    sum_slices<<<static_cast<unsigned>(c->count), COPY_THREADS, 0, espi_cuda_of(exec)->stream>>>(
+        static_cast<bf16 *>(d_hidden), c->slices, to, c->count, hidden, late ? *late : row_coefficients{});
     return ESPI_CUDA_LAUNCHED("gradient of the hidden states");
 }
 
@@ -664,6 +675,17 @@ esp_status take_call(espi_cuda_call **out, espi_cuda *cuda, const espi_head_fuse
     cuda->calls = call;
     *out = call;
     return ESP_OK;
+}
+
+/* The host makes a chunk's coefficients; aside: while the stream goes on, which waits for `made` before it reads them. */
+esp_status ask(espi_cuda *cuda, const espi_head_fused *a, const chunk *c, bool aside) {
+    espi_cuda_call *call = nullptr;
+    ESPI_TRY(take_call(&call, cuda, a, c));
+    if (!aside) return espi_cuda_check(cudaLaunchHostFunc(cuda->stream, call_back, call), "asking the host for coefficients");
+    ESPI_CUDA_TRY(cudaEventRecord(cuda->asked, cuda->stream));
+    ESPI_CUDA_TRY(cudaStreamWaitEvent(cuda->aside, cuda->asked, 0));
+    ESPI_CUDA_TRY(cudaLaunchHostFunc(cuda->aside, call_back, call));
+    return espi_cuda_check(cudaEventRecord(cuda->made, cuda->aside), "marking the host's coefficients");
 }
 
 } // namespace
@@ -700,7 +722,7 @@ esp_status espi_head_grad_cuda(const espi_exec *exec, const espi_head_grad *a) {
         const chunk c = chunk_at(exec, &a->head, first);
         const row_coefficients of = {from(a->g, &c), from(a->e, &c), from(a->lse, &c), from(a->entropy, &c), nullptr, nullptr};
         ESPI_TRY(make_tile(exec, &a->head, &c));
-        ESPI_TRY(make_gradient(exec, &a->head, &c, a->d_hidden, &of));
+        ESPI_TRY(make_gradient(exec, &a->head, &c, a->d_hidden, &of, nullptr));
     }
     return ESP_OK;
 }
@@ -715,18 +737,15 @@ esp_status espi_head_fused_cuda(const espi_exec *exec, const espi_head_fused *a)
     espi_cuda *cuda = espi_cuda_of(exec);
     for (int64_t first = 0; first < a->head.n; first += chunk_rows(&a->head)) {
         const chunk c = chunk_at(exec, &a->head, first);
-        const bool asks = a->coef != nullptr;
+        const bool asks = a->coef != nullptr, late = asks && a->e_is_zero && sums_slices(&a->head);
         const row_coefficients of = {
             from(asks ? a->host.g : a->g, &c), from(asks ? a->host.e : a->e, &c), from(a->lse, &c), from(a->entropy, &c),
             asks ? from(a->g, &c) : nullptr,   asks ? from(a->e, &c) : nullptr};
         ESPI_TRY(make_tile(exec, &a->head, &c));
         ESPI_TRY(make_statistics(exec, &a->head, &c, a->lp, a->entropy, a->lse, asks ? &a->host : nullptr));
-        if (asks) {
-            espi_cuda_call *call;
-            ESPI_TRY(take_call(&call, cuda, a, &c));
-            ESPI_CUDA_TRY(cudaLaunchHostFunc(cuda->stream, call_back, call));
-        }
-        ESPI_TRY(make_gradient(exec, &a->head, &c, a->d_hidden, &of));
+        if (asks) ESPI_TRY(ask(cuda, a, &c, late));
+        const row_coefficients without = {nullptr, nullptr, of.lse, of.entropy, nullptr, nullptr};
+        ESPI_TRY(make_gradient(exec, &a->head, &c, a->d_hidden, late ? &without : &of, late ? &of : nullptr));
     }
     return ESP_OK;
 }

@@ -43,6 +43,7 @@ esp_status espi_head_loss(esp_model *model, espi_arena *arena, const espi_head_r
                                        .d_hidden = d_hidden,
                                        .coef = coef ? call_coef : NULL,
                                        .coef_user = &call,
+                                       .e_is_zero = rows->e_is_zero,
                                        .host = rows->host};
         ESPI_TRY(espi_op_head_fused(model->ctx, arena, &fused));
         ESPI_TRY(add_shared(model, arena, rows, d_hidden, tokens));

@@ -74,6 +74,7 @@ esp_status esp_grpo_loss(esp_model *model, const esp_batch *batch, const esp_ten
     const espi_mark mark = espi_arena_mark(&model->arena);
     espi_head_rows rows;
     ESPI_TRY(espi_head_rows_make(&rows, model, &model->arena, batch));
+    rows.e_is_zero = objective.entropy_coef == 0;
     esp_grpo_stats measured;
     ESPI_TRY(loss_of_rows(model, batch, &objective, &rows, hidden->data, d, &measured));
     espi_arena_release(&model->arena, mark);

@@ -83,16 +83,19 @@ part_ops() {
     step experts-exact 30 ./esp_bench_gpu_experts exact
 }
 
-# Experts as they are tiled for few and for many rows, in the formats that have kernels of their own; and a model of all ops.
+# A model of all ops; experts as they are tiled for few and for many rows, in the formats that have kernels of their own; attention over many
+# steps of keys.
 part_sanitizers() {
     for tool in memcheck racecheck initcheck; do
         checked="compute-sanitizer --tool $tool --error-exitcode 9 --report-api-errors no"
         # shellcheck disable=SC2086  # words
-        step $tool-model 60 $checked ./test_cuda_model data q3c
+        step $tool-model 60 $checked ./test_cuda_model data q3c once
         for layer in nf4-r16 nf4-few-rows mxfp4-r16-clamped mxfp4-few-rows; do
             # shellcheck disable=SC2086  # words
             step $tool-$layer 40 $checked ./esp_bench_gpu_experts check $layer
         done
+        # shellcheck disable=SC2086  # words
+        step $tool-attention 40 $checked ./test_cuda_ops attention_bwd "one sequence"
     done
 }
 

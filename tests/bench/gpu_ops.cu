@@ -283,6 +283,9 @@ void bench_head(int64_t n, int64_t vocab, int64_t hidden) {
     f.host = host;
     snprintf(name, sizeof name, "head_fused %lld", (long long)n);
     measure(name, espi_backend_cuda.head_fused, f, 2 * product, 2 * bytes);
+    f.e_is_zero = true;
+    snprintf(name, sizeof name, "head_fused, no entropies %lld", (long long)n);
+    measure(name, espi_backend_cuda.head_fused, f, 2 * product, 2 * bytes);
     f.coef = nullptr;
     snprintf(name, sizeof name, "head_fused, coefficients given %lld", (long long)n);
     measure(name, espi_backend_cuda.head_fused, f, 2 * product, 2 * bytes);

@@ -1,5 +1,5 @@
 /* Every op of ops.def on the GPU, over a table of shapes, against the double reference: its own program, for it needs neither Criterion nor
- * the rest of the library.  Exit status 77: no GPU.   test_cuda_ops [OP]
+ * the rest of the library.  Exit status 77: no GPU.   test_cuda_ops [OP [SHAPE]]
  *
  * The inputs marked act in ops.h are rounded to bf16 first, for all three: the double reference says what is right, the float reference with
  * its results rounded to bf16 how far a plain implementation in bf16 is from it, and the GPU may err by twice that and a floor
@@ -80,6 +80,7 @@ static const shape shapes[] = {
     {"shared prefixes, one token each", 8, 16, 4, 2, 8, 2, 40, 2, 2, 64, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .shared = true, .window = 1},
     {"many rows of the head", 1100, 8, 4, 2, 6, 2, 24, 2, 1, 64, ROUTE_RANDOM, ESP_Q_NONE, ESP_BF16, .renormalise = true},
     {"a large vocabulary", 20, 32, 4, 2, 8, 2, 8192, 2, 1, 64, ROUTE_RANDOM, ESP_Q_NONE, ESP_BF16, .repeated = true},
+    {"a large vocabulary, entropies", 20, 32, 4, 2, 8, 2, 8192, 2, 1, 64, ROUTE_RANDOM, ESP_Q_NONE, ESP_BF16, .extras = true},
     {"forced and filtered", 66, 32, 8, 2, 16, 4, 100, 2, 1, 64, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .forced = true, .filtered = true,
      .extras = true},
     {"top-k alone", 33, 144, 4, 1, 12, 4, 272, 2, 2, 8, ROUTE_ONE, ESP_NF4, ESP_BF16, .filtered = true, .extras = true},
@@ -741,17 +742,18 @@ int main(int argc, char **argv) {
         if (argc > 1 && strcmp(argv[1], op_cases[op].name) != 0) continue;
         const int before = failures;
         int taken = 0;
-        for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++) taken += conform((espi_op_id)op, &shapes[s]);
+        for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++)
+            if (argc <= 2 || strcmp(argv[2], shapes[s].name) == 0) taken += conform((espi_op_id)op, &shapes[s]);
         printf("%-16s %2d shapes, %d failures\n", op_cases[op].name, taken, failures - before);
         fflush(stdout);
     }
-    if (argc == 1 || strcmp(argv[1], "attention_fwd") == 0) {
+    if (argc == 1 || (argc == 2 && strcmp(argv[1], "attention_fwd") == 0)) {
         decode_of_many_keys(64);
         decode_of_many_keys(128);
     }
     for (int i = 0; i < 4; i++) {
         const espi_op_id op = i % 2 ? ESPI_OP_attention_bwd : ESPI_OP_attention_fwd;
-        if (argc == 1 || strcmp(argv[1], op_cases[op].name) == 0) attention_again(op, i / 2 ? 128 : 64);
+        if (argc == 1 || (argc == 2 && strcmp(argv[1], op_cases[op].name) == 0)) attention_again(op, i / 2 ? 128 : 64);
     }
     if (argc == 1) router_reports_nan();
     espi_backend_cuda.device->stop(gpu);

@@ -686,6 +686,7 @@ static void build_head_fused(problem *p, espi_head_fused *a) {
     a->d_hidden = inout(p, "d_hidden", p->shape.tokens * p->shape.hidden);
     a->coef = given ? NULL : row_coefficients;
     a->coef_user = p;
+    a->e_is_zero = !p->shape.extras;
     a->host = (espi_head_host){a->lp, a->entropy, a->g, a->e};
 }
 
