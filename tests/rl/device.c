@@ -36,7 +36,7 @@ static demo open_demo(bool device, const esp_trainer_config *config) {
         OK(fake_ctx(&d.ctx, NULL));
     else
         OK(esp_ctx_create(&d.ctx, &ESP_CTX_CONFIG(.backend = "ref")));
-    OK(esp_model_load(&d.model, d.ctx, DEMO_MODEL, &ESP_MODEL_CONFIG(.seed = config->seed)));
+    OK(esp_model_load(&d.model, d.ctx, DEMO_MODEL, &ESP_MODEL_CONFIG(.seed = config->seed, .host_layers = config->adamw.host_moments)));
     OK(esp_tokenizer_load(&d.tokenizer, DEMO_MODEL));
     OK(esp_trainer_create(&d.trainer, d.model, d.tokenizer, config));
     return d;
@@ -86,9 +86,11 @@ Test(device, supervised) {
                                     .eval_every = 100));
 }
 
+/* Moments and a layer in the host's memory. */
 Test(device, grpo) {
     same("grpo", &ESP_TRAINER_CONFIG(.kind = ESP_TRAIN_GRPO, .train_file = DEMO_PROMPTS, .steps = 4, .prompts_per_step = 2, .group_size = 3,
-                                     .max_new_tokens = 6, .seed = 2, .objective = {.beta = 0.05f}, .eval_every = 100));
+                                     .max_new_tokens = 6, .seed = 2, .objective = {.beta = 0.05f}, .eval_every = 100,
+                                     .adamw = {.struct_size = sizeof(esp_adamw_config), .host_moments = true}));
 }
 
 Test(device, grpo_with_everything) {
