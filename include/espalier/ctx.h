@@ -39,6 +39,8 @@ ESP_API int esp_comm_local_rank(const esp_comm *comm);
 
 /// What failed on one rank, its files or callbacks, must end all: collective; returns ESP_OK where every rank says ESP_OK, else on all of
 /// them the status and sentence of the lowest rank that does not.  With ESP_OK: nobody goes on before all have come.
+/// A pass of a model that fails on one rank alone (its batch is refused, its rows are not finite) leaves the others within it.  When that
+/// rank brings the status here, they end at once with the same status; when it ends its program, as soon as that is seen; else at the deadline.
 /// what [in]  names the place in messages: "the end of step 3"
 ESP_API esp_status esp_comm_agree(esp_comm *comm, const char *what, esp_status mine);
 /// Collective; ESP_ERR_MISMATCH, naming `key` and the ranks, where `bytes` of data are not the same on all ranks.
