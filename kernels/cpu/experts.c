@@ -31,11 +31,38 @@ static inline vec vmin(vec a, vec b) {
     return pick(a > b, b, a); /* NaN in a stays */
 }
 
+/* Of pairs that lie in x, then y, the first ones and the second ones; and the way back. */
+#if defined(__AVX512F__)
+#define EVENS 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#define ODDS 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
+#define ZIP_LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define ZIP_HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#elif defined(__AVX2__)
+#define EVENS 0, 2, 4, 6, 8, 10, 12, 14
+#define ODDS 1, 3, 5, 7, 9, 11, 13, 15
+#define ZIP_LOW 0, 8, 1, 9, 2, 10, 3, 11
+#define ZIP_HIGH 4, 12, 5, 13, 6, 14, 7, 15
+#else
+#define EVENS 0, 2, 4, 6
+#define ODDS 1, 3, 5, 7
+#define ZIP_LOW 0, 4, 1, 5
+#define ZIP_HIGH 2, 6, 3, 7
+#endif
+#define SHUFFLE(name, ...)                                                                                                                 \
+    static inline vec name(vec x, vec y) {                                                                                                 \
+        return __builtin_shufflevector(x, y, __VA_ARGS__);                                                                                 \
+    }
+SHUFFLE(evens, EVENS)
+SHUFFLE(odds, ODDS)
+SHUFFLE(zip_low, ZIP_LOW)
+SHUFFLE(zip_high, ZIP_HIGH)
+
 /* Up to LANES gates and ups of a row, from the i-th on. */
 static inline void load_pair(vec *g, vec *u, const float *row, int64_t i, int64_t n, int64_t width, bool interleaved) {
-    if (!interleaved && n == LANES) {
-        *g = load(row + i);
-        *u = load(row + width + i);
+    if (n == LANES) {
+        const vec first = load(row + (interleaved ? 2 * i : i)), second = load(row + (interleaved ? 2 * i + LANES : width + i));
+        *g = interleaved ? evens(first, second) : first;
+        *u = interleaved ? odds(first, second) : second;
     } else if (!interleaved) {
         *g = load_part(row + i, n, 0);
         *u = load_part(row + width + i, n, 0);
@@ -51,9 +78,9 @@ static inline void load_pair(vec *g, vec *u, const float *row, int64_t i, int64_
 }
 
 static inline void store_pair(float *row, vec g, vec u, int64_t i, int64_t n, int64_t width, bool interleaved) {
-    if (!interleaved && n == LANES) {
-        store(row + i, g);
-        store(row + width + i, u);
+    if (n == LANES) {
+        store(row + (interleaved ? 2 * i : i), interleaved ? zip_low(g, u) : g);
+        store(row + (interleaved ? 2 * i + LANES : width + i), interleaved ? zip_high(g, u) : u);
     } else if (!interleaved) {
         store_part(row + i, g, n);
         store_part(row + width + i, u, n);

@@ -3,11 +3,12 @@
 
 size_t espi_cpu_packed_bytes(const espi_stack *w) {
     if (w->format == ESP_Q_NONE || w->rows % RECORD_ROWS != 0 || w->cols % RECORD_COLS != 0) return 0;
-    return (size_t)(w->rows / RECORD_ROWS * (w->cols / RECORD_COLS) * record_bytes(w->format));
+    const size_t records = (size_t)(w->rows / RECORD_ROWS * (w->cols / RECORD_COLS) * record_bytes(w->format));
+    return records + (w->format == ESP_MXFP4 ? ((size_t)(w->rows / RECORD_ROWS) + 63) / 64 * 64 : 0);
 }
 
-/* Of an MXFP4 block: 6 times 2^125 is the last product that bf16 holds. */
-enum { LARGEST_SCALE = 252 };
+/* Scale bytes of MXFP4: 6 times 2^125 is the last product that bf16 holds.  Powers between which sums may go to and fro in f32. */
+enum { LARGEST_SCALE = 252, NEAR_LOWEST = 96, NEAR_HIGHEST = 158 };
 
 /* Where a row's codes of a record begin, and which part's block is its first. */
 typedef struct record_row {
@@ -71,8 +72,34 @@ static void pack_record(uint8_t *out, const espi_stack *one, int64_t row0, int64
     }
 }
 
+static bool zeros(const uint8_t *codes) {
+    unsigned any = 0;
+    for (int64_t i = 0; i < ESPI_MXBLOCK / 2; i++) any |= codes[i];
+    return (any & 0x77) == 0;
+}
+
+/* The scale of a block of zeros says nothing: it becomes the highest of the 32 rows.  Whether all are near. */
+static bool settle_scales(uint8_t *records, const espi_stack *one, int64_t row0) {
+    const int64_t blocks = one->cols / ESPI_MXBLOCK, per_record = RECORD_COLS / ESPI_MXBLOCK;
+    uint8_t lowest = NEAR_HIGHEST, highest = NEAR_LOWEST;
+    for (int pass = 0; pass < 2; pass++) {
+        for (int64_t n = 0; n < RECORD_ROWS; n++) {
+            for (int64_t b = 0; b < blocks; b++) {
+                uint8_t *scale = records + b / per_record * record_bytes(ESP_MXFP4) + RECORD_CODES + b % per_record * RECORD_ROWS + n;
+                const bool empty = zeros(row_of(one, row0 + n, b * ESPI_MXBLOCK).codes);
+                if (pass == 1 && empty) *scale = highest;
+                if (pass == 1 || empty) continue;
+                lowest = *scale < lowest ? *scale : lowest;
+                highest = *scale > highest ? *scale : highest;
+            }
+        }
+    }
+    return lowest >= NEAR_LOWEST && highest <= NEAR_HIGHEST;
+}
+
 esp_status espi_cpu_pack(const espi_exec *exec, void *packed, const espi_stack *one) {
-    const int64_t across = one->cols / RECORD_COLS, records = one->rows / RECORD_ROWS * across;
+    const int64_t across = one->cols / RECORD_COLS, strips = one->rows / RECORD_ROWS, record = record_bytes(one->format);
+    uint8_t *near = (uint8_t *)packed + strips * across * record;
     const int threads = exec->threads;
     if (espi_cpu_packed_bytes(one) == 0)
         return ESPI_FAIL(ESP_ERR_SHAPE, "packing an expert of %lld x %lld, expected whole records of %d x %d: leave it as it is",
@@ -83,8 +110,12 @@ esp_status espi_cpu_pack(const espi_exec *exec, void *packed, const espi_stack *
                              "packing an expert whose block %lld of 32 has scale byte %d, expected at most %d (2^%d): use a "
                              "backend that multiplies in f32",
                              (long long)b, one->scales[b], LARGEST_SCALE, LARGEST_SCALE - 127);
+    if (one->format == ESP_MXFP4) memset(near, 0, espi_cpu_packed_bytes(one) - (size_t)(near - (uint8_t *)packed));
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t i = 0; i < records; i++)
-        pack_record((uint8_t *)packed + i * record_bytes(one->format), one, i / across * RECORD_ROWS, i % across * RECORD_COLS);
+    for (int64_t i = 0; i < strips; i++) {
+        uint8_t *out = (uint8_t *)packed + i * across * record;
+        for (int64_t k = 0; k < across; k++) pack_record(out + k * record, one, i * RECORD_ROWS, k * RECORD_COLS);
+        if (one->format == ESP_MXFP4) near[i] = settle_scales(out, one, i * RECORD_ROWS);
+    }
     return ESP_OK;
 }

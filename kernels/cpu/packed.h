@@ -4,6 +4,7 @@
  * bytes of codes, then its scales: of NF4 and FP4 32 floats, one a row; of MXFP4 64 bytes, never 0, the 32 rows' of the first 32 k, then of
  * the others.  Codes of 16 n by 64 k follow each other, 16 bytes for each pair of k: eight 16-bit units, unit 2i + j of k + j with rows i, i + 4,
  * i + 8, i + 12 in its nibbles.
+ * Behind the records of an MXFP4 expert there is a byte for each 32 n: whether their scales are powers of two near each other and near 1.
  *
  * Forward (a lane is one n, its halves k and k + 1): the 16 bytes are repeated four times, which puts each unit where it is wanted, and a
  * shift by the quarter's place leaves the code in the low bits.  A permutation looks 32 entries up, of which two halves are alike, so the bit

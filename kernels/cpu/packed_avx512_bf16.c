@@ -118,16 +118,36 @@ INLINE void clear(__m512 part[STRIP_ROWS][TILES], const int rows, const int tile
         for (int t = 0; t < tiles; t++) part[i][t] = _mm512_setzero_ps();
 }
 
+/* How a strip scales: the sums of 64 k; its sums so far whenever the power of two changes, which gives the bits of scaled values as long as
+ * powers are near each other; or the values. */
+enum { BY_SUMS, BY_RATIOS, BY_VALUES, WAYS };
+
+/* Sums in units of one power of two go over to another. */
+INLINE void change_power(__m512 part[STRIP_ROWS][TILES], const uint8_t *from, const uint8_t *to, int64_t stride, const int rows,
+                         const int tiles) {
+#pragma GCC unroll 16
+    for (int t = 0; t < tiles; t++) {
+        const int64_t at = t / 2 * stride + t % 2 * 16;
+        const __m512i old = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(from + at)));
+        const __m512i new = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(to + at)));
+        const __m512i above = _mm512_add_epi32(_mm512_sub_epi32(old, new), _mm512_set1_epi32(127));
+        const __m512 ratio = _mm512_castsi512_ps(_mm512_slli_epi32(above, 23));
+#pragma GCC unroll 16
+        for (int i = 0; i < rows; i++) part[i][t] = _mm512_mul_ps(part[i][t], ratio);
+    }
+}
+
 /* sum[rows][tiles * 16] = a W^T over all of k.  tiles: 2, or 4 of two records that lie `stride` apart.  far: from DEPTH values of a to the
  * next. */
 INLINE void forward_strip(float *sum, const uint8_t *a, int64_t far, const uint8_t *w, int64_t stride, int64_t blocks, const float *lut,
-                          const int rows, const int tiles, const bool mx) {
+                          const int rows, const int tiles, const int way) {
     const __m512i values = values_of(lut), shifts = quarter_shifts();
-    const int64_t record = record_bytes(mx ? ESP_MXFP4 : ESP_NF4);
+    const int64_t record = record_bytes(way == BY_SUMS ? ESP_NF4 : ESP_MXFP4);
     enum { PAIRS = RECORD_COLS / 2, AHEAD = 6, TURN = DEPTH / RECORD_COLS };
+    const uint8_t *power = w + RECORD_CODES;
     __m512 part[STRIP_ROWS][TILES];
     clear(part, rows, tiles);
-    for (int i = 0; !mx && i < rows * tiles; i++) _mm512_storeu_ps(sum + i * 16, _mm512_setzero_ps());
+    for (int i = 0; way == BY_SUMS && i < rows * tiles; i++) _mm512_storeu_ps(sum + i * 16, _mm512_setzero_ps());
     for (int64_t b = 0; b < blocks; b++, w += record) {
         /* From memory to the second cache: what comes behind this column of records is the next one.  From there: the next block. */
         const uint8_t *later = w + (b + AHEAD < blocks || tiles == 2 ? 0 : stride) + AHEAD * record;
@@ -137,63 +157,72 @@ INLINE void forward_strip(float *sum, const uint8_t *a, int64_t far, const uint8
             prefetch_record(later + t / 2 * stride, record);
             prefetch_lines(w + record + t / 2 * stride, record);
         }
-        if (mx) {
-#pragma GCC unroll 2
-            for (int half = 0; half < 2; half++) {
-                __m512i powers[TILES];
-#pragma GCC unroll 16
-                for (int t = 0; t < tiles; t++) powers[t] = powers_of(w + t / 2 * stride, t % 2, half);
-                forward_pairs(part, x + half * PAIRS * 2, w + half * PAIRS * 8, stride, values, shifts, powers, PAIRS / 2, rows, tiles);
-            }
-        } else {
+        if (way == BY_SUMS) {
             __asm__ volatile("" ::: "memory"); /* sums stay in memory: registers are for the parts */
             clear(part, rows, tiles);
             forward_pairs(part, x, w, stride, values, shifts, NULL, PAIRS, rows, tiles);
 #pragma GCC unroll 16
             for (int t = 0; t < tiles; t++) add_scaled(sum, part, scales_of(w + t / 2 * stride, t % 2, 0, false), t, rows, tiles);
+            continue;
+        }
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++) {
+            __m512i powers[TILES];
+            if (way == BY_VALUES) {
+#pragma GCC unroll 16
+                for (int t = 0; t < tiles; t++) powers[t] = powers_of(w + t / 2 * stride, t % 2, half);
+            } else {
+                change_power(part, power, w + RECORD_CODES + half * RECORD_ROWS, stride, rows, tiles);
+                power = w + RECORD_CODES + half * RECORD_ROWS;
+            }
+            forward_pairs(part, x + half * PAIRS * 2, w + half * PAIRS * 8, stride, values, shifts, way == BY_VALUES ? powers : NULL,
+                          PAIRS / 2, rows, tiles);
         }
     }
 #pragma GCC unroll 16
-    for (int i = 0; i < rows; i++)
+    for (int i = 0; way != BY_SUMS && i < rows; i++)
 #pragma GCC unroll 16
-        for (int t = 0; t < tiles; t++)
-            if (mx) _mm512_storeu_ps(sum + (i * tiles + t) * 16, part[i][t]);
+        for (int t = 0; t < tiles; t++) {
+            const __m512 unit = way == BY_RATIOS ? scales_of(w - record + t / 2 * stride, t % 2, 1, true) : _mm512_set1_ps(1);
+            _mm512_storeu_ps(sum + (i * tiles + t) * 16, way == BY_RATIOS ? _mm512_mul_ps(part[i][t], unit) : part[i][t]);
+        }
 }
 
 typedef void forward_fn(float *sum, const uint8_t *a, int64_t far, const uint8_t *w, int64_t stride, int64_t blocks, const float *lut);
-#define FORWARD(rows, tiles, mx)                                                                                                           \
-    static void forward_##rows##_##tiles##_##mx(float *sum, const uint8_t *a, int64_t far, const uint8_t *w, int64_t stride,               \
-                                                int64_t blocks, const float *lut) {                                                        \
-        forward_strip(sum, a, far, w, stride, blocks, lut, rows, tiles, mx);                                                               \
+#define FORWARD(rows, tiles, way)                                                                                                          \
+    static void forward_##rows##_##tiles##_##way(float *sum, const uint8_t *a, int64_t far, const uint8_t *w, int64_t stride,              \
+                                                 int64_t blocks, const float *lut) {                                                       \
+        forward_strip(sum, a, far, w, stride, blocks, lut, rows, tiles, way);                                                              \
     }
-#define FORWARD_ALL(mx)                                                                                                                    \
-    FORWARD(1, 2, mx)                                                                                                                      \
-    FORWARD(2, 2, mx)                                                                                                                      \
-    FORWARD(3, 2, mx)                                                                                                                      \
-    FORWARD(4, 2, mx)                                                                                                                      \
-    FORWARD(5, 2, mx)                                                                                                                      \
-    FORWARD(6, 2, mx)                                                                                                                      \
-    FORWARD(7, 2, mx)                                                                                                                      \
-    FORWARD(8, 2, mx)                                                                                                                      \
-    FORWARD(9, 2, mx)                                                                                                                      \
-    FORWARD(10, 2, mx)                                                                                                                     \
-    FORWARD(11, 2, mx)                                                                                                                     \
-    FORWARD(12, 2, mx)                                                                                                                     \
-    FORWARD(1, 4, mx)                                                                                                                      \
-    FORWARD(2, 4, mx)                                                                                                                      \
-    FORWARD(3, 4, mx)                                                                                                                      \
-    FORWARD(4, 4, mx)
+#define FORWARD_ALL(way)                                                                                                                   \
+    FORWARD(1, 2, way)                                                                                                                     \
+    FORWARD(2, 2, way)                                                                                                                     \
+    FORWARD(3, 2, way)                                                                                                                     \
+    FORWARD(4, 2, way)                                                                                                                     \
+    FORWARD(5, 2, way)                                                                                                                     \
+    FORWARD(6, 2, way)                                                                                                                     \
+    FORWARD(7, 2, way)                                                                                                                     \
+    FORWARD(8, 2, way)                                                                                                                     \
+    FORWARD(9, 2, way)                                                                                                                     \
+    FORWARD(10, 2, way)                                                                                                                    \
+    FORWARD(11, 2, way)                                                                                                                    \
+    FORWARD(12, 2, way)                                                                                                                    \
+    FORWARD(1, 4, way)                                                                                                                     \
+    FORWARD(2, 4, way)                                                                                                                     \
+    FORWARD(3, 4, way)                                                                                                                     \
+    FORWARD(4, 4, way)
 FORWARD_ALL(0)
 FORWARD_ALL(1)
-#define FORWARD_TABLE(mx)                                                                                                                  \
+FORWARD_ALL(2)
+#define FORWARD_TABLE(way)                                                                                                                 \
     {                                                                                                                                      \
-        forward_1_2_##mx, forward_2_2_##mx, forward_3_2_##mx, forward_4_2_##mx, forward_5_2_##mx, forward_6_2_##mx, forward_7_2_##mx,      \
-            forward_8_2_##mx, forward_9_2_##mx, forward_10_2_##mx, forward_11_2_##mx, forward_12_2_##mx                                    \
+        forward_1_2_##way, forward_2_2_##way, forward_3_2_##way, forward_4_2_##way, forward_5_2_##way, forward_6_2_##way,                  \
+            forward_7_2_##way, forward_8_2_##way, forward_9_2_##way, forward_10_2_##way, forward_11_2_##way, forward_12_2_##way            \
     }
-#define FEW_TABLE(mx)                                                                                                                      \
-    { forward_1_4_##mx, forward_2_4_##mx, forward_3_4_##mx, forward_4_4_##mx }
-static forward_fn *const forward_strips[2][STRIP_ROWS] = {FORWARD_TABLE(0), FORWARD_TABLE(1)};
-static forward_fn *const forward_few[2][FEW_ROWS] = {FEW_TABLE(0), FEW_TABLE(1)};
+#define FEW_TABLE(way)                                                                                                                     \
+    { forward_1_4_##way, forward_2_4_##way, forward_3_4_##way, forward_4_4_##way }
+static forward_fn *const forward_strips[WAYS][STRIP_ROWS] = {FORWARD_TABLE(0), FORWARD_TABLE(1), FORWARD_TABLE(2)};
+static forward_fn *const forward_few[WAYS][FEW_ROWS] = {FEW_TABLE(0), FEW_TABLE(1), FEW_TABLE(2)};
 
 /* `tiles` vectors of each row to their place. */
 static void put_strip(const cpu_rows *c, const float *sum, const float *bias, int64_t first, int64_t rows, int64_t at, int64_t tiles) {
@@ -402,27 +431,30 @@ static void forward_panels(const cpu_rows *c, const cpu_packed *w, const float *
 /* n columns from `col` on, codes being decoded for each strip. */
 static void forward_directly(const cpu_rows *c, const cpu_packed *w, const float *bias, const uint8_t *x, int64_t m, int64_t col,
                              int64_t n) {
-    const bool mx = w->format == ESP_MXFP4;
     const int64_t blocks = w->cols / RECORD_COLS, stride = blocks * record_bytes(w->format), strips = cpu_blocks(m, STRIP_ROWS);
+    const uint8_t *near = w->format == ESP_MXFP4 ? w->records + w->rows / RECORD_ROWS * stride : NULL; /* see packed.h */
     const int64_t end = col + n, far = m * ROW_BYTES;
     _Alignas(64) float sum[STRIP_ROWS * RECORD_ROWS];
     for (; m <= FEW_ROWS && col + 2 * RECORD_ROWS <= end; col += 2 * RECORD_ROWS) {
-        forward_few[mx][m - 1](sum, x, far, w->records + col / RECORD_ROWS * stride, stride, blocks, w->lut);
+        const int64_t at = col / RECORD_ROWS;
+        const int way = !near ? BY_SUMS : near[at] && near[at + 1] ? BY_RATIOS : BY_VALUES;
+        forward_few[way][m - 1](sum, x, far, w->records + col / RECORD_ROWS * stride, stride, blocks, w->lut);
         put_strip(c, sum, bias, 0, m, col, TILES);
     }
     for (; col < end; col += RECORD_ROWS) {
+        const int way = !near ? BY_SUMS : near[col / RECORD_ROWS] ? BY_RATIOS : BY_VALUES;
         for (int64_t s = 0; s < strips; s++) {
             const int64_t first = strip_start(m, strips, s), rows = strip_start(m, strips, s + 1) - first;
-            forward_strips[mx][rows - 1](sum, x + first * ROW_BYTES, far, w->records + col / RECORD_ROWS * stride, stride, blocks, w->lut);
+            forward_strips[way][rows - 1](sum, x + first * ROW_BYTES, far, w->records + col / RECORD_ROWS * stride, stride, blocks, w->lut);
             put_strip(c, sum, bias, first, rows, col, 2);
         }
     }
 }
 
 static void forward_columns(const cpu_rows *c, const cpu_packed *w, const float *bias, const panel_work *work, int64_t m, int64_t col,
-                            int64_t n) {
+                            int64_t n, bool cold) {
     const int64_t by_panels = m < FORWARD_PANEL_ROWS ? 0 : n / WIDTH * WIDTH;
-    forward_panels(c, w, bias, work, m, col, by_panels, true);
+    forward_panels(c, w, bias, work, m, col, by_panels, cold);
     forward_directly(c, w, bias, work->rows, m, col + by_panels, n - by_panels);
 }
 
@@ -430,8 +462,8 @@ void cpu_packed_forward(const cpu_rows *c, const cpu_rows *a, const cpu_packed *
                         void *memory, bool again) {
     const panel_work work = work_of(memory, m);
     if (!again) convert_rows(work.rows, a, m, w->cols, false);
-    forward_columns(c, w, bias, &work, m, columns.first, columns.n);
-    if (columns.second) forward_columns(c, w, bias, &work, m, columns.second, columns.n);
+    forward_columns(c, w, bias, &work, m, columns.first, columns.n, !again);
+    if (columns.second) forward_columns(c, w, bias, &work, m, columns.second, columns.n, true);
 }
 
 /* ---- backward ---- */
@@ -551,11 +583,11 @@ BACKWARD_ALL(1)
 static backward_fn *const backward_few[2][FEW_ROWS] = {{backward_1_0, backward_2_0, backward_3_0, backward_4_0},
                                                        {backward_1_1, backward_2_1, backward_3_1, backward_4_1}};
 
-static void backward_columns(const cpu_rows *c, const cpu_packed *w, const panel_work *work, int64_t m, int64_t col, int64_t n) {
+static void backward_columns(const cpu_rows *c, const cpu_packed *w, const panel_work *work, int64_t m, int64_t col, int64_t n, bool cold) {
     const bool mx = w->format == ESP_MXFP4;
     const int64_t record = record_bytes(w->format), stride = w->cols / RECORD_COLS * record;
     if (m > FEW_ROWS) {
-        backward_panels(c, w, work, m, col, n, true);
+        backward_panels(c, w, work, m, col, n, cold);
         return;
     }
     for (int64_t n0 = 0; n0 < w->rows; n0 += DEPTH)
@@ -569,6 +601,6 @@ void cpu_packed_backward(const cpu_rows *c, const cpu_rows *a, const cpu_packed 
                          bool again) {
     const panel_work work = work_of(memory, m);
     if (!again) convert_rows(work.rows, a, m, w->rows, true);
-    backward_columns(c, w, &work, m, columns.first, columns.n);
-    if (columns.second) backward_columns(c, w, &work, m, columns.second, columns.n);
+    backward_columns(c, w, &work, m, columns.first, columns.n, !again);
+    if (columns.second) backward_columns(c, w, &work, m, columns.second, columns.n, true);
 }

@@ -376,7 +376,10 @@ INLINE void outer(float *out, const float *a, int64_t a_stride, const cpu_rows *
         const float *row = row_at(b, s) + col;
         vec y[OUTER_VECS];
 #pragma GCC unroll 8
-        for (int j = 0; j < OUTER_VECS; j++) y[j] = load(row + j * LANES);
+        for (int j = 0; j < OUTER_VECS; j++) {
+            y[j] = load(row + j * LANES);
+            __builtin_prefetch(row + (OUTER_VECS + j) * LANES); /* rows lie too far apart for the machine to foresee what comes next */
+        }
 #pragma GCC unroll 8
         for (int i = 0; i < rows; i++) {
             const vec x = splat(a[s * a_stride + i]);
@@ -413,6 +416,7 @@ int64_t cpu_branch_strips(const cpu_branch *l) {
 #define ROUNDED(values) __asm__("" : "+m"(values))
 
 /* d_b's rows o .. o + rows - 1, LANES columns: a vector of u meets the values of d_y, and what comes out lies as d_b does. */
+enum { FAR = 2 };
 INLINE void rows_of_b(float *d_b, const cpu_rows *d_y, const float *u, int64_t r, int64_t count, int64_t o, float scale, const int rows) {
     vec all[LANES] = {{0}};
     for (int64_t first = 0; first < count; first += PANEL_DEPTH) {
@@ -423,6 +427,7 @@ INLINE void rows_of_b(float *d_b, const cpu_rows *d_y, const float *u, int64_t r
         for (int64_t s = first; s < end; s++) {
             const float *y = row_at(d_y, s) + o;
             const vec x = load(u + s * r);
+            __builtin_prefetch(y + FAR * LANES);
 #pragma GCC unroll 16
             for (int i = 0; i < rows; i++) sum[i] = splat(y[i]) * x + sum[i];
         }

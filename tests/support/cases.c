@@ -68,7 +68,8 @@ static espi_stack stack(problem *p, int64_t rows, int64_t cols, int parts) {
         settle(p, "lut");
         w.part_blocks = n / ESPI_MXBLOCK;
         uint8_t *scales = field_add(p, "scales", ROLE_IN, ESP_U8, all * w.part_blocks);
-        for (int64_t i = 0; i < all * w.part_blocks; i++) scales[i] = (uint8_t)(i % 5 == 4 ? 0 : 121 + scales[i] % 5); /* 2^-6 .. 2^-2 */
+        /* 2^-6 .. 2^-2, and over some stretches every fifth one 2^-127 */
+        for (int64_t i = 0; i < all * w.part_blocks; i++) scales[i] = (uint8_t)(i / 1280 % 2 == 0 && i % 5 == 4 ? 0 : 121 + scales[i] % 5);
         settle(p, "scales");
         w.scales = scales;
         return w;
