@@ -1,20 +1,17 @@
 /* Products of bf16 with packed experts, by dot products of pairs: see packed.h for the layout and for the order of the sums.
  *
- * Forward: strips of up to 12 rows meet 32 columns, or up to 4 rows 64, codes being decoded in registers for each strip.  Backward: up to 4
+ * Forward: strips of up to 10 rows meet 32 columns, or up to 4 rows 64, codes being decoded in registers for each strip.  Backward: up to 4
  * rows likewise.  More rows meet a panel of 64 columns that was decoded once, 512 steps of the sum at a time, while the codes of the next
  * one are fetched. */
 #include "kernels/cpu/decode.h"
 
 enum {
-    STRIP_ROWS = 12, /* forward; 24 of 32 registers are sums */
-    FEW_ROWS = 4,    /* both directions: rows that meet 64 columns without a panel */
-    TILES = 4,       /* of 16 columns that a strip of few rows meets, and of a panel */
-#ifndef PANEL_FROM
-#define PANEL_FROM 32
-#endif
-    FORWARD_PANEL_ROWS = PANEL_FROM, /* rows that are worth a panel */
-    PANEL_ROWS = 6,                  /* rows of a strip against a panel */
-    DEPTH = 512,                     /* steps of the sum that a panel holds, and of a row that lie together */
+    STRIP_ROWS = 10,         /* forward: more rows would crowd the first cache */
+    FEW_ROWS = 4,            /* both directions: rows that meet 64 columns without a panel */
+    TILES = 4,               /* of 16 columns that a strip of few rows meets, and of a panel */
+    FORWARD_PANEL_ROWS = 64, /* rows that are worth a panel */
+    PANEL_ROWS = 6,          /* rows of a strip against a panel */
+    DEPTH = 512,             /* steps of the sum that a panel holds, and of a row that lie together */
     ROW_BYTES = DEPTH * 2,
     HALF = TILES / 2,
     WIDTH = TILES * 16,
@@ -205,8 +202,6 @@ typedef void forward_fn(float *sum, const uint8_t *a, int64_t far, const uint8_t
     FORWARD(8, 2, way)                                                                                                                     \
     FORWARD(9, 2, way)                                                                                                                     \
     FORWARD(10, 2, way)                                                                                                                    \
-    FORWARD(11, 2, way)                                                                                                                    \
-    FORWARD(12, 2, way)                                                                                                                    \
     FORWARD(1, 4, way)                                                                                                                     \
     FORWARD(2, 4, way)                                                                                                                     \
     FORWARD(3, 4, way)                                                                                                                     \
@@ -217,7 +212,7 @@ FORWARD_ALL(2)
 #define FORWARD_TABLE(way)                                                                                                                 \
     {                                                                                                                                      \
         forward_1_2_##way, forward_2_2_##way, forward_3_2_##way, forward_4_2_##way, forward_5_2_##way, forward_6_2_##way,                  \
-            forward_7_2_##way, forward_8_2_##way, forward_9_2_##way, forward_10_2_##way, forward_11_2_##way, forward_12_2_##way            \
+            forward_7_2_##way, forward_8_2_##way, forward_9_2_##way, forward_10_2_##way                                                    \
     }
 #define FEW_TABLE(way)                                                                                                                     \
     { forward_1_4_##way, forward_2_4_##way, forward_3_4_##way, forward_4_4_##way }
