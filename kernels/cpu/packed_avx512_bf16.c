@@ -142,24 +142,32 @@ INLINE void forward_strip(float *sum, const uint8_t *a, int64_t far, const uint8
     const int64_t record = record_bytes(way == BY_SUMS ? ESP_NF4 : ESP_MXFP4);
     enum { PAIRS = RECORD_COLS / 2, AHEAD = 6, TURN = DEPTH / RECORD_COLS };
     const uint8_t *power = w + RECORD_CODES;
-    __m512 part[STRIP_ROWS][TILES];
+    const bool kept = rows * tiles <= 12; /* there are registers for the sums, too */
+    __m512 part[STRIP_ROWS][TILES], total[STRIP_ROWS][TILES];
     clear(part, rows, tiles);
+    clear(total, rows, tiles);
     for (int i = 0; way == BY_SUMS && i < rows * tiles; i++) _mm512_storeu_ps(sum + i * 16, _mm512_setzero_ps());
     for (int64_t b = 0; b < blocks; b++, w += record) {
-        /* From memory to the second cache: what comes behind this column of records is the next one.  From there: the next block. */
+        /* From memory to the second cache: what comes behind this column of records is the next one.  From there: the next block but one. */
         const uint8_t *later = w + (b + AHEAD < blocks || tiles == 2 ? 0 : stride) + AHEAD * record;
         const uint8_t *x = a + b / TURN * far + b % TURN * (RECORD_COLS * 2);
 #pragma GCC unroll 2
         for (int t = 0; t < tiles; t += 2) {
             prefetch_record(later + t / 2 * stride, record);
-            prefetch_lines(w + record + t / 2 * stride, record);
+            prefetch_lines(w + 2 * record + t / 2 * stride, record);
         }
         if (way == BY_SUMS) {
-            __asm__ volatile("" ::: "memory"); /* sums stay in memory: registers are for the parts */
+            if (!kept) __asm__ volatile("" ::: "memory"); /* sums stay in memory: registers are for the parts */
             clear(part, rows, tiles);
             forward_pairs(part, x, w, stride, values, shifts, NULL, PAIRS, rows, tiles);
 #pragma GCC unroll 16
-            for (int t = 0; t < tiles; t++) add_scaled(sum, part, scales_of(w + t / 2 * stride, t % 2, 0, false), t, rows, tiles);
+            for (int t = 0; t < tiles; t++) {
+                const __m512 scale = scales_of(w + t / 2 * stride, t % 2, 0, false);
+                if (!kept) add_scaled(sum, part, scale, t, rows, tiles);
+#pragma GCC unroll 16
+                for (int i = 0; i < rows; i++)
+                    if (kept) total[i][t] = _mm512_fmadd_ps(part[i][t], scale, total[i][t]);
+            }
             continue;
         }
 #pragma GCC unroll 2
@@ -176,12 +184,14 @@ INLINE void forward_strip(float *sum, const uint8_t *a, int64_t far, const uint8
                           PAIRS / 2, rows, tiles);
         }
     }
+    if (way == BY_SUMS && !kept) return;
 #pragma GCC unroll 16
-    for (int i = 0; way != BY_SUMS && i < rows; i++)
+    for (int i = 0; i < rows; i++)
 #pragma GCC unroll 16
         for (int t = 0; t < tiles; t++) {
-            const __m512 unit = way == BY_RATIOS ? scales_of(w - record + t / 2 * stride, t % 2, 1, true) : _mm512_set1_ps(1);
-            _mm512_storeu_ps(sum + (i * tiles + t) * 16, way == BY_RATIOS ? _mm512_mul_ps(part[i][t], unit) : part[i][t]);
+            __m512 x = way == BY_SUMS ? total[i][t] : part[i][t];
+            if (way == BY_RATIOS) x = _mm512_mul_ps(x, scales_of(w - record + t / 2 * stride, t % 2, 1, true));
+            _mm512_storeu_ps(sum + (i * tiles + t) * 16, x);
         }
 }
 
