@@ -23,9 +23,8 @@ enum {
     FEW_ROWS = 512,  /* and where there are not */
     COPY_THREADS = 256,
     VECTOR = 8,
-    CHUNK_STEP = 256, /* rows: whole tiles of the products */
-    LEAST_SLICE = 1024,
-    SLICES = 8 /* of the vocabulary, in the product that sums over it: its output has too few tiles to fill the GPU */
+    LARGE_STEP = 512, /* rows of a chunk: cuBLASLt is at its best with a multiple of this, */
+    SMALL_STEP = 256  /* and this is whole tiles still */
 };
 
 /* Bytes of a tile of logits; at most 0.3 GB with all else. */
@@ -248,33 +247,22 @@ __global__ void __launch_bounds__(THREADS) row_gradient(bf16 *tile, const int32_
     }
 }
 
-/* The slices' sums of a row, added in order, and put where the row is named.  late: the coefficients that the sums were made without. */
+/* Sums of consecutive rows, put where the rows are named.  late: the coefficients that the sums were made without. */
 __global__ void __launch_bounds__(COPY_THREADS)
-    sum_slices(bf16 *to, const float *parts, const int32_t *rows, int64_t count, int64_t hidden, row_coefficients late) {
+    put_sums(bf16 *to, const float *sums, const int32_t *rows, int64_t hidden, row_coefficients late) {
     const int64_t from = blockIdx.x * hidden, at = rows[blockIdx.x] * hidden;
     const float gain = late.g ? late.g[blockIdx.x] : 1;
     if (late.copy_g && threadIdx.x == 0) {
         late.copy_g[blockIdx.x] = gain;
         late.copy_e[blockIdx.x] = 0;
     }
-    for (int64_t h = threadIdx.x; h < hidden; h += COPY_THREADS) {
-        float sum = 0;
-#pragma unroll
-        for (int slice = 0; slice < SLICES; slice++) sum += parts[slice * count * hidden + from + h];
-        espi_store(to + at + h, gain * sum);
-    }
+    for (int64_t h = threadIdx.x; h < hidden; h += COPY_THREADS) espi_store(to + at + h, gain * sums[from + h]);
 }
 
-/* Rows named by an index into consecutive rows, or (scatter) back. */
-__global__ void __launch_bounds__(COPY_THREADS) copy_rows(bf16 *to, const bf16 *from, const int32_t *rows, int64_t hidden, bool scatter) {
+/* Rows named by an index into consecutive rows.  T: bf16, or eight of them. */
+template <typename T> __global__ void __launch_bounds__(COPY_THREADS) copy_rows(T *to, const T *from, const int32_t *rows, int64_t hidden) {
     const int64_t dense = blockIdx.x * hidden, named = rows[blockIdx.x] * hidden;
-    for (int64_t h = threadIdx.x; h < hidden; h += COPY_THREADS) to[(scatter ? named : dense) + h] = from[(scatter ? dense : named) + h];
-}
-
-__global__ void __launch_bounds__(COPY_THREADS)
-    copy_vectors(bf16x8 *to, const bf16x8 *from, const int32_t *rows, int64_t hidden, bool scatter) {
-    const int64_t dense = blockIdx.x * hidden, named = rows[blockIdx.x] * hidden;
-    for (int64_t h = threadIdx.x; h < hidden; h += COPY_THREADS) to[(scatter ? named : dense) + h] = from[(scatter ? dense : named) + h];
+    for (int64_t h = threadIdx.x; h < hidden; h += COPY_THREADS) to[dense + h] = from[named + h];
 }
 
 __global__ void __launch_bounds__(COPY_THREADS) finish_logits(float *logits, int64_t n, int64_t vocab, logit_terms terms) {
@@ -515,32 +503,22 @@ int64_t tile_stride(const espi_head *head) {
 
 /* Chunks of equal size, as large as the tile allows. */
 int64_t chunk_rows(const espi_head *head) {
-    const int64_t fit = TILE_BYTES / (tile_stride(head) * static_cast<int64_t>(sizeof(bf16))) / CHUNK_STEP * CHUNK_STEP;
-    const int64_t least = CHUNK_STEP, most = fit > least ? fit : least;
+    const int64_t fit = TILE_BYTES / (tile_stride(head) * static_cast<int64_t>(sizeof(bf16)));
+    const int64_t step = fit >= LARGE_STEP ? LARGE_STEP : SMALL_STEP, most = fit >= step ? fit / step * step : step;
     if (head->n <= most) return head->n;
     const int64_t even = espi_ceil_div(head->n, espi_ceil_div(head->n, most));
-    return espi_ceil_div(even, CHUNK_STEP) * CHUNK_STEP;
+    return espi_ceil_div(even, step) * step;
 }
 
-/* Is the product that sums over the vocabulary cut into slices?  They must be whole vectors, and worth it. */
-bool is_sliced(const espi_head *head) {
-    return head->w.dtype == ESP_BF16 && head->w.rows % (SLICES * VECTOR) == 0 && head->w.rows >= LEAST_SLICE * SLICES &&
-           head->w.cols % VECTOR == 0;
-}
-
-bool sums_slices(const espi_head *head) {
-    return is_sliced(head) && espi_aligned16(head->w.data);
-}
-
-/* The arrays of a chunk; x is the rows' hidden states, and after the tile is made, their gradient; slices its parts. */
+/* The arrays of a chunk: logits, the rows' hidden states, their gradient. */
 struct chunk {
     int64_t first, count;
     bf16 *tile, *x;
-    float *slices;
+    float *sums;
 };
 
-size_t slices_room(const espi_head *head) {
-    return is_sliced(head) ? espi_room(SLICES * chunk_rows(head) * head->w.cols, sizeof(float)) : 0;
+size_t sums_room(const espi_head *head) {
+    return espi_room(chunk_rows(head) * head->w.cols, sizeof(float));
 }
 
 size_t chunk_room(const espi_head *head) {
@@ -554,7 +532,7 @@ chunk chunk_at(const espi_exec *exec, const espi_head *head, int64_t first) {
     chunk c = {first, left < rows ? left : rows, nullptr, nullptr, nullptr};
     c.tile = espi_cut<bf16>(&scratch, rows * tile_stride(head));
     c.x = espi_cut<bf16>(&scratch, rows * head->w.cols);
-    c.slices = reinterpret_cast<float *>(scratch);
+    c.sums = reinterpret_cast<float *>(scratch);
     return c;
 }
 
@@ -576,20 +554,20 @@ template <typename F> void by_kind(const espi_head *head, int64_t count, F f) {
         f(row_kind<FEW_ROWS, false>{});
 }
 
-esp_status copy(const espi_exec *exec, bf16 *to, const bf16 *from, const int32_t *rows, int64_t hidden, int64_t count, bool scatter) {
+esp_status gather(const espi_exec *exec, bf16 *to, const bf16 *from, const int32_t *rows, int64_t hidden, int64_t count) {
     const cudaStream_t stream = espi_cuda_of(exec)->stream;
     const unsigned blocks = static_cast<unsigned>(count);
     if (espi_vectors(hidden, to, from))
-        copy_vectors<<<blocks, COPY_THREADS, 0, stream>>>(reinterpret_cast<bf16x8 *>(to), reinterpret_cast<const bf16x8 *>(from), rows,
-                                                          hidden / VECTOR, scatter);
+        copy_rows<<<blocks, COPY_THREADS, 0, stream>>>(reinterpret_cast<bf16x8 *>(to), reinterpret_cast<const bf16x8 *>(from), rows,
+                                                       hidden / VECTOR);
     else
-        copy_rows<<<blocks, COPY_THREADS, 0, stream>>>(to, from, rows, hidden, scatter);
+        copy_rows<<<blocks, COPY_THREADS, 0, stream>>>(to, from, rows, hidden);
     return ESPI_CUDA_LAUNCHED("rows of the head");
 }
 
 /* The products of a chunk's hidden states with the weight's rows. */
 esp_status make_products(const espi_exec *exec, const espi_head *head, const chunk *c, void *out, esp_dtype dtype, int64_t stride) {
-    ESPI_TRY(copy(exec, c->x, static_cast<const bf16 *>(head->hidden), head->rows + c->first, head->w.cols, c->count, false));
+    ESPI_TRY(gather(exec, c->x, static_cast<const bf16 *>(head->hidden), head->rows + c->first, head->w.cols, c->count));
     const int64_t hidden = head->w.cols;
     espi_product p = espi_product_of(out, espi_rows_of(c->x, ESP_BF16, hidden), espi_transpose_of(head->w.data, head->w.dtype, hidden),
                                      c->count, head->w.rows, hidden);
@@ -636,23 +614,13 @@ esp_status make_gradient(const espi_exec *exec, const espi_head *head, const chu
             c->tile, head->target + c->first, *of, kept_from(head, c), head->kept, stride, head->w.rows, terms_of(head));
     });
     ESPI_TRY(ESPI_CUDA_LAUNCHED("gradient of the head's logits"));
-    espi_product p = espi_product_of(c->x, espi_rows_of(c->tile, ESP_BF16, stride), espi_rows_of(head->w.data, head->w.dtype, hidden),
+    espi_product p = espi_product_of(c->sums, espi_rows_of(c->tile, ESP_BF16, stride), espi_rows_of(head->w.data, head->w.dtype, hidden),
                                      c->count, hidden, head->w.rows);
-    if (!sums_slices(head)) {
-        ESPI_TRY(espi_product_cuda(exec, &p));
-        return copy(exec, static_cast<bf16 *>(d_hidden), c->x, to, hidden, c->count, true);
-    }
-    p.d = c->slices;
     p.dtype = ESP_F32;
-    p.k /= SLICES;
-    p.batches = SLICES;
-    p.a_step = p.k;
-    p.b_step = p.k * hidden;
-    p.d_step = c->count * hidden;
     ESPI_TRY(espi_product_cuda(exec, &p));
     if (late) ESPI_CUDA_TRY(cudaStreamWaitEvent(espi_cuda_of(exec)->stream, espi_cuda_of(exec)->made, 0));
-    sum_slices<<<static_cast<unsigned>(c->count), COPY_THREADS, 0, espi_cuda_of(exec)->stream>>>(
-        static_cast<bf16 *>(d_hidden), c->slices, to, c->count, hidden, late ? *late : row_coefficients{});
+    put_sums<<<static_cast<unsigned>(c->count), COPY_THREADS, 0, espi_cuda_of(exec)->stream>>>(static_cast<bf16 *>(d_hidden), c->sums, to,
+                                                                                               hidden, late ? *late : row_coefficients{});
     return ESPI_CUDA_LAUNCHED("gradient of the hidden states");
 }
 
@@ -714,7 +682,7 @@ esp_status espi_head_stats_cuda(const espi_exec *exec, const espi_head_stats *a)
 
 size_t espi_head_grad_scratch_cuda(const espi_exec *exec, const espi_head_grad *a) {
     (void)exec;
-    return chunk_room(&a->head) + slices_room(&a->head);
+    return chunk_room(&a->head) + sums_room(&a->head);
 }
 
 esp_status espi_head_grad_cuda(const espi_exec *exec, const espi_head_grad *a) {
@@ -729,7 +697,7 @@ esp_status espi_head_grad_cuda(const espi_exec *exec, const espi_head_grad *a) {
 
 size_t espi_head_fused_scratch_cuda(const espi_exec *exec, const espi_head_fused *a) {
     (void)exec;
-    return chunk_room(&a->head) + slices_room(&a->head);
+    return chunk_room(&a->head) + sums_room(&a->head);
 }
 
 /* The host's arrays are pinned: the kernels write and read them where they are. */
@@ -737,7 +705,7 @@ esp_status espi_head_fused_cuda(const espi_exec *exec, const espi_head_fused *a)
     espi_cuda *cuda = espi_cuda_of(exec);
     for (int64_t first = 0; first < a->head.n; first += chunk_rows(&a->head)) {
         const chunk c = chunk_at(exec, &a->head, first);
-        const bool asks = a->coef != nullptr, late = asks && a->e_is_zero && sums_slices(&a->head);
+        const bool asks = a->coef != nullptr, late = asks && a->e_is_zero;
         const row_coefficients of = {
             from(asks ? a->host.g : a->g, &c), from(asks ? a->host.e : a->e, &c), from(a->lse, &c), from(a->entropy, &c),
             asks ? from(a->g, &c) : nullptr,   asks ? from(a->e, &c) : nullptr};
