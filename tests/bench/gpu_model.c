@@ -1,7 +1,7 @@
 /* esp_bench_gpu: seconds of whole SFT steps and of decoding on a GPU, random weights of a published shape, and what each op takes.
  *   esp_bench_gpu CONFIG_DIR [experts=nf4|mxfp4] [tokens=2048] [sequences=2] [steps=10] [rank=16] [budget=MiB] [decode=ROWS] [prompt=128]
- *                 [new=128] [adam8=1] [host_moments=1] [host_layers=N] [profile=1]
- * One line of JSON at the end. */
+ *                 [new=128] [adam8=1] [host_moments=1] [host_layers=N] [profile=1] [expert_ranks=N]
+ * One line of JSON at the end.  As one rank of several (ESP_WORLD, or mpirun) every rank has tokens of its own, and rank 0 prints. */
 #include "core/record.h"
 #include "espalier/espalier.h"
 #include "kernels/backend.h"
@@ -104,7 +104,7 @@ static void profile_end(esp_ctx *ctx, const char *what) {
 
 typedef struct options {
     const char *dir, *experts;
-    int64_t tokens, sequences, steps, rank, budget, decode, profile, eight_bit, host_moments, host_layers, prompt, new_tokens;
+    int64_t tokens, sequences, steps, rank, budget, decode, profile, eight_bit, host_moments, host_layers, prompt, new_tokens, expert_ranks;
 } options;
 
 static bool number_option(int64_t *value, const char *argument, const char *name) {
@@ -133,7 +133,8 @@ static bool read_options(options *o, int argc, char **argv) {
                        {"host_moments", &o->host_moments},
                        {"host_layers", &o->host_layers},
                        {"prompt", &o->prompt},
-                       {"new", &o->new_tokens}};
+                       {"new", &o->new_tokens},
+                       {"expert_ranks", &o->expert_ranks}};
         bool known = strncmp(argv[i], "experts=", 8) == 0;
         if (known) o->experts = argv[i] + 8;
         for (size_t k = 0; k < sizeof numbers / sizeof *numbers; k++)
@@ -286,18 +287,21 @@ static int decode(const options *o, esp_ctx *ctx, esp_model *model, char *json, 
 
 int main(int argc, char **argv) {
     options o;
+    esp_comm *comm;
     esp_ctx *ctx;
     esp_model *model;
+    OK(esp_comm_init(&comm, &argc, &argv));
+    if (esp_comm_rank(comm) > 0 && !freopen("/dev/null", "w", stdout)) return 1;
     stopwatch = CLOCK_MONOTONIC;
     char trained[1024] = "\"step_s\": null", decoded[512] = "\"decode_rows\": 0";
     if (!read_options(&o, argc, argv)) {
         fprintf(stderr,
                 "usage: %s CONFIG_DIR [experts=nf4|mxfp4] [tokens=] [sequences=] [steps=] [rank=] [budget=MiB] [decode=ROWS] "
-                "[prompt=] [new=] [adam8=1] [host_moments=1] [host_layers=N] [profile=1]\n",
+                "[prompt=] [new=] [adam8=1] [host_moments=1] [host_layers=N] [profile=1] [expert_ranks=N]\n",
                 argv[0]);
         return 2;
     }
-    const esp_status made = esp_ctx_create(&ctx, &ESP_CTX_CONFIG(.backend = "cuda"));
+    const esp_status made = esp_ctx_create(&ctx, &ESP_CTX_CONFIG(.backend = "cuda", .comm = comm));
     if (made == ESP_ERR_UNSUPPORTED) {
         printf("skipped: %s\n", esp_last_error());
         return 77;
@@ -306,13 +310,17 @@ int main(int argc, char **argv) {
     const double start = now();
     OK(random_model(&model, ctx, o.dir,
                     &ESP_MODEL_CONFIG(.experts = strcmp(o.experts, "mxfp4") == 0 ? ESP_MXFP4 : ESP_NF4, .lora_rank = (int)o.rank,
-                                      .activation_budget = (size_t)o.budget << 20, .host_layers = (int)o.host_layers)));
+                                      .activation_budget = (size_t)o.budget << 20, .host_layers = (int)o.host_layers,
+                                      .expert_ranks = (int32_t)o.expert_ranks)));
     printf("%s: %lld layers, made in %.1f s\n", o.dir, (long long)model->config.layers, now() - start);
     if (o.steps > 0 && train(&o, ctx, model, trained, sizeof trained)) return 1;
     if (o.decode > 0 && decode(&o, ctx, model, decoded, sizeof decoded)) return 1;
-    printf("{\"config\": \"%s\", \"experts\": \"%s\", \"tokens\": %lld, \"sequences\": %lld, \"rank\": %lld, %s, %s}\n", o.dir, o.experts,
-           (long long)o.tokens, (long long)o.sequences, (long long)o.rank, trained, decoded);
+    printf("{\"config\": \"%s\", \"experts\": \"%s\", \"ranks\": %d, \"expert_ranks\": %lld, \"tokens\": %lld, \"sequences\": %lld, "
+           "\"rank\": %lld, %s, %s}\n",
+           o.dir, o.experts, esp_comm_size(comm), (long long)o.expert_ranks, (long long)o.tokens, (long long)o.sequences, (long long)o.rank,
+           trained, decoded);
     esp_model_destroy(model);
     esp_ctx_destroy(ctx);
+    esp_comm_destroy(comm);
     return 0;
 }

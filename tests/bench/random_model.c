@@ -131,8 +131,8 @@ static esp_status fill_layer(source *s, const espi_config *c, const espi_layer *
     ESPI_TRY(fill_linear(s, &w->o));
     ESPI_TRY(fill_mat(s, &w->router));
     ESPI_TRY(fill(s, w->router_bias, ESP_F32, c->experts, 0.02f, 0));
-    ESPI_TRY(fill(s, w->gate_up_bias, ESP_F32, c->experts * w->gate_up.rows, 0.02f, 0));
-    ESPI_TRY(fill(s, w->down_bias, ESP_F32, c->experts * w->down.rows, 0.02f, 0));
+    ESPI_TRY(fill(s, w->gate_up_bias, ESP_F32, w->gate_up.experts * w->gate_up.rows, 0.02f, 0));
+    ESPI_TRY(fill(s, w->down_bias, ESP_F32, w->down.experts * w->down.rows, 0.02f, 0));
     return fill_experts(s, w);
 }
 
