@@ -156,7 +156,7 @@ static esp_status headers_and_messages(esp_comm *c, espi_place place, const espi
     return status;
 }
 
-static esp_status call(esp_comm *c, espi_place place, const espi_message *send, const espi_message *recv, int n) {
+esp_status espi_comm_messages(esp_comm *c, espi_place place, const espi_message *send, const espi_message *recv, int n) {
     if (c->broken) return ESPI_FAIL(ESP_ERR_COMM, "rank %d: an earlier call between the ranks failed: nothing more can be said", c->rank);
     espi_watch_enter(c->watch, ++c->calls, place, bytes_of(send, 0, n * c->size, 1), bytes_of(recv, 0, n * c->size, 1), c->patience);
     const esp_status status = headers_and_messages(c, place, send, recv, n);
@@ -183,7 +183,7 @@ esp_status espi_comm_gather(esp_comm *comm, espi_place place, void *out, const v
         send[r] = (espi_message){(void *)in, bytes};
         recv[r] = (espi_message){(char *)out + (size_t)r * bytes, bytes};
     }
-    const esp_status status = call(comm, place, send, recv, 1);
+    const esp_status status = espi_comm_messages(comm, place, send, recv, 1);
     free(send);
     return status;
 }
@@ -210,7 +210,7 @@ esp_status espi_comm_exchange(esp_comm *comm, espi_place place, const espi_row_a
             send[i * comm->size + r] = rows_of(arrays[i].from, from, r, arrays[i].row_bytes);
             recv[i * comm->size + r] = rows_of(arrays[i].to, to, r, arrays[i].row_bytes);
         }
-    const esp_status status = call(comm, place, send, recv, n_arrays);
+    const esp_status status = espi_comm_messages(comm, place, send, recv, n_arrays);
     free(send);
     return status;
 }

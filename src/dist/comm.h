@@ -89,6 +89,8 @@ typedef struct espi_row_array {
 } espi_row_array;
 esp_status espi_comm_exchange(esp_comm *comm, espi_place place, const espi_row_array *arrays, int n_arrays, espi_row_ranges to,
                               espi_row_ranges from);
+/* Messages of `n` arrays: [n][size], sent to and received from each rank, in sizes that the peers have too. */
+esp_status espi_comm_messages(esp_comm *comm, espi_place place, const espi_message *send, const espi_message *recv, int n);
 /* total += partial of rank 0, then of rank 1, ..: on every rank the same bits.  n values of F32 or F64.
  * scratch: espi_comm_add_bytes() bytes, for pieces of espi_comm_piece() values of every rank. */
 int64_t espi_comm_piece(const esp_comm *comm);

@@ -6,12 +6,14 @@
 #include "dist/link.h"
 #include "dist/nccl.h"
 
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
 
-#define FAREWELL 5.0 /* seconds that leaving in order may take */
+#define FAREWELL 5.0   /* seconds that leaving in order may take */
+#define BRIEFLY 0.0005 /* seconds that a group takes to be queued: not slept through, as a nap takes longer */
 
 typedef struct party {
     espi_nccl_library nccl;
@@ -29,10 +31,14 @@ static esp_status failed(const party *p, espi_nccl_result result, const char *wh
 
 /* Until a call that NCCL has taken on is made. */
 static esp_status made(const party *p, espi_nccl_result result, const char *what, double deadline) {
-    for (unsigned turn = 0; result == ESPI_NCCL_IN_PROGRESS; turn++) {
-        if (espi_seconds() > deadline)
-            return ESPI_FAIL(ESP_ERR_COMM, "the deadline passed while NCCL was to %s: a rank did not come", what);
-        if (turn > 200) nanosleep(&(struct timespec){.tv_nsec = 20000}, NULL);
+    const double begun = espi_seconds();
+    while (result == ESPI_NCCL_IN_PROGRESS) {
+        const double now = espi_seconds();
+        if (now > deadline) return ESPI_FAIL(ESP_ERR_COMM, "the deadline passed while NCCL was to %s: a rank did not come", what);
+        if (now - begun > BRIEFLY)
+            nanosleep(&(struct timespec){.tv_nsec = 20000}, NULL);
+        else
+            sched_yield();
         const espi_nccl_result asked = p->nccl.CommGetAsyncError(p->comm, &result);
         if (asked != ESPI_NCCL_SUCCESS) result = asked;
     }

@@ -236,75 +236,145 @@ esp_status espi_share_add(const espi_share *s, const char *what, double *total, 
     return espi_comm_add(s->comm, (espi_place){what, -1}, total, mine, n, ESP_F64, scratch);
 }
 
-size_t espi_share_sum_bytes(const espi_share *s) {
-    return s->ranks > 1 ? espi_comm_add_bytes(s->comm) : 0;
+/* ---- sums of gradients ---- */
+
+enum { ARRAYS = 1024 }; /* that one exchange takes */
+#define MOST_VALUES ((int64_t)1 << 23)
+
+/* Ranks that hold other values of a sum than their neighbour, side by side; and those that hold the same. */
+static int apart_of(const espi_share *s, bool of_experts) {
+    return of_experts ? s->spread : 1;
 }
 
-/* What the messages of a sum are described by. */
-typedef struct sum_room {
-    espi_row_array *parts;                    /* [spread] */
-    int64_t *at, *rows, *part_at, *part_rows; /* [ranks] the slice of each; what it sends of this rank's slice */
-} sum_room;
+/* Of the rank with most experts: so that all make the same exchanges. */
+static int64_t most_of(const espi_share *s, int64_t n, int64_t each, bool of_experts) {
+    return of_experts ? (s->experts + s->spread - 1) / s->spread * each : n;
+}
 
-/* `n` values from `first` on, a slice for every rank that holds them: it gets what the others have of its own slice, adds all up in rank order,
- * and gives them the result.  So what a rank sends is twice the values, however many ranks there are.  Of experts, each has something of
- * every rank of its group. */
-static esp_status add_block(esp_ctx *ctx, const espi_share *s, const espi_sum *sum, void *scratch, const sum_room *room, int64_t first,
-                            int64_t n) {
-    const espi_place place = {sum->of_experts ? "gradients of experts" : "gradients", -1};
-    const int apart = sum->of_experts ? s->spread : 1, holders = s->ranks / apart;
-    const int64_t most = (n + holders - 1) / holders;
-    const size_t size = ctx->real_size;
-    char *total = (char *)sum->total + (size_t)first * size;
-    for (int r = 0; r < s->ranks; r++) {
-        const int64_t begin = r / apart * most, left = n - begin;
-        const bool has = r % apart == s->rank % apart;
-        room->at[r] = begin < n ? begin : n;
-        room->rows[r] = !has || left < 0 ? 0 : left < most ? left : most;
-    }
-    const int64_t own = room->rows[s->rank], own_at = room->at[s->rank];
-    for (int r = 0; r < s->ranks; r++) {
-        room->part_at[r] = r / apart * apart * own;
-        room->part_rows[r] = r % apart == s->rank % apart ? own : 0;
-    }
+int64_t espi_share_sum_values(const espi_share *s, int64_t n, int64_t each, bool of_experts) {
+    const int64_t holders = s->ranks / apart_of(s, of_experts);
+    return (most_of(s, n, each, of_experts) + holders - 1) / holders * s->ranks;
+}
+
+int64_t espi_share_sum_room(const espi_share *s, int64_t values) {
+    const int64_t most = MOST_VALUES < s->ranks ? s->ranks : MOST_VALUES;
+    return values < most ? values : most;
+}
+
+/* `n` values of a sum from `first` on.  Every rank that holds them has a slice of `cut`, the last ones less or nothing. */
+typedef struct piece {
+    const espi_sum *sum;
+    int64_t first, n, cut;
+    char *parts; /* what came of this rank's slice: [ranks][own] */
+} piece;
+
+typedef struct slice {
+    int64_t at, n;
+} slice;
+
+static slice slice_of(const espi_share *s, const piece *p, int rank) {
+    const int apart = apart_of(s, p->sum->of_experts);
+    const int64_t at = rank / apart * p->cut, left = p->n - at;
+    if (rank % apart != s->rank % apart || left <= 0) return (slice){0, 0};
+    return (slice){at, left < p->cut ? left : p->cut};
+}
+
+static espi_message message(const void *base, int64_t at, int64_t n, size_t size) {
+    return (espi_message){n > 0 ? (char *)base + (size_t)at * size : NULL, (size_t)n * size};
+}
+
+static esp_status talk(esp_ctx *ctx, const espi_share *s, const espi_message *send, const espi_message *recv, int n) {
+    const espi_place place = {"gradients", -1};
+    if (ctx->device == NULL) return espi_comm_messages(s->comm, place, send, recv, n);
+    espi_link *link;
+    int ticket;
+    ESPI_TRY(espi_link_of(&link, ctx));
+    ESPI_TRY(espi_link_begin(link, place, send, recv, n, &ticket));
+    return espi_link_end(link, ticket);
+}
+
+/* To every rank what this one has of its slice; of experts, each has something of every rank of its group. */
+static int list_parts(espi_message *send, espi_message *recv, const espi_share *s, const piece *p, size_t size) {
+    const int apart = apart_of(s, p->sum->of_experts);
+    const int64_t own = slice_of(s, p, s->rank).n;
     for (int m = 0; m < apart; m++)
-        room->parts[m] = (espi_row_array){.to = (char *)scratch + (size_t)(m * own) * size,
-                                          .from = (const char *)sum->partial + (size_t)(m * sum->n + first) * size,
-                                          .row_bytes = size};
-    ESPI_TRY(exchange(ctx, s, place, room->parts, apart, (espi_row_ranges){room->part_at, room->part_rows},
-                      (espi_row_ranges){room->at, room->rows}));
+        for (int r = 0; r < s->ranks; r++) {
+            const slice to = slice_of(s, p, r);
+            const bool has = r % apart == s->rank % apart;
+            send[m * s->ranks + r] = message(p->sum->partial, m * p->sum->n + p->first + to.at, to.n, size);
+            recv[m * s->ranks + r] = message(p->parts, (r / apart * apart + m) * own, has ? own : 0, size);
+        }
+    return apart;
+}
+
+static void list_totals(espi_message *send, espi_message *recv, const espi_share *s, const piece *p, size_t size) {
+    const int apart = apart_of(s, p->sum->of_experts);
+    const slice own = slice_of(s, p, s->rank);
+    for (int r = 0; r < s->ranks; r++) {
+        const bool other = r != s->rank && r % apart == s->rank % apart;
+        const slice from = slice_of(s, p, r);
+        send[r] = message(p->sum->total, p->first + own.at, other ? own.n : 0, size);
+        recv[r] = message(p->sum->total, p->first + from.at, other ? from.n : 0, size);
+    }
+}
+
+/* Every rank gets what the others have of its own slices, adds all up in rank order, and gives them the results: what a rank sends is at most
+ * twice its values, however many ranks there are. */
+static esp_status add_pieces(esp_ctx *ctx, const espi_share *s, const piece *pieces, int n, espi_message *send, espi_message *recv) {
+    const size_t size = ctx->real_size;
     espi_arena none = espi_arena_over(NULL, 0);
-    const espi_parts_add args = {.total = total + (size_t)own_at * size, .parts = scratch, .n = own, .n_parts = s->ranks};
-    if (own > 0) ESPI_TRY(espi_op_parts_add(ctx, &none, &args));
-    for (int r = 0; r < s->ranks; r++) room->part_at[r] = own_at;
-    room->rows[s->rank] = room->part_rows[s->rank] = 0;
-    const espi_row_array result = {.to = total, .from = total, .row_bytes = size};
-    return exchange(ctx, s, place, &result, 1, (espi_row_ranges){room->at, room->rows}, (espi_row_ranges){room->part_at, room->part_rows});
+    int arrays = 0;
+    for (int i = 0; i < n; i++) arrays += list_parts(send + arrays * s->ranks, recv + arrays * s->ranks, s, &pieces[i], size);
+    ESPI_TRY(talk(ctx, s, send, recv, arrays));
+    for (int i = 0; i < n; i++) {
+        const piece *p = &pieces[i];
+        const slice own = slice_of(s, p, s->rank);
+        const espi_parts_add args = {
+            .total = (char *)p->sum->total + (size_t)(p->first + own.at) * size, .parts = p->parts, .n = own.n, .n_parts = s->ranks};
+        if (own.n > 0) ESPI_TRY(espi_op_parts_add(ctx, &none, &args));
+        list_totals(send + i * s->ranks, recv + i * s->ranks, s, p, size);
+    }
+    return talk(ctx, s, send, recv, n);
 }
 
-static esp_status add_up(esp_ctx *ctx, const espi_share *s, const espi_sum *sum, void *scratch, const sum_room *room) {
-    const int64_t block = espi_comm_piece(s->comm) * (sum->of_experts ? espi_share_copies(s) : s->ranks);
-    const int64_t owned = (s->experts + s->spread - 1) / s->spread;
-    const int64_t most = sum->of_experts ? owned * sum->each : sum->n; /* as many blocks as the rank with most experts has */
-    for (int64_t first = 0; first < most; first += block) {
-        const int64_t left = sum->n - first;
-        ESPI_TRY(add_block(ctx, s, sum, scratch, room, first, left < 0 ? 0 : left < block ? left : block));
+/* As many pieces together as there is room for, so that small gradients do not cost an exchange each. */
+static esp_status add_sums(esp_ctx *ctx, const espi_share *s, const espi_sum *sums, int64_t n_sums, void *scratch, int64_t values,
+                           espi_message *room) {
+    piece pieces[ESPI_SUMS_TOGETHER];
+    espi_message *recv = room + (size_t)(ARRAYS + s->spread) * (size_t)s->ranks;
+    int n = 0, arrays = 0;
+    int64_t used = 0;
+    for (int64_t i = 0; i < n_sums; i++) {
+        const espi_sum *sum = &sums[i];
+        const int apart = apart_of(s, sum->of_experts);
+        const int64_t most = most_of(s, sum->n, sum->each, sum->of_experts), holders = s->ranks / apart;
+        for (int64_t first = 0, length; first < most; first += length) {
+            if (n == ESPI_SUMS_TOGETHER || arrays >= ARRAYS || values - used < s->ranks) {
+                ESPI_TRY(add_pieces(ctx, s, pieces, n, room, recv));
+                n = arrays = 0;
+                used = 0;
+            }
+            const int64_t fits = (values - used) / s->ranks * holders, left = most - first, here = sum->n - first;
+            length = left < fits ? left : fits;
+            pieces[n++] = (piece){.sum = sum,
+                                  .first = first,
+                                  .n = here < 0        ? 0
+                                       : here < length ? here
+                                                       : length,
+                                  .cut = (length + holders - 1) / holders,
+                                  .parts = (char *)scratch + (size_t)used * ctx->real_size};
+            used += pieces[n - 1].cut * s->ranks;
+            arrays += apart;
+        }
     }
-    return ESP_OK;
+    return n > 0 ? add_pieces(ctx, s, pieces, n, room, recv) : ESP_OK;
 }
 
-esp_status espi_share_sum(esp_ctx *ctx, const espi_share *s, const espi_sum *sums, int64_t n_sums, void *scratch) {
-    if (n_sums == 0) return ESP_OK;
-    int64_t *places = malloc(4 * (size_t)s->ranks * sizeof *places);
-    sum_room room = {.parts = malloc((size_t)s->spread * sizeof *room.parts), .at = places};
-    esp_status status = places != NULL && room.parts != NULL ? ESP_OK : ESPI_FAIL(ESP_ERR_MEMORY, "no memory for %d ranks", s->ranks);
-    if (status == ESP_OK) {
-        room.rows = places + s->ranks;
-        room.part_at = places + 2 * s->ranks;
-        room.part_rows = places + 3 * s->ranks;
-    }
-    for (int64_t i = 0; i < n_sums && status == ESP_OK; i++) status = add_up(ctx, s, &sums[i], scratch, &room);
-    free(places);
-    free(room.parts);
+esp_status espi_share_sum(esp_ctx *ctx, const espi_share *s, const espi_sum *sums, int64_t n_sums, void *scratch, int64_t values) {
+    const size_t arrays = ARRAYS + (size_t)s->spread;
+    espi_message *room = malloc(2 * arrays * (size_t)s->ranks * sizeof *room);
+    if (room == NULL) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for the messages of %d ranks", s->ranks);
+    const esp_status status = add_sums(ctx, s, sums, n_sums, scratch, values, room);
+    free(room);
     return status;
 }

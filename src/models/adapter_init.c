@@ -35,7 +35,7 @@ typedef struct layout {
     unsigned char *base;          /* NULL: counts only */
     size_t gradients_at, sums_at; /* where the parts begin */
     size_t parameters, gradients, partial;
-    int64_t tensors, sums;
+    int64_t tensors, sums, sum_values;
     size_t real_size;
 } layout;
 
@@ -53,6 +53,7 @@ static void *place_gradient(void **gradient, layout *l, esp_model *model, int64_
     if (!sums) return total;
     if (l->base) model->sums[l->sums] = (espi_sum){.total = total, .partial = partial, .n = n, .each = each, .of_experts = of_experts};
     /* Of experts that several ranks hold: one for each rank of the group, whose rows they see one after the other. */
+    l->sum_values += espi_share_sum_values(&model->share, n, each, of_experts);
     l->partial += ESPI_ALIGNED((size_t)(n * (of_experts ? model->share.spread : 1)) * l->real_size);
     l->sums++;
     return total;
@@ -90,10 +91,15 @@ static layout walk(esp_model *model, size_t real_size, unsigned char *base, size
     return l;
 }
 
+/* Work memory for the sums. */
+static size_t scratch_bytes(const esp_model *model, const layout *l) {
+    return (size_t)espi_share_sum_room(&model->share, l->sum_values) * l->real_size;
+}
+
 void espi_adapter_bytes(size_t *parameters, size_t *gradients, esp_model *model, size_t real_size) {
     const layout all = walk(model, real_size, NULL, 0, 0);
     *parameters = all.parameters;
-    *gradients = all.gradients + all.partial + espi_share_sum_bytes(&model->share);
+    *gradients = all.gradients + all.partial + scratch_bytes(model, &all);
 }
 
 void espi_lora_draw(void *a, esp_dtype real, uint64_t seed, int64_t layer, int target, int64_t first, int64_t experts, int64_t r,
@@ -152,7 +158,7 @@ static esp_status describe(esp_model *model, int64_t layer, const branch *b, cha
 
 esp_status espi_model_init_adapter(esp_model *model) {
     const layout all = walk(model, model->ctx->real_size, NULL, 0, 0);
-    const size_t sums_at = all.parameters + all.gradients, bytes = sums_at + all.partial + espi_share_sum_bytes(&model->share);
+    const size_t sums_at = all.parameters + all.gradients, bytes = sums_at + all.partial + scratch_bytes(model, &all);
     model->params = calloc((size_t)all.tensors + 1, sizeof *model->params);
     model->sums = calloc((size_t)all.sums + 1, sizeof *model->sums);
     if (!model->params || !model->sums)
@@ -165,6 +171,7 @@ esp_status espi_model_init_adapter(esp_model *model) {
     model->sums_begin = (unsigned char *)p + sums_at;
     model->sums_bytes = all.partial;
     model->sum_scratch = (unsigned char *)p + sums_at + all.partial;
+    model->sum_values = espi_share_sum_room(&model->share, all.sum_values);
     for (int64_t l = 0; l < model->config.layers; l++) {
         branch b[ESPI_T_COUNT];
         const int n = branches_of(b, &model->layers[l]);

@@ -384,7 +384,7 @@ double espi_loss_share(const esp_batch *batch) {
 /* What this rank's batch added to gradients that belong to all ranks. */
 static esp_status add_up(esp_model *model) {
     if (model->n_sums == 0) return ESP_OK;
-    ESPI_TRY(espi_share_sum(model->ctx, &model->share, model->sums, model->n_sums, model->sum_scratch));
+    ESPI_TRY(espi_share_sum(model->ctx, &model->share, model->sums, model->n_sums, model->sum_scratch, model->sum_values));
     espi_arena none = espi_arena_over(NULL, 0);
     return espi_op_zero(model->ctx, &none, &(espi_zero){.out = model->sums_begin, .bytes = model->sums_bytes});
 }

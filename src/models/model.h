@@ -73,7 +73,8 @@ struct esp_model {
     int64_t n_params;
     espi_sum *sums; /* [n_sums] the gradients that ranks add up; none where this one is alone */
     int64_t n_sums;
-    void *sum_scratch, *sums_begin; /* work memory of that; where what this rank adds begins */
+    int64_t sum_values;             /* of work memory for that */
+    void *sum_scratch, *sums_begin; /* that memory; where what this rank adds begins */
     size_t sums_bytes;
 
     espi_room room; /* of activations; grows between calls only */

@@ -2,6 +2,8 @@
 #include "espalier/plan.h"
 #include "models/passes.h"
 
+#include <math.h>
+
 /* A context whose communicator says that it is `rank` of `ranks`, and no more; *before is what it had. */
 static esp_status imagine(esp_comm **before, esp_ctx *ctx, int rank, int ranks) {
     esp_comm *comm;
@@ -77,7 +79,7 @@ static void predict(esp_placement *p, const sizes *s, const esp_ctx *ctx, int64_
     const double spread = p->expert_ranks, copies = p->ranks / p->expert_ranks, real = (double)ctx->real_size, act = (double)ctx->act_size;
     const double skew = p->expert_ranks > 1 && machine->skew > 0 ? machine->skew : 1;
     const double rows = skew * (double)(tokens * s->top_k) * (spread - 1) / spread;
-    enum { CALLS = 5, SUMS = 2 * 12 }; /* of a layer: its counts and four exchanges; two for each of its matrices of LoRA */
+    enum { CALLS = 5, TENSORS = 12 }; /* of a layer: its counts and four exchanges; its matrices of LoRA */
     p->exchange_bytes = rows * (4 * (double)s->hidden * act + 2 * real);
     p->sum_bytes =
         real * (s->dense_lora * 2 * (p->ranks - 1) / p->ranks + s->expert_lora * (double)own * (spread + 1) * (copies - 1) / copies);
@@ -85,7 +87,9 @@ static void predict(esp_placement *p, const sizes *s, const esp_ctx *ctx, int64_
     if (machine->weights_per_second > 0) p->seconds_compute += 2 * s->expert * (double)own * spread / machine->weights_per_second;
     if (p->expert_ranks > 1)
         p->seconds_exchange = (double)s->moe_layers * (p->exchange_bytes / machine->bytes_per_second + CALLS * machine->seconds_per_call);
-    if (p->ranks > 1) p->seconds_sum = p->sum_bytes / machine->bytes_per_second + (double)(SUMS * s->layers) * machine->seconds_per_call;
+    if (p->ranks > 1)
+        p->seconds_sum = p->sum_bytes / machine->bytes_per_second +
+                         2 * ceil((double)(TENSORS * s->layers) / ESPI_SUMS_TOGETHER) * machine->seconds_per_call;
     p->seconds = p->micro_batches * (p->seconds_compute + p->seconds_exchange + p->seconds_sum);
     p->fits = machine->memory == 0 || p->plan.peak <= machine->memory;
 }

@@ -171,8 +171,8 @@ static esp_status run_batch(rank_run *r, esp_model *model, int index) {
     ESPI_TRY(esp_model_cross_entropy(model, &b.batch, &hidden, &loss, &d_hidden));
     if (index < BATCHES) r->out->loss[index] = loss;
     ESPI_TRY(esp_model_backward(model, &b.batch, &d_hidden));
-    /* One call for each of these small gradients. */
-    if (model->share.rank == 0) r->out->rows_calls = (int64_t)(espi_comm_calls(r->comm) - before) - 2 * model->n_sums;
+    /* Two for all of these small gradients. */
+    if (model->share.rank == 0) r->out->rows_calls = (int64_t)(espi_comm_calls(r->comm) - before) - 2 * (model->n_sums > 0);
     return ESP_OK;
 }
 
