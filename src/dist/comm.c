@@ -60,6 +60,10 @@ double espi_comm_patience_of(const esp_comm *comm) {
     return comm == NULL ? ESPI_COMM_PATIENCE : comm->patience;
 }
 
+bool espi_comm_broken(const esp_comm *comm) {
+    return comm != NULL && comm->broken;
+}
+
 void espi_comm_break(esp_comm *comm, bool late) {
     if (comm == NULL || comm->broken) return;
     comm->broken = true;
@@ -324,10 +328,9 @@ void esp_comm_line(esp_comm *comm, esp_status status, char *line, size_t bytes) 
 void esp_comm_abort(esp_comm *comm, int code) {
     if (esp_comm_size(comm) == 1 || comm->transport->end_job == NULL) return;
     comm->broken = true;
-    espi_watch_abort(comm->watch, code, true);
+    espi_watch_abort(comm->watch, code);
     if (comm->rank > 0) nanosleep(&(struct timespec){.tv_nsec = (long)(AFTER_RANK_0 * 1e9)}, NULL);
     comm->transport->end_job(comm->self, code);
-    espi_watch_abort(comm->watch, code, false);
 }
 
 void esp_comm_step(esp_comm *comm, int64_t step) {

@@ -71,6 +71,7 @@ void espi_comm_patience(esp_comm *comm, double seconds);
 double espi_comm_patience_of(const esp_comm *comm);
 /* Something beside these calls went wrong between the ranks (link.h), late: for a deadline that passed.  All later calls fail. */
 void espi_comm_break(esp_comm *comm, bool late);
+bool espi_comm_broken(const esp_comm *comm);
 /* "\"rows to the experts\", layer 3" */
 #define ESPI_PLACE_TEXT 128
 void espi_place_text(char text[ESPI_PLACE_TEXT], espi_place place);

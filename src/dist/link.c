@@ -264,7 +264,7 @@ static esp_status choose(espi_link *l) {
 }
 
 static void close_link(espi_link *link) {
-    if (link->carrier != NULL) link->carrier->close(link->self, false);
+    if (link->carrier != NULL) link->carrier->close(link->self, espi_comm_broken(link->ctx->comm));
     link->ctx->device_ops->set_watch(link->ctx->device, NULL, NULL);
     free(link);
 }

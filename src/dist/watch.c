@@ -120,10 +120,10 @@ void espi_watch_leaving(espi_watch *w) {
     pthread_mutex_unlock(&w->lock);
 }
 
-void espi_watch_abort(espi_watch *w, int code, bool begins) {
+void espi_watch_abort(espi_watch *w, int code) {
     pthread_mutex_lock(&w->lock);
     w->abort_code = code;
-    w->abort_since = begins ? espi_seconds() : 0;
+    w->abort_since = espi_seconds();
     w->leaving = true;
     pthread_mutex_unlock(&w->lock);
 }
@@ -160,7 +160,7 @@ static bool must_end(espi_watch *w, double now, int *code, char *why, size_t byt
     if (w->abort_since > 0) {
         if (now - w->abort_since < ESPI_WATCH_ABORT) return false;
         *code = w->abort_code;
-        snprintf(why, bytes, "the abort of the job did not return within %.0f s", ESPI_WATCH_ABORT);
+        snprintf(why, bytes, "the job was aborted, and this rank did not end within %.0f s", ESPI_WATCH_ABORT);
         return true;
     }
     if (calling) {

@@ -373,6 +373,22 @@ Test(link, nothing_after_a_failure) {
     expect_all(ranks, 2, ESP_ERR_COMM, "an earlier call between the ranks failed");
 }
 
+static esp_status broken_elsewhere(rank_call *r) {
+    ESPI_TRY(exchange(r));
+    espi_comm_break(r->ctx->comm, false);
+    return ESP_OK;
+}
+
+/* Where the ranks' own connections are gone, nobody would answer a farewell. */
+Test(link, no_farewell_to_those_who_are_gone) {
+    rank_call ranks[2];
+    const fake_nccl_state *state = use_library(FAKE_NCCL);
+    on_ranks(ranks, 2, broken_elsewhere, 10);
+    expect_all(ranks, 2, ESP_OK, "");
+    cr_expect_eq(state->aborted, 2);
+    cr_expect_eq(state->destroyed, 0);
+}
+
 /* A recording would run the exchange again without the peers. */
 static esp_status recorded(rank_call *r) {
     int ticket;

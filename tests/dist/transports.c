@@ -198,9 +198,10 @@ Test(transports, another_number_of_rows) {
 
 /* ---- an abort ---- */
 
-/* A transport whose abort comes back when the program has been told to end. */
+/* A transport whose abort comes back when the program has been told to end, or at once. */
 typedef struct hanging {
     atomic_bool told;
+    bool returns;
     int code;
     double began, seconds; /* until it was told */
     char line[512];
@@ -209,7 +210,7 @@ typedef struct hanging {
 static void end_job(void *self, int code) {
     hanging *a = self;
     (void)code;
-    for (int i = 0; !atomic_load(&a->told) && i < 1500; i++) nanosleep(&(struct timespec){.tv_nsec = 10000000}, NULL);
+    for (int i = 0; !a->returns && !atomic_load(&a->told) && i < 1500; i++) nanosleep(&(struct timespec){.tv_nsec = 10000000}, NULL);
 }
 
 static void note_end(void *user, int code, const char *line) {
@@ -220,17 +221,27 @@ static void note_end(void *user, int code, const char *line) {
     atomic_store(&a->told, true);
 }
 
-Test(transports, an_abort_that_hangs_is_cut_short) {
+static void expect_cut(bool returns) {
     static const espi_transport transport = {.name = "hanging", .end_job = end_job};
     esp_comm *comm;
-    hanging a = {.code = 0};
+    hanging a = {.returns = returns};
     cr_assert_eq(espi_comm_make(&comm, &transport, &a, 0, 2), ESP_OK);
     cr_assert_eq(esp_comm_watch(comm, NULL, note_end, &a), ESP_OK);
     a.began = espi_seconds();
     esp_comm_abort(comm, 73);
+    for (int i = 0; !atomic_load(&a.told) && i < 1000; i++) nanosleep(&(struct timespec){.tv_nsec = 10000000}, NULL);
     esp_comm_destroy(comm);
     cr_assert(atomic_load(&a.told), "nobody ends the program");
     cr_expect_eq(a.code, 73);
     cr_expect(a.seconds >= ESPI_WATCH_ABORT && a.seconds < ESPI_WATCH_ABORT + 2, "told after %g s", a.seconds);
-    cr_expect(strstr(a.line, "the abort of the job did not return within 5 s") != NULL, "%s", a.line);
+    cr_expect(strstr(a.line, "the job was aborted, and this rank did not end within 5 s") != NULL, "%s", a.line);
+}
+
+Test(transports, an_abort_that_hangs_is_cut_short) {
+    expect_cut(false);
+}
+
+/* A GPU may be waited for that waits for a rank which is gone. */
+Test(transports, a_program_that_hangs_after_an_abort_is_cut_short) {
+    expect_cut(true);
 }
