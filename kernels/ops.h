@@ -487,6 +487,7 @@ typedef struct espi_adamw {
     const void *g;
     int64_t n, step; /* step counts from 1 */
     double lr, beta1, beta2, eps, weight_decay, grad_scale;
+    bool host_moments; /* of a device: m and v are in pinned memory of the host */
 } espi_adamw;
 
 /* bitsandbytes' blockwise 8-bit AdamW (blocks of 256): see spec/formats 9.  map1 signed, map2 unsigned, [256] ascending. */

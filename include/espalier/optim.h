@@ -29,8 +29,8 @@ typedef struct esp_adamw_config {
     float num_cycles;                  ///< of the cosine schedules; default 0.5 (cosine: falls once), 1 (with restarts)
     int64_t warmup_steps, total_steps; ///< total_steps is needed by all schedules but constant
     bool eight_bit;                    ///< moments in bitsandbytes' blockwise 8-bit form, for tensors of at least 4096 values
-    bool host_moments;                 ///< of a GPU: moments stay in pinned memory of the host, where the update reads and writes them over
-                                       ///< the bus; the bits are the same.  Changes nothing on a CPU
+    bool host_moments; ///< of a GPU: moments stay in pinned memory of the host, and go over the bus piece by piece while they
+                       ///< are updated; the bits are the same.  Changes nothing on a CPU
 } esp_adamw_config;
 #define ESP_ADAMW_CONFIG(...) ((esp_adamw_config){.struct_size = sizeof(esp_adamw_config), __VA_ARGS__})
 

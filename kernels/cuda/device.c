@@ -57,7 +57,9 @@ static void gpu_stop(void *device) {
     destroy(g->marks, ESPI_MARKS);
     destroy(&g->shared.asked, 1);
     destroy(&g->shared.made, 1);
+    destroy(g->shared.gone, ESPI_CUDA_PIECES);
     if (g->shared.aside) (void)cudaStreamDestroy(g->shared.aside);
+    if (g->shared.away) (void)cudaStreamDestroy(g->shared.away);
     espi_cuda_calls_free(&g->shared);
     if (g->shared.blas) (void)cublasLtDestroy(g->shared.blas);
     for (int i = 0; i < SLOTS; i++) {
@@ -96,6 +98,8 @@ static esp_status set_up(gpu *g, int which) {
     ESPI_CUDA_TRY(cudaStreamCreateWithFlags(&c->aside, cudaStreamNonBlocking));
     ESPI_TRY(create(&c->asked, 1));
     ESPI_TRY(create(&c->made, 1));
+    ESPI_TRY(create(c->gone, ESPI_CUDA_PIECES));
+    ESPI_CUDA_TRY(cudaStreamCreateWithFlags(&c->away, cudaStreamNonBlocking));
     if (cublasLtCreate(&c->blas) != CUBLAS_STATUS_SUCCESS)
         return ESPI_FAIL(ESP_ERR_DEVICE, "cublasLtCreate failed, expected a handle: is the GPU's memory full?");
     c->workspace_bytes = WORKSPACE;

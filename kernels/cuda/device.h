@@ -23,15 +23,20 @@ enum {
     ESPI_CUDA_FAULT_ROUTER = 1, /* a router logit is not finite: ESP_ERR_NONFINITE */
 };
 
+/* How many pieces are on their way at once. */
+#define ESPI_CUDA_PIECES 3
+
 typedef struct espi_cuda {
     cudaStream_t stream;
     cublasLtHandle_t blas;
     void *workspace; /* of cuBLASLt; aligned to 256 */
     size_t workspace_bytes;
-    int sms, major;          /* multiprocessors; compute capability */
-    cudaStream_t aside;      /* for what the host makes while the stream goes on (head.cu) */
-    cudaEvent_t asked, made; /* ... behind what it is made of, and behind it; the stream waits for the second before its next wait */
-    uint32_t *fault;         /* device memory: bits set by atomicOr, 0 when all is well */
+    int sms, major; /* multiprocessors; compute capability */
+    /* For what the host makes (head.cu) and what comes from it and goes there (optim.cu) while the stream goes on.  An op that uses them ends
+     * with the stream waiting for all that it put there. */
+    cudaStream_t aside, away;
+    cudaEvent_t asked, made, gone[ESPI_CUDA_PIECES];
+    uint32_t *fault; /* device memory: bits set by atomicOr, 0 when all is well */
     /* Host callbacks that the stream makes (head.cu): the first failure, which the next wait takes and clears, and what they are called with.
      * A record lives until espi_cuda_calls_free, for a recorded graph may run it again. */
     volatile esp_status callback_status;

@@ -173,8 +173,8 @@ esp_status espi_rows_take_cuda(const espi_exec *exec, const espi_rows_take *a) {
 
 esp_status espi_parts_add_cuda(const espi_exec *exec, const espi_parts_add *a) {
     if (a->n * a->n_parts == 0) return ESP_OK;
-    add_parts<<<espi_blocks(a->n, THREADS), THREADS, 0, espi_cuda_of(exec)->stream>>>(static_cast<float *>(a->total),
-                                                                                      static_cast<const float *>(a->parts), a->n, a->n_parts);
+    add_parts<<<espi_blocks(a->n, THREADS), THREADS, 0, espi_cuda_of(exec)->stream>>>(
+        static_cast<float *>(a->total), static_cast<const float *>(a->parts), a->n, a->n_parts);
     return ESPI_CUDA_LAUNCHED("sum of parts");
 }
 

@@ -1,11 +1,14 @@
 /* AdamW as torch.optim has it, and with 8-bit blockwise moments as bitsandbytes has it; kernels/ref/optim.c says in what they differ. */
 #include "kernels/cuda/cuda.cuh"
+#include "kernels/cuda/scratch.h"
 
 #include <math.h>
 
 namespace {
 
 enum { THREADS = 256, ADAM8_BLOCK = 256, EACH = 4, MAP_SIZE = 256, CODE_ZERO_SIGNED = 127, CODE_ZERO_UNSIGNED = 0 };
+
+#define PIECE ((int64_t)1 << 20) /* moments on their way from or to the host: enough for the bus, little memory */
 
 /* What the step makes of the settings, in the precision that the elements are computed in. */
 struct adam_terms {
@@ -130,7 +133,54 @@ template <typename A> adam_terms terms_of(const A *a) {
     return s;
 }
 
+esp_status update(cudaStream_t stream, float *p, float *m, float *v, const float *g, int64_t n, const adam_terms &s) {
+    if (n % 4 == 0 && espi_aligned16(p) && espi_aligned16(m) && espi_aligned16(v) && espi_aligned16(g))
+        adam_vectors<<<espi_blocks(n / 4, THREADS), THREADS, 0, stream>>>(reinterpret_cast<float4 *>(p), reinterpret_cast<float4 *>(m),
+                                                                          reinterpret_cast<float4 *>(v),
+                                                                          reinterpret_cast<const float4 *>(g), n / 4, s);
+    else
+        adam<<<espi_blocks(n, THREADS), THREADS, 0, stream>>>(p, m, v, g, n, s);
+    return ESPI_CUDA_LAUNCHED("AdamW");
+}
+
+/* Moments at home in the host's memory: while a piece of them is updated, the next one comes in and the last one goes back, both ways of the
+ * bus at once. */
+esp_status update_by_pieces(const espi_exec *exec, float *p, float *m, float *v, const float *g, int64_t n, const adam_terms &s) {
+    espi_cuda *cuda = espi_cuda_of(exec);
+    const int64_t room = n < PIECE ? n : PIECE;
+    char *scratch = static_cast<char *>(exec->scratch);
+    float *here[ESPI_CUDA_PIECES][2];
+    for (auto &place : here)
+        for (float *&moments : place) moments = espi_cut<float>(&scratch, room);
+    ESPI_CUDA_TRY(cudaEventRecord(cuda->asked, cuda->stream));
+    ESPI_CUDA_TRY(cudaStreamWaitEvent(cuda->aside, cuda->asked, 0));
+    for (int64_t first = 0; first < n; first += room) {
+        const int at = static_cast<int>(first / room % ESPI_CUDA_PIECES);
+        const int64_t count = n - first < room ? n - first : room;
+        const size_t bytes = static_cast<size_t>(count) * sizeof(float);
+        float *const *const place = here[at];
+        if (first >= ESPI_CUDA_PIECES * room) ESPI_CUDA_TRY(cudaStreamWaitEvent(cuda->aside, cuda->gone[at], 0));
+        ESPI_CUDA_TRY(cudaMemcpyAsync(place[0], m + first, bytes, cudaMemcpyDefault, cuda->aside));
+        ESPI_CUDA_TRY(cudaMemcpyAsync(place[1], v + first, bytes, cudaMemcpyDefault, cuda->aside));
+        ESPI_CUDA_TRY(cudaEventRecord(cuda->made, cuda->aside));
+        ESPI_CUDA_TRY(cudaStreamWaitEvent(cuda->stream, cuda->made, 0));
+        ESPI_TRY(update(cuda->stream, p + first, place[0], place[1], g + first, count, s));
+        ESPI_CUDA_TRY(cudaEventRecord(cuda->asked, cuda->stream));
+        ESPI_CUDA_TRY(cudaStreamWaitEvent(cuda->away, cuda->asked, 0));
+        ESPI_CUDA_TRY(cudaMemcpyAsync(m + first, place[0], bytes, cudaMemcpyDefault, cuda->away));
+        ESPI_CUDA_TRY(cudaMemcpyAsync(v + first, place[1], bytes, cudaMemcpyDefault, cuda->away));
+        ESPI_CUDA_TRY(cudaEventRecord(cuda->gone[at], cuda->away));
+    }
+    ESPI_CUDA_TRY(cudaEventRecord(cuda->made, cuda->away));
+    return espi_cuda_check(cudaStreamWaitEvent(cuda->stream, cuda->made, 0), "waiting for moments on their way to the host");
+}
+
 } // namespace
+
+size_t espi_adamw_scratch_cuda(const espi_exec *exec, const espi_adamw *a) {
+    (void)exec;
+    return a->host_moments ? 2 * ESPI_CUDA_PIECES * espi_room(a->n < PIECE ? a->n : PIECE, sizeof(float)) : 0;
+}
 
 esp_status espi_adamw_cuda(const espi_exec *exec, const espi_adamw *a) {
     if (a->n == 0) return ESP_OK;
@@ -140,15 +190,9 @@ esp_status espi_adamw_cuda(const espi_exec *exec, const espi_adamw *a) {
     s.step_size = static_cast<float>(a->lr / correction1);
     s.root = static_cast<float>(1 / correction2);
     s.eps = static_cast<float>(a->eps);
-    const cudaStream_t stream = espi_cuda_of(exec)->stream;
-    if (a->n % 4 == 0 && espi_aligned16(a->p) && espi_aligned16(a->m) && espi_aligned16(a->v) && espi_aligned16(a->g))
-        adam_vectors<<<espi_blocks(a->n / 4, THREADS), THREADS, 0, stream>>>(static_cast<float4 *>(a->p), static_cast<float4 *>(a->m),
-                                                                             static_cast<float4 *>(a->v), static_cast<const float4 *>(a->g),
-                                                                             a->n / 4, s);
-    else
-        adam<<<espi_blocks(a->n, THREADS), THREADS, 0, stream>>>(static_cast<float *>(a->p), static_cast<float *>(a->m),
-                                                                 static_cast<float *>(a->v), static_cast<const float *>(a->g), a->n, s);
-    return ESPI_CUDA_LAUNCHED("AdamW");
+    float *p = static_cast<float *>(a->p), *m = static_cast<float *>(a->m), *v = static_cast<float *>(a->v);
+    const float *g = static_cast<const float *>(a->g);
+    return a->host_moments ? update_by_pieces(exec, p, m, v, g, a->n, s) : update(espi_cuda_of(exec)->stream, p, m, v, g, a->n, s);
 }
 
 esp_status espi_adamw8_cuda(const espi_exec *exec, const espi_adamw8 *a) {

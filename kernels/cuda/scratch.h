@@ -26,7 +26,8 @@ extern "C" {
     SCRATCH(head_fused)                                                                                                                    \
     SCRATCH(head_logits)                                                                                                                   \
     SCRATCH(head_sample)                                                                                                                   \
-    SCRATCH(sumsq)
+    SCRATCH(sumsq)                                                                                                                         \
+    SCRATCH(adamw)
 
 #define ESPI_CUDA_SCRATCH(op) size_t espi_##op##_scratch_cuda(const espi_exec *exec, const espi_##op *a);
 ESPI_CUDA_SCRATCHES(ESPI_CUDA_SCRATCH)

@@ -267,7 +267,8 @@ static esp_status update(esp_optim *o, double lr, double grad_scale) {
                                .beta2 = s->beta2,
                                .eps = s->eps,
                                .weight_decay = s->weight_decay,
-                               .grad_scale = grad_scale};
+                               .grad_scale = grad_scale,
+                               .host_moments = s->host_moments};
             ESPI_TRY(espi_op_adamw(o->model->ctx, &o->arena, &args));
         }
     }

@@ -477,6 +477,7 @@ void bench_optimiser(int64_t n) {
     memset(moments, 0, (size_t)a.n * 8);
     a.m = moments;
     a.v = (float *)moments + a.n;
+    a.host_moments = true;
     measure("adamw, moments in host memory", espi_backend_cuda.adamw, a, 0, 8.0 * (double)a.n);
     espi_backend_cuda.device->free_host(gpu, moments);
     used = before;

@@ -717,6 +717,40 @@ static void attention_again(espi_op_id op, int64_t head_dim) {
     problem_free(&twice);
 }
 
+/* Moments in the host's memory, more than are on their way at once, and in an odd number: the bits of moments on the GPU, twice. */
+static void moments_over_the_bus(void) {
+    enum { N = (7 << 20) + 3, STEPS = 2 };
+    static const char *const names[] = {"p", "m", "v"};
+    const espi_device *device = espi_backend_cuda.device;
+    const size_t bytes = (size_t)N * sizeof(float), each = padded(bytes);
+    float *values = (float *)(void *)image, *got = (float *)(void *)result;
+    unsigned char *home;
+    void *host;
+    if (device->alloc_host(gpu, 2 * each, &host) != ESP_OK) {
+        FAIL("adamw: %s", esp_last_error());
+        return;
+    }
+    home = host;
+    for (int there = 0; there < 2; there++) {
+        espi_exec exec = {.device = gpu, .threads = 1, .scratch = memory + 5 * each};
+        unsigned char *const places[] = {memory, there ? home : memory + each, there ? home + each : memory + 2 * each, memory + 3 * each};
+        espi_adamw a = {places[0], places[1], places[2], places[3], N, 0, 1e-2, 0.9, 0.99, 1e-8, 0.1, 0.5, there};
+        esp_status status = ESP_OK;
+        for (int k = 0; k < 4; k++) {
+            for (int i = 0; i < N; i++) values[i] = (float)((i * (7 + k) + k) % 1009) * (k == 2 ? 1e-3f : 1e-2f) - (k == 2 ? 0 : 5);
+            if (status == ESP_OK) status = device->put(gpu, places[k], values, bytes);
+        }
+        for (a.step = 1; a.step <= STEPS && status == ESP_OK; a.step++) status = espi_backend_cuda.adamw.run(&exec, &a);
+        for (int k = 0; k < 3 && status == ESP_OK; k++) {
+            status = device->get(gpu, there ? values : got + k * (each / sizeof(float)), places[k], bytes);
+            if (there && memcmp(values, got + k * (each / sizeof(float)), bytes) != 0)
+                FAIL("adamw: %s has other bits with moments in the host's memory", names[k]);
+        }
+        if (status != ESP_OK) FAIL("adamw: %s", esp_last_error());
+    }
+    device->free_host(gpu, host);
+}
+
 static bool set_up(void) {
     const espi_device *device = espi_backend_cuda.device;
     image = malloc(MEMORY);
@@ -755,6 +789,7 @@ int main(int argc, char **argv) {
         const espi_op_id op = i % 2 ? ESPI_OP_attention_bwd : ESPI_OP_attention_fwd;
         if (argc == 1 || (argc == 2 && strcmp(argv[1], op_cases[op].name) == 0)) attention_again(op, i / 2 ? 128 : 64);
     }
+    if (argc == 1 || strcmp(argv[1], "adamw") == 0) moments_over_the_bus();
     if (argc == 1) router_reports_nan();
     espi_backend_cuda.device->stop(gpu);
     free(image);

@@ -739,7 +739,8 @@ static void build_adamw(problem *p, espi_adamw *a) {
                       .beta2 = 0.99,
                       .eps = 1e-8,
                       .weight_decay = 0.1,
-                      .grad_scale = 0.5};
+                      .grad_scale = 0.5,
+                      .host_moments = p->shape.in_place};
     field *v = field_find(p, "v");
     for (int64_t i = 0; i < n; i++) field_set(v, i, fabs(field_get(v, i)));
     settle(p, "v");
