@@ -297,6 +297,7 @@ INLINE void panel_strip(float *sums, const uint8_t *a, const panel_work *work, i
         for (int t = 0; t < TILES; t++) part[i][t] = _mm512_maskz_loadu_ps(add ? 0xffff : 0, sums + i * WIDTH + t * 16);
     for (int64_t g = 0; g < groups; g++, a += GROUP * 4, panel += GROUP * WIDTH * 4) {
         _mm_prefetch((const char *)next.at + RECORD_CODES, _MM_HINT_T1);
+        _mm_prefetch((const char *)next.at + RECORD_CODES + 64, _MM_HINT_T1);
         panel_group(part, a, panel, next.at, rows);
         next.at += next.step[g & 1];
     }

@@ -2,12 +2,13 @@
  * between the calls.  One product of an expert, forward and backward; a layer's forward; a layer's step with a branch on every expert.  A
  * number is a median over rounds; each round times every case once, and the roofs. */
 #include "measure.h"
+#include "onednn.h"
 #include "roof.h"
 
 #include <jansson.h>
 #include <math.h>
 
-enum { EXPERTS_COLD = 64, RANK = 16, MOST = 96, SETS = 16 };
+enum { EXPERTS_COLD = 64, PEERS_COLD = 16, RANK = 16, MOST = 96, SETS = 16 };
 
 typedef struct layer_shape {
     const char *name;
@@ -20,8 +21,8 @@ static const layer_shape gpt_oss = {"gpt-oss-20b", 2880, 2880, 32, 4, true, ESP_
 
 /* A call that is timed `repeat` times. */
 typedef struct expert_case {
-    const char *section, *shape, *what, *regime, *format;
-    int64_t rows; /* M of a product, T of a layer */
+    const char *section, *shape, *what, *regime, *format, *peer; /* peer: NULL: espalier */
+    int64_t rows;                                                /* M of a product, T of a layer */
     double flops, bytes;
     int repeat, calls;
     void (*run)(struct expert_case *c);
@@ -144,6 +145,21 @@ static void make_product(expert_case *c, const espi_stack *w, int64_t rows, bool
                                               : 1,
                        .run = run_product,
                        .data = d};
+}
+
+static void run_onednn(expert_case *c) {
+    onednn_run(c->data, c->calls % PEERS_COLD);
+}
+
+/* The peer takes bf16 and gives bf16, so it has nothing to convert. */
+static bool make_onednn(expert_case *c, const expert_case *like) {
+    *c = *like;
+    c->peer = "oneDNN, packed";
+    c->format = "bf16";
+    c->bytes = 0;
+    c->run = run_onednn;
+    c->data = onednn_make(like->rows, 1536, 2048, PEERS_COLD, threads);
+    return c->data != NULL;
 }
 
 /* ---- a layer ---- */
@@ -283,6 +299,7 @@ static int make_cases(expert_case *cases, const char *only) {
             make_product(&cases[n++], &nf4, rows[i], true, false);
             make_product(&cases[n++], &mxfp4, rows[i], false, false);
             make_product(&cases[n++], &mxfp4, rows[i], true, false);
+            n += make_onednn(&cases[n], &cases[n - 4]);
             if (rows[i] < 64) make_product(&cases[n++], &nf4, rows[i], false, true);
         }
     }
@@ -317,9 +334,9 @@ static void write_json(const char *path, const expert_case *cases, int n, int ro
         const expert_case *c = &cases[i];
         const double seconds = median(c->seconds, rounds);
         json_t *row = json_pack("{s:s, s:s, s:s, s:I, s:s, s:s, s:i, s:i, s:f, s:f, s:I}", "section", c->section, "shape", c->shape, "what",
-                                c->what, strcmp(c->section, "expert") == 0 ? "M" : "T", (json_int_t)c->rows, "peer", "espalier", "format",
-                                c->format, "threads", threads, "windows", rounds, "ms", 1e3 * seconds, "gflops", 1e-9 * c->flops / seconds,
-                                "scratch_bytes", (json_int_t)c->scratch);
+                                c->what, strcmp(c->section, "expert") == 0 ? "M" : "T", (json_int_t)c->rows, "peer",
+                                c->peer ? c->peer : "espalier", "format", c->format, "threads", threads, "windows", rounds, "ms",
+                                1e3 * seconds, "gflops", 1e-9 * c->flops / seconds, "scratch_bytes", (json_int_t)c->scratch);
         if (c->regime) json_object_set_new(row, "regime", json_string(c->regime));
         if (c->bytes > 0) json_object_set_new(row, "gbs", json_real(1e-9 * c->bytes / seconds));
         json_array_append_new(rows, row);
@@ -364,6 +381,7 @@ int main(int argc, char **argv) {
         const double seconds = median(c->seconds, rounds), rate = c->flops / seconds;
         printf("%-7s %-14s %-8s %-5s %-5s %5lld %10.3f ms %8.1f GFLOP/s %5.1f %% of peak", c->section, c->shape, c->what, c->format,
                c->regime ? c->regime : "", (long long)c->rows, 1e3 * seconds, 1e-9 * rate, 100 * rate / peak / threads);
+        if (c->peer) printf(" %s", c->peer);
         if (c->bytes > 0) printf(" %6.1f GB/s", 1e-9 * c->bytes / seconds);
         if (c->arrays) printf(", %.3f GB", 1e-9 * (double)(c->scratch + c->arrays));
         printf("\n");
