@@ -154,7 +154,7 @@ void bf16_transpose(uint32_t *panel, int64_t stride, const float *const *row, in
 /* ---- products with a weight ---- */
 
 /* A panel holds DEPTH steps of the sum for COLS columns: 64 KiB, which the second cache keeps while the rows pass. */
-enum { DEPTH = 256, COLS = 128, LINE = 64, ROWS_AHEAD = 16 };
+enum { DEPTH = 512, COLS = 64, LINE = 64, ROWS_AHEAD = 48 };
 
 /* Asks for n values of a row that will be read soon: a panel takes a piece of each of many rows, which the machine does not foresee. */
 INLINE void fetch(const cpu_weight *w, int64_t row, int64_t col, int64_t n) {
@@ -164,14 +164,18 @@ INLINE void fetch(const cpu_weight *w, int64_t row, int64_t col, int64_t n) {
     for (int64_t i = 0; i < n * size; i += LINE) __builtin_prefetch(at + i, 0, 2);
 }
 
-/* n values of row `row` from `col` on as bits of bf16: where they lie, or rounded into `buffer`. */
+/* A row from `col` on where it lies as floats that are only to be rounded, or NULL. */
+static const float *float_row(const cpu_weight *w, int64_t row, int64_t col) {
+    if (w->stack || w->dtype != ESP_F32 || w->scale != 1) return NULL;
+    return (const float *)w->data + row * w->cols + col;
+}
+
+/* n values of another row as bits of bf16: where they lie, or rounded into `buffer`. */
 static const uint16_t *half_row(uint16_t buffer[DEPTH], const cpu_weight *w, int64_t row, int64_t col, int64_t n) {
     if (!w->stack && w->dtype == ESP_BF16 && w->scale == 1) return (const uint16_t *)w->data + row * w->cols + col;
-    const bool direct = !w->stack && w->dtype == ESP_F32 && w->scale == 1;
     float decoded[DEPTH];
-    if (!direct) cpu_decode_row(decoded, w, row, col, n);
-    const float *x = direct ? (const float *)w->data + row * w->cols + col : decoded;
-    for (int64_t at = 0; at < n; at += 2 * WORDS) _mm512_storeu_si512(buffer + at, round_32(x, at, n));
+    cpu_decode_row(decoded, w, row, col, n);
+    for (int64_t at = 0; at < n; at += 2 * WORDS) _mm512_storeu_si512(buffer + at, round_32(decoded, at, n));
     return buffer;
 }
 
@@ -181,9 +185,15 @@ static void pack_transposed(uint32_t *panel, const cpu_weight *w, int64_t k0, in
     for (int64_t j = 0; j < n; j += WORDS) {
         const int64_t rows = cpu_min(n - j, WORDS);
         const uint16_t *row[WORDS];
+        const float *floats[WORDS];
         for (int64_t i = 0; i < rows; i++) {
             fetch(w, col + j + i + ROWS_AHEAD, k0, depth);
-            row[i] = half_row(buffer[i], w, col + j + i, k0, depth);
+            floats[i] = float_row(w, col + j + i, k0);
+            if (!floats[i]) row[i] = half_row(buffer[i], w, col + j + i, k0, depth);
+        }
+        if (floats[0]) {
+            bf16_transpose(panel + j, COLS, floats, rows, depth);
+            continue;
         }
         for (int64_t at = 0; at < depth; at += 2 * WORDS) {
             const __mmask32 some = lanes_32(at, depth);
@@ -200,9 +210,14 @@ static void pack_transposed(uint32_t *panel, const cpu_weight *w, int64_t k0, in
 static void pack_plain(uint32_t *panel, const cpu_weight *w, int64_t k0, int64_t depth, int64_t col, int64_t n) {
     _Alignas(64) uint16_t buffer[2][DEPTH];
     for (int64_t k = 0; k < depth; k += 2) {
-        const uint16_t *x = half_row(buffer[0], w, k0 + k, col, n), *y = NULL;
         fetch(w, k0 + k + ROWS_AHEAD, col, n);
         fetch(w, k0 + k + ROWS_AHEAD + 1, col, n);
+        const float *first = float_row(w, k0 + k, col);
+        if (first) {
+            bf16_pair_rows(panel + k / 2 * COLS, first, k + 1 < depth ? float_row(w, k0 + k + 1, col) : NULL, n);
+            continue;
+        }
+        const uint16_t *x = half_row(buffer[0], w, k0 + k, col, n), *y = NULL;
         if (k + 1 < depth) y = half_row(buffer[1], w, k0 + k + 1, col, n);
         for (int64_t at = 0; at < n; at += WORDS) {
             const __mmask16 some = n - at >= WORDS ? 0xffff : (__mmask16)((1u << (n - at)) - 1);
