@@ -285,9 +285,9 @@ static int start(run *r, settings *s) {
     CHECK(esp_ctx_create(&r->ctx, &s->ctx));
     CHECK(esp_tokenizer_load(&r->tokenizer, s->model_dir));
     if (!s->ignore_memory) {
-        size_t peak;
-        CHECK(esp_trainer_plan(&peak, r->ctx, s->model_dir, &s->model, r->tokenizer, &s->trainer));
-        CHECK(esp_plan_check(r->ctx, peak));
+        size_t peak, host;
+        CHECK(esp_trainer_plan(&peak, &host, r->ctx, s->model_dir, &s->model, r->tokenizer, &s->trainer));
+        CHECK(esp_plan_check(r->ctx, peak, host));
     }
     CHECK(esp_model_load(&r->model, r->ctx, s->model_dir, &s->model));
     const esp_status created = esp_trainer_create(&r->trainer, r->model, r->tokenizer, &s->trainer);

@@ -35,12 +35,12 @@ ESP_API esp_status esp_plan_folder(esp_plan *out, esp_ctx *ctx, const char *dir,
                                    const esp_adamw_config *adamw, int64_t n_tokens, int32_t n_seqs);
 
 /// Is there room for it?  Ask before anything is loaded: a rank that takes more than there is gets killed without a word.  Of the ranks on one
-/// host the sum is compared with the smallest of its free memory and of what the limits of their control groups leave; on GPUs, of those on
-/// one GPU with its free memory; and `peak` with esp_ctx_config.memory_limit.  A limit that cannot be read is none; the log tells (info).
-/// Collective.
+/// host the sum is compared with the smallest of its free memory and of what the limits of their control groups leave; of those on one GPU
+/// with its free memory; and `peak` with esp_ctx_config.memory_limit.  A limit that cannot be read is none; the log tells (info).  Collective.
 /// peak [in]  bytes that this rank is going to take: esp_plan.peak, or of esp_trainer_plan()
+/// host [in]  on a GPU, bytes in the memory of the host: esp_plan.host_weights + host_moments, or of esp_trainer_plan()
 /// ESP_ERR_MEMORY on all ranks: it does not fit somewhere; the sentence has the numbers
-ESP_API esp_status esp_plan_check(esp_ctx *ctx, size_t peak);
+ESP_API esp_status esp_plan_check(esp_ctx *ctx, size_t peak, size_t host);
 
 /// What a rank can do, as esp_plan_placement() reckons.
 typedef struct esp_machine {

@@ -131,8 +131,9 @@ typedef struct esp_trainer esp_trainer;
 
 /// What esp_trainer_memory() will say is planned, to the byte, before a weight is read: from config.json and the task files.  For
 /// esp_plan_check().  Collective over the comm of ctx.
+/// host [out]  of a GPU: bytes of weights and moments in the memory of the host, which are in no peak; else 0
 /// model [in]  NULL = all defaults, as for esp_model_load()
-ESP_API esp_status esp_trainer_plan(size_t *peak, esp_ctx *ctx, const char *dir, const esp_model_config *model,
+ESP_API esp_status esp_trainer_plan(size_t *peak, size_t *host, esp_ctx *ctx, const char *dir, const esp_model_config *model,
                                     const esp_tokenizer *tokenizer, const esp_trainer_config *config);
 
 /// Reads the task files, takes all memory, restores resume_dir if given.  The model's adapter is what trains.  Destroy before the model.

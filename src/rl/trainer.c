@@ -85,8 +85,8 @@ static int64_t most_kept(const esp_trainer *t) {
     return !filtered ? 0 : most < vocab ? most : vocab;
 }
 
-/* Of the optimiser, the activations and the sampler. */
-static esp_status run_bytes(size_t *bytes, esp_trainer *t) {
+/* Of the optimiser, the activations and the sampler; host: of the optimiser alone. */
+static esp_status run_bytes(espi_extent *bytes, esp_trainer *t) {
     t->most_kept = most_kept(t);
     const esp_sampler_config sampler = sampler_config(t);
     espi_extent optim;
@@ -96,17 +96,18 @@ static esp_status run_bytes(size_t *bytes, esp_trainer *t) {
     ESPI_TRY(espi_update_reserve(&activations, t, false));
     if (needs_sampler(t)) ESPI_TRY(esp_sampler_plan(t->model, &sampler, &cache));
     if (activations < t->model->room.extent.main) activations = t->model->room.extent.main;
-    *bytes = optim.main + activations + cache;
+    *bytes = (espi_extent){.main = optim.main + activations + cache, .host = optim.host};
     return ESP_OK;
 }
 
 /* What the run will take, known before any of it is taken; then takes it. */
 static esp_status take_memory(esp_trainer *t) {
     esp_ctx *ctx = t->model->ctx;
-    size_t activations, whole;
-    ESPI_TRY(run_bytes(&whole, t));
+    espi_extent run;
+    size_t activations;
+    ESPI_TRY(run_bytes(&run, t));
     const esp_sampler_config sampler = sampler_config(t);
-    whole += ctx->total - t->model->room.extent.main;
+    const size_t whole = ctx->total - t->model->room.extent.main + run.main;
     t->planned = whole > ctx->peak ? whole : ctx->peak;
     ESPI_TRY(esp_adamw_create(&t->optim, t->model, &t->c.adamw));
     if (needs_sampler(t)) ESPI_TRY(esp_sampler_create(&t->sampler, t->model, &sampler));
@@ -226,32 +227,33 @@ void esp_trainer_destroy(esp_trainer *trainer) {
 }
 
 /* The same sums as of a trainer. */
-static esp_status plan_on(size_t *peak, esp_model *model, const esp_tokenizer *tokenizer, const esp_trainer_config *config) {
+static esp_status plan_on(size_t *peak, size_t *host, esp_model *model, const esp_tokenizer *tokenizer, const esp_trainer_config *config) {
     esp_trainer *t = NULL;
     espi_weight_plan w;
-    size_t run = 0;
+    espi_extent run = {0};
     ESPI_TRY(espi_weight_plan_make(&w, model->ctx, &model->config, &model->options, model->lora));
     ESPI_TRY(make(&t, model, tokenizer));
     esp_status status = espi_trainer_settle(t, config);
     if (status == ESP_OK) status = read_tasks(t);
     if (status == ESP_OK) status = run_bytes(&run, t);
     esp_trainer_destroy(t);
-    const size_t weights = w.dense + w.experts, whole = weights + w.adapter + w.gradients + run;
+    const size_t weights = w.dense + w.experts, whole = weights + w.adapter + w.gradients + run.main;
     *peak = whole > weights + w.staging ? whole : weights + w.staging;
+    *host = w.host + run.host;
     return status;
 }
 
-esp_status esp_trainer_plan(size_t *peak, esp_ctx *ctx, const char *dir, const esp_model_config *model, const esp_tokenizer *tokenizer,
-                            const esp_trainer_config *config) {
-    if (!peak || !ctx || !dir || !tokenizer || !config)
-        return ESPI_FAIL(ESP_ERR_ARG, "esp_trainer_plan: peak, ctx, dir, tokenizer or config is NULL, expected all five");
+esp_status esp_trainer_plan(size_t *peak, size_t *host, esp_ctx *ctx, const char *dir, const esp_model_config *model,
+                            const esp_tokenizer *tokenizer, const esp_trainer_config *config) {
+    if (!peak || !host || !ctx || !dir || !tokenizer || !config)
+        return ESPI_FAIL(ESP_ERR_ARG, "esp_trainer_plan: peak, host, ctx, dir, tokenizer or config is NULL, expected all six");
     esp_model outline;
     unsigned char reported[sizeof ctx->reported];
     const esp_log_fn log = ctx->log;
     memcpy(reported, ctx->reported, sizeof reported);
     ctx->log = NULL; /* what there is to tell is told by the trainer */
     esp_status status = espi_model_outline(&outline, ctx, dir, model);
-    if (status == ESP_OK) status = plan_on(peak, &outline, tokenizer, config);
+    if (status == ESP_OK) status = plan_on(peak, host, &outline, tokenizer, config);
     espi_model_outline_free(&outline);
     ctx->log = log;
     memcpy(ctx->reported, reported, sizeof reported);

@@ -11,15 +11,17 @@ enum { RANKS = 4 };
 typedef struct ask {
     size_t peak, limit;
     uint64_t left, number;
+    size_t beside; /* in the memory of the host that has number 1, where 1000 bytes are left */
 } ask;
 
 static esp_status check(rank_job *job) {
     const ask *a = (const ask *)job->user + job->rank;
-    espi_memory_place place = {.number = a->number, .left = a->left, .source = "/proc/meminfo"};
+    espi_demand demands[] = {{{.number = a->number, .left = a->left, .source = "/proc/meminfo"}, a->peak},
+                             {{.number = 1, .left = 1000, .name = "home", .source = "a limit"}, a->beside}};
     esp_ctx *ctx;
-    snprintf(place.name, sizeof place.name, "host%d", (int)a->number);
+    snprintf(demands[0].place.name, sizeof demands[0].place.name, "host%d", (int)a->number);
     ESPI_TRY(esp_ctx_create(&ctx, &ESP_CTX_CONFIG(.comm = job->comm, .threads = 1, .memory_limit = a->limit)));
-    const esp_status status = espi_room_check(ctx, a->peak, &place);
+    const esp_status status = espi_room_check(ctx, demands);
     esp_ctx_destroy(ctx);
     return status;
 }
@@ -50,11 +52,18 @@ Test(room, of_each_rank_by_its_own_limit) {
             {100, 0, 1000, 1}, {100, 99, 1000, 1});
 }
 
+/* Ranks on devices, and one that has none, take memory of one host. */
+Test(room, beside_devices) {
+    FITS({9, 0, 9, 2, 300}, {9, 0, 9, 3, 300}, {400, 0, 1000, 1}, {9, 0, 9, 4});
+    REFUSED("rank 0: a run takes up to 300 bytes here, all 3 ranks that share the memory of home together 1001, expected at most the 1000",
+            {9, 0, 9, 2, 300}, {9, 0, 9, 3, 301}, {400, 0, 1000, 1}, {9, 0, 9, 4});
+}
+
 /* Of the machine that this runs on. */
 static esp_status check_here(rank_job *job) {
     esp_ctx *ctx;
     ESPI_TRY(esp_ctx_create(&ctx, &ESP_CTX_CONFIG(.comm = job->comm, .threads = 1)));
-    const esp_status status = esp_plan_check(ctx, *(const size_t *)job->user);
+    const esp_status status = esp_plan_check(ctx, *(const size_t *)job->user, (size_t)1 << 60);
     esp_ctx_destroy(ctx);
     return status;
 }
@@ -68,12 +77,13 @@ Test(room, of_this_machine) {
 static esp_status check_device(rank_job *job) {
     esp_ctx *ctx;
     ESPI_TRY(fake_ctx(&ctx, &ESP_CTX_CONFIG(.comm = job->comm, .threads = 1)));
-    const esp_status status = esp_plan_check(ctx, *(const size_t *)job->user);
+    const esp_status status = esp_plan_check(ctx, ((const size_t *)job->user)[0], ((const size_t *)job->user)[1]);
     esp_ctx_destroy(ctx);
     return status;
 }
 
 Test(room, of_a_device) {
-    ranks_well(3, 1, check_device, &(size_t){FAKE_LEFT / 3}, "a third");
-    ranks_fail(3, 1, check_device, &(size_t){FAKE_LEFT / 3 + 1}, ESP_ERR_MEMORY, "that are left (free on its GPU)");
+    ranks_well(3, 1, check_device, (size_t[]){FAKE_LEFT / 3, 4096}, "a third");
+    ranks_fail(3, 1, check_device, (size_t[]){FAKE_LEFT / 3 + 1, 4096}, ESP_ERR_MEMORY, "that are left (free on its GPU)");
+    ranks_fail(3, 1, check_device, (size_t[]){4096, (size_t)1 << 59}, ESP_ERR_MEMORY, "all 3 ranks that share the memory of ");
 }

@@ -109,9 +109,10 @@ static esp_status work(rank_job *job) {
     demo d = {NULL, NULL, NULL, NULL};
     const esp_model_config config =
         ESP_MODEL_CONFIG(.seed = 5, .expert_ranks = job->spread, .router_aux_coef = r->aux_coef, .lora_rank = r->lora_rank);
+    size_t host;
     esp_status status = esp_ctx_create(&d.ctx, &ESP_CTX_CONFIG(.comm = job->comm, .threads = 1));
     if (status == ESP_OK) status = esp_tokenizer_load(&d.tokenizer, DEMO_MODEL);
-    if (status == ESP_OK) status = esp_trainer_plan(&r->out->foretold[job->rank], d.ctx, r->dir, &config, d.tokenizer, &r->config);
+    if (status == ESP_OK) status = esp_trainer_plan(&r->out->foretold[job->rank], &host, d.ctx, r->dir, &config, d.tokenizer, &r->config);
     if (status == ESP_OK) status = esp_model_load(&d.model, d.ctx, r->dir, &config);
     if (status == ESP_OK) status = train(r, d.model, d.tokenizer);
     demo_free(&d);

@@ -36,9 +36,20 @@ static demo open_demo(bool device, const esp_trainer_config *config) {
         OK(fake_ctx(&d.ctx, NULL));
     else
         OK(esp_ctx_create(&d.ctx, &ESP_CTX_CONFIG(.backend = "ref")));
-    OK(esp_model_load(&d.model, d.ctx, DEMO_MODEL, &ESP_MODEL_CONFIG(.seed = config->seed, .host_layers = config->adamw.host_moments)));
+    const esp_model_config options = ESP_MODEL_CONFIG(.seed = config->seed, .host_layers = config->adamw.host_moments);
+    esp_plan plan = ESP_PLAN_INIT;
+    size_t foretold, host, planned, peak;
     OK(esp_tokenizer_load(&d.tokenizer, DEMO_MODEL));
+    const esp_adamw_config *adamw = config->adamw.struct_size > 0 ? &config->adamw : NULL;
+    OK(esp_plan_folder(&plan, d.ctx, DEMO_MODEL, &options, adamw, 16, 1));
+    OK(esp_trainer_plan(&foretold, &host, d.ctx, DEMO_MODEL, &options, d.tokenizer, config));
+    OK(esp_model_load(&d.model, d.ctx, DEMO_MODEL, &options));
     OK(esp_trainer_create(&d.trainer, d.model, d.tokenizer, config));
+    OK(esp_trainer_memory(d.trainer, &planned, &peak));
+    cr_assert_eq(foretold, planned, "%zu bytes planned before loading, %zu after it", foretold, planned);
+    cr_assert_eq(host, plan.host_weights + plan.host_moments, "%zu bytes in the host's memory, expected %zu and %zu", host,
+                 plan.host_weights, plan.host_moments);
+    cr_assert_eq(host > 0, device, "%zu bytes in the host's memory", host);
     return d;
 }
 

@@ -49,14 +49,15 @@ static inline demo demo_model(uint64_t seed, bool trained) {
 }
 
 static inline demo demo_trainer_of(const char *dir, const esp_trainer_config *config) {
-    size_t foretold, planned, peak;
+    size_t foretold, host, planned, peak;
     esp_ctx *before;
     demo d = demo_model_of(dir, config->seed, false);
     OK(esp_ctx_create(&before, NULL));
-    OK(esp_trainer_plan(&foretold, before, dir, &ESP_MODEL_CONFIG(.seed = config->seed), d.tokenizer, config));
+    OK(esp_trainer_plan(&foretold, &host, before, dir, &ESP_MODEL_CONFIG(.seed = config->seed), d.tokenizer, config));
     esp_ctx_destroy(before);
     OK(esp_trainer_create(&d.trainer, d.model, d.tokenizer, config));
     OK(esp_trainer_memory(d.trainer, &planned, &peak));
+    cr_assert_eq(host, 0);
     cr_assert_eq(foretold, planned, "%zu bytes planned before loading, %zu after it", foretold, planned);
     return d;
 }
