@@ -93,6 +93,20 @@ static void too_much(void) {
     OK(ops->wait(device));
 }
 
+/* Of a GPU that nobody else takes memory of just now. */
+static void what_is_left(void) {
+    const size_t taken = (size_t)1 << 30;
+    uint64_t before, after, number, again;
+    void *p;
+    OK(ops->left(device, &before, &number));
+    OK(ops->alloc(device, taken, &p));
+    OK(ops->left(device, &after, &again));
+    EXPECT(number == again, "the GPU has the number %llx, then %llx", (unsigned long long)number, (unsigned long long)again);
+    EXPECT(after + taken <= before, "%llu bytes are left, and %llu when %zu are taken", (unsigned long long)before,
+           (unsigned long long)after, taken);
+    ops->free(device, p);
+}
+
 static float value(int kind, int64_t i) {
     const float v = (float)(int32_t)(draw() - (1u << 23)) * 0x1p-23f;
     if (kind == 1) return i % 7 == 0 ? 0.0f : v * 1e-3f;
@@ -184,6 +198,7 @@ int main(void) {
     RUN(copies());
     RUN(recordings());
     RUN(too_much());
+    RUN(what_is_left());
     RUN(quantising(backend));
     ops->stop(device);
     return check_end();
