@@ -30,9 +30,6 @@ const char *espi_cublaslt_open(void);
              (cublasLtMatrixLayout_t * layout, cudaDataType type, uint64_t rows, uint64_t cols, int64_t stride),                           \
              (layout, type, rows, cols, stride))                                                                                           \
     FUNCTION(cublasLtMatrixLayoutDestroy, (cublasLtMatrixLayout_t layout), (layout))                                                       \
-    FUNCTION(cublasLtMatrixLayoutSetAttribute,                                                                                             \
-             (cublasLtMatrixLayout_t layout, cublasLtMatrixLayoutAttribute_t attribute, const void *value, size_t bytes),                  \
-             (layout, attribute, value, bytes))                                                                                            \
     FUNCTION(cublasLtMatmulPreferenceCreate, (cublasLtMatmulPreference_t * preference), (preference))                                      \
     FUNCTION(cublasLtMatmulPreferenceDestroy, (cublasLtMatmulPreference_t preference), (preference))                                       \
     FUNCTION(cublasLtMatmulPreferenceSetAttribute,                                                                                         \

@@ -153,7 +153,6 @@ typedef struct espi_product {
     esp_dtype bias_dtype;
     int64_t m, n, k;
     float alpha, beta;
-    int64_t batches, a_step, b_step, d_step; /* that many products, each so many values behind the one before; 0: one */
 } espi_product;
 
 esp_status espi_product_cuda(const espi_exec *exec, const espi_product *p);

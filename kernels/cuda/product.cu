@@ -64,9 +64,8 @@ bool fits(const espi_operand *o) {
     return o->dtype == ESP_BF16 && espi_aligned16(o->data) && (is_by_row(o) || (o->row == 1 && o->col % 8 == 0));
 }
 
-/* Of an array, and of the same in the next products. */
-uint32_t alignment_of(const void *p, int64_t step, size_t size) {
-    const uintptr_t address = reinterpret_cast<uintptr_t>(p) | (static_cast<uintptr_t>(step) * size);
+uint32_t alignment_of(const void *p) {
+    const uintptr_t address = reinterpret_cast<uintptr_t>(p);
     uint32_t bytes = 16;
     while (bytes < MOST_ALIGNED && address % (2 * static_cast<uintptr_t>(bytes)) == 0) bytes *= 2;
     return bytes;
@@ -94,14 +93,6 @@ void describe(dense_call *c, cublasLtMatrixLayout_t *layout, cudaDataType_t type
         c->status = cublasLtMatrixLayoutCreate(layout, type, static_cast<uint64_t>(rows), static_cast<uint64_t>(cols), stride);
 }
 
-void repeat(dense_call *c, cublasLtMatrixLayout_t layout, int64_t batches, int64_t step) {
-    const int32_t count = static_cast<int32_t>(batches);
-    if (c->status == CUBLAS_STATUS_SUCCESS)
-        c->status = cublasLtMatrixLayoutSetAttribute(layout, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &count, sizeof count);
-    if (c->status == CUBLAS_STATUS_SUCCESS)
-        c->status = cublasLtMatrixLayoutSetAttribute(layout, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &step, sizeof step);
-}
-
 void drop(const dense_call *c) {
     if (c->preference) (void)cublasLtMatmulPreferenceDestroy(c->preference);
     if (c->left) (void)cublasLtMatrixLayoutDestroy(c->left);
@@ -116,9 +107,7 @@ cublasStatus_t dense(const espi_cuda *cuda, const espi_product *p) {
     const cudaDataType_t type = p->dtype == ESP_F32 ? CUDA_R_32F : CUDA_R_16BF, bias_type = CUDA_R_16BF;
     const cublasOperation_t op_left = is_by_row(&p->b) ? CUBLAS_OP_N : CUBLAS_OP_T, op_right = is_by_row(&p->a) ? CUBLAS_OP_N : CUBLAS_OP_T;
     const cublasLtEpilogue_t epilogue = p->bias ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT;
-    const uint32_t aligned_left = alignment_of(p->b.data, p->b_step, sizeof(bf16)),
-                   aligned_right = alignment_of(p->a.data, p->a_step, sizeof(bf16));
-    const uint32_t aligned_out = alignment_of(p->d, p->d_step, p->dtype == ESP_F32 ? sizeof(float) : sizeof(bf16));
+    const uint32_t aligned_left = alignment_of(p->b.data), aligned_right = alignment_of(p->a.data), aligned_out = alignment_of(p->d);
     const size_t workspace = cuda->workspace_bytes;
     cublasLtMatmulHeuristicResult_t found;
     int n_found = 0;
@@ -139,11 +128,6 @@ cublasStatus_t dense(const espi_cuda *cuda, const espi_product *p) {
     else
         describe(&c, &c.right, CUDA_R_16BF, p->m, p->k, p->a.col);
     describe(&c, &c.out, type, p->n, p->m, p->stride);
-    if (p->batches > 1) {
-        repeat(&c, c.left, p->batches, p->b_step);
-        repeat(&c, c.right, p->batches, p->a_step);
-        repeat(&c, c.out, p->batches, p->d_step);
-    }
     if (c.status == CUBLAS_STATUS_SUCCESS) c.status = cublasLtMatmulPreferenceCreate(&c.preference);
     prefer(&c, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, sizeof workspace);
     prefer(&c, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &aligned_left, sizeof aligned_left);
@@ -177,9 +161,6 @@ esp_status espi_product_cuda(const espi_exec *exec, const espi_product *p) {
             "than was compiled for?",
             static_cast<int>(status), (long long)p->m, (long long)p->n, (long long)p->k);
     }
-    if (p->batches > 1)
-        return ESPI_FAIL(ESP_ERR_INTERNAL,
-                         "several products at once, of operands that cuBLASLt does not take, expected whole vectors of bf16");
     const dim3 blocks(espi_blocks(p->n, TILE), espi_blocks(p->m, TILE));
     if (blocks.y > 65535)
         return ESPI_FAIL(ESP_ERR_UNSUPPORTED,
