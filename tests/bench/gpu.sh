@@ -91,6 +91,7 @@ part_sanitizers() {
         # shellcheck disable=SC2086  # words
         step $tool-model 60 $checked ./test_cuda_model data q3c once
         for layer in nf4-r16 nf4-few-rows mxfp4-r16-clamped mxfp4-few-rows; do
+            [ $tool-$layer != racecheck-mxfp4-r16-clamped ] || continue # tests/cuda/planted.md says why
             # shellcheck disable=SC2086  # words
             step $tool-$layer 40 $checked ./esp_bench_gpu_experts check $layer
         done
