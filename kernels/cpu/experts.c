@@ -137,20 +137,24 @@ static inline void glu_grad(const espi_glu *glu, vec *g, vec *u, vec d) {
     *u = pick(up_passes, d * gate * s, (vec){0});
 }
 
+/* One row; what comes to the activations is `factor` times d_act. */
+static void activate_grad(const espi_glu *glu, float *d_gu, const float *d_act, float factor, const float *gu, int64_t width) {
+    for (int64_t i = 0; i < width; i += LANES) {
+        const int64_t n = cpu_min(width - i, LANES);
+        vec g, u;
+        load_pair(&g, &u, gu, i, n, width, glu->interleaved);
+        glu_grad(glu, &g, &u, splat(factor) * (n == LANES ? load(d_act + i) : load_part(d_act + i, n, 0)));
+        store_pair(d_gu, g, u, i, n, width, glu->interleaved);
+    }
+}
+
 esp_status ESPI_CPU(espi_swiglu_bwd)(const espi_exec *exec, const espi_swiglu_bwd *a) {
     const int64_t width = a->width;
     const int threads = cpu_threads(exec, (double)a->rows * (double)width * 24);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t row = 0; row < a->rows; row++) {
-        const float *d_act = (const float *)a->d_act + row * width;
-        for (int64_t i = 0; i < width; i += LANES) {
-            const int64_t n = cpu_min(width - i, LANES);
-            vec g, u;
-            load_pair(&g, &u, (const float *)a->gu + row * 2 * width, i, n, width, a->glu.interleaved);
-            glu_grad(&a->glu, &g, &u, n == LANES ? load(d_act + i) : load_part(d_act + i, n, 0));
-            store_pair((float *)a->d_gu + row * 2 * width, g, u, i, n, width, a->glu.interleaved);
-        }
-    }
+    for (int64_t row = 0; row < a->rows; row++)
+        activate_grad(&a->glu, (float *)a->d_gu + row * 2 * width, (const float *)a->d_act + row * width, 1,
+                      (const float *)a->gu + row * 2 * width, width);
     return ESP_OK;
 }
 
@@ -345,9 +349,20 @@ static void packed_task(const packed_pass *k, int64_t e, int64_t panel, int64_t 
         packed_rows(k, e, &columns, first, cpu_min(end - first, TASK_ROWS), work);
 }
 
+/* A branch's first product, of all rows of an expert. */
+static void low_task(const packed_pass *k, int64_t e) {
+    const expert_pass *p = k->pass;
+    const int64_t in = p->w->cols, r = p->lora->r, width = k->backward ? p->w->rows : in;
+    const int64_t first = p->routing->offsets[e], m = p->routing->offsets[e + 1] - first;
+    const cpu_branch l = cpu_branch_of(p->lora, e, in, p->w->rows);
+    const cpu_weight weight = k->backward ? cpu_floats(l.b, r, l.scale, false) : cpu_floats(l.a, in, 1, true);
+    const cpu_rows from = input_rows(p, k->from, width, first), to = routed_rows(k->low, r, first);
+    if (r) cpu_product(&to, &from, &weight, m, width, 0, r, false);
+}
+
 static void run_packed(const espi_exec *exec, const packed_pass *k, char *scratch) {
     const expert_pass *p = k->pass;
-    const int64_t in = p->w->cols, out = p->w->rows, r = p->lora->r;
+    const int64_t in = p->w->cols, out = p->w->rows;
     const int threads = pass_threads(exec, p);
     /* Every task may have to convert its rows: alone, a thread is better off with few. */
     const int64_t cols = threads > 1 || k->backward ? TASK_COLS : 4 * TASK_COLS, panels = cpu_blocks(k->backward ? in : out, cols);
@@ -358,19 +373,15 @@ static void run_packed(const espi_exec *exec, const packed_pass *k, char *scratc
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         packed_work work = {memory + (size_t)omp_get_thread_num() * each, -1};
-        if (r) {
+        if (threads > 1) {
 #pragma omp for schedule(dynamic, 1)
-            for (int64_t i = 0; i < hit; i++) {
-                const int64_t first = p->routing->offsets[order[i]], m = p->routing->offsets[order[i] + 1] - first;
-                const cpu_branch l = cpu_branch_of(p->lora, order[i], in, out);
-                const cpu_weight weight = k->backward ? cpu_floats(l.b, r, l.scale, false) : cpu_floats(l.a, in, 1, true);
-                const int64_t width = k->backward ? out : in;
-                const cpu_rows from = input_rows(p, k->from, width, first), to = routed_rows(k->low, r, first);
-                cpu_product(&to, &from, &weight, m, width, 0, r, false);
-            }
+            for (int64_t i = 0; i < hit; i++) low_task(k, order[i]);
         }
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t task = 0; task < hit * panels; task++) packed_task(k, order[task / panels], task % panels, cols, &work);
+        for (int64_t task = 0; task < hit * panels; task++) {
+            if (threads == 1 && task % panels == 0) low_task(k, order[task / panels]); /* the tasks read the same rows */
+            packed_task(k, order[task / panels], task % panels, cols, &work);
+        }
     }
 }
 
@@ -467,14 +478,15 @@ size_t ESPI_CPU(espi_down_bwd_scratch)(const espi_exec *exec, const espi_down_bw
     return down_floats(a) + packed_scratch(exec, &a->w, &a->routing);
 }
 
-/* From a_s, which d_act holds, to d_row_weight_s = act_s . a_s + bias_e . d_out_t and w_s a_s. */
-static void weigh_row(const espi_down_bwd *a, float *d_act, const float *act, int64_t e, int64_t s) {
+/* From a_s, which d_act holds: act_s, d_row_weight_s = act_s . a_s + bias_e . d_out_t, and the gradient of the gates and ups from w_s a_s. */
+static void leave_row(const espi_down_bwd *a, float *act, const float *d_act, int64_t e, int64_t s) {
     const int64_t width = a->w.cols, hidden = a->w.rows;
-    const float weight = ((const float *)a->routing.row_weight)[s];
-    float *d = d_act + s * width, *d_weight = (float *)a->d_row_weight + s;
+    const float *gu = (const float *)a->gu + s * 2 * width, *d = d_act + s * width;
+    float *d_weight = (float *)a->d_row_weight + s;
+    activate(&a->glu, act + s * width, gu, 0, width, width);
     *d_weight = cpu_dot(act + s * width, d, width);
     if (a->bias) *d_weight += cpu_dot(a->bias + e * hidden, (const float *)a->d_out + a->routing.row_token[s] * hidden, hidden);
-    for (int64_t i = 0; i < width; i++) d[i] *= weight;
+    activate_grad(&a->glu, (float *)a->d_gu + s * 2 * width, d, ((const float *)a->routing.row_weight)[s], gu, width);
 }
 
 esp_status ESPI_CPU(espi_down_bwd)(const espi_exec *exec, const espi_down_bwd *a) {
@@ -484,11 +496,10 @@ esp_status ESPI_CPU(espi_down_bwd)(const espi_exec *exec, const espi_down_bwd *a
     const float *weight = a->routing.row_weight;
     const expert_pass p = {&a->w, NULL, &a->lora, &a->routing, true};
     const int threads = pass_threads(exec, &p);
-    ESPI_TRY(ESPI_CPU(espi_swiglu_fwd)(exec, &(espi_swiglu_fwd){act, a->gu, slots, width, a->glu}));
     backward(exec, &p, d_act, q, a->d_out, (char *)q + down_floats(a));
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
     for (int64_t e = 0; e < a->w.experts; e++)
-        for (int64_t s = a->routing.offsets[e]; s < a->routing.offsets[e + 1]; s++) weigh_row(a, d_act, act, e, s);
+        for (int64_t s = a->routing.offsets[e]; s < a->routing.offsets[e + 1]; s++) leave_row(a, act, d_act, e, s);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t s = 0; s < slots; s++) {
         for (int64_t k = 0; k < r; k++) {
@@ -497,7 +508,7 @@ esp_status ESPI_CPU(espi_down_bwd)(const espi_exec *exec, const espi_down_bwd *a
         }
     }
     branch_grads(exec, &p, act, a->d_out, false, u, q);
-    return ESPI_CPU(espi_swiglu_bwd)(exec, &(espi_swiglu_bwd){a->d_gu, d_act, a->gu, slots, width, a->glu});
+    return ESP_OK;
 }
 
 /* A combination's work is to fetch rows from memory, which takes so many times as long as a multiply-add of theirs. */

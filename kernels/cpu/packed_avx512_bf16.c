@@ -474,23 +474,44 @@ void cpu_packed_forward(const cpu_rows *c, const cpu_rows *a, const cpu_packed *
 
 /* ---- backward ---- */
 
-/* 32 rows of one record to panel[16 pairs][64]. */
-INLINE void decode_record(uint8_t *panel, const gather *g, const uint8_t *record, __m512 lut, const bool mx) {
-    const int halves = mx ? 2 : 1;
+/* 32 rows of one record of NF4 or FP4 to panel[16 pairs][64]: a table for every pair. */
+INLINE void decode_by_tables(uint8_t *panel, const gather *g, const uint8_t *record, __m512 lut) {
     for (int tile = 0; tile < 2; tile++) {
-        for (int half = 0; half < halves; half++) {
-            _Alignas(64) float buffer[16];
-            const float *scale = row_scales(buffer, record, tile, half, mx);
+        const float *scale = (const float *)(record + RECORD_CODES) + tile * 16;
+#pragma GCC unroll 16
+        for (int i = 0; i < 4; i++) {
+            const __m512i values[2] = {pair_values(lut, scale, i, 0), pair_values(lut, scale, i, 1)};
+#pragma GCC unroll 16
+            for (int k = 0; k < 4; k++) {
+                const __m512i units = gather_units(g, record + tile * (RECORD_CODES / 2) + k * 128, i);
+                uint8_t *to = panel + (tile * 8 + i * 2) * 256 + k * 64;
+                _mm512_store_si512(to, (__m512i)decode_gathered(g, units, values[0], 0));
+                _mm512_store_si512(to + 256, (__m512i)decode_gathered(g, units, values[1], 1));
+            }
+        }
+    }
+}
+
+/* Of MXFP4: one table, and powers of two, which gives the same numbers. */
+INLINE void decode_by_powers(uint8_t *panel, const gather *g, const uint8_t *record, __m512i values) {
+    for (int tile = 0; tile < 2; tile++) {
+        for (int half = 0; half < 2; half++) {
+            _Alignas(64) int32_t pair[16];
+            const __m512i powers = powers_of(record, tile, half);
+            _mm512_store_si512(pair, _mm512_mask_blend_epi16(0xaaaaaaaa, powers, _mm512_alignr_epi32(powers, powers, 4)));
+            __asm__ volatile("" : "+m"(pair)); /* a number is read from there: the compiler would pick it out of the vector */
 #pragma GCC unroll 16
             for (int i = 0; i < 4; i++) {
-                const __m512i values[2] = {pair_values(lut, scale, i, 0), pair_values(lut, scale, i, 1)};
+                const __m512i scale[2] = {_mm512_set1_epi32(pair[i]), _mm512_set1_epi32(pair[i + 8])};
 #pragma GCC unroll 16
-                for (int j = 0; j < 4 / halves; j++) {
-                    const int k = half * 2 + j;
+                for (int k = 2 * half; k < 2 * half + 2; k++) {
                     const __m512i units = gather_units(g, record + tile * (RECORD_CODES / 2) + k * 128, i);
                     uint8_t *to = panel + (tile * 8 + i * 2) * 256 + k * 64;
-                    _mm512_store_si512(to, (__m512i)decode_gathered(g, units, values[0], 0));
-                    _mm512_store_si512(to + 256, (__m512i)decode_gathered(g, units, values[1], 1));
+#pragma GCC unroll 16
+                    for (int h = 0; h < 2; h++) {
+                        const __m512i value = _mm512_permutexvar_epi16(_mm512_srlv_epi16(units, g->shift[h]), values);
+                        _mm512_store_si512(to + h * 256, scale_pair(value, scale[h]));
+                    }
                 }
             }
         }
@@ -500,14 +521,13 @@ INLINE void decode_record(uint8_t *panel, const gather *g, const uint8_t *record
 static void backward_panel(const panel_work *work, const uint8_t *w, int64_t stride, int64_t records, const float *lut, bool mx,
                            bool cold) {
     const gather g = gather_make();
-    const __m512 values = _mm512_loadu_ps(lut);
     uint8_t *panel = work->panel;
     for (int64_t i = 0; i < records; i++, w += stride, panel += GROUP * WIDTH * 4) {
         if (cold) prefetch_record(w + 4 * stride, record_bytes(mx ? ESP_MXFP4 : ESP_NF4));
         if (mx)
-            decode_record(panel, &g, w, values, true);
+            decode_by_powers(panel, &g, w, values_of(lut));
         else
-            decode_record(panel, &g, w, values, false);
+            decode_by_tables(panel, &g, w, _mm512_loadu_ps(lut));
     }
 }
 
