@@ -266,23 +266,30 @@ static void branch_grads(const espi_exec *exec, const expert_pass *p, const void
 }
 
 #if defined(__AVX512BF16__)
-/* Work memory of a packed product: the hit experts, most rows first, then every thread's own. */
+/* Work memory of a packed product: the hit experts, most rows first, the first task of each and the end, then every thread's own. */
+static size_t plan_bytes(const espi_stack *w) {
+    return (size_t)cpu_blocks((2 * w->experts + 1) * (int64_t)sizeof(int32_t), 64) * 64;
+}
+
 static size_t work_bytes(const espi_stack *w, const espi_routing *routing) {
     return cpu_packed_work(w, cpu_min(routing->tokens, TASK_ROWS)); /* a token has an expert once */
 }
 
 static size_t packed_scratch(const espi_exec *exec, const espi_stack *w, const espi_routing *routing) {
     if (espi_cpu_packed_bytes(w) == 0) return 0;
-    return (size_t)cpu_blocks(w->experts * (int64_t)sizeof(int32_t), 64) * 64 + (size_t)exec->threads * work_bytes(w, routing);
+    return plan_bytes(w) + (size_t)exec->threads * work_bytes(w, routing);
+}
+
+static int64_t rows_of(const espi_routing *routing, int64_t e) {
+    return routing->offsets[e + 1] - routing->offsets[e];
 }
 
 static int64_t order_experts(int32_t *order, const espi_routing *routing) {
     int64_t hit = 0;
     for (int32_t e = 0; e < routing->experts; e++) {
-        const int32_t rows = routing->offsets[e + 1] - routing->offsets[e];
-        if (rows == 0) continue;
+        if (rows_of(routing, e) == 0) continue;
         int64_t at = hit++;
-        for (; at > 0 && routing->offsets[order[at - 1] + 1] - routing->offsets[order[at - 1]] < rows; at--) order[at] = order[at - 1];
+        for (; at > 0 && rows_of(routing, order[at - 1]) < rows_of(routing, e); at--) order[at] = order[at - 1];
         order[at] = e;
     }
     return hit;
@@ -342,6 +349,16 @@ static void packed_rows(const packed_pass *k, int64_t e, const cpu_columns *colu
         activate(k->glu, (float *)k->act + s * (out / 2), (const float *)k->to + s * out, begin, end, out / 2);
 }
 
+/* Columns of a task of an expert with `rows` rows.  Every task may have to convert its rows, so they are wide, unless threads would have to
+ * wait for one that has much to do. */
+static int64_t task_cols(const packed_pass *k, int64_t rows, int threads) {
+    const espi_routing *routing = k->pass->routing;
+    const int64_t out = k->backward ? k->pass->w->cols : k->pass->w->rows;
+    if (threads == 1) return k->backward ? TASK_COLS : 4 * TASK_COLS;
+    const int64_t share = out * routing->tokens * routing->top_k / (rows * threads * TASKS_EACH);
+    return cpu_min(TASK_COLS, cpu_blocks(share + 1, LEAST_COLS) * LEAST_COLS);
+}
+
 static void packed_task(const packed_pass *k, int64_t e, int64_t panel, int64_t cols, packed_work *work) {
     const espi_routing *routing = k->pass->routing;
     const cpu_columns columns = task_columns(panel, cols, k->backward ? k->pass->w->cols : k->pass->w->rows, k->glu);
@@ -364,11 +381,12 @@ static void run_packed(const espi_exec *exec, const packed_pass *k, char *scratc
     const expert_pass *p = k->pass;
     const int64_t in = p->w->cols, out = p->w->rows;
     const int threads = pass_threads(exec, p);
-    /* Every task may have to convert its rows: alone, a thread is better off with few. */
-    const int64_t cols = threads > 1 || k->backward ? TASK_COLS : 4 * TASK_COLS, panels = cpu_blocks(k->backward ? in : out, cols);
-    int32_t *order = (int32_t *)scratch;
-    char *memory = scratch + cpu_blocks(p->w->experts * (int64_t)sizeof *order, 64) * 64;
+    int32_t *order = (int32_t *)scratch, *tasks = order + p->w->experts;
+    char *memory = scratch + plan_bytes(p->w);
     const int64_t hit = order_experts(order, p->routing);
+    tasks[0] = 0;
+    for (int64_t i = 0; i < hit; i++)
+        tasks[i + 1] = tasks[i] + (int32_t)cpu_blocks(k->backward ? in : out, task_cols(k, rows_of(p->routing, order[i]), threads));
     const size_t each = work_bytes(p->w, p->routing);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
@@ -378,9 +396,11 @@ static void run_packed(const espi_exec *exec, const packed_pass *k, char *scratc
             for (int64_t i = 0; i < hit; i++) low_task(k, order[i]);
         }
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t task = 0; task < hit * panels; task++) {
-            if (threads == 1 && task % panels == 0) low_task(k, order[task / panels]); /* the tasks read the same rows */
-            packed_task(k, order[task / panels], task % panels, cols, &work);
+        for (int64_t task = 0; task < tasks[hit]; task++) {
+            int64_t i = 0;
+            while (task >= tasks[i + 1]) i++;
+            if (threads == 1 && task == tasks[i]) low_task(k, order[i]); /* the tasks read the same rows */
+            packed_task(k, order[i], task - tasks[i], task_cols(k, rows_of(p->routing, order[i]), threads), &work);
         }
     }
 }

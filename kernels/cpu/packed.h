@@ -47,12 +47,15 @@ static inline cpu_packed cpu_packed_of(const espi_stack *w, int64_t expert) {
     return (cpu_packed){records, w->lut, w->format, w->rows, w->cols};
 }
 
-/* What a task works on: so many columns of one expert's y, or of its d_x, and at most so many rows.  Tiles take longer to convert rows. */
+/* What a task works on: at most so many columns of one expert's y, or of its d_x, and so many rows.  Tiles take longer to convert rows, so
+ * they have them for all columns; only where threads would wait for each other they have fewer, whole LEAST_COLS, as make TASKS_EACH tasks a
+ * thread. */
 #if defined(__AMX_BF16__)
-enum { TASK_COLS = 1024, TASK_ROWS = 1 << 20 };
+enum { TASK_COLS = 1 << 20, TASK_ROWS = 128 };
 #else
 enum { TASK_COLS = 256, TASK_ROWS = 512 };
 #endif
+enum { LEAST_COLS = 256, TASKS_EACH = 4 };
 
 /* Columns `first` .. first + n - 1 of an expert and, where `second` is not 0, `second` .. second + n - 1; all whole records.  Rows of c begin
  * at column 0. */
