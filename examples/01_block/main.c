@@ -83,27 +83,26 @@ int main(void) {
     uint64_t state = 0x9E3779B97F4A7C15ULL;
     esp_ctx *ctx;
     esp_moe *moe;
-    memory *m = calloc(1, sizeof *m);
-    if (!m) return 1;
+    static memory m;
     ESP_CHECK(esp_ctx_create(&ctx, &ESP_CTX_CONFIG(.backend = "ref64")));
     ESP_CHECK(esp_moe_create(&moe, ctx, &ESP_MOE_CONFIG(.hidden = H, .experts = E, .top_k = K, .width = I, .lora_rank = R)));
     if (set_weights(moe, &state) != 0) return 1;
 
     esp_moe_memory sizes = ESP_MOE_MEMORY_INIT;
     ESP_CHECK(esp_moe_sizes(moe, T, &sizes));
-    m->saved = aligned_alloc(64, sizes.saved);
-    m->scratch = aligned_alloc(64, sizes.scratch);
-    if (!m->saved || !m->scratch) return 1;
-    fill_double(m->x, T * H, 1.0, &state);
-    fill_double(m->c, T * H, 1.0, &state);
+    m.saved = aligned_alloc(64, sizes.saved);
+    m.scratch = aligned_alloc(64, sizes.scratch);
+    if (!m.saved || !m.scratch) return 1;
+    fill_double(m.x, T * H, 1.0, &state);
+    fill_double(m.c, T * H, 1.0, &state);
 
     double loss;
-    ESP_CHECK(loss_of(&loss, moe, m));
-    ESP_CHECK(esp_moe_backward(moe, m->d_x, m->c, m->x, T, m->saved, m->scratch));
+    ESP_CHECK(loss_of(&loss, moe, &m));
+    ESP_CHECK(esp_moe_backward(moe, m.d_x, m.c, m.x, T, m.saved, m.scratch));
     printf("one MoE block: T=%d H=%d E=%d K=%d I=%d R=%d, experts NF4, loss %.6f\n", T, H, E, K, I, R, loss);
     printf("kept for the backward: %zu bytes, scratch: %zu bytes\n", sizes.saved, sizes.scratch);
 
-    int failed = check("x", moe, m, m->x, m->d_x, T * H, 1);
+    int failed = check("x", moe, &m, m.x, m.d_x, T * H, 1);
     const struct {
         const char *name;
         esp_moe_param which;
@@ -113,13 +112,12 @@ int main(void) {
         void *data, *grad;
         int64_t n;
         ESP_CHECK(esp_moe_param_get(moe, params[i].which, &data, &grad, &n));
-        failed |= check(params[i].name, moe, m, data, grad, n, 7);
+        failed |= check(params[i].name, moe, &m, data, grad, n, 7);
     }
     printf(failed ? "gradients differ\n" : "all gradients agree with central differences\n");
     esp_moe_destroy(moe);
     esp_ctx_destroy(ctx);
-    free(m->saved);
-    free(m->scratch);
-    free(m);
+    free(m.saved);
+    free(m.scratch);
     return failed;
 }

@@ -249,10 +249,10 @@ static int tell(esp_trainer *trainer, const settings *s) {
                                                 : 32,
                   group = grpo ? c->group_size ? c->group_size : 8 : 1;
     const int64_t per = c->steps_per_generation ? c->steps_per_generation : 1, rounds = c->updates_per_batch ? c->updates_per_batch : 1;
-    printf("plan: %lld steps of %lld %s", (long long)c->steps, (long long)(prompts * group), grpo ? "completions" : "lines");
+    printf("plan: %lld steps of %lld %s", (long long)c->steps, (long long)prompts * group, grpo ? "completions" : "lines");
     if (grpo)
         printf(" (%lld prompts, %lld each); a generation of %lld completions serves %lld steps", (long long)prompts, (long long)group,
-               (long long)(prompts * group * per), (long long)(per * rounds));
+               (long long)prompts * group * per, (long long)per * rounds);
     printf("\nmemory: %zu bytes planned\n", planned);
     return 0;
 }

@@ -58,7 +58,7 @@ static void index_rows(int32_t *index, const group_rows *g, int64_t first, int64
     for (int64_t i = 0; i < count; i++) index[i] = index_of(g, first + i);
 }
 static cpu_rows rows_in(const void *base, const group_rows *g, const int32_t *index) {
-    return (cpu_rows){(float *)(uintptr_t)base + g->at * g->dim, g->dim, index};
+    return (cpu_rows){(float *)base + g->at * g->dim, g->dim, index};
 }
 
 /* Entries from .. to - 1 of the block at place `block` are seen by some of `count` rows; false: nothing is. */

@@ -156,7 +156,7 @@ static block part_of(const block *b, int64_t i, int64_t end) {
 
 static void block_stats(const block *b, float *lp, float *entropy, float *lse) {
     const espi_head *head = b->head;
-    row_sums sums[HEAD_ROWS];
+    row_sums sums[HEAD_ROWS] = {{0}};
     for (int64_t i = 0, end; i < b->m; i = end) {
         const bool listed = list_of(head, b->first + i).n > 0;
         end = run_end(head, b->first + i, b->first + b->m) - b->first;
@@ -202,7 +202,7 @@ static size_t head_scratch(const espi_exec *exec, const espi_head *head) {
 /* Rows first .. first + m - 1 in the place of this thread.  kept: room for the logits of so many rows for each thread, behind the rows'. */
 static block enter_block(const espi_exec *exec, const espi_head *head, int64_t first, int64_t m, int64_t kept) {
     const size_t thread = (size_t)omp_get_thread_num();
-    const cpu_rows rows = {(float *)(uintptr_t)head->hidden, head->w.cols, head->rows + first};
+    const cpu_rows rows = {(float *)head->hidden, head->w.cols, head->rows + first};
     block b = {.head = head, .first = first, .m = m, .kept_rows = kept};
     b.rows = make_operand((char *)exec->scratch + thread * rows_bytes(head), &rows, m, head->w.cols);
     if (kept_bytes(head, kept) > 0)

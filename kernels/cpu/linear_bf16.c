@@ -24,7 +24,7 @@ static void enter(layer *l, void *scratch) {
 }
 
 static cpu_rows rows_from(const float *base, int64_t first, int64_t stride) {
-    return (cpu_rows){(float *)(uintptr_t)base + first * stride, stride, NULL};
+    return (cpu_rows){(float *)base + first * stride, stride, NULL};
 }
 static bf16_rows rounded_from(const bf16_rows *rows, int64_t first) {
     return (bf16_rows){rows->base + first * rows->stride, rows->stride};
@@ -107,7 +107,7 @@ void cpu_linear_bf16_bwd(const espi_exec *exec, const espi_linear_bwd *a, int th
         run(&l);
 #pragma omp for schedule(static)
         for (int64_t strip = 0; strip < strips; strip++)
-            cpu_branch_grad(&b, strip, &(cpu_rows){(float *)(uintptr_t)a->x, in, NULL}, &(cpu_rows){(float *)(uintptr_t)a->d_y, out, NULL},
-                            a->u, l.low, a->tokens);
+            cpu_branch_grad(&b, strip, &(cpu_rows){(float *)a->x, in, NULL}, &(cpu_rows){(float *)a->d_y, out, NULL}, a->u, l.low,
+                            a->tokens);
     }
 }

@@ -354,7 +354,8 @@ void cpu_product_low(const cpu_rows *c, const cpu_rows *a, const cpu_weight *b, 
         for (int64_t k = 0; k < depth; k += PANEL_DEPTH) {
             const int64_t steps = cpu_min(depth - k, PANEL_DEPTH);
             const bool last = k + steps == depth;
-            rows_term terms[2] = {make_term(panel, a, b, k, steps, col + done, width)};
+            rows_term terms[2];
+            terms[0] = make_term(panel, a, b, k, steps, col + done, width);
             if (fused && last) terms[1] = make_term(low_panel, &low->rows, &low->weight, 0, low->r, col + done, width);
             run_tiles(c, terms, fused && last ? 2 : 1, m, done, width, add || k > 0);
         }

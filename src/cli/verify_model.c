@@ -716,6 +716,7 @@ static void verify_refs(folder *f, int which, run *r, const char *model_dir, con
             if (strcmp(variants[k].label, form->same) == 0) compare_same(f->v, form, &r->got, &f->logits[k]);
     }
     f->logits[which] = r->got;
+    r->chose = NULL;
     espi_arrays_free(&all);
     for (int i = 0; i < ESPI_COUNT(form->refs); i++) espi_arrays_free(&want[i]);
 }

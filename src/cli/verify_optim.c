@@ -86,12 +86,10 @@ static esp_status walk_adamw(void *user, espi_arena *arena) {
     adamw_run *r = user;
     const esp_dtype real = r->v->ctx->real;
     adamw_state states[MAX_PARAMETERS];
-    double *history[MAX_PARAMETERS] = {0}, *norms = NULL, *lrs = NULL, norm, lr;
-    for (int i = 0; i < r->n_params; i++) {
-        ESPI_TRY(take_state(r, arena, &states[i], r->p[i]));
-        if (!arena->dry) history[i] = espi_arrays_add(r->got, r->g[i]->n, "%s.p%d", r->c->name, i);
-    }
+    double *history[MAX_PARAMETERS], *norms = NULL, *lrs = NULL, norm, lr;
+    for (int i = 0; i < r->n_params; i++) ESPI_TRY(take_state(r, arena, &states[i], r->p[i]));
     if (arena->dry) return step_all(r, arena, states, 0, &norm, &lr);
+    for (int i = 0; i < r->n_params; i++) history[i] = espi_arrays_add(r->got, r->g[i]->n, "%s.p%d", r->c->name, i);
     norms = espi_arrays_add(r->got, r->steps, "%s.grad_norm", r->c->name);
     lrs = espi_arrays_add(r->got, r->steps, "%s.lr", r->c->name);
     for (int64_t step = 0; step < r->steps; step++) {
@@ -213,7 +211,7 @@ static void compare_codes(const adamw8_run *r, const char *key, const uint8_t *g
     }
     double *near = espi_cli_memory((size_t)r->n * sizeof *near);
     for (int64_t i = 0; i < r->n; i++) {
-        const bool close = fabs(got[i] - want->v[i]) <= 1 || fabs(map[got[i]] - map[(uint8_t)want->v[i]]) <= CELL;
+        const bool close = fabs(got[i] - want->v[i]) <= 1 || fabsf(map[got[i]] - map[(uint8_t)want->v[i]]) <= CELL;
         near[i] = close ? want->v[i] : got[i];
     }
     espi_verify_compare(r->v, "adamw8bit/", name, ESPI_RULE_EXACT, 0, near, want->v, r->n);

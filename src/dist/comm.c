@@ -203,7 +203,7 @@ esp_status espi_comm_exchange(esp_comm *comm, espi_place place, const espi_row_a
         for (int i = 0; i < n_arrays; i++) {
             const espi_message out = rows_of(arrays[i].from, from, 0, arrays[i].row_bytes),
                                in = rows_of(arrays[i].to, to, 0, arrays[i].row_bytes);
-            if (out.bytes > 0) memcpy(in.data, out.data, out.bytes);
+            if (in.data != NULL && out.data != NULL) memcpy(in.data, out.data, out.bytes);
         }
         return ESP_OK;
     }

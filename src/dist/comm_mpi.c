@@ -110,7 +110,7 @@ static const espi_transport mpi = {.name = "mpi", .transfer = transfer, .end_job
 static esp_status open_plugin(const espi_mpi **found) {
     char beside[4096] = "", reason[256];
     Dl_info here;
-    if (dladdr((void *)(size_t)espi_comm_mpi, &here) != 0 && here.dli_fname != NULL) {
+    if (dladdr(&mpi, &here) != 0 && here.dli_fname != NULL) {
         const char *slash = strrchr(here.dli_fname, '/');
         if (slash != NULL) snprintf(beside, sizeof beside, "%.*s/espalier_mpi.so", (int)(slash - here.dli_fname), here.dli_fname);
     }

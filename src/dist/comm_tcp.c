@@ -110,7 +110,7 @@ static esp_status move(mesh *m, int r, short ready, const espi_message *out, con
 
 static esp_status transfer(void *self, const espi_message *out, const espi_message *in, double deadline) {
     mesh *m = self;
-    if (in[m->rank].bytes > 0) memcpy(in[m->rank].data, out[m->rank].data, in[m->rank].bytes);
+    if (in[m->rank].data != NULL && out[m->rank].data != NULL) memcpy(in[m->rank].data, out[m->rank].data, in[m->rank].bytes);
     memset(m->sent, 0, (size_t)m->size * sizeof *m->sent);
     memset(m->taken, 0, (size_t)m->size * sizeof *m->taken);
     for (;;) {
@@ -150,7 +150,7 @@ static bool closed_by(int fd, double deadline) {
 
 /* Both ends of the connection are at one address. */
 static bool on_this_machine(int fd) {
-    struct sockaddr_in here, there;
+    struct sockaddr_in here = {0}, there = {0};
     socklen_t bytes = sizeof here, their_bytes = sizeof there;
     return getsockname(fd, (struct sockaddr *)&here, &bytes) == 0 && getpeername(fd, (struct sockaddr *)&there, &their_bytes) == 0 &&
            here.sin_addr.s_addr == there.sin_addr.s_addr;

@@ -139,7 +139,7 @@ static esp_status alike(esp_comm *comm) {
     /* What changes results, or who waits how long. */
     static const char *const variables[] = {"ESP_DEADLINE", "ESP_CPU_ISA", "ESP_DENSE", "ESP_DEVICE_EXCHANGE"};
     Dl_info here;
-    if (dladdr((void *)(size_t)espi_comm_start, &here) == 0) here.dli_fname = "/proc/self/exe";
+    if (dladdr(variables, &here) == 0) here.dli_fname = "/proc/self/exe";
     ESPI_TRY(espi_comm_same(comm, "the version of espalier", hash_of_text(esp_version())));
     ESPI_TRY(espi_comm_same(comm, "the program (the file that runs)", hash_of_file("/proc/self/exe")));
     ESPI_TRY(espi_comm_same(comm, "the library (its file)", hash_of_file(here.dli_fname)));

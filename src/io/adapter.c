@@ -60,7 +60,7 @@ static esp_status read_values(float **values, const espi_st_tensor *t, int64_t f
     const char *path = espi_st_path(t->file);
     const size_t size = esp_dtype_size(t->dtype), bytes = (size_t)n * size;
     void *raw = malloc(bytes + 1);
-    *values = malloc(((size_t)n + 1) * sizeof **values);
+    *values = calloc((size_t)n + 1, sizeof **values);
     esp_status status = raw && *values ? espi_st_read(t, raw, (uint64_t)first * size, bytes)
                                        : ESPI_FAIL(ESP_ERR_MEMORY, "%s: no memory for tensor %s", path, t->name);
     for (int64_t i = 0; i < n && status == ESP_OK; i++) {

@@ -58,7 +58,8 @@ static esp_status assign_attention(merge *m, const char *module, int64_t layer, 
     if (w->lora.r == 0) return ESP_OK;
     char name[ESPI_TENSOR_NAME];
     snprintf(name, sizeof name, module, (int)layer);
-    strcat(name, ".weight");
+    const size_t n = strlen(name);
+    snprintf(name + n, sizeof name - n, ".weight");
     job j = {.lora = &w->lora, .out = w->w.rows, .in = w->w.cols, .rows = w->w.rows};
     m->attempted++;
     ESPI_TRY(espi_loader_need(&m->loader, &j.at.t, name, ESP_DTYPE_NONE, 2, (int64_t[]){j.out, j.in}));
@@ -75,7 +76,7 @@ static esp_status assign_blocks(merge *m, int64_t layer, bool down, const espi_s
     const int64_t groups = w->cols / 32, dims[] = {w->experts, w->rows, groups, 16};
     espi_expert_matrix_name(name, m->adapter->config.family, ESPI_EXPERTS_BLOCKS, layer, down, 0);
     ESPI_TRY(espi_loader_need(&m->loader, &both.blocks, name, ESP_U8, 4, dims));
-    strcpy(name + strlen(name) - strlen("blocks"), "scales");
+    snprintf(name + strlen(name) - strlen("blocks"), sizeof "scales", "scales");
     ESPI_TRY(espi_loader_need(&m->loader, &both.scales, name, ESP_U8, 3, dims));
     target *of_scales = &m->targets[espi_st_set_index(m->loader.set, both.scales)];
     *of_scales = m->targets[espi_st_set_index(m->loader.set, both.blocks)] = both;

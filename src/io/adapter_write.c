@@ -255,7 +255,7 @@ static esp_status make_file(writer *w, const char *dir) {
     if (!names && status == ESP_OK) status = ESPI_FAIL(ESP_ERR_MEMORY, "%s: no memory for the names of %d ranks", w->path, s->ranks);
     status = espi_comm_agree(s->comm, (espi_place){"making an adapter's file", -1}, status);
     if (status == ESP_OK) status = espi_comm_gather(s->comm, (espi_place){"an adapter's file", -1}, names, w->temp, ESPI_PATH_MAX);
-    if (status == ESP_OK && s->rank > 0) {
+    if (status == ESP_OK && names && s->rank > 0) {
         memcpy(w->temp, names, ESPI_PATH_MAX);
         w->status = espi_shared_open(&w->file, w->temp, false);
     }

@@ -345,8 +345,8 @@ esp_status espi_log_file_line(espi_log_file *log, const char *line) {
     size_t n = strlen(line);
     char *whole = malloc(n + 1);
     if (!whole) return ESPI_FAIL(ESP_ERR_MEMORY, "%s: no memory for a line of %zu bytes", log->path, n + 1);
-    memcpy(whole, line, n);
-    whole[n] = '\n';
+    memcpy(whole, line, n + 1);
+    whole[n] = '\n'; /* where the NUL was */
     esp_status status = write_full(log->fd, whole, n + 1, log->path);
     free(whole);
     if (status == ESP_OK) log->bytes += (int64_t)n + 1;

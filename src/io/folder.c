@@ -19,9 +19,10 @@ static esp_status append(char ***names, size_t *n, const char *name) {
     char **longer = realloc(*names, (*n + 1) * sizeof *longer);
     if (!longer) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for the names of a folder");
     *names = longer;
-    longer[*n] = malloc(strlen(name) + 1);
+    const size_t bytes = strlen(name) + 1;
+    longer[*n] = malloc(bytes);
     if (!longer[*n]) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for the name %s", name);
-    strcpy(longer[(*n)++], name);
+    memcpy(longer[(*n)++], name, bytes);
     return ESP_OK;
 }
 

@@ -49,9 +49,10 @@ esp_status espi_json_count(int64_t *out, const json_t *root, const char *path, c
 esp_status espi_json_real(double *out, const json_t *root, const char *path, const char *key, const char *alias, double fallback) {
     const json_t *v;
     ESPI_TRY(lookup(&v, root, path, key, alias));
+    *out = fallback;
     if (!v && isnan(fallback)) return missing(path, key, alias);
     if (v && !json_is_number(v)) return fail_value(path, key, v, "a number");
-    *out = v ? json_number_value(v) : fallback;
+    if (v) *out = json_number_value(v);
     return ESP_OK;
 }
 

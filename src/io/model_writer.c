@@ -27,9 +27,10 @@ esp_status espi_shard_add(espi_shard *shard, const espi_st_item *item) {
         shard->items = more;
         shard->room = room;
     }
-    char *name = malloc(strlen(item->name) + 1);
+    const size_t bytes = strlen(item->name) + 1;
+    char *name = malloc(bytes);
     if (!name) return ESPI_FAIL(ESP_ERR_MEMORY, "%s: no memory for the name %s", shard->name, item->name);
-    strcpy(name, item->name);
+    memcpy(name, item->name, bytes);
     shard->items[shard->n] = *item;
     shard->items[shard->n++].name = name;
     return ESP_OK;

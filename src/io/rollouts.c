@@ -69,7 +69,7 @@ static hid_t type_of(const column *c, const espi_rollout_extent *e) {
 
 static void dims_of(hsize_t dims[MOST_RANK], const column *c, const espi_rollout_extent *e) {
     const int64_t n = c->unit == ROW ? e->rows : c->unit == TOKEN ? e->tokens : e->kept;
-    dims[0] = (hsize_t)(n + c->extra);
+    dims[0] = (hsize_t)n + (hsize_t)c->extra;
     dims[1] = (hsize_t)(c->rank == 2 ? e->rewards : e->layers);
     dims[2] = (hsize_t)e->top_k;
 }
@@ -78,8 +78,9 @@ static void dims_of(hsize_t dims[MOST_RANK], const column *c, const espi_rollout
 
 static hid_t creation(const column *c, const hsize_t dims[MOST_RANK], const espi_rollout_extent *e) {
     const hid_t list = H5Pcreate(H5P_DATASET_CREATE);
-    if (list < 0 || c->kind != ROUTE || dims[0] == 0) return list;
-    const hsize_t one = dims[1] * dims[2] * (hsize_t)e->route_bytes, rows = CHUNK_BYTES / one + 1;
+    const hsize_t one = dims[1] * dims[2] * (hsize_t)e->route_bytes;
+    if (list < 0 || c->kind != ROUTE || dims[0] == 0 || one == 0) return list;
+    const hsize_t rows = CHUNK_BYTES / one + 1;
     const hsize_t chunk[MOST_RANK] = {rows < dims[0] ? rows : dims[0], dims[1], dims[2]};
     if (H5Pset_chunk(list, MOST_RANK, chunk) >= 0 && H5Pset_deflate(list, DEFLATE) >= 0) return list;
     H5Pclose(list);

@@ -513,8 +513,8 @@ static esp_status plan_one(plan_item *p, const espi_st_item *item, const char *p
 static json_t *describe(const plan_item *p, uint64_t begin) {
     json_t *dims = json_array();
     for (int i = 0; i < p->item->rank; i++) json_array_append_new(dims, json_integer(p->item->dims[i]));
-    return json_pack("{s:s, s:o, s:[I, I]}", "dtype", format_dtypes[p->order].name, "shape", dims, "data_offsets", (json_int_t)begin,
-                     (json_int_t)(begin + p->bytes));
+    const json_int_t from = (json_int_t)begin, bytes = (json_int_t)p->bytes;
+    return json_pack("{s:s, s:o, s:[I, I]}", "dtype", format_dtypes[p->order].name, "shape", dims, "data_offsets", from, from + bytes);
 }
 
 /* The length of the header's text, then the text, padded with spaces so that the data begins at a multiple of 8.  free() *out. */

@@ -68,14 +68,15 @@ typedef struct bytes {
 } bytes;
 
 static esp_status append(bytes *b, const void *data, size_t n) {
-    if (b->n + n > b->room) {
+    if (n == 0) return ESP_OK;
+    if (!b->p || n > b->room - b->n) {
         const size_t room = 2 * b->room + n + 64;
         unsigned char *p = realloc(b->p, room);
         if (!p) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for %zu bytes of text", room);
         b->p = p;
         b->room = room;
     }
-    if (n) memcpy(b->p + b->n, data, n);
+    memcpy(b->p + b->n, data, n);
     b->n += n;
     return ESP_OK;
 }
@@ -335,7 +336,7 @@ static esp_status normalise(encoder *e, const unsigned char *p, size_t n) {
         if (end > begin) ESPI_TRY(compose(&e->normal, p + begin, end - begin));
         at = end;
     }
-    return split(e, e->normal.p, e->normal.n);
+    return split(e, e->normal.p, e->normal.n); /* NOLINT(clang-analyzer-unix.Malloc): freed where the encoder ends */
 }
 
 /* The added token that begins at p: the longest. */
@@ -427,7 +428,7 @@ static esp_status hand_out(char *text, size_t capacity, size_t *n, const bytes *
     bytes valid = {0};
     esp_status status = make_valid(&valid, from->p, from->n);
     *n = valid.n;
-    if (status == ESP_OK && valid.n + 1 > capacity)
+    if (status == ESP_OK && valid.n >= capacity)
         status = ESPI_FAIL(ESP_ERR_SHAPE, "text: got room for %zu bytes, expected %zu with the NUL: call again with that much", capacity,
                            valid.n + 1);
     if (status == ESP_OK) {

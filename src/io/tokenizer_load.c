@@ -107,9 +107,10 @@ static esp_status merge_sides(char **copy, const char **left, const char **right
         *left = json_string_value(json_array_get(merge, 0));
         *right = json_string_value(json_array_get(merge, 1));
     } else if (json_is_string(merge)) {
-        *copy = malloc(json_string_length(merge) + 1);
+        const size_t bytes = json_string_length(merge) + 1;
+        *copy = malloc(bytes);
         if (!*copy) return NO_MEMORY(l);
-        strcpy(*copy, json_string_value(merge));
+        memcpy(*copy, json_string_value(merge), bytes);
         char *space = strchr(*copy, ' ');
         *left = space ? *copy : NULL;
         *right = space ? space + 1 : NULL;

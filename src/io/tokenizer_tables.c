@@ -123,7 +123,7 @@ static esp_status grow_merges(esp_tokenizer *t, const char *path) {
     const size_t had = old ? t->merge_mask + 1 : 0, slots = had ? 2 * had : 1024;
     espi_merge *merges = malloc(slots * sizeof *merges);
     if (!merges) return NO_MEMORY(path);
-    for (size_t i = 0; i < slots; i++) merges[i].result = -1;
+    memset(merges, -1, slots * sizeof *merges); /* every result */
     t->merges = merges;
     t->merge_mask = slots - 1;
     for (size_t i = 0; i < had; i++)

@@ -133,9 +133,9 @@ esp_status espi_lora_draw_into(esp_ctx *ctx, void *a, uint64_t seed, int64_t lay
 static char *name_of(int64_t layer, const char *target, char matrix) {
     char name[96];
     snprintf(name, sizeof name, "layers.%lld.%s.lora_%c", (long long)layer, target, matrix);
-    char *copy = malloc(strlen(name) + 1);
-    if (copy) strcpy(copy, name);
-    return copy;
+    const size_t bytes = strlen(name) + 1;
+    char *copy = malloc(bytes);
+    return copy ? memcpy(copy, name, bytes) : NULL;
 }
 
 /* dims: leading expert dimension only where there is one. */

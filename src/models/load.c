@@ -431,7 +431,8 @@ static esp_status load_mlp(espi_loader *loader, const espi_linear *gate_up, cons
 /* ---- experts ---- */
 
 esp_status espi_loader_set_map(espi_loader *loader, bool *same, const float *values) {
-    *same = !loader->map_used || memcmp(loader->map_values, values, sizeof loader->map_values) == 0;
+    *same = !loader->map_used ||
+            memcmp(loader->map_values, values, sizeof loader->map_values) == 0; /* NOLINT(*-memory-comparison): every bit counts */
     if (loader->map_used) return ESP_OK;
     memcpy(loader->map_values, values, sizeof loader->map_values);
     loader->map_used = true;
@@ -770,7 +771,7 @@ static esp_status load_all_experts(espi_loader *loader, const stored_stack *k) {
     char name[ESPI_TENSOR_NAME];
     matrix_name(name, loader, k, 0);
     if (k->layout == ESPI_EXPERTS_FUSED && espi_bnb_present(loader, name)) return espi_bnb_load_fused(loader, s, name);
-    if (parts == 0) return ESP_OK;
+    if (parts < 1) return ESP_OK;
     bool alike =
         !goes_apart(loader, s) && s->format != ESP_Q_NONE && !s->absmax8; /* the 8-bit scales of a matrix are made once it is complete */
     for (int64_t i = 0; i < parts; i++) alike &= k->from[i].t && k->from[0].t && k->from[i].t->dtype == k->from[0].t->dtype;
@@ -812,13 +813,14 @@ static esp_status load_blocks(espi_loader *loader, const espi_stack *s, const ch
     const size_t n = (size_t)(s->parts * s->part_blocks), codes = (size_t)s->parts * s->part_bytes;
     for (int64_t e = 0; e < s->experts; e++) {
         const espi_stack one = espi_loader_expert(loader, s, e);
+        uint8_t *powers = (uint8_t *)one.scales;
         const uint64_t at = (uint64_t)(share->first + e);
         ESPI_TRY(espi_st_read(blocks, (void *)one.data, at * codes, codes));
-        ESPI_TRY(espi_st_read(scales, (uint8_t *)one.scales, at * n, n));
-        const uint8_t *bad = memchr(one.scales, 255, n);
+        ESPI_TRY(espi_st_read(scales, powers, at * n, n));
+        const uint8_t *bad = memchr(powers, 255, n); /* NOLINT(*-NonNullParamChecker): MXFP4 has scales */
         if (bad)
             return ESPI_FAIL(ESP_ERR_NONFINITE, "%s: tensor %s: element %lld is 255, which is NaN, expected 0 to 254",
-                             espi_st_path(scales->file), name, (long long)(at * n) + (long long)(bad - one.scales));
+                             espi_st_path(scales->file), name, (long long)(at * n) + (long long)(bad - powers));
         ESPI_TRY(espi_loader_expert_done(loader, s, e, &one));
     }
     return ESP_OK;

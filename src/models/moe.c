@@ -204,10 +204,10 @@ static esp_status put(esp_ctx *ctx, const espi_stack *w, int64_t e, int part, co
     return status;
 }
 
-/* The matrices of one expert of a stack. */
-static esp_status put_parts(esp_ctx *ctx, const espi_stack *w, int64_t e, const float *const x[], const char *const names[]) {
+/* The n matrices of one expert of a stack. */
+static esp_status put_parts(esp_ctx *ctx, const espi_stack *w, int64_t e, const float *const x[], const char *const names[], int n) {
     if (!w->packed) {
-        for (int p = 0; p < w->parts; p++) ESPI_TRY(put(ctx, w, e, p, x[p], names[p]));
+        for (int p = 0; p < n; p++) ESPI_TRY(put(ctx, w, e, p, x[p], names[p]));
         return ESP_OK;
     }
     const size_t scales = (size_t)(w->parts * w->part_blocks) * sizeof(float), codes = (size_t)w->parts * w->part_bytes;
@@ -219,7 +219,7 @@ static esp_status put_parts(esp_ctx *ctx, const espi_stack *w, int64_t e, const 
     one.absmax = (const float *)(void *)memory;
     one.data = memory + scales;
     esp_status status = ESP_OK;
-    for (int p = 0; p < w->parts && status == ESP_OK; p++) status = put(ctx, &one, 0, p, x[p], names[p]);
+    for (int p = 0; p < n && status == ESP_OK; p++) status = put(ctx, &one, 0, p, x[p], names[p]);
     const espi_exec exec = {.threads = ctx->threads};
     unsigned char *to = (unsigned char *)w->packed + (size_t)e * packed_bytes(ctx, w);
     if (status == ESP_OK) status = ctx->backends[0]->pack(&exec, to, &one);
@@ -232,8 +232,8 @@ esp_status esp_moe_set_expert(esp_moe *moe, int64_t e, const float *gate, const 
     if (e < 0 || e >= moe->options.experts)
         return ESPI_FAIL(ESP_ERR_ARG, "expert: got %lld, expected 0 to %lld", (long long)e, (long long)moe->options.experts - 1);
     moe->is_set[e] = 0; /* until all three are in: a failure must not leave a mixture */
-    ESPI_TRY(put_parts(moe->model.ctx, &moe->experts.gate_up, e, (const float *const[]){gate, up}, (const char *const[]){"gate", "up"}));
-    ESPI_TRY(put_parts(moe->model.ctx, &moe->experts.down, e, &down, (const char *const[]){"down"}));
+    ESPI_TRY(put_parts(moe->model.ctx, &moe->experts.gate_up, e, (const float *const[]){gate, up}, (const char *const[]){"gate", "up"}, 2));
+    ESPI_TRY(put_parts(moe->model.ctx, &moe->experts.down, e, &down, (const char *const[]){"down"}, 1));
     moe->is_set[e] = 1;
     return ESP_OK;
 }

@@ -76,7 +76,8 @@ static int busiest(int64_t *most, int64_t experts, int spread) {
 /* What travels: rows forward and back, then gradients there and back with the rows' weights.  The others wait for the rank that most rows
  * come to.  Experts are run once for every rank that rows come from. */
 static void predict(esp_placement *p, const sizes *s, const esp_ctx *ctx, int64_t own, int64_t tokens, const esp_machine *machine) {
-    const double spread = p->expert_ranks, copies = p->ranks / p->expert_ranks, real = (double)ctx->real_size, act = (double)ctx->act_size;
+    const int copies = p->ranks / p->expert_ranks;
+    const double spread = p->expert_ranks, real = (double)ctx->real_size, act = (double)ctx->act_size;
     const double skew = p->expert_ranks > 1 && machine->skew > 0 ? machine->skew : 1;
     const double rows = skew * (double)(tokens * s->top_k) * (spread - 1) / spread;
     enum { CALLS = 5, TENSORS = 12 }; /* of a layer: its counts and four exchanges; its matrices of LoRA */

@@ -5,6 +5,7 @@
 #include "models/passes.h"
 
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -319,11 +320,10 @@ esp_status espi_adamw_plan(espi_extent *bytes, const esp_model *model, const esp
 
 static esp_status add_array(esp_optim *o, int64_t tensor, const char *suffix, void *data, int64_t count, esp_dtype dtype) {
     const char *of = o->model->params[tensor].name;
-    size_t of_length = strlen(of), suffix_length = strlen(suffix);
-    char *name = malloc(of_length + suffix_length + 1);
+    const size_t bytes = strlen(of) + strlen(suffix) + 1;
+    char *name = malloc(bytes);
     if (!name) return ESPI_FAIL(ESP_ERR_MEMORY, "no memory for the name of a moment of %s", of);
-    memcpy(name, of, of_length);
-    memcpy(name + of_length, suffix, suffix_length + 1);
+    snprintf(name, bytes, "%s%s", of, suffix);
     o->arrays[o->n_arrays++] =
         (esp_optim_array){.struct_size = sizeof(esp_optim_array), .name = name, .data = data, .count = count, .dtype = dtype};
     return ESP_OK;

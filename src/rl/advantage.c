@@ -5,6 +5,7 @@
 
 #include <math.h>
 #include <stdlib.h>
+#include <string.h>
 
 /* Divisor = deviation + this. */
 #define DEVIATION_FLOOR 1e-4
@@ -47,16 +48,16 @@ static double centred(double value, moments m, double divisor) {
     return isnan(value) ? 0 : (value - m.mean) / divisor;
 }
 
-static void sum_then_normalize(double *advantage, double *deviation, const double *total, int64_t n_groups, int64_t group_size,
-                               esp_advantage_scale scale) {
-    moments batch = measure(total, n_groups * group_size, 1);
+/* advantage [n]: the sums, in place. */
+static void sum_then_normalize(double *advantage, double *deviation, int64_t n_groups, int64_t group_size, esp_advantage_scale scale) {
+    moments batch = measure(advantage, n_groups * group_size, 1);
     for (int64_t p = 0; p < n_groups; p++) {
-        const double *row = total + p * group_size;
+        double *row = advantage + p * group_size;
         moments group = measure(row, group_size, 1);
         double spread = (scale == ESP_SCALE_BATCH ? batch : group).deviation;
         double divisor = scale == ESP_SCALE_NONE ? 1 : spread + DEVIATION_FLOOR;
         for (int64_t i = 0; i < group_size; i++) {
-            advantage[p * group_size + i] = centred(row[i], group, divisor);
+            row[i] = centred(row[i], group, divisor);
             if (deviation) deviation[p * group_size + i] = spread;
         }
     }
@@ -112,22 +113,17 @@ esp_status esp_advantages(double *advantage, double *reward, double *deviation, 
     ESPI_TRY(check(advantage, rewards, weights, n_groups, group_size, n_rewards, scale, order));
     int64_t n = n_groups * group_size;
     if (n == 0) return ESP_OK;
-    /* The sums, or the scores that are normalised in place. */
-    int64_t width = order == ESP_SUM_THEN_NORMALIZE ? 1 : n_rewards;
-    double *work = malloc((size_t)(n * width) * sizeof *work);
-    if (!work) return ESPI_FAIL(ESP_ERR_MEMORY, "esp_advantages: no memory for %lld rewards", (long long)(n * width));
-    for (int64_t i = 0; i < n; i++) {
-        double total = weighted_sum(rewards + i * n_rewards, weights, n_rewards);
-        if (reward) reward[i] = total;
-        if (order == ESP_SUM_THEN_NORMALIZE)
-            work[i] = total;
-        else
-            for (int64_t f = 0; f < n_rewards; f++) work[i * n_rewards + f] = rewards[i * n_rewards + f];
+    for (int64_t i = 0; reward && i < n; i++) reward[i] = weighted_sum(rewards + i * n_rewards, weights, n_rewards);
+    if (order == ESP_SUM_THEN_NORMALIZE) {
+        for (int64_t i = 0; i < n; i++) advantage[i] = weighted_sum(rewards + i * n_rewards, weights, n_rewards);
+        sum_then_normalize(advantage, deviation, n_groups, group_size, scale);
+        return ESP_OK;
     }
-    if (order == ESP_SUM_THEN_NORMALIZE)
-        sum_then_normalize(advantage, deviation, work, n_groups, group_size, scale);
-    else
-        normalize_then_sum(advantage, deviation, work, weights, n_groups, group_size, n_rewards);
-    free(work);
+    const size_t bytes = (size_t)(n * n_rewards) * sizeof *rewards;
+    double *scores = malloc(bytes);
+    if (!scores) return ESPI_FAIL(ESP_ERR_MEMORY, "esp_advantages: no memory for %lld rewards", (long long)(n * n_rewards));
+    memcpy(scores, rewards, bytes);
+    normalize_then_sum(advantage, deviation, scores, weights, n_groups, group_size, n_rewards);
+    free(scores);
     return ESP_OK;
 }

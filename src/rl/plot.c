@@ -212,8 +212,8 @@ typedef struct page {
 
 static void add_panel(page *p, const char *title, const espi_curve *curves, int n) {
     if (n == 0) return;
-    espi_svg_panel(&p->svg, title, curves, n, &p->frame, (p->drawn % COLUMNS) * ESPI_PANEL_WIDTH,
-                   p->top + (double)(p->drawn / COLUMNS) * ESPI_PANEL_HEIGHT);
+    const int row = p->drawn / COLUMNS, column = p->drawn % COLUMNS;
+    espi_svg_panel(&p->svg, title, curves, n, &p->frame, column * ESPI_PANEL_WIDTH, p->top + row * ESPI_PANEL_HEIGHT);
     p->drawn++;
 }
 
