@@ -199,7 +199,10 @@ static void pack_transposed(uint32_t *panel, const cpu_weight *w, int64_t k0, in
             const __mmask32 some = lanes_32(at, depth);
             __m512i x[WORDS];
             CPU_UNROLL
-            for (int i = 0; i < WORDS; i++) x[i] = _mm512_maskz_loadu_epi16(some, i < rows ? row[i] + at : no_halves);
+            for (int i = 0; i < WORDS; i++) {
+                const uint16_t *from = i < rows ? row[i] + at : no_halves; /* NOLINT(clang-analyzer-core.*): no row or all are floats */
+                x[i] = _mm512_maskz_loadu_epi16(some, from);
+            }
             transpose_words(x);
             store_words(panel + at / 2 * COLS + j, COLS, x, (depth - at + 1) / 2);
         }

@@ -817,7 +817,7 @@ static esp_status load_blocks(espi_loader *loader, const espi_stack *s, const ch
         const uint64_t at = (uint64_t)(share->first + e);
         ESPI_TRY(espi_st_read(blocks, (void *)one.data, at * codes, codes));
         ESPI_TRY(espi_st_read(scales, powers, at * n, n));
-        const uint8_t *bad = memchr(powers, 255, n); /* NOLINT(*-NonNullParamChecker): MXFP4 has scales */
+        const uint8_t *bad = memchr(powers, 255, n); /* NOLINT(clang-analyzer-core.NonNullParamChecker): MXFP4 has scales */
         if (bad)
             return ESPI_FAIL(ESP_ERR_NONFINITE, "%s: tensor %s: element %lld is 255, which is NaN, expected 0 to 254",
                              espi_st_path(scales->file), name, (long long)(at * n) + (long long)(bad - powers));
