@@ -46,6 +46,20 @@ static __device__ __forceinline__ uint32_t dev_mul_bf16x2(uint32_t a, uint32_t b
     return product;
 }
 
+/* 2^x to about two units in the last place; results below the smallest normal number are 0. */
+static __device__ __forceinline__ float dev_exp2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+/* 1 / x to one unit in the last place; infinity gives 0. */
+static __device__ __forceinline__ float dev_reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 /* ---- shared memory ---- */
 static __device__ __forceinline__ uint32_t dev_shared(const void *pointer) {
     return (uint32_t)__cvta_generic_to_shared(pointer);
@@ -393,13 +407,6 @@ static __device__ __forceinline__ void dev_wgmma64_across(float (&d)[32], uint4 
 static __device__ __forceinline__ void dev_wgmma64_settle(float (&d)[32]) {
 #pragma unroll
     for (int i = 0; i < 32; i++) asm volatile("" : "+f"(d[i])::"memory");
-}
-
-/* 2^x to about two units in the last place; results below the smallest normal number are 0. */
-static __device__ __forceinline__ float dev_exp2(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
 }
 
 #endif

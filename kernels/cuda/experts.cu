@@ -94,11 +94,17 @@ extern "C" esp_status espi_down_fwd_cuda(const espi_exec *exec, const espi_down_
     return forward(exec, &p, &a->lora, a->u, PRODUCT_DOWN);
 }
 
-/* q of every row, then the product's. */
+/* The shares of q and the product's scratch, one after the other in the same place. */
+static size_t back_scratch(const product_args *p, const espi_lora *lora, int64_t width, product_kind kind) {
+    const size_t shares = lora->r ? lora_pair_scratch(width, (int)lora->r, &p->routing) : 0, scratch = product_scratch(p, lora, kind);
+    return shares > scratch ? shares : scratch;
+}
+
+/* q of every row, then that. */
 extern "C" size_t espi_gate_up_bwd_scratch_cuda(const espi_exec *exec, const espi_gate_up_bwd *a) {
     (void)exec;
     const product_args p = gate_up_back_product(a, NULL);
-    return low_bytes(&a->lora, &a->routing) + product_scratch(&p, &a->lora, PRODUCT_GATE_UP_BACK);
+    return low_bytes(&a->lora, &a->routing) + back_scratch(&p, &a->lora, a->w.rows, PRODUCT_GATE_UP_BACK);
 }
 
 extern "C" esp_status espi_gate_up_bwd_cuda(const espi_exec *exec, const espi_gate_up_bwd *a) {
@@ -106,25 +112,24 @@ extern "C" esp_status espi_gate_up_bwd_cuda(const espi_exec *exec, const espi_ga
     if (a->routing.tokens == 0) return ESP_OK;
     const product_args p = gate_up_back_product(a, exec->scratch);
     if (p.r) {
-        low_args low = {};
-        low.low = (bf16 *)exec->scratch, low.in = p.in, low.l = (const float *)a->lora.b, low.across = true;
-        low.r = p.r, low.width = a->w.rows, low.factor = (float)a->lora.scale;
-        ESPI_CUDA_TRY(lora_low(&low, &a->routing, cuda->stream));
-        outer_args d_b = {}, d_a = {};
-        d_b.d = (float *)a->lora.d_b, d_b.in = p.in, d_b.low = (const bf16 *)a->u;
-        d_b.r = p.r, d_b.width = a->w.rows, d_b.factor = (float)a->lora.scale;
+        pair_args pair = {};
+        pair.d = (float *)a->lora.d_b, pair.low = (bf16 *)exec->scratch, pair.in = p.in, pair.u = (const bf16 *)a->u;
+        pair.l = (const float *)a->lora.b, pair.r = p.r, pair.width = a->w.rows, pair.factor = (float)a->lora.scale;
+        pair.shares = (float *)((char *)exec->scratch + low_bytes(&a->lora, &a->routing));
+        ESPI_CUDA_TRY(lora_pair(&pair, &a->routing, cuda->stream));
+        outer_args d_a = {};
         d_a.d = (float *)a->lora.d_a, d_a.in = (const bf16 *)a->x, d_a.in_row = a->routing.row_token, d_a.low = p.low, d_a.across = true;
         d_a.r = p.r, d_a.width = a->w.cols, d_a.factor = 1;
-        ESPI_CUDA_TRY(lora_outers(&d_b, &d_a, &a->routing, cuda->stream));
+        ESPI_CUDA_TRY(lora_outer(&d_a, &a->routing, cuda->stream));
     }
     return product(exec, &p, &a->lora, PRODUCT_GATE_UP_BACK, low_bytes(&a->lora, &a->routing));
 }
 
-/* q, weighted q and weighted u of every row, then the product's. */
+/* q and weighted q of every row, then that. */
 extern "C" size_t espi_down_bwd_scratch_cuda(const espi_exec *exec, const espi_down_bwd *a) {
     (void)exec;
     const product_args p = down_back_product(a, NULL);
-    return 3 * low_bytes(&a->lora, &a->routing) + product_scratch(&p, &a->lora, PRODUCT_DOWN_BACK);
+    return 2 * low_bytes(&a->lora, &a->routing) + back_scratch(&p, &a->lora, a->w.rows, PRODUCT_DOWN_BACK);
 }
 
 extern "C" esp_status espi_down_bwd_cuda(const espi_exec *exec, const espi_down_bwd *a) {
@@ -133,20 +138,18 @@ extern "C" esp_status espi_down_bwd_cuda(const espi_exec *exec, const espi_down_
     const size_t one = low_bytes(&a->lora, &a->routing);
     const product_args p = down_back_product(a, exec->scratch);
     if (p.r) {
-        low_args low = {};
-        low.low = (bf16 *)exec->scratch, low.weighted = (bf16 *)((char *)exec->scratch + one);
-        low.other_weighted = (bf16 *)((char *)exec->scratch + 2 * one), low.other = (const bf16 *)a->u;
-        low.in = p.in, low.in_row = p.in_row, low.l = (const float *)a->lora.b, low.weight = (const float *)a->routing.row_weight;
-        low.across = true, low.r = p.r, low.width = a->w.rows, low.factor = (float)a->lora.scale;
-        ESPI_CUDA_TRY(lora_low(&low, &a->routing, cuda->stream));
-        outer_args d_b = {}, d_a = {};
-        d_b.d = (float *)a->lora.d_b, d_b.in = p.in, d_b.in_row = p.in_row, d_b.low = low.other_weighted;
-        d_b.r = p.r, d_b.width = a->w.rows, d_b.factor = (float)a->lora.scale;
-        d_a.d = (float *)a->lora.d_a, d_a.gu = p.gu, d_a.glu = p.glu, d_a.low = low.weighted, d_a.across = true;
+        pair_args pair = {};
+        pair.d = (float *)a->lora.d_b, pair.low = (bf16 *)exec->scratch, pair.weighted = (bf16 *)((char *)exec->scratch + one);
+        pair.in = p.in, pair.in_row = p.in_row, pair.u = (const bf16 *)a->u, pair.l = (const float *)a->lora.b;
+        pair.weight = (const float *)a->routing.row_weight, pair.shares = (float *)((char *)exec->scratch + 2 * one);
+        pair.r = p.r, pair.width = a->w.rows, pair.factor = (float)a->lora.scale;
+        ESPI_CUDA_TRY(lora_pair(&pair, &a->routing, cuda->stream));
+        outer_args d_a = {};
+        d_a.d = (float *)a->lora.d_a, d_a.gu = p.gu, d_a.glu = p.glu, d_a.low = pair.weighted, d_a.across = true;
         d_a.r = p.r, d_a.width = a->w.cols, d_a.factor = 1;
-        ESPI_CUDA_TRY(lora_outers(&d_b, &d_a, &a->routing, cuda->stream));
+        ESPI_CUDA_TRY(lora_outer(&d_a, &a->routing, cuda->stream));
     }
-    ESPI_TRY(product(exec, &p, &a->lora, PRODUCT_DOWN_BACK, 3 * one));
+    ESPI_TRY(product(exec, &p, &a->lora, PRODUCT_DOWN_BACK, 2 * one));
     if (a->bias) ESPI_CUDA_TRY(bias_share(p.d_row_weight, a->bias, p.in, a->w.rows, &a->routing, cuda->stream));
     return ESP_OK;
 }

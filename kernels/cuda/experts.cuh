@@ -55,15 +55,21 @@ static inline int tile_bound(const espi_routing *r, int height) {
     return (int)((rows + height - 1) / height + (r->experts < rows ? r->experts : rows));
 }
 
-/* Without a limit it is infinite: no branch stands between the values that a thread makes side by side. */
+/* Without a limit it is infinite. */
 struct glu_rule {
     int interleaved;
-    float limit, slope, plus; /* plus: what is added to the up value */
+    float limit, slope, plus, decay; /* plus: what is added to the up value; decay: 2^(decay gate) = exp(-slope gate) */
 };
 
 static inline glu_rule glu_rule_of(const espi_glu *glu) {
-    if (glu->clamped) return glu_rule{glu->interleaved, (float)glu->limit, (float)glu->alpha, 1};
-    return glu_rule{glu->interleaved, INFINITY, 1, 0};
+    const float slope = glu->clamped ? (float)glu->alpha : 1.0f, decay = -1.4426950408889634f * slope;
+    if (glu->clamped) return glu_rule{glu->interleaved, (float)glu->limit, slope, 1, decay};
+    return glu_rule{glu->interleaved, INFINITY, slope, 0, decay};
+}
+
+/* Whether values need the clamps; asked once for all values that a thread makes side by side. */
+static __device__ __forceinline__ bool is_clamped(const glu_rule &rule) {
+    return rule.limit < INFINITY;
 }
 
 /* The activation of one gate and up value, and what its gradient takes from them. */
@@ -71,21 +77,23 @@ struct glu_value {
     float act, d_gate, d_up; /* d_*: factors of the gradient of act */
 };
 
-static __device__ __forceinline__ float glu(float g, float u, const glu_rule &rule) {
-    g = fminf(g, rule.limit);
-    u = rule.plus + fminf(fmaxf(u, -rule.limit), rule.limit);
-    return __fdividef(g, 1.0f + __expf(-rule.slope * g)) * u;
+static __device__ __forceinline__ float logistic(float g, const glu_rule &rule) {
+    return dev_reciprocal(1.0f + dev_exp2(rule.decay * g));
 }
 
-static __device__ __forceinline__ glu_value glu_slopes(float g, float u, const glu_rule &rule) {
-    const bool gate_passes = !(g >= rule.limit), up_passes = !(u >= rule.limit || u <= -rule.limit);
-    g = fminf(g, rule.limit);
-    u = rule.plus + fminf(fmaxf(u, -rule.limit), rule.limit);
-    const float sigma = __fdividef(1.0f, 1.0f + __expf(-rule.slope * g));
+template <bool clamped> static __device__ __forceinline__ float glu(float g, float u, const glu_rule &rule) {
+    if (clamped) g = fminf(g, rule.limit), u = rule.plus + fminf(fmaxf(u, -rule.limit), rule.limit);
+    return g * logistic(g, rule) * u;
+}
+
+template <bool clamped> static __device__ __forceinline__ glu_value glu_slopes(float g, float u, const glu_rule &rule) {
+    const bool gate_passes = !clamped || !(g >= rule.limit), up_passes = !clamped || !(u >= rule.limit || u <= -rule.limit);
+    if (clamped) g = fminf(g, rule.limit), u = rule.plus + fminf(fmaxf(u, -rule.limit), rule.limit);
+    const float sigma = logistic(g, rule), swish = g * sigma, slope = clamped ? rule.slope * swish : swish;
     glu_value v;
-    v.act = g * sigma * u;
-    v.d_gate = gate_passes ? u * sigma * (1.0f + rule.slope * g * (1.0f - sigma)) : 0.0f;
-    v.d_up = up_passes ? g * sigma : 0.0f;
+    v.act = swish * u;
+    v.d_gate = gate_passes ? u * fmaf(slope, 1.0f - sigma, sigma) : 0.0f;
+    v.d_up = up_passes ? swish : 0.0f;
     return v;
 }
 
@@ -101,6 +109,19 @@ static __device__ __forceinline__ gate_up_words split_gate_up(uint4 first, uint4
                           dev_prmt(second.z, second.w, 0x5410u)},
                          {dev_prmt(first.x, first.y, 0x7632u), dev_prmt(first.z, first.w, 0x7632u), dev_prmt(second.x, second.y, 0x7632u),
                           dev_prmt(second.z, second.w, 0x7632u)}};
+}
+
+/* The activation of the eight, two in a word. */
+template <bool clamped> static __device__ __forceinline__ uint4 activate8_as(const gate_up_words &v, const glu_rule &rule) {
+    uint32_t out[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        out[i] = dev_bf16x2(glu<clamped>(dev_lo(v.gate[i]), dev_lo(v.up[i]), rule), glu<clamped>(dev_hi(v.gate[i]), dev_hi(v.up[i]), rule));
+    return make_uint4(out[0], out[1], out[2], out[3]);
+}
+
+static __device__ __forceinline__ uint4 activate8(const gate_up_words &v, const glu_rule &rule) {
+    return is_clamped(rule) ? activate8_as<true>(v, rule) : activate8_as<false>(v, rule);
 }
 
 /* ---- pack.cu ---- */
@@ -140,14 +161,12 @@ size_t product_tiled_scratch(const product_args *p, product_kind kind);
 cudaError_t product_tiled(const product_args *p, product_kind kind, void *scratch, int multiprocessors, cudaStream_t stream);
 
 /* ---- low-rank branches: experts_lora.cu ---- */
-/* low_s = factor * L_e in_s; L: A [E,r,width], or B [E,width,r] when across.  Also, where weight: weighted_s = weight_s * low_s and
- * other_weighted_s = weight_s * other_s. */
+/* low_s = A_e in_s, A: l [E,r,width]. */
 struct low_args {
-    bf16 *low, *weighted, *other_weighted;
-    const bf16 *in, *other;
+    bf16 *low, *weighted;
+    const bf16 *in;
     const int32_t *in_row;
-    const float *l, *weight;
-    bool across;
+    const float *l, *weight; /* weighted, weight, factor: for lora_pair */
     int r;
     int64_t width;
     float factor;
@@ -160,6 +179,7 @@ struct outer_args {
     float *d;
     const bf16 *in, *low;
     const int32_t *in_row;
+    const float *weight; /* of a row; for lora_pair */
     const bf16 *gu;
     glu_rule glu;
     bool across;
@@ -167,7 +187,24 @@ struct outer_args {
     int64_t width;
     float factor;
 };
-cudaError_t lora_outers(const outer_args *first, const outer_args *second, const espi_routing *routing, cudaStream_t stream);
+cudaError_t lora_outer(const outer_args *a, const espi_routing *routing, cudaStream_t stream);
+
+/* Both at once, of the same rows, where their width is a multiple of 32 and the rank one of 8: low_s = factor * l_e^T in_s [, weighted_s =
+ * weight_s * low_s] with l = B [E,width,r], and d[e] += factor * sum over the rows of e of in_s ([weight_s *] u_s)^T. */
+struct pair_args {
+    float *d;
+    bf16 *low, *weighted;
+    const bf16 *in, *u;
+    const int32_t *in_row;
+    const float *l, *weight;
+    float *shares; /* lora_pair_scratch bytes */
+    int64_t slots; /* for lora_pair */
+    int r;
+    int64_t width;
+    float factor;
+};
+size_t lora_pair_scratch(int64_t width, int r, const espi_routing *routing);
+cudaError_t lora_pair(const pair_args *a, const espi_routing *routing, cudaStream_t stream);
 
 /* d_row_weight_s += bias_e . d_out_token(s). */
 cudaError_t bias_share(float *d_row_weight, const float *bias, const bf16 *d_out, int64_t width, const espi_routing *routing,

@@ -105,7 +105,7 @@ static __global__ void activate(bf16 *act, const bf16 *gu, const int32_t *offset
     int64_t gate, up;
     glu_places(gate, up, i % width, width, rule.interleaved);
     const bf16 *row = gu + s * 2 * width;
-    act[i] = __float2bfloat16_rn(glu(__bfloat162float(row[gate]), __bfloat162float(row[up]), rule));
+    act[i] = __float2bfloat16_rn(glu<true>(__bfloat162float(row[gate]), __bfloat162float(row[up]), rule));
 }
 
 /* One warp per routed row: d_gu and the row weight's gradient from a_s = W^T d_out. */
@@ -120,7 +120,7 @@ static __global__ void activate_back(product_args p, const float *wide) {
         int64_t gate, up;
         glu_places(gate, up, i, p.width, p.glu.interleaved);
         const float a = wide[s * p.width + i];
-        const glu_value v = glu_slopes(__bfloat162float(gu[gate]), __bfloat162float(gu[up]), p.glu);
+        const glu_value v = glu_slopes<true>(__bfloat162float(gu[gate]), __bfloat162float(gu[up]), p.glu);
         dot += v.act * a;
         d_gu[gate] = __float2bfloat16_rn(v.d_gate * weight * a);
         d_gu[up] = __float2bfloat16_rn(v.d_up * weight * a);

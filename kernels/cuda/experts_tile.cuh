@@ -255,12 +255,8 @@ static __device__ __forceinline__ void store_pairs(bf16 *row, int64_t at, int64_
 /* Eight gates and ups of routed row s: gu and act. */
 static __device__ __forceinline__ void store_gate_up(const tile_args &a, int64_t s, int64_t at, const gate_up_words &v) {
     const int64_t width = a.p.width;
-    uint32_t act[4];
-#pragma unroll
-    for (int j = 0; j < 4; j++)
-        act[j] = dev_bf16x2(glu(dev_lo(v.gate[j]), dev_lo(v.up[j]), a.p.glu), glu(dev_hi(v.gate[j]), dev_hi(v.up[j]), a.p.glu));
     store_pairs(a.p.out + s * 2 * width, at, width, v, a.p.glu.interleaved);
-    *(uint4 *)(a.p.act + s * width + at) = make_uint4(act[0], act[1], act[2], act[3]);
+    *(uint4 *)(a.p.act + s * width + at) = activate8(v, a.p.glu);
 }
 
 /* Rows 64 chunk .. of a tile of plain order, from both warpgroups' staging. */
@@ -294,6 +290,22 @@ static __device__ __forceinline__ void load_gu(gu_row &v, const tile_args &a, co
     v.first = __ldg((const uint4 *)(row + first)), v.second = __ldg((const uint4 *)(row + second));
 }
 
+/* Eight gates and ups become their gradients, from that of their activation, d; returns the eight's share of the row weight's gradient. */
+template <bool clamped>
+static __device__ __forceinline__ float slopes8(gate_up_words &p, const uint32_t (&d)[4], float weight, const glu_rule &rule) {
+    float dot = 0;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        const glu_value v0 = glu_slopes<clamped>(dev_lo(p.gate[j]), dev_lo(p.up[j]), rule),
+                        v1 = glu_slopes<clamped>(dev_hi(p.gate[j]), dev_hi(p.up[j]), rule);
+        const float d0 = dev_lo(d[j]), d1 = dev_hi(d[j]);
+        dot += v0.act * d0 + v1.act * d1;
+        p.gate[j] = dev_bf16x2(v0.d_gate * (weight * d0), v1.d_gate * (weight * d1));
+        p.up[j] = dev_bf16x2(v0.d_up * (weight * d0), v1.d_up * (weight * d1));
+    }
+    return dot;
+}
+
 /* a_s = W^T d_out of one row becomes d_gu, and this block's share of the row weight's gradient. */
 static __device__ __forceinline__ void finish_down_back(const tile_args &a, const work &w, uint32_t staging, uint32_t row_weights,
                                                         int block, int thread, int chunk, int i, const gu_row &v) {
@@ -302,16 +314,7 @@ static __device__ __forceinline__ void finish_down_back(const tile_args &a, cons
     const uint4 from = dev_load_shared(staged(staging, row % 64, c));
     const uint32_t d[4] = {from.x, from.y, from.z, from.w};
     gate_up_words p = split_gate_up(v.first, v.second, a.p.glu.interleaved);
-    float dot = 0;
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-        const glu_value v0 = glu_slopes(dev_lo(p.gate[j]), dev_lo(p.up[j]), a.p.glu),
-                        v1 = glu_slopes(dev_hi(p.gate[j]), dev_hi(p.up[j]), a.p.glu);
-        const float d0 = dev_lo(d[j]), d1 = dev_hi(d[j]);
-        dot += v0.act * d0 + v1.act * d1;
-        p.gate[j] = dev_bf16x2(v0.d_gate * (weight * d0), v1.d_gate * (weight * d1));
-        p.up[j] = dev_bf16x2(v0.d_up * (weight * d0), v1.d_up * (weight * d1));
-    }
+    float dot = is_clamped(a.p.glu) ? slopes8<true>(p, d, weight, a.p.glu) : slopes8<false>(p, d, weight, a.p.glu);
 #pragma unroll
     for (int step = 1; step < 8; step *= 2) dot += __shfl_xor_sync(~0u, dot, step);
     if (row >= w.rows) return;
