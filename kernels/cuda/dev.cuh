@@ -290,8 +290,14 @@ template <int pending> static __device__ __forceinline__ void dev_wgmma_wait() {
 #endif
 }
 
+/* The two words of a tile whose rows follow each other: the next eight are 1024 bytes on. */
+#define DEV_TILE_HIGH 0x40000040
+static __device__ __forceinline__ uint32_t dev_tile_low(uint32_t address) {
+    return (address >> 4 & 0x3fff) | 1u << 16;
+}
+
 /* D [64, 16 n] of the warpgroup = A [64,16] B [16, 16 n] + (keep ? D : 0).  A: rows of 16 k, or across: 16 rows k of 64 values.  B: rows of
- * 16 k.  A may be in the warps' registers, as mma.sync has it.  In D, d[8 i + 4 h + 2 v + w] of a lane is row 16 warp + 8 v + lane / 4 and column 16 i + 8 h + 2 (lane % 4) + w. */
+ * 16 k.  Both by the low words of their tiles; A may be in the warps' registers, as mma.sync has it.  In D, d[8 i + 4 h + 2 v + w] of a lane is row 16 warp + 8 v + lane / 4 and column 16 i + 8 h + 2 (lane % 4) + w. */
 template <int n, int across> struct dev_wgmma;
 #if DEV_HOPPER
 #define DEV_P1 "%0,%1,%2,%3,%4,%5,%6,%7"
@@ -327,43 +333,45 @@ template <int n, int across> struct dev_wgmma;
 #define DEV_R14 DEV_R13, DEV_R(104), DEV_R(108)
 #define DEV_R15 DEV_R14, DEV_R(112), DEV_R(116)
 #define DEV_R16 DEV_R15, DEV_R(120), DEV_R(124)
-/* a0 .. a4: the places behind the sums. */
-#define DEV_WGMMA(n, columns, a0, a1, a2, a3, a4, a5)                                                                                      \
+/* a0 .. a6: the places behind the sums. */
+#define DEV_WGMMA(n, columns, a0, a1, a2, a3, a4, a5, a6)                                                                                  \
     template <int across> struct dev_wgmma<n, across> {                                                                                    \
-        static __device__ __forceinline__ void run(float (&d)[128], uint64_t a, uint64_t b, int keep) {                                    \
-            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" a2 ", 0;\nwgmma.mma_async.sync.aligned.m64n" columns                         \
-                         "k16.f32.bf16.bf16 {" DEV_P##n "}, %" a0 ", %" a1 ", p, 1, 1, %" a3 ", 0;\n}"                                     \
+        static __device__ __forceinline__ void run(float (&d)[128], uint32_t a, uint32_t b, int keep) {                                    \
+            asm volatile("{\n.reg .pred p;\n.reg .b64 ta, tb;\nsetp.ne.b32 p, %" a2 ", 0;\nmov.b64 ta, {%" a0 ", %" a4                     \
+                         "};\nmov.b64 tb, {%" a1 ", %" a4 "};\nwgmma.mma_async.sync.aligned.m64n" columns "k16.f32.bf16.bf16 {" DEV_P##n   \
+                         "}, ta, tb, p, 1, 1, %" a3 ", 0;\n}"                                                                              \
                          : DEV_R##n                                                                                                        \
-                         : "l"(a), "l"(b), "r"(keep), "n"(across));                                                                        \
+                         : "r"(a), "r"(b), "r"(keep), "n"(across), "n"(DEV_TILE_HIGH));                                                    \
         }                                                                                                                                  \
-        static __device__ __forceinline__ void run(float (&d)[128], const uint32_t *a, uint64_t b, int keep) {                             \
-            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" a5 ", 0;\nwgmma.mma_async.sync.aligned.m64n" columns                         \
-                         "k16.f32.bf16.bf16 {" DEV_P##n "}, {%" a0 ",%" a1 ",%" a2 ",%" a3 "}, %" a4 ", p, 1, 1, 0;\n}"                    \
+        static __device__ __forceinline__ void run(float (&d)[128], const uint32_t *a, uint32_t b, int keep) {                             \
+            asm volatile("{\n.reg .pred p;\n.reg .b64 tb;\nsetp.ne.b32 p, %" a5 ", 0;\nmov.b64 tb, {%" a4 ", %" a6                         \
+                         "};\nwgmma.mma_async.sync.aligned.m64n" columns "k16.f32.bf16.bf16 {" DEV_P##n "}, {%" a0 ",%" a1 ",%" a2 ",%" a3 \
+                                                                                                        "}, tb, p, 1, 1, 0;\n}"            \
                          : DEV_R##n                                                                                                        \
-                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep));                                                 \
+                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(keep), "n"(DEV_TILE_HIGH));                             \
         }                                                                                                                                  \
     };
-DEV_WGMMA(1, "16", "8", "9", "10", "11", "12", "13")
-DEV_WGMMA(2, "32", "16", "17", "18", "19", "20", "21")
-DEV_WGMMA(3, "48", "24", "25", "26", "27", "28", "29")
-DEV_WGMMA(4, "64", "32", "33", "34", "35", "36", "37")
-DEV_WGMMA(5, "80", "40", "41", "42", "43", "44", "45")
-DEV_WGMMA(6, "96", "48", "49", "50", "51", "52", "53")
-DEV_WGMMA(7, "112", "56", "57", "58", "59", "60", "61")
-DEV_WGMMA(8, "128", "64", "65", "66", "67", "68", "69")
-DEV_WGMMA(9, "144", "72", "73", "74", "75", "76", "77")
-DEV_WGMMA(10, "160", "80", "81", "82", "83", "84", "85")
-DEV_WGMMA(11, "176", "88", "89", "90", "91", "92", "93")
-DEV_WGMMA(12, "192", "96", "97", "98", "99", "100", "101")
-DEV_WGMMA(13, "208", "104", "105", "106", "107", "108", "109")
-DEV_WGMMA(14, "224", "112", "113", "114", "115", "116", "117")
-DEV_WGMMA(15, "240", "120", "121", "122", "123", "124", "125")
-DEV_WGMMA(16, "256", "128", "129", "130", "131", "132", "133")
+DEV_WGMMA(1, "16", "8", "9", "10", "11", "12", "13", "14")
+DEV_WGMMA(2, "32", "16", "17", "18", "19", "20", "21", "22")
+DEV_WGMMA(3, "48", "24", "25", "26", "27", "28", "29", "30")
+DEV_WGMMA(4, "64", "32", "33", "34", "35", "36", "37", "38")
+DEV_WGMMA(5, "80", "40", "41", "42", "43", "44", "45", "46")
+DEV_WGMMA(6, "96", "48", "49", "50", "51", "52", "53", "54")
+DEV_WGMMA(7, "112", "56", "57", "58", "59", "60", "61", "62")
+DEV_WGMMA(8, "128", "64", "65", "66", "67", "68", "69", "70")
+DEV_WGMMA(9, "144", "72", "73", "74", "75", "76", "77", "78")
+DEV_WGMMA(10, "160", "80", "81", "82", "83", "84", "85", "86")
+DEV_WGMMA(11, "176", "88", "89", "90", "91", "92", "93", "94")
+DEV_WGMMA(12, "192", "96", "97", "98", "99", "100", "101", "102")
+DEV_WGMMA(13, "208", "104", "105", "106", "107", "108", "109", "110")
+DEV_WGMMA(14, "224", "112", "113", "114", "115", "116", "117", "118")
+DEV_WGMMA(15, "240", "120", "121", "122", "123", "124", "125", "126")
+DEV_WGMMA(16, "256", "128", "129", "130", "131", "132", "133", "134")
 #undef DEV_WGMMA
 #else
 template <int n, int across> struct dev_wgmma {
-    static __device__ __forceinline__ void run(float (&)[128], uint64_t, uint64_t, int) {}
-    static __device__ __forceinline__ void run(float (&)[128], const uint32_t *, uint64_t, int) {}
+    static __device__ __forceinline__ void run(float (&)[128], uint32_t, uint32_t, int) {}
+    static __device__ __forceinline__ void run(float (&)[128], const uint32_t *, uint32_t, int) {}
 };
 #endif
 

@@ -106,8 +106,9 @@ template <int format> static __device__ __forceinline__ byte_planes planes_of(ui
     return p;
 }
 
-static __device__ __forceinline__ uint4 decode_table(uint32_t q, const byte_planes &p) {
-    uint32_t s = q & 0x77777777u, upper = (q >> 1 & 0x44444444u) | 0x32103210u, words[4];
+/* order: 0x32103210, or 0x76547654 where the planes have the values 8 to 15 first. */
+static __device__ __forceinline__ uint4 decode_table(uint32_t q, const byte_planes &p, uint32_t order = 0x32103210u) {
+    uint32_t s = q & 0x77777777u, upper = (q >> 1 & 0x44444444u) ^ order, words[4];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         const uint32_t lo = dev_prmt(dev_prmt(p.low[0], p.low[1], s), dev_prmt(p.low[2], p.low[3], s), upper);
@@ -118,17 +119,22 @@ static __device__ __forceinline__ uint4 decode_table(uint32_t q, const byte_plan
     return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-/* 32 values of a row, in four pieces: a word of codes has two values of each. */
+/* 32 values of a row, in four pieces: a word of codes has two values of each.  exponent: of MXFP4's scale. */
 template <int format>
-static __device__ __forceinline__ void decode_half(uint4 (&out)[4], const coded_row &c, int half, const byte_planes &p) {
-    const uint32_t q[4] = {c.q[half].x, c.q[half].y, c.q[half].z, c.q[half].w};
-    const uint32_t e = c.scale >> 8 * half & 255u, more = e > 128 ? (e - 1) * 0x00800080u : 0;
-    const uint32_t factor = (min(e, 128u) + 126u) * 0x00800080u;
+static __device__ __forceinline__ void decode_words(uint4 (&out)[4], uint4 codes, uint32_t exponent, const byte_planes &p,
+                                                    uint32_t order = 0x32103210u) {
+    const uint32_t q[4] = {codes.x, codes.y, codes.z, codes.w}, more = exponent > 128 ? (exponent - 1) * 0x00800080u : 0;
+    const uint32_t factor = (min(exponent, 128u) + 126u) * 0x00800080u;
     uint4 v[4];
 #pragma unroll
-    for (int i = 0; i < 4; i++) v[i] = format == ESP_MXFP4 ? decode_mx(q[i], factor, more) : decode_table(q[i], p);
+    for (int i = 0; i < 4; i++) v[i] = format == ESP_MXFP4 ? decode_mx(q[i], factor, more) : decode_table(q[i], p, order);
     out[0] = make_uint4(v[0].x, v[1].x, v[2].x, v[3].x), out[1] = make_uint4(v[0].y, v[1].y, v[2].y, v[3].y);
     out[2] = make_uint4(v[0].z, v[1].z, v[2].z, v[3].z), out[3] = make_uint4(v[0].w, v[1].w, v[2].w, v[3].w);
+}
+
+template <int format>
+static __device__ __forceinline__ void decode_half(uint4 (&out)[4], const coded_row &c, int half, const byte_planes &p) {
+    decode_words<format>(out, c.q[half], c.scale >> 8 * half & 255u, p);
 }
 
 /* Once all pieces are there: they are decoded side by side, before the first is stored. */

@@ -5,7 +5,8 @@
  * than 16.  Four more warps bring codes and rows (by their index: the gather is part of the load), ahead by as many k-blocks of 64 as shared
  * memory holds, also across tiles.  While the tensor cores are at one k-block, a warpgroup decodes the next one into registers: a forward
  * multiplies from there; a backward, which reads the same records across, writes them into shared memory first.  The low-rank branch is one
- * more, shorter k-block.  A warpgroup meets the other one nowhere: while one is storing its results, the other one has the tensor cores.
+ * more, shorter k-block for each 16 ranks.  A warpgroup meets the other one nowhere: while one is storing its results, the other one has the
+ * tensor cores.
  *
  * The warps that copy announce their copies on a stage's barrier and the readers order them before wgmma: a fence in the warps that copy
  * would wait for all copies under way. */
@@ -15,9 +16,11 @@
 #define PRODUCERS 128
 #define SHARED_BYTES 232448
 #define MOST_STAGES 16
+#define LOW_BYTES 2048 /* of 64 outputs x 16 ranks */
 
-/* Shared memory: each warpgroup's own sub-tiles (decoded weights of a backward; its results on their way out), weights of the low-rank block,
- * barriers, indices of two tiles' rows, for each warpgroup the weights of two tiles' rows (down_back), stages.  A stage: rows, then records or plain weights. */
+/* Shared memory: each warpgroup's own sub-tiles (decoded weights of a backward; its results on their way out), barriers, the values of the
+ * codes, indices of two tiles' rows, for each warpgroup the weights of two tiles' rows (down_back), and as many stages as there is room for.
+ * A stage: rows, then records, plain weights or those of 16 ranks. */
 template <int format, product_kind kind> struct form {
     static constexpr bool across = kind == PRODUCT_DOWN_BACK || kind == PRODUCT_GATE_UP_BACK, coded = format != ESP_Q_NONE;
     static constexpr bool pairs = kind == PRODUCT_GATE_UP, slopes = kind == PRODUCT_DOWN_BACK; /* what its epilogue makes */
@@ -29,7 +32,7 @@ template <int format, product_kind kind> struct form {
                          producer_registers = 3 * 168 - 2 * consumer_registers;
     static constexpr int record = RECORD_BYTES(format), weights = coded ? 5 * 1024 : 2 * SUBTILE;
     static constexpr int own = across && coded ? 3 * SUBTILE : SUBTILE;
-    static constexpr int low = 2 * own, barriers = low + 2 * SUBTILE, turns = barriers + 512, indices = barriers + 1024;
+    static constexpr int barriers = 2 * own, turns = barriers + 512, table = barriers + 576, indices = barriers + 1024;
     static constexpr int row_weights = indices + 8 * WIDE_ROWS, stages = row_weights + (slopes ? 4096 : 0);
 };
 
@@ -82,13 +85,28 @@ static __device__ __forceinline__ void bring_plain(uint32_t to, const tile_args 
     }
 }
 
+/* The weights of 16 ranks from n0 on for 64 outputs, by 64 threads: rows of B, or rows of A across; zero past the rank. */
+template <bool across>
+static __device__ __forceinline__ void bring_low(uint32_t to, const tile_args &a, int expert, int block, int n0, int thread) {
+    const int64_t outs = (int64_t)a.blocks * BLOCK, r = a.p.r;
+#pragma unroll 1
+    for (int i = thread; i < 128; i += 64) {
+        const int line = across ? i / 8 : i / 2, piece = across ? i % 8 : i % 2, n = across ? n0 + line : n0 + 8 * piece;
+        uint4 v = make_uint4(0, 0, 0, 0);
+        if (n < r)
+            v = scaled8(across ? a.p.up + (expert * r + n) * outs + block * BLOCK + 8 * piece
+                               : a.p.up + (expert * outs + block * BLOCK + line) * r + n,
+                        a.p.factor);
+        dev_store_shared(to + (across ? line * 128 + ((piece ^ (line & 7)) << 4) : line * 32 + 16 * piece), v);
+    }
+}
+
 template <int format, product_kind kind>
 static __device__ __forceinline__ void bring(const tile_args &a, uint32_t base, ring r, int tiles) {
     using F = form<format, kind>;
-    const int thread = (int)threadIdx.x - CONSUMERS, piece = thread % 8, line = thread / 8, blocks_k = a.k_blocks + (a.low_steps > 0);
+    const int thread = (int)threadIdx.x - CONSUMERS, piece = thread % 8, line = thread / 8;
     const uint32_t place = line * 128 + ((piece ^ (line & 7)) << 4), row_bytes = (uint32_t)a.k_blocks * BLOCK * 2;
     const int64_t step = (int64_t)a.k_step * F::record;
-    int low_stage = -1, low_phase = 0;
     uint32_t indices = base + F::indices, other = indices + WIDE_ROWS * 4;
     const int first = dev_block();
     work next = work_of(a, first);
@@ -136,23 +154,19 @@ static __device__ __forceinline__ void bring(const tile_args &a, uint32_t base, 
             in += BLOCK * 2;
             advance(r);
         }
-        if (a.low_steps > 0) {
+        for (int j = 0; j < a.low_steps; j++) {
             const uint32_t to = stage_of(r), full = r.full + 8 * r.stage;
-            const int pieces = 2 * a.low_steps;
             dev_barrier_wait(r.empty + 8 * r.stage, r.phase ^ 1);
-            /* with fewer k-blocks than stages the last tile's low-rank weights may still be wanted */
-            if (low_stage >= 0 && blocks_k < r.stages) dev_barrier_wait(r.empty + 8 * low_stage, low_phase);
-            low_stage = r.stage, low_phase = r.phase;
-            for (int i = thread; i < (w.rows + 15) / 16 * 16 * pieces; i += PRODUCERS) {
-                const int row = i / pieces, at = i % pieces;
-                const bool there = 8 * at < a.p.r;
-                const bf16 *from = a.p.low + (int64_t)(w.row0 + min(row, w.rows - 1)) * a.p.r + (there ? 8 * at : 0);
+            for (int i = thread; i < (w.rows + 15) / 16 * 32; i += PRODUCERS) {
+                const int row = i / 2, at = i % 2, n = 16 * j + 8 * at;
+                const bool there = n < a.p.r;
+                const bf16 *from = a.p.low + (int64_t)(w.row0 + min(row, w.rows - 1)) * a.p.r + (there ? n : 0);
                 dev_copy16_or_zero(to + row * 128 + ((at ^ (row & 7)) << 4), from, there ? 16 : 0);
             }
-            low_block<F::across>(base + F::low + thread / 64 * SUBTILE, a, w.expert, thread < 64 ? block0 : block1, thread % 64, 64);
-            dev_copy_wait_all();
-            dev_fence_async();
-            dev_barrier_arrive(full);
+            dev_copy_arrive(full); /* a wait would be for all rows under way */
+            bring_low<F::across>(to + r.rows_bytes + thread / 64 * LOW_BYTES, a, w.expert, thread < 64 ? block0 : block1, 16 * j,
+                                 thread % 64);
+            dev_meet(3, PRODUCERS); /* what all have stored, one announces */
             if (thread == 0) dev_barrier_arrive(full);
             advance(r);
         }
@@ -183,7 +197,7 @@ template <product_kind kind> static __device__ __forceinline__ lane_rows row_pla
 }
 
 /* Half a k-block from registers, queued; the half before is read when it returns. */
-template <int n> static __device__ __forceinline__ void multiply_half(float (&d)[128], const uint32_t (&a)[8], uint64_t rows, int keep) {
+template <int n> static __device__ __forceinline__ void multiply_half(float (&d)[128], const uint32_t (&a)[8], uint32_t rows, int keep) {
     dev_wgmma_begin();
     dev_wgmma<n, 0>::run(d, a, rows, keep);
     dev_wgmma<n, 0>::run(d, a + 4, rows + 2, 1);
@@ -204,7 +218,7 @@ static __device__ __forceinline__ void multiply_forward(float (&d)[128], const t
     decode_fragments<format>(first, codes, 0);
 #pragma unroll 1
     for (int k = 0; k + 1 < a.k_blocks; k++) {
-        const uint64_t rows = dev_tile(stage_of(r), 1024);
+        const uint32_t rows = dev_tile_low(stage_of(r));
         const uint32_t empty = r.empty + 8 * r.stage;
         dev_fence_async();
         multiply_half<n>(d, first, rows, k);
@@ -221,7 +235,7 @@ static __device__ __forceinline__ void multiply_forward(float (&d)[128], const t
 #pragma unroll
         for (int i = 0; i < 8; i++) first[i] = ahead[i];
     }
-    const uint64_t rows = dev_tile(stage_of(r), 1024);
+    const uint32_t rows = dev_tile_low(stage_of(r));
     dev_fence_async();
     multiply_half<n>(d, first, rows, a.k_blocks > 1);
     decode_fragments<format>(second, codes, 1);
@@ -241,40 +255,21 @@ static __device__ __forceinline__ void prefetch_gu(const tile_args &a, const wor
     }
 }
 
-/* The k-blocks of a backward, and plain weights: from shared memory. */
+/* Of plain weights the k-blocks, from shared memory. */
 template <int n, int format, product_kind kind>
-static __device__ __forceinline__ void multiply_shared(float (&d)[128], const tile_args &a, const work &w, uint32_t base, ring &r, int g,
-                                                       const code_places &at, const float (&values)[4]) {
-    using F = form<format, kind>;
-    constexpr uint64_t a_step = F::across ? 128 : 2;
-    const int lane = threadIdx.x % 32, line = (int)(threadIdx.x / 32) % 4 * 16 + lane % 16;
-    int before = 0, buffer = 1; /* the last tile's results may still be in buffer 0 */
+static __device__ __forceinline__ void multiply_plain(float (&d)[128], const tile_args &a, const work &w, ring &r, int g) {
+    constexpr bool across = form<format, kind>::across;
+    const int lane = threadIdx.x % 32;
+    int before = 0;
 #pragma unroll 1
     for (int k = 0; k < a.k_blocks; k++) {
-        const uint32_t to = stage_of(r), weights = to + r.rows_bytes;
-        uint64_t left = dev_tile(weights + g * SUBTILE, 1024);
-        const uint64_t right = dev_tile(to, 1024);
-        if (F::slopes && k == max(a.k_blocks - 6, 0)) prefetch_gu(a, w, g); /* earlier, and it would be gone again when it is wanted */
+        const uint32_t rows = stage_of(r), left = dev_tile_low(rows + r.rows_bytes + g * SUBTILE), right = dev_tile_low(rows);
+        if (form<format, kind>::slopes && k == max(a.k_blocks - 6, 0)) prefetch_gu(a, w, g);
         dev_barrier_wait(r.full + 8 * r.stage, r.phase);
-        if (F::coded) {
-            const uint32_t own = base + g * F::own + buffer * SUBTILE;
-            lane_codes codes;
-            load_codes<format>(codes, weights, at, values);
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                uint32_t v[8];
-                decode_fragments<format>(v, codes, h);
-                dev_stmatrix(staged(own, line, 4 * h + lane / 16), v[0], v[1], v[2], v[3]);
-                dev_stmatrix(staged(own, line, 4 * h + 2 + lane / 16), v[4], v[5], v[6], v[7]);
-            }
-            left = dev_tile(own, 1024);
-            buffer = buffer == 2 ? 0 : buffer + 1;
-        }
         dev_fence_async();
-        if (F::coded) dev_meet(1 + g, 128);
         dev_wgmma_begin();
 #pragma unroll
-        for (int j = 0; j < 4; j++) dev_wgmma<n, F::across>::run(d, left + j * a_step, right + 2 * j, k | j);
+        for (int j = 0; j < 4; j++) dev_wgmma<n, across>::run(d, left + j * (across ? 128 : 2), right + 2 * j, k | j);
         dev_wgmma_commit();
         dev_wgmma_wait<1>();
         if (k > 0 && lane == 0) dev_barrier_arrive(r.empty + 8 * before); /* the block before is read */
@@ -285,34 +280,103 @@ static __device__ __forceinline__ void multiply_shared(float (&d)[128], const ti
     if (lane == 0) dev_barrier_arrive(r.empty + 8 * before);
 }
 
+/* What a lane decodes of a k-block in a backward: 32 columns of one row.  The lane 16 further on has the row's other columns: each makes half
+ * of the scale's products, and has its own half first. */
+struct line_codes {
+    uint4 q;
+    uint32_t scale;
+};
+
+template <int format> static __device__ __forceinline__ void load_line(line_codes &c, uint32_t record, int row, int half) {
+    c.q = dev_load_shared(record + half * 1024 + row * 16);
+    c.scale = format == ESP_MXFP4 ? dev_load_shared2(record + RECORD_CODES + 2 * row) >> 8 * half & 255u
+                                  : dev_load_shared4(record + RECORD_CODES + 4 * row);
+}
+
+static __device__ __forceinline__ byte_planes line_planes(uint32_t scale, uint32_t table, int half) {
+    const float absmax = __uint_as_float(scale);
+    byte_planes p;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const uint4 v = dev_load_shared(table + 32 * half + 16 * i);
+        const uint32_t a = dev_bf16x2(__uint_as_float(v.x) * absmax, __uint_as_float(v.y) * absmax);
+        const uint32_t b = dev_bf16x2(__uint_as_float(v.z) * absmax, __uint_as_float(v.w) * absmax);
+        p.low[i] = dev_prmt(a, b, 0x6420u), p.high[i] = dev_prmt(a, b, 0x7531u);
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) p.low[2 + i] = __shfl_xor_sync(~0u, p.low[i], 16), p.high[2 + i] = __shfl_xor_sync(~0u, p.high[i], 16);
+    return p;
+}
+
+/* The k-blocks of a backward, by way of shared memory. */
+template <int n, int format, product_kind kind>
+static __device__ __forceinline__ void multiply_back(float (&d)[128], const tile_args &a, const work &w, uint32_t base, ring &r, int g) {
+    using F = form<format, kind>;
+    const int lane = threadIdx.x % 32, row = (int)(threadIdx.x / 32) % 4 * 16 + lane % 16, half = lane / 16;
+    const uint32_t own = base + g * F::own, records = r.rows_bytes + g * F::record, order = half ? 0x76547654u : 0x32103210u;
+    uint32_t buffer = own + SUBTILE; /* the last tile's results may still be in the first one */
+    int before = 0;
+    line_codes codes;
+    dev_barrier_wait(r.full + 8 * r.stage, r.phase);
+    load_line<format>(codes, stage_of(r) + records, row, half);
+#pragma unroll 1
+    for (int k = 0; k < a.k_blocks; k++) {
+        const int stage = r.stage;
+        const uint32_t left = dev_tile_low(buffer), right = dev_tile_low(stage_of(r));
+        if (F::slopes && k == max(a.k_blocks - 6, 0)) prefetch_gu(a, w, g); /* earlier, and it would be gone again when it is wanted */
+        uint4 values[4];
+        byte_planes planes;
+        if (format != ESP_MXFP4) planes = line_planes(codes.scale, base + F::table, half);
+        decode_words<format>(values, codes.q, codes.scale, planes, order);
+        store_half(buffer, row, half, values);
+        buffer = buffer == own + 2 * SUBTILE ? own : buffer + SUBTILE;
+        dev_fence_async();
+        dev_meet(1 + g, 128);
+        dev_wgmma_begin();
+#pragma unroll
+        for (int j = 0; j < 4; j++) dev_wgmma<n, 1>::run(d, left + j * 128, right + 2 * j, k | j);
+        dev_wgmma_commit();
+        advance(r);
+        if (k + 1 < a.k_blocks) {
+            dev_barrier_wait(r.full + 8 * r.stage, r.phase);
+            load_line<format>(codes, stage_of(r) + records, row, half);
+        }
+        dev_wgmma_wait<1>();
+        if (k > 0 && lane == 0) dev_barrier_arrive(r.empty + 8 * before); /* the block before is read */
+        before = stage;
+    }
+    dev_wgmma_wait<0>();
+    if (lane == 0) dev_barrier_arrive(r.empty + 8 * before);
+}
+
 template <int n, int format, product_kind kind>
 static __device__ __forceinline__ void multiply(float (&d)[128], const tile_args &a, const work &w, uint32_t base, ring &r, int g,
                                                 const lane_rows &rows, const code_places &at, const float (&values)[4]) {
     using F = form<format, kind>;
-    constexpr uint64_t a_step = F::across ? 128 : 2;
     const int lane = threadIdx.x % 32;
-    if constexpr (F::coded && !F::across)
-        multiply_forward<n, format>(d, a, r, at, values);
+    if constexpr (!F::coded)
+        multiply_plain<n, format, kind>(d, a, w, r, g);
+    else if constexpr (F::across)
+        multiply_back<n, format, kind>(d, a, w, base, r, g);
     else
-        multiply_shared<n, format, kind>(d, a, w, base, r, g, at, values);
-    if (a.low_steps > 0) {
+        multiply_forward<n, format>(d, a, r, at, values);
+#pragma unroll 1
+    for (int j = 0; j < a.low_steps; j++) {
         dev_barrier_wait(r.full + 8 * r.stage, r.phase);
         dev_fence_async();
-        const uint64_t right = dev_tile(stage_of(r), 1024), left = dev_tile(base + F::low + g * SUBTILE, 1024);
-#pragma unroll 1
-        for (int j = 0; j < a.low_steps; j++) {
-            uint32_t low[4];
+        const uint32_t weights = stage_of(r) + r.rows_bytes;
+        const uint32_t right = dev_tile_low(stage_of(r));
+        uint32_t low[4];
 #pragma unroll
-            for (int i = 0; i < 4 && !F::across; i++)
-                low[i] = dev_load_shared4(staged(base + F::low + rows.sub[i % 2] * SUBTILE, rows.row[i % 2], 2 * j + i / 2) + lane % 4 * 4);
-            dev_wgmma_begin();
-            if (F::across)
-                dev_wgmma<n, F::across>::run(d, left + j * a_step, right + 2 * j, 1);
-            else
-                dev_wgmma<n, F::across>::run(d, low, right + 2 * j, 1);
-            dev_wgmma_commit();
-            dev_wgmma_wait<0>();
-        }
+        for (int i = 0; i < 4 && !F::across; i++)
+            low[i] = dev_load_shared4(weights + rows.sub[i % 2] * LOW_BYTES + rows.row[i % 2] * 32 + i / 2 * 16 + lane % 4 * 4);
+        dev_wgmma_begin();
+        if (F::across)
+            dev_wgmma<n, F::across>::run(d, dev_tile_low(weights + g * LOW_BYTES), right, 1);
+        else
+            dev_wgmma<n, F::across>::run(d, low, right, 1);
+        dev_wgmma_commit();
+        dev_wgmma_wait<0>();
         if (lane == 0) dev_barrier_arrive(r.empty + 8 * r.stage);
         advance(r);
     }
@@ -396,6 +460,7 @@ static __global__ __launch_bounds__(CONSUMERS + PRODUCERS, 1) void product_wgmma
             dev_barrier_init(r.empty + 8 * i, CONSUMERS / 32);
         }
         for (int g = 0; g < 2; g++) dev_store_shared(base + F::turns + 4 * g, 0u);
+        for (int i = 0; i < 16 && format == ESP_NF4; i++) dev_store_shared(base + F::table + 4 * i, __float_as_uint(a.p.w.lut[i]));
         dev_fence_async();
     }
     __syncthreads();
@@ -415,7 +480,7 @@ static __global__ __launch_bounds__(CONSUMERS + PRODUCERS, 1) void product_wgmma
             at.scale[v] = rows.sub[v] * F::record + RECORD_CODES + rows.row[v] * (format == ESP_MXFP4 ? 2 : 4);
         }
 #pragma unroll
-        for (int i = 0; i < 4; i++) values[i] = format == ESP_NF4 ? __ldg(a.p.w.lut + lane % 4 * 4 + i) : 0;
+        for (int i = 0; i < 4; i++) values[i] = format == ESP_NF4 && !F::across ? __ldg(a.p.w.lut + lane % 4 * 4 + i) : 0;
         for (;;) {
             /* kept in shared memory: the compiler would put it on the stack */
             const int turn = (int)dev_load_shared4(base + F::turns + 4 * g), index = dev_block() + turn * (int)gridDim.x;
