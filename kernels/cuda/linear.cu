@@ -1,8 +1,128 @@
 /* Dense layer with a frozen weight and a low-rank branch.  The branch's product goes into the output first, then the weight's is added to it:
  * the smaller of the two is what is rounded twice. */
 #include "kernels/cuda/cuda.cuh"
+#include "kernels/cuda/dev.cuh"
 
 namespace {
+
+enum {
+    FEW_TOKENS = 256, /* up to which a branch is one launch */
+    BRANCH_WARPS = 16,
+    BRANCH_ROWS = 16, /* of a block: what a fragment has */
+    RANKS = 16,       /* at a time, */
+    MOST_RANKS = 64,  /* and in all */
+    TILES = 2         /* of 8 outputs, that a warp makes */
+};
+
+/* ---- The branch of few tokens: each block makes u of its rows, then its share of their outputs.  A and B are read as they are. ---- */
+
+struct branch_args {
+    bf16 *y, *u;
+    const bf16 *x;
+    const float *a, *b;
+    int64_t tokens, in, out;
+    int r;
+    float scale;
+};
+
+/* Four words of two neighbours, from eight values. */
+__device__ uint4 rounded8(const float *from) {
+    const float4 a = __ldg(reinterpret_cast<const float4 *>(from)), b = __ldg(reinterpret_cast<const float4 *>(from) + 1);
+    return make_uint4(dev_bf16x2(a.x, a.y), dev_bf16x2(a.z, a.w), dev_bf16x2(b.x, b.y), dev_bf16x2(b.z, b.w));
+}
+
+/* The warps share the width, 32 columns in turn, of which a lane reads 8 neighbours: the order of a contraction is free, as long as both sides
+ * follow it. */
+__device__ void branch_down(float (&sum)[2][4], const branch_args &p, int64_t row0, int first_rank) {
+    const int warp = static_cast<int>(threadIdx.x) / ESPI_WARP, lane = static_cast<int>(threadIdx.x) % ESPI_WARP;
+    const bf16 *x[2];
+#pragma unroll
+    for (int v = 0; v < 2; v++) x[v] = p.x + min(row0 + 8 * v + lane / 4, p.tokens - 1) * p.in;
+#pragma unroll 4
+    for (int64_t k = 32 * warp + lane % 4 * 8; k < p.in; k += 32 * BRANCH_WARPS) {
+        const uint4 low = __ldg(reinterpret_cast<const uint4 *>(x[0] + k)), high = __ldg(reinterpret_cast<const uint4 *>(x[1] + k));
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const int rank = first_rank + 8 * h + lane / 4;
+            const uint4 w = rank < p.r ? rounded8(p.a + rank * p.in + k) : make_uint4(0, 0, 0, 0);
+            dev_mma(sum[h], low.x, high.x, low.y, high.y, w.x, w.y);
+            dev_mma(sum[h], low.z, high.z, low.w, high.w, w.z, w.w);
+        }
+    }
+}
+
+__global__ void __launch_bounds__(BRANCH_WARPS *ESPI_WARP, 1) few_branch(const __grid_constant__ branch_args p) {
+    __shared__ float parts[BRANCH_WARPS][BRANCH_ROWS][RANKS];
+    __shared__ __align__(16) bf16 u[BRANCH_ROWS][MOST_RANKS + 8];
+    const int warp = static_cast<int>(threadIdx.x) / ESPI_WARP, lane = static_cast<int>(threadIdx.x) % ESPI_WARP;
+    const int group = lane / 4, quad = lane % 4;
+    const int64_t row0 = static_cast<int64_t>(blockIdx.x) * BRANCH_ROWS,
+                  first_tile = static_cast<int64_t>(blockIdx.y) * BRANCH_WARPS + warp;
+    /* what is read of B is near when it is wanted: of a tile 8 r values, of which a line has 32 */
+    for (int64_t tile = first_tile; tile < p.out / 8; tile += gridDim.y * BRANCH_WARPS)
+        if (4 * lane < p.r) dev_prefetch_l2(p.b + tile * 8 * p.r + 32 * lane);
+    for (int first = 0; first < p.r; first += RANKS) {
+        float sum[2][4] = {};
+        branch_down(sum, p, row0, first);
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) parts[warp][8 * (i / 2) + group][8 * h + 2 * quad + i % 2] = sum[h][i];
+        }
+        __syncthreads();
+        const int row = static_cast<int>(threadIdx.x) / RANKS, rank = static_cast<int>(threadIdx.x) % RANKS;
+        if (row < BRANCH_ROWS) {
+            float all = 0;
+#pragma unroll
+            for (int w = 0; w < BRANCH_WARPS; w++) all += parts[w][row][rank];
+            espi_store(&u[row][first + rank], all);
+            if (blockIdx.y == 0 && row0 + row < p.tokens && first + rank < p.r) espi_store(p.u + (row0 + row) * p.r + first + rank, all);
+        }
+        __syncthreads();
+    }
+    for (int64_t tile = first_tile; tile < p.out / 8; tile += gridDim.y * BRANCH_WARPS) {
+        float d[4] = {};
+        const float *b = p.b + (tile * 8 + group) * p.r;
+        for (int rank = 2 * quad; rank < p.r; rank += RANKS) {
+            const auto left = [&](int v, int at) { return *reinterpret_cast<const uint32_t *>(&u[8 * v + group][rank + at]); };
+            const float2 near = __ldg(reinterpret_cast<const float2 *>(b + rank));
+            const float2 far = rank + 8 < p.r ? __ldg(reinterpret_cast<const float2 *>(b + rank + 8)) : make_float2(0, 0);
+            dev_mma(d, left(0, 0), left(1, 0), left(0, 8), left(1, 8), dev_bf16x2(near.x, near.y), dev_bf16x2(far.x, far.y));
+        }
+#pragma unroll
+        for (int v = 0; v < 2; v++) {
+            const int64_t row = row0 + 8 * v + group;
+            if (row < p.tokens)
+                *reinterpret_cast<uint32_t *>(p.y + row * p.out + tile * 8 + 2 * quad) =
+                    dev_bf16x2(p.scale * d[2 * v], p.scale * d[2 * v + 1]);
+        }
+    }
+}
+
+/* The operands of the main product are whole vectors. */
+bool is_few(const espi_linear_fwd *a) {
+    const bool whole = a->w.cols % 32 == 0 && a->w.rows % 8 == 0 && a->lora.r % 8 == 0 && espi_aligned16(a->lora.a);
+    return whole && a->tokens <= FEW_TOKENS && a->lora.r <= MOST_RANKS && reinterpret_cast<uintptr_t>(a->lora.b) % sizeof(float2) == 0;
+}
+
+/* y = scale B u, and u = A x. */
+esp_status branch_of_few(const espi_exec *exec, const espi_linear_fwd *a) {
+    const branch_args p = {static_cast<bf16 *>(a->y),
+                           static_cast<bf16 *>(a->u),
+                           static_cast<const bf16 *>(a->x),
+                           static_cast<const float *>(a->lora.a),
+                           static_cast<const float *>(a->lora.b),
+                           a->tokens,
+                           a->w.cols,
+                           a->w.rows,
+                           static_cast<int>(a->lora.r),
+                           static_cast<float>(a->lora.scale)};
+    const dim3 blocks(espi_blocks(a->tokens, BRANCH_ROWS), espi_blocks(a->w.rows, static_cast<int64_t>(8) * TILES * BRANCH_WARPS));
+    few_branch<<<blocks, BRANCH_WARPS * ESPI_WARP, 0, espi_cuda_of(exec)->stream>>>(p);
+    return ESPI_CUDA_LAUNCHED("low-rank branch");
+}
+
+/* ---- The branch of many ---- */
 
 /* The branch's matrices as the products read them: in bf16 beside a weight for cuBLASLt, as they are beside another. */
 struct branch {
@@ -57,7 +177,10 @@ esp_status espi_linear_fwd_cuda(const espi_exec *exec, const espi_linear_fwd *a)
         main.bias = bias;
         main.bias_dtype = ESP_BF16;
     }
-    if (r > 0) {
+    if (r > 0 && dense && is_few(a)) {
+        ESPI_TRY(branch_of_few(exec, a));
+        main.beta = 1;
+    } else if (r > 0) {
         branch l;
         ESPI_TRY(take_branch(exec, &l, &scratch, &a->lora, in, out, dense));
         espi_product down = main, up = main;

@@ -47,6 +47,8 @@ static const shape shapes[] = {
     {"dense, f32 weights", 70, 96, 16, 4, 64, 8, 320, 4, 4, 64, ROUTE_RANDOM, ESP_NF4, ESP_F32, .bias = true, .extras = true},
     {"dense, large", 300, 512, 64, 8, 384, 32, 2056, 16, 2, 128, ROUTE_SKEWED, ESP_NF4, ESP_BF16, .renormalise = true},
     {"dense, no branch, in place", 257, 256, 32, 4, 200, 0, 1000, 8, 8, 64, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .in_place = true},
+    {"branch of few tokens, ranks in turns", 40, 160, 4, 2, 104, 40, 97, 4, 2, 64, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .bias = true,
+     .extras = true},
     {"experts without tokens", 20, 32, 8, 2, 48, 4, 100, 4, 1, 8, ROUTE_EMPTY, ESP_NF4, ESP_BF16, .renormalise = true},
     {"all on one", 37, 48, 4, 1, 24, 4, 50, 4, 2, 64, ROUTE_ONE, ESP_NF4, ESP_BF16, .extras = true, .decode = true},
     {"plain bf16", 19, 40, 4, 2, 20, 4, 70, 4, 2, 20, ROUTE_RANDOM, ESP_Q_NONE, ESP_BF16, .renormalise = true},
