@@ -27,6 +27,7 @@ set(cuda_sources
     kernels/cuda/elementwise.cu
     kernels/cuda/embed.cu
     kernels/cuda/experts.cu
+    kernels/cuda/experts_few.cu
     kernels/cuda/experts_lora.cu
     kernels/cuda/experts_mma.cu
     kernels/cuda/experts_plain.cu

@@ -12,12 +12,37 @@
 #define DEV_HOPPER 0
 #endif
 
+/* KB of shared memory that the blocks on a multiprocessor have together. */
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 860
+#define DEV_SHARED_KB 164
+#elif defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200)
+#define DEV_SHARED_KB 100
+#else
+#define DEV_SHARED_KB 228
+#endif
+
 /* ---- words of two bf16 ---- */
 /* Bytes of b:a by the nibbles of the selector, whose top bits must be 0. */
 static __device__ __forceinline__ uint32_t dev_prmt(uint32_t a, uint32_t b, uint32_t selector) {
     uint32_t bytes;
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(a), "r"(b), "r"(selector));
     return bytes;
+}
+
+/* a & mask | others, in one instruction. */
+static __device__ __forceinline__ uint32_t dev_and_or(uint32_t a, uint32_t mask, uint32_t others) {
+    uint32_t bits;
+    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(bits) : "r"(a), "r"(mask), "r"(others));
+    return bits;
+}
+
+/* The upper word of a product: a shift to the right by the multipliers, if the compiler does not see by how much. */
+static __device__ __forceinline__ uint32_t dev_upper(uint32_t a, uint32_t b) {
+    uint32_t upper;
+    asm("{\n.reg .u32 lower;\n.reg .u64 product;\nmul.wide.u32 product, %1, %2;\nmov.b64 {lower, %0}, product;\n}"
+        : "=r"(upper)
+        : "r"(a), "r"(b));
+    return upper;
 }
 
 /* low half: lo, high half: hi, each rounded to nearest even. */
@@ -238,6 +263,13 @@ static __device__ __forceinline__ uint4 dev_ldmatrix_trans(uint32_t address) {
                  : "r"(address)
                  : "memory");
     return v;
+}
+
+/* 8 x 8 values, two of a row to a lane, turned. */
+static __device__ __forceinline__ uint32_t dev_transposed(uint32_t v) {
+    uint32_t turned;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(turned) : "r"(v));
+    return turned;
 }
 
 static __device__ __forceinline__ void dev_stmatrix(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {

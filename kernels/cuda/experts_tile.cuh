@@ -21,7 +21,8 @@ struct tile_args {
     int k_blocks, blocks, tiles_m;
     int low_steps; /* k16 steps of the low-rank block, 0: none */
     product_kind kind;
-    bool halves; /* gate_up whose ups stand behind all gates: a tile takes 64 of each */
+    int tiles_few; /* fours of 64 outputs, for experts_few.cu */
+    bool halves;   /* gate_up whose ups stand behind all gates: a tile takes 64 of each */
 };
 
 struct work {
@@ -106,15 +107,21 @@ template <int format> static __device__ __forceinline__ byte_planes planes_of(ui
     return p;
 }
 
-/* order: 0x32103210, or 0x76547654 where the planes have the values 8 to 15 first. */
-static __device__ __forceinline__ uint4 decode_table(uint32_t q, const byte_planes &p, uint32_t order = 0x32103210u) {
-    uint32_t s = q & 0x77777777u, upper = (q >> 1 & 0x44444444u) ^ order, words[4];
+/* How decode_table shifts its selectors.  order: 0x32103210, or 0x76547654 where the planes have the values 8 to 15 first. */
+struct plain_shifts {
+    uint32_t order;
+    __device__ __forceinline__ uint32_t merge(uint32_t q) const { return (q >> 1 & 0x44444444u) ^ order; }
+    __device__ __forceinline__ uint32_t next(uint32_t selectors) const { return selectors >> 16; }
+};
+
+template <typename S> static __device__ __forceinline__ uint4 decode_table(uint32_t q, const byte_planes &p, const S &shifts) {
+    uint32_t s = q & 0x77777777u, upper = shifts.merge(q), words[4];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         const uint32_t lo = dev_prmt(dev_prmt(p.low[0], p.low[1], s), dev_prmt(p.low[2], p.low[3], s), upper);
         const uint32_t hi = dev_prmt(dev_prmt(p.high[0], p.high[1], s), dev_prmt(p.high[2], p.high[3], s), upper);
         words[2 * i] = dev_prmt(lo, hi, 0x5140u), words[2 * i + 1] = dev_prmt(lo, hi, 0x7362u);
-        s >>= 16, upper >>= 16;
+        s = shifts.next(s), upper = shifts.next(upper);
     }
     return make_uint4(words[0], words[1], words[2], words[3]);
 }
@@ -127,7 +134,7 @@ static __device__ __forceinline__ void decode_words(uint4 (&out)[4], uint4 codes
     const uint32_t factor = (min(exponent, 128u) + 126u) * 0x00800080u;
     uint4 v[4];
 #pragma unroll
-    for (int i = 0; i < 4; i++) v[i] = format == ESP_MXFP4 ? decode_mx(q[i], factor, more) : decode_table(q[i], p, order);
+    for (int i = 0; i < 4; i++) v[i] = format == ESP_MXFP4 ? decode_mx(q[i], factor, more) : decode_table(q[i], p, plain_shifts{order});
     out[0] = make_uint4(v[0].x, v[1].x, v[2].x, v[3].x), out[1] = make_uint4(v[0].y, v[1].y, v[2].y, v[3].y);
     out[2] = make_uint4(v[0].z, v[1].z, v[2].z, v[3].z), out[3] = make_uint4(v[0].w, v[1].w, v[2].w, v[3].w);
 }
@@ -187,24 +194,31 @@ static __device__ __forceinline__ void load_codes(lane_codes &c, uint32_t record
     }
 }
 
-/* Fragments of A of two k16 steps: word 4 j + 2 i + v has columns 32 h + 16 j + 8 i + 2 (lane % 4) .. of row v. */
-template <int format> static __device__ __forceinline__ void decode_fragments(uint32_t (&out)[8], const lane_codes &c, int h) {
-    uint32_t most = 0;
+/* Fragments of A of two k16 steps: word 4 j + 2 i + v has columns 32 h + 16 j + 8 i + 2 (lane % 4) .. of row v.  MXFP4: as if no scale were
+ * above 2, until raise_fragments has been there. */
+template <int format, typename S>
+static __device__ __forceinline__ void decode_words(uint32_t (&out)[8], const lane_codes &c, int h, const S &shifts) {
 #pragma unroll
     for (int v = 0; v < 2; v++) {
-        const uint32_t e = c.scale[v] >> 8 * h & 255u;
-        const uint4 w =
-            format == ESP_MXFP4 ? decode_mx(c.q[v][h], (min(e, 128u) + 126u) * 0x00800080u, 0) : decode_table(c.q[v][h], c.planes[v]);
+        const uint32_t factor = (min(c.scale[v] >> 8 * h & 255u, 128u) + 126u) * 0x00800080u;
+        const uint4 w = format == ESP_MXFP4 ? decode_mx(c.q[v][h], factor, 0) : decode_table(c.q[v][h], c.planes[v], shifts);
         out[v] = w.x, out[2 + v] = w.y, out[4 + v] = w.z, out[6 + v] = w.w;
-        most = max(most, e);
     }
-    if (format == ESP_MXFP4 && __any_sync(~0u, most > 128)) { /* the factor alone would not be a bf16 */
+}
+
+/* Scales above 2 are two factors: one alone would not be a bf16. */
+static __device__ __forceinline__ void raise_fragments(uint32_t (&out)[8], const lane_codes &c, int h) {
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
-            const uint32_t e = c.scale[i % 2] >> 8 * h & 255u;
-            out[i] = dev_mul_bf16x2(out[i], e > 128 ? (e - 1) * 0x00800080u : 0x3f803f80u);
-        }
+    for (int i = 0; i < 8; i++) {
+        const uint32_t e = c.scale[i % 2] >> 8 * h & 255u;
+        out[i] = dev_mul_bf16x2(out[i], e > 128 ? (e - 1) * 0x00800080u : 0x3f803f80u);
     }
+}
+
+template <int format> static __device__ __forceinline__ void decode_fragments(uint32_t (&out)[8], const lane_codes &c, int h) {
+    decode_words<format>(out, c, h, plain_shifts{});
+    if (format == ESP_MXFP4 && __any_sync(~0u, max(c.scale[0] >> 8 * h & 255u, c.scale[1] >> 8 * h & 255u) > 128))
+        raise_fragments(out, c, h);
 }
 
 /* A sub-tile of plain bf16 weights, queued; by `threads` threads. */
@@ -341,10 +355,12 @@ static __device__ __forceinline__ void finish_rows(const tile_args &a, const wor
 /* The launches over a plan that is there, and the rows that their tiles have at most. */
 cudaError_t launch_wgmma(const tile_args &a, int multiprocessors, cudaStream_t stream);
 cudaError_t launch_mma(const tile_args &a, bool back, int multiprocessors, cudaStream_t stream);
+cudaError_t launch_few(const tile_args &a, int multiprocessors, cudaStream_t stream);
 bool wgmma_available();
 
 #define WIDE_ROWS 256
 #define MIDDLE_ROWS 128
 #define NARROW_ROWS 64
+#define FEW_EXPERTS 512 /* that experts_few.cu has room for */
 
 #endif

@@ -2,7 +2,8 @@
  * the kernel that walks it. */
 #include "kernels/cuda/experts_tile.cuh"
 
-#define FEW_MEAN_ROWS 64 /* mean rows per expert up to which the lower tiles are made */
+#define FEW_MEAN_ROWS 24 /* mean rows per expert up to which experts_few.cu makes the product */
+#define LOW_MEAN_ROWS 64 /* mean rows per expert up to which the lower tiles are made */
 
 /* ---- the plan: experts with the most rows first, their rows cut into even tiles; of an expert all rows for one m after the other ---- */
 #define PLAN_THREADS 512
@@ -17,7 +18,7 @@ static __global__ __launch_bounds__(PLAN_THREADS) void plan_tiles(uint2 *plan, c
         if (e < experts) rows_of[e] = rows;
         active += __syncthreads_count(rows > 0);
     }
-    const int height = offsets[experts] <= active * FEW_MEAN_ROWS ? low_height : high_height, warp = threadIdx.x / 32,
+    const int height = offsets[experts] <= active * LOW_MEAN_ROWS ? low_height : high_height, warp = threadIdx.x / 32,
               lane = threadIdx.x % 32;
     int total = 0;
     /* a warp per expert: how many tiles stand before its own */
@@ -52,10 +53,12 @@ static __global__ void sum_shares(float *d_row_weight, const float *partial, con
 #define STRING2(x) #x
 #define STRING(x) STRING2(x)
 
+#define FEW_DESCRIBED "4 bits, up to a mean of " STRING(FEW_MEAN_ROWS) " rows per expert: mma.sync from registers; else "
+
 const char *product_tiled_describe() {
-    return wgmma_available() ? "wgmma: tiles of up to " STRING(MIDDLE_ROWS) " rows up to a mean of " STRING(
-                                   FEW_MEAN_ROWS) " rows per expert, of " STRING(WIDE_ROWS) " above"
-                             : "mma.sync: tiles of " STRING(NARROW_ROWS) " rows";
+    return wgmma_available() ? FEW_DESCRIBED "wgmma: tiles of up to " STRING(MIDDLE_ROWS) " rows up to a mean of " STRING(
+                                   LOW_MEAN_ROWS) " rows per expert, of " STRING(WIDE_ROWS) " above"
+                             : FEW_DESCRIBED "mma.sync: tiles of " STRING(NARROW_ROWS) " rows";
 }
 
 const char *product_tiled_refusal(const espi_stack *w, const espi_lora *lora, const espi_routing *routing, product_kind kind) {
@@ -91,10 +94,25 @@ size_t product_tiled_scratch(const product_args *p, product_kind kind) {
     return rounded(plan_bytes(p, kind)) + shares_bytes(p, kind);
 }
 
+/* By the mean of all experts, which the host knows. */
+static bool is_few(const product_args *p) {
+    const int64_t rows = p->routing.tokens * p->routing.top_k, experts = p->routing.experts;
+    return p->w.format != ESP_Q_NONE && experts <= FEW_EXPERTS && rows <= FEW_MEAN_ROWS * experts;
+}
+
+static cudaError_t launch_tiles(const tile_args &a, void *plan, bool back, int multiprocessors, cudaStream_t stream) {
+    const int experts = (int)a.p.routing.experts;
+    const bool hopper = wgmma_available();
+    plan_tiles<<<PLAN_BLOCKS, PLAN_THREADS, (experts + 4) * sizeof(int), stream>>>(
+        (uint2 *)plan, a.p.routing.offsets, experts, a.tiles_m, hopper ? MIDDLE_ROWS : NARROW_ROWS, hopper ? WIDE_ROWS : NARROW_ROWS);
+    const cudaError_t error = cudaGetLastError();
+    if (error != cudaSuccess) return error;
+    return hopper ? launch_wgmma(a, multiprocessors, stream) : launch_mma(a, back, multiprocessors, stream);
+}
+
 cudaError_t product_tiled(const product_args *p, product_kind kind, void *scratch, int multiprocessors, cudaStream_t stream) {
     const bool back = kind == PRODUCT_DOWN_BACK || kind == PRODUCT_GATE_UP_BACK;
-    const int row_blocks = (int)(p->w.rows / BLOCK), column_blocks = (int)(p->w.cols / BLOCK), experts = (int)p->routing.experts;
-    const bool hopper = wgmma_available();
+    const int row_blocks = (int)(p->w.rows / BLOCK), column_blocks = (int)(p->w.cols / BLOCK);
     tile_args a = {};
     a.p = *p;
     a.plan = (const uint2 *)scratch;
@@ -110,13 +128,10 @@ cudaError_t product_tiled(const product_args *p, product_kind kind, void *scratc
     a.low_steps = (p->r + 15) / 16;
     a.kind = kind;
     a.halves = kind == PRODUCT_GATE_UP && !p->glu.interleaved;
-    plan_tiles<<<PLAN_BLOCKS, PLAN_THREADS, (experts + 4) * sizeof(int), stream>>>(
-        (uint2 *)scratch, p->routing.offsets, experts, a.tiles_m, hopper ? MIDDLE_ROWS : NARROW_ROWS, hopper ? WIDE_ROWS : NARROW_ROWS);
-    cudaError_t error = cudaGetLastError();
-    if (error != cudaSuccess) return error;
-    error = hopper ? launch_wgmma(a, multiprocessors, stream) : launch_mma(a, back, multiprocessors, stream);
+    a.tiles_few = (a.blocks + 3) / 4;
+    const cudaError_t error = is_few(p) ? launch_few(a, multiprocessors, stream) : launch_tiles(a, scratch, back, multiprocessors, stream);
     if (error != cudaSuccess || kind != PRODUCT_DOWN_BACK) return error;
     const unsigned rows = (unsigned)(p->routing.tokens * p->routing.top_k);
-    sum_shares<<<(rows + 255) / 256, 256, 0, stream>>>(p->d_row_weight, a.partial, p->routing.offsets, experts, a.blocks);
+    sum_shares<<<(rows + 255) / 256, 256, 0, stream>>>(p->d_row_weight, a.partial, p->routing.offsets, (int)p->routing.experts, a.blocks);
     return cudaGetLastError();
 }

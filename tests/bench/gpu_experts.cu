@@ -41,7 +41,7 @@ typedef __nv_bfloat16 bf16;
     } while (0)
 
 /* ---- a layer of experts with everything its ops touch, on the device and, where the reference needs it, on the host ---- */
-enum routing_kind { SKEWED, VERY_SKEWED, BALANCED, FEW_EXPERTS, ALL_ON_ONE, BOUNDARIES };
+enum routing_kind { SKEWED, VERY_SKEWED, BALANCED, FEW_EXPERTS, ALL_ON_ONE, BOUNDARIES, FEW_ROWS, FEW_AND_MANY };
 
 struct shape {
     const char *name;
@@ -251,11 +251,13 @@ static void fill(both<float> &a, size_t n, float scale) {
 static void make_routing(layer &l) {
     const shape &s = l.s;
     std::vector<std::vector<int>> rows(s.E);
-    if (s.routing == BOUNDARIES) { /* K = 1: so many rows for each expert, around every size of a tile */
-        static const int counts[] = {1, 15, 16, 17, 0, 31, 33, 63, 64, 65, 0, 127, 129, 255, 256, 257, 300, 513};
+    if (s.routing >= BOUNDARIES) { /* K = 1: so many rows for each expert, around every size of a tile */
+        static const int counts[][18] = {{1, 15, 16, 17, 0, 31, 33, 63, 64, 65, 0, 127, 129, 255, 256, 257, 300, 513},
+                                         {1, 7, 0, 8, 9, 15, 16, 17, 0, 23, 24, 25, 31, 32, 33, 40, 64, 65},
+                                         {0, 1, 7, 8, 9, 24, 25, 32, 33, 64, 65, 128, 129, 200, 31, 16, 0, 17}};
         int t = 0;
         for (int e = 0; e < s.E; e++)
-            for (int i = 0; i < counts[e % 18]; i++) rows[e].push_back(t++ % s.T);
+            for (int i = 0; i < counts[s.routing - BOUNDARIES][e % 18]; i++) rows[e].push_back(t++ % s.T);
         for (auto &r : rows) std::sort(r.begin(), r.end());
     } else {
         std::vector<double> popularity(s.E);
@@ -642,6 +644,8 @@ static int check_exact(esp_qformat format, bool nested) {
 
 /* T of the boundary cases: the sum of their counts. */
 #define BOUNDARY_ROWS 2142
+#define FEW_ROWS_ROWS 410
+#define FEW_AND_MANY_ROWS 789
 static const shape cases[] = {
     /* any shape: the plain path */
     {"plain-nf4", 6, 2, 40, 24, 33, 3, ESP_NF4, false, false, false, false, false, SKEWED},
@@ -667,6 +671,11 @@ static const shape cases[] = {
     {"nf4-boundaries", 18, 1, 192, 128, BOUNDARY_ROWS, 16, ESP_NF4, true, false, false, false, false, BOUNDARIES},
     {"mxfp4-boundaries", 18, 1, 192, 192, BOUNDARY_ROWS, 16, ESP_MXFP4, true, false, true, true, true, BOUNDARIES},
     {"bf16-boundaries", 18, 1, 192, 128, BOUNDARY_ROWS, 0, ESP_Q_NONE, true, false, false, false, false, BOUNDARIES},
+    {"nf4-few-boundaries", 18, 1, 192, 128, FEW_ROWS_ROWS, 16, ESP_NF4, true, true, false, false, true, FEW_ROWS},
+    {"fp4-few-boundaries", 18, 1, 320, 64, FEW_ROWS_ROWS, 0, ESP_FP4, true, false, false, false, false, FEW_ROWS},
+    {"mxfp4-few-boundaries", 18, 1, 192, 192, FEW_ROWS_ROWS, 24, ESP_MXFP4, true, false, true, true, true, FEW_ROWS},
+    {"nf4-few-and-many", 18, 1, 192, 128, FEW_AND_MANY_ROWS, 16, ESP_NF4, true, false, false, false, false, FEW_AND_MANY},
+    {"mxfp4-few-and-many", 18, 1, 320, 192, FEW_AND_MANY_ROWS, 8, ESP_MXFP4, true, false, true, true, true, FEW_AND_MANY},
     {"nf4-one-token", 8, 2, 128, 64, 1, 16, ESP_NF4, true, false, false, false, false, SKEWED},
     /* long contraction, as real layers have it */
     {"nf4-deep", 3, 2, 2048, 768, 300, 16, ESP_NF4, true, false, false, false, false, SKEWED},
