@@ -109,7 +109,7 @@ template <int format> static __device__ __forceinline__ byte_planes planes_of(ui
 
 /* How decode_table shifts its selectors.  order: 0x32103210, or 0x76547654 where the planes have the values 8 to 15 first. */
 struct plain_shifts {
-    uint32_t order;
+    uint32_t order = 0x32103210u;
     __device__ __forceinline__ uint32_t merge(uint32_t q) const { return (q >> 1 & 0x44444444u) ^ order; }
     __device__ __forceinline__ uint32_t next(uint32_t selectors) const { return selectors >> 16; }
 };
