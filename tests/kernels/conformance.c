@@ -11,9 +11,13 @@
  * nothing else is allowed for. */
 #include "cases.h"
 
+#include "core/status.h"
+#include "espalier/quant.h"
+
 #include <criterion/criterion.h>
 #include <criterion/parameterized.h>
 #include <math.h>
+#include <stdlib.h>
 #include <string.h>
 
 #define FLOOR 1e-6
@@ -251,6 +255,8 @@ static const shape packed_shapes[] = {
     {"packed, as gpt-oss", 50, 128, 4, 2, 192, 16, 40, 2, 1, 8, ROUTE_SKEWED, ESP_MXFP4, ESP_F32, AS_GPT_OSS, .packed = true},
     {"packed, deep", 40, 576, 2, 1, 320, 16, 40, 2, 1, 8, ROUTE_ONE, ESP_NF4, ESP_F32, .packed = true},
     {"packed, deep, as gpt-oss", 37, 640, 2, 1, 352, 16, 40, 2, 1, 8, ROUTE_ONE, ESP_MXFP4, ESP_F32, AS_GPT_OSS, .packed = true},
+    {"packed, deep, many rows", 70, 576, 2, 1, 320, 16, 40, 2, 1, 8, ROUTE_ONE, ESP_NF4, ESP_F32, .packed = true},
+    {"packed, deep, many rows, as gpt-oss", 70, 640, 2, 1, 352, 16, 40, 2, 1, 8, ROUTE_ONE, ESP_MXFP4, ESP_F32, AS_GPT_OSS, .packed = true},
     {"packed, one in two forms", 30, 128, 4, 3, 48, 4, 40, 2, 1, 8, ROUTE_RANDOM, ESP_NF4, ESP_F32, .packed = true},
 };
 
@@ -265,6 +271,32 @@ Test(kernels, packed_experts) {
             if ((*backend)->pack && (*backend)->available()) conform(ops[i % 4], s, *backend, &plain, &want);
         problem_free(&plain);
         problem_free(&want);
+    }
+}
+
+/* 6 times 2^126 is no number of bf16. */
+Test(kernels, packing_refuses_scales_beyond_bf16) {
+    static uint8_t codes[32 * 64 / 2], scales[64];
+    const espi_stack one = {.format = ESP_MXFP4,
+                            .experts = 1,
+                            .rows = 32,
+                            .cols = 64,
+                            .parts = 1,
+                            .part_bytes = sizeof codes,
+                            .part_blocks = sizeof scales,
+                            .data = codes,
+                            .scales = scales,
+                            .lut = esp_quant_table(ESP_MXFP4)};
+    const espi_exec exec = {.threads = 1};
+    for (const espi_backend *const *backend = espi_backends_cpu; *backend; backend++) {
+        if (!(*backend)->pack || !(*backend)->available()) continue;
+        void *packed = aligned_alloc(64, ((*backend)->packed_bytes(&one) + 63) / 64 * 64);
+        scales[63] = 252;
+        cr_expect_eq((*backend)->pack(&exec, packed, &one), ESP_OK, "%s: %s", (*backend)->name, esp_last_error());
+        scales[63] = 253;
+        cr_expect_eq((*backend)->pack(&exec, packed, &one), ESP_ERR_UNSUPPORTED, "%s", (*backend)->name);
+        cr_expect(strstr(esp_last_error(), "block 63 of 32 has scale byte 253, expected at most 252"), "%s", esp_last_error());
+        free(packed);
     }
 }
 
