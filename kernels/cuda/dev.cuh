@@ -221,15 +221,6 @@ static __device__ __forceinline__ void dev_barrier_expect(uint32_t barrier, uint
                  : "memory");
 }
 
-/* The copy engine brings the box at (column, row) of a tensor map. */
-static __device__ __forceinline__ void dev_copy_box(uint32_t to, const void *map, uint32_t barrier, int column, int row) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(to),
-                 "l"(map), "r"(barrier), "r"(column), "r"(row)
-                 : "memory");
-#endif
-}
-
 /* The copy engine brings bytes that stand in a row, a multiple of 16. */
 static __device__ __forceinline__ void dev_copy_bulk(uint32_t to, const void *from, uint32_t bytes, uint32_t barrier) {
 #if __CUDA_ARCH__ >= 900
@@ -270,12 +261,6 @@ static __device__ __forceinline__ uint32_t dev_transposed(uint32_t v) {
     uint32_t turned;
     asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(turned) : "r"(v));
     return turned;
-}
-
-static __device__ __forceinline__ void dev_stmatrix(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
-#endif
 }
 
 static __device__ __forceinline__ void dev_stmatrix_trans(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {

@@ -394,18 +394,14 @@ static cudaError_t launch(const tile_args &a, int multiprocessors, cudaStream_t 
 }
 
 template <int format> static cudaError_t launch_kind(const tile_args &a, int multiprocessors, cudaStream_t stream) {
-    switch (a.kind) {
-    case PRODUCT_GATE_UP:
-        if (a.halves) return launch<format, PRODUCT_GATE_UP, HALVES>(a, multiprocessors, stream);
-        return launch<format, PRODUCT_GATE_UP, TURNS>(a, multiprocessors, stream);
-    case PRODUCT_DOWN:
-        return launch<format, PRODUCT_DOWN>(a, multiprocessors, stream);
-    case PRODUCT_DOWN_BACK:
-        return launch<format, PRODUCT_DOWN_BACK>(a, multiprocessors, stream);
-    case PRODUCT_GATE_UP_BACK:
-        return launch<format, PRODUCT_GATE_UP_BACK>(a, multiprocessors, stream);
-    }
-    return cudaErrorInvalidValue;
+    return with_kind(a.kind, [&](auto constant) {
+        constexpr product_kind kind = decltype(constant)::value;
+        if constexpr (kind == PRODUCT_GATE_UP)
+            return a.halves ? launch<format, kind, HALVES>(a, multiprocessors, stream)
+                            : launch<format, kind, TURNS>(a, multiprocessors, stream);
+        else
+            return launch<format, kind>(a, multiprocessors, stream);
+    });
 }
 
 cudaError_t launch_few(const tile_args &a, int multiprocessors, cudaStream_t stream) {

@@ -8,6 +8,8 @@
 
 #include "kernels/cuda/experts.cuh"
 
+#include <type_traits>
+
 #define BLOCK 64     /* a record's side, and the width of a k-block */
 #define SUBTILE 8192 /* bytes of 64 x 64 bf16 */
 
@@ -353,6 +355,21 @@ static __device__ __forceinline__ void finish_rows(const tile_args &a, const wor
 }
 
 /* The launches over a plan that is there, and the rows that their tiles have at most. */
+/* The kind as a constant: launch(std::integral_constant<product_kind, ..>{}). */
+template <typename F> static inline cudaError_t with_kind(product_kind kind, const F &launch) {
+    switch (kind) {
+    case PRODUCT_GATE_UP:
+        return launch(std::integral_constant<product_kind, PRODUCT_GATE_UP>{});
+    case PRODUCT_DOWN:
+        return launch(std::integral_constant<product_kind, PRODUCT_DOWN>{});
+    case PRODUCT_DOWN_BACK:
+        return launch(std::integral_constant<product_kind, PRODUCT_DOWN_BACK>{});
+    case PRODUCT_GATE_UP_BACK:
+        return launch(std::integral_constant<product_kind, PRODUCT_GATE_UP_BACK>{});
+    }
+    return cudaErrorInvalidValue;
+}
+
 cudaError_t launch_wgmma(const tile_args &a, int multiprocessors, cudaStream_t stream);
 cudaError_t launch_mma(const tile_args &a, bool back, int multiprocessors, cudaStream_t stream);
 cudaError_t launch_few(const tile_args &a, int multiprocessors, cudaStream_t stream);

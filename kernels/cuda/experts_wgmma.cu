@@ -539,17 +539,7 @@ template <int format, product_kind kind> static cudaError_t launch(const tile_ar
 }
 
 template <int format> static cudaError_t launch_kind(const tile_args &a, int multiprocessors, cudaStream_t stream) {
-    switch (a.kind) {
-    case PRODUCT_GATE_UP:
-        return launch<format, PRODUCT_GATE_UP>(a, multiprocessors, stream);
-    case PRODUCT_DOWN:
-        return launch<format, PRODUCT_DOWN>(a, multiprocessors, stream);
-    case PRODUCT_DOWN_BACK:
-        return launch<format, PRODUCT_DOWN_BACK>(a, multiprocessors, stream);
-    case PRODUCT_GATE_UP_BACK:
-        return launch<format, PRODUCT_GATE_UP_BACK>(a, multiprocessors, stream);
-    }
-    return cudaErrorInvalidValue;
+    return with_kind(a.kind, [&](auto constant) { return launch<format, decltype(constant)::value>(a, multiprocessors, stream); });
 }
 
 cudaError_t launch_wgmma(const tile_args &a, int multiprocessors, cudaStream_t stream) {

@@ -256,9 +256,8 @@ int64_t espi_share_sum_values(const espi_share *s, int64_t n, int64_t each, bool
     return (most_of(s, n, each, of_experts) + holders - 1) / holders * s->ranks;
 }
 
-int64_t espi_share_sum_room(const espi_share *s, int64_t values) {
-    const int64_t most = MOST_VALUES < s->ranks ? s->ranks : MOST_VALUES;
-    return values < most ? values : most;
+int64_t espi_share_sum_room(int64_t values) {
+    return values < MOST_VALUES ? values : MOST_VALUES;
 }
 
 /* `n` values of a sum from `first` on.  Every rank that holds them has a slice of `cut`, the last ones less or nothing. */
@@ -272,10 +271,15 @@ typedef struct slice {
     int64_t at, n;
 } slice;
 
+/* Has a rank the same values? */
+static bool holds(const espi_share *s, int apart, int rank) {
+    return rank % apart == s->rank % apart;
+}
+
 static slice slice_of(const espi_share *s, const piece *p, int rank) {
     const int apart = apart_of(s, p->sum->of_experts);
     const int64_t at = rank / apart * p->cut, left = p->n - at;
-    if (rank % apart != s->rank % apart || left <= 0) return (slice){0, 0};
+    if (!holds(s, apart, rank) || left <= 0) return (slice){0, 0};
     return (slice){at, left < p->cut ? left : p->cut};
 }
 
@@ -300,9 +304,8 @@ static int list_parts(espi_message *send, espi_message *recv, const espi_share *
     for (int m = 0; m < apart; m++)
         for (int r = 0; r < s->ranks; r++) {
             const slice to = slice_of(s, p, r);
-            const bool has = r % apart == s->rank % apart;
             send[m * s->ranks + r] = message(p->sum->partial, m * p->sum->n + p->first + to.at, to.n, size);
-            recv[m * s->ranks + r] = message(p->parts, (r / apart * apart + m) * own, has ? own : 0, size);
+            recv[m * s->ranks + r] = message(p->parts, (r / apart * apart + m) * own, holds(s, apart, r) ? own : 0, size);
         }
     return apart;
 }
@@ -311,7 +314,7 @@ static void list_totals(espi_message *send, espi_message *recv, const espi_share
     const int apart = apart_of(s, p->sum->of_experts);
     const slice own = slice_of(s, p, s->rank);
     for (int r = 0; r < s->ranks; r++) {
-        const bool other = r != s->rank && r % apart == s->rank % apart;
+        const bool other = r != s->rank && holds(s, apart, r);
         const slice from = slice_of(s, p, r);
         send[r] = message(p->sum->total, p->first + own.at, other ? own.n : 0, size);
         recv[r] = message(p->sum->total, p->first + from.at, other ? from.n : 0, size);

@@ -115,7 +115,7 @@ typedef struct espi_sum {
 enum { ESPI_SUMS_TOGETHER = 64 };
 /* Values of work memory that the sum of such a gradient wants; and how many are best taken for sums that want so many together. */
 int64_t espi_share_sum_values(const espi_share *share, int64_t n, int64_t each, bool of_experts);
-int64_t espi_share_sum_room(const espi_share *share, int64_t values);
+int64_t espi_share_sum_room(int64_t values);
 /* total += partial of rank 0, then of rank 1, ..: on every rank the same bits as if one rank had seen the batches in that order.
  * scratch: real [values], at least as many as ranks. */
 esp_status espi_share_sum(esp_ctx *ctx, const espi_share *share, const espi_sum *sums, int64_t n_sums, void *scratch, int64_t values);

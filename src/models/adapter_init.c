@@ -92,14 +92,14 @@ static layout walk(esp_model *model, size_t real_size, unsigned char *base, size
 }
 
 /* Work memory for the sums. */
-static size_t scratch_bytes(const esp_model *model, const layout *l) {
-    return (size_t)espi_share_sum_room(&model->share, l->sum_values) * l->real_size;
+static size_t scratch_bytes(const layout *l) {
+    return (size_t)espi_share_sum_room(l->sum_values) * l->real_size;
 }
 
 void espi_adapter_bytes(size_t *parameters, size_t *gradients, esp_model *model, size_t real_size) {
     const layout all = walk(model, real_size, NULL, 0, 0);
     *parameters = all.parameters;
-    *gradients = all.gradients + all.partial + scratch_bytes(model, &all);
+    *gradients = all.gradients + all.partial + scratch_bytes(&all);
 }
 
 void espi_lora_draw(void *a, esp_dtype real, uint64_t seed, int64_t layer, int target, int64_t first, int64_t experts, int64_t r,
@@ -158,7 +158,7 @@ static esp_status describe(esp_model *model, int64_t layer, const branch *b, cha
 
 esp_status espi_model_init_adapter(esp_model *model) {
     const layout all = walk(model, model->ctx->real_size, NULL, 0, 0);
-    const size_t sums_at = all.parameters + all.gradients, bytes = sums_at + all.partial + scratch_bytes(model, &all);
+    const size_t sums_at = all.parameters + all.gradients, bytes = sums_at + all.partial + scratch_bytes(&all);
     model->params = calloc((size_t)all.tensors + 1, sizeof *model->params);
     model->sums = calloc((size_t)all.sums + 1, sizeof *model->sums);
     if (!model->params || !model->sums)
@@ -171,7 +171,7 @@ esp_status espi_model_init_adapter(esp_model *model) {
     model->sums_begin = (unsigned char *)p + sums_at;
     model->sums_bytes = all.partial;
     model->sum_scratch = (unsigned char *)p + sums_at + all.partial;
-    model->sum_values = espi_share_sum_room(&model->share, all.sum_values);
+    model->sum_values = espi_share_sum_room(all.sum_values);
     for (int64_t l = 0; l < model->config.layers; l++) {
         branch b[ESPI_T_COUNT];
         const int n = branches_of(b, &model->layers[l]);

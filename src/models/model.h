@@ -95,6 +95,11 @@ typedef struct espi_weight_plan {
     size_t staging;                            /* while loading only */
     size_t host;                               /* of a device: frozen weights that stay in the host's memory */
 } espi_weight_plan;
+/* Of a run that takes `rest` beside weights, adapter and gradients: the larger of that and of loading. */
+static inline size_t espi_weight_plan_peak(const espi_weight_plan *plan, size_t rest) {
+    const size_t weights = plan->dense + plan->experts, whole = weights + plan->adapter + plan->gradients + rest;
+    return whole > weights + plan->staging ? whole : weights + plan->staging;
+}
 esp_status espi_weight_plan_make(espi_weight_plan *out, esp_ctx *ctx, const espi_config *config, const esp_model_config *options,
                                  const espi_lora_spec lora[ESPI_T_COUNT]);
 

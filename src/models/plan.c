@@ -89,7 +89,7 @@ static esp_status fill_plan(esp_plan *plan, esp_model *model, const esp_adamw_co
     plan->staging = w.staging;
     const size_t weights = plan->dense_weights + plan->expert_weights;
     plan->total = weights + plan->adapter + plan->gradients + plan->optimizer + plan->activations;
-    plan->peak = plan->total > weights + plan->staging ? plan->total : weights + plan->staging;
+    plan->peak = espi_weight_plan_peak(&w, plan->optimizer + plan->activations);
     return ESP_OK;
 }
 

@@ -113,16 +113,21 @@ esp_status esp_advantages(double *advantage, double *reward, double *deviation, 
     ESPI_TRY(check(advantage, rewards, weights, n_groups, group_size, n_rewards, scale, order));
     int64_t n = n_groups * group_size;
     if (n == 0) return ESP_OK;
-    for (int64_t i = 0; reward && i < n; i++) reward[i] = weighted_sum(rewards + i * n_rewards, weights, n_rewards);
-    if (order == ESP_SUM_THEN_NORMALIZE) {
-        for (int64_t i = 0; i < n; i++) advantage[i] = weighted_sum(rewards + i * n_rewards, weights, n_rewards);
+    double *scores = NULL; /* to be normalised before they are summed */
+    if (order == ESP_NORMALIZE_THEN_SUM) {
+        const size_t bytes = (size_t)(n * n_rewards) * sizeof *rewards;
+        scores = malloc(bytes);
+        if (!scores) return ESPI_FAIL(ESP_ERR_MEMORY, "esp_advantages: no memory for %lld rewards", (long long)(n * n_rewards));
+        memcpy(scores, rewards, bytes);
+    }
+    for (int64_t i = 0; i < n; i++) {
+        advantage[i] = weighted_sum(rewards + i * n_rewards, weights, n_rewards);
+        if (reward) reward[i] = advantage[i];
+    }
+    if (!scores) {
         sum_then_normalize(advantage, deviation, n_groups, group_size, scale);
         return ESP_OK;
     }
-    const size_t bytes = (size_t)(n * n_rewards) * sizeof *rewards;
-    double *scores = malloc(bytes);
-    if (!scores) return ESPI_FAIL(ESP_ERR_MEMORY, "esp_advantages: no memory for %lld rewards", (long long)(n * n_rewards));
-    memcpy(scores, rewards, bytes);
     normalize_then_sum(advantage, deviation, scores, weights, n_groups, group_size, n_rewards);
     free(scores);
     return ESP_OK;

@@ -237,8 +237,7 @@ static esp_status plan_on(size_t *peak, size_t *host, esp_model *model, const es
     if (status == ESP_OK) status = read_tasks(t);
     if (status == ESP_OK) status = run_bytes(&run, t);
     esp_trainer_destroy(t);
-    const size_t weights = w.dense + w.experts, whole = weights + w.adapter + w.gradients + run.main;
-    *peak = whole > weights + w.staging ? whole : weights + w.staging;
+    *peak = espi_weight_plan_peak(&w, run.main);
     *host = w.host + run.host;
     return status;
 }

@@ -78,7 +78,7 @@ static esp_status add(rank_sum *r, esp_ctx *ctx, espi_sum *sums) {
         n++;
     }
     espi_sum *some = calloc((size_t)n + 1, sizeof *some);
-    values = r->set->values ? r->set->values : espi_share_sum_room(&s, values);
+    values = r->set->values ? r->set->values : espi_share_sum_room(values);
     float *scratch = malloc((size_t)(values + 1) * sizeof *scratch);
     esp_status status = some && scratch ? ESP_OK : ESPI_FAIL(ESP_ERR_MEMORY, "no memory for %d sums", n);
     for (int i = 0, k = 0; i < SUMS && some; i++)
