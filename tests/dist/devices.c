@@ -2,6 +2,7 @@
  * has the bits of the same ranks without any (that those are the bits of one rank, says parity.c).  Host code that touches a device's memory
  * dies. */
 #include "fake.h"
+#include "models/model.h"
 #include "rank_step.h"
 #include "ranks.h"
 
@@ -63,4 +64,52 @@ Test(devices, in_rounds) {
 Test(devices, through_the_host) {
     setenv("ESP_DEVICE_EXCHANGE", "host", 1);
     expect_alike((rank_setting){.dir = Q3A, .batches = 7, .tokens = 40, .steps = 1});
+}
+
+/* ---- how often the host waits ---- */
+
+/* Two steps of a rank's replayed micro-batch; the second one counts: everything is set up. */
+static esp_status replay(rank_job *job) {
+    enum { T = 24 };
+    int32_t tokens[T];
+    const int32_t cu[] = {0, 10, T};
+    unsigned char routes[T * 64]; /* the model is small */
+    esp_ctx *ctx;
+    esp_model *model = NULL;
+    esp_tensor hidden, d_hidden;
+    double loss;
+    ESPI_TRY(fake_ctx(&ctx, &ESP_CTX_CONFIG(.comm = job->comm, .threads = 1, .backend = "ref")));
+    esp_status status = esp_model_load(&model, ctx, Q3A, &ESP_MODEL_CONFIG(.lora_rank = 4));
+    for (int step = 0; step < 2 && status == ESP_OK; step++) {
+        const espi_config *c = &model->config;
+        const int64_t n = T * c->layers * c->top_k;
+        for (int t = 0; t < T; t++) tokens[t] = (t * 7 + job->rank * 5 + step) % 50;
+        const int64_t each = c->layers * c->top_k;
+        for (int64_t i = 0; i < n; i++) {
+            const bool last = i / each == cu[1] - 1 || i / each == cu[2] - 1; /* never fed back */
+            routes[i] = last ? 255 : (unsigned char)((i + job->rank) % c->experts);
+        }
+        const esp_batch batch = ESP_BATCH(.tokens = tokens, .cu_seqlens = cu, .n_tokens = T, .n_seqs = 2, .step_tokens = 2 * T,
+                                          .routed_experts = routes, .n_routed = n, .routed_bytes = 1, .last_follows = true);
+        const fake_counts before = fake_counted(ctx);
+        status = esp_model_forward(model, &batch, &hidden);
+        if (status == ESP_OK) status = esp_model_cross_entropy(model, &batch, &hidden, &loss, &d_hidden);
+        if (status == ESP_OK) status = esp_model_backward(model, &batch, &d_hidden);
+        const fake_counts after = fake_counted(ctx);
+        if (step == 1) job->wrong = after.gets + after.waits - before.gets - before.waits;
+    }
+    esp_model_destroy(model);
+    esp_ctx_destroy(ctx);
+    return status;
+}
+
+/* Where all routes are replayed the host waits once a micro-batch: for the loss. */
+Test(devices, one_wait_a_micro_batch) {
+    rank_job jobs[2];
+    setenv("ESP_NCCL", FAKE_NCCL, 1);
+    ranks_run(jobs, 2, 2, replay, NULL);
+    for (int r = 0; r < 2; r++) {
+        cr_expect_eq(jobs[r].status, ESP_OK, "rank %d: %s", r, jobs[r].sentence);
+        cr_expect_eq(jobs[r].wrong, 1, "rank %d: the host waits %lld times", r, (long long)jobs[r].wrong);
+    }
 }
