@@ -81,6 +81,7 @@ part_models() {
 part_ops() {
     step ops 90 ./test_cuda_ops
     step experts-exact 30 ./esp_bench_gpu_experts exact
+    step experts-check 60 ./esp_bench_gpu_experts check
 }
 
 # A model of all ops; experts as they are tiled for few and for many rows, in the formats that have kernels of their own; attention over many
@@ -102,6 +103,10 @@ part_sanitizers() {
 
 part_times() {
     bench ops-times 90 ./esp_bench_gpu_ops
+    for shape in "qwen3-30b-a3b nf4" "qwen3-30b-a3b mxfp4" "gpt-oss-20b mxfp4"; do
+        # shellcheck disable=SC2086  # two words
+        bench "experts-${shape/ /-}" 60 ./esp_bench_gpu_experts time $shape 64 512 2048 4096 16384
+    done
 }
 
 run() { # RESULTS [PART..]
