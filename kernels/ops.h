@@ -72,7 +72,15 @@ typedef struct espi_routing {
     const int32_t *row_token; /* [S] token of a routed row */
     const int32_t *slot_row;  /* [T,K] routed row of a slot */
     const void *row_weight;   /* real [S] gate weight of a routed row */
+    /* Of the batch that these rows are a part of, where a rank holds some of its experts; 0: the rows are all of it. */
+    int64_t batch_rows, batch_experts;
 } espi_routing;
+/* At most so many rows an expert in the mean of the whole batch?  Kernels that differ in their bits are chosen by this alone: ranks that share
+ * the experts then choose what one rank does. */
+static inline bool espi_routing_is_few(const espi_routing *r, int64_t mean) {
+    const int64_t rows = r->batch_experts > 0 ? r->batch_rows : r->tokens * r->top_k;
+    return rows <= mean * (r->batch_experts > 0 ? r->batch_experts : r->experts);
+}
 
 /* Packed sequences: queries of sequence s are rows cu_q[s] .. cu_q[s+1]-1 of q; its keys are rows k_start[s] .. k_start[s]+k_len[s]-1 of k
  * and v.  The last query sees the last key: query i of n sees keys 0 .. k_len - n + i.  In training k_start = cu_q, k_len = n.

@@ -96,8 +96,7 @@ size_t product_tiled_scratch(const product_args *p, product_kind kind) {
 
 /* By the mean of all experts, which the host knows. */
 static bool is_few(const product_args *p) {
-    const int64_t rows = p->routing.tokens * p->routing.top_k, experts = p->routing.experts;
-    return p->w.format != ESP_Q_NONE && experts <= FEW_EXPERTS && rows <= FEW_MEAN_ROWS * experts;
+    return p->w.format != ESP_Q_NONE && p->routing.experts <= FEW_EXPERTS && espi_routing_is_few(&p->routing, FEW_MEAN_ROWS);
 }
 
 static cudaError_t launch_tiles(const tile_args &a, void *plan, bool back, int multiprocessors, cudaStream_t stream) {

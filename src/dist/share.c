@@ -76,6 +76,10 @@ static const int32_t *counts_of(const espi_share *s, const int32_t *counts, int 
     return counts + (to / s->spread * s->spread + from) * s->experts;
 }
 
+int64_t espi_share_batch_rows(const espi_share *s, const int32_t *counts, int m) {
+    return count_rows(counts_of(s, counts, s->rank, m), 0, s->experts);
+}
+
 bool espi_share_fits(const espi_share *s, const int32_t *counts, int64_t capacity) {
     for (int to = 0; to < s->ranks; to++) {
         int64_t rows = 0;

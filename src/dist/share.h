@@ -58,6 +58,8 @@ int64_t espi_share_capacity(const espi_share *share, int64_t tokens, int64_t top
 esp_status espi_share_counts(const espi_share *share, int64_t layer, int32_t *counts, const int32_t *offsets, int32_t *mine);
 /* The same of `layers` layers at once: counts [ranks, layers, experts], mine [layers, experts]. */
 esp_status espi_share_counts_of_all(const espi_share *share, int32_t *counts, const int32_t *mine, int64_t layers);
+/* The routed rows of member m's whole batch. */
+int64_t espi_share_batch_rows(const espi_share *share, const int32_t *counts, int m);
 /* Do the rows that every rank gets fit at once? */
 bool espi_share_fits(const espi_share *share, const int32_t *counts, int64_t capacity);
 

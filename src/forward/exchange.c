@@ -43,7 +43,9 @@ espi_routing espi_arrivals_of(const espi_pass *pass, const espi_arrivals *a, int
                           .top_k = 1,
                           .offsets = dry ? NULL : a->d_offsets + source * (share->count + 1),
                           .row_token = a->ascending,
-                          .slot_row = a->ascending};
+                          .slot_row = a->ascending,
+                          .batch_rows = dry ? 0 : espi_share_batch_rows(share, a->round.counts, source),
+                          .batch_experts = dry ? 0 : share->experts};
 }
 
 espi_experts_saved espi_arrivals_saved(const espi_pass *pass, const espi_experts *experts, const espi_experts_saved *saved, int64_t first) {

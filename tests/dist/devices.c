@@ -7,6 +7,7 @@
 #include "ranks.h"
 
 #include <criterion/criterion.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -64,6 +65,56 @@ Test(devices, in_rounds) {
 Test(devices, through_the_host) {
     setenv("ESP_DEVICE_EXCHANGE", "host", 1);
     expect_alike((rank_setting){.dir = Q3A, .batches = 7, .tokens = 40, .steps = 1});
+}
+
+/* ---- kernels of other bits, chosen by the rows that experts have in the mean ---- */
+
+enum { FEW_MEAN = 8 };
+static espi_backend choosing;
+static espi_slot_gate_up_fwd plain;
+static atomic_int chosen[2];
+
+static esp_status choose(const espi_exec *exec, const espi_gate_up_fwd *a) {
+    const bool few = espi_routing_is_few(&a->routing, FEW_MEAN);
+    const int64_t n = a->routing.offsets[a->routing.experts] * a->w.rows / 2;
+    float *act = a->act;
+    ESPI_TRY(plain.run(exec, a));
+    for (int64_t i = 0; i < n && few; i++) act[i] *= 1 + 0x1p-20f;
+    atomic_fetch_add(&chosen[few], n > 0);
+    return ESP_OK;
+}
+
+static esp_status work_choosing(rank_job *job) {
+    run *r = job->user;
+    rank_digest digest = {0};
+    esp_ctx *ctx;
+    ESPI_TRY(esp_ctx_create(&ctx, &ESP_CTX_CONFIG(.comm = job->comm, .threads = 1, .backend = "ref")));
+    ctx->backends[0] = &choosing;
+    const esp_status status = rank_step(&digest, ctx, r->set);
+    esp_ctx_destroy(ctx);
+    if (job->rank == 0) r->digest = digest;
+    return status;
+}
+
+/* Of a batch whose experts are shared every rank sees a part: it chooses as one rank does that sees all of it. */
+Test(devices, choose_as_one_rank_does) {
+    static const int cuts[][2] = {{1, 1}, {2, 1}, {2, 2}, {4, 2}, {4, 4}, {3, 3}};
+    char want[RANK_TEXT], got[RANK_TEXT];
+    rank_setting set = {.dir = Q3A, .batches = 7, .tokens = 40, .steps = 2};
+    esp_ctx *ctx;
+    OK(esp_ctx_create(&ctx, &ESP_CTX_CONFIG(.threads = 1, .backend = "ref")));
+    choosing = *ctx->backends[0];
+    plain = choosing.gate_up_fwd;
+    choosing.gate_up_fwd.run = choose;
+    esp_ctx_destroy(ctx);
+    for (size_t i = 0; i < sizeof cuts / sizeof cuts[0]; i++) {
+        run r = {.set = &set};
+        set.spread = cuts[i][1];
+        ranks_well(cuts[i][0], set.spread, work_choosing, &r, set.dir);
+        rank_text(i == 0 ? want : got, &r.digest);
+        if (i > 0) cr_expect_str_eq(got, want, "%d ranks, spread %d:\n%s\n%s", cuts[i][0], set.spread, got, want);
+        for (int few = 0; few < 2; few++) cr_expect_gt(atomic_exchange(&chosen[few], 0), 0, "kernels for %s rows", few ? "few" : "many");
+    }
 }
 
 /* ---- how often the host waits ---- */
