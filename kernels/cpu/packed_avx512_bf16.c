@@ -1,19 +1,21 @@
 /* Products of bf16 with packed experts, by dot products of pairs: see packed.h for the layout and for the order of the sums.
  *
- * Forward: strips of up to 10 rows meet 32 columns, or up to 4 rows 64, codes being decoded in registers for each strip.  Backward: up to 4
- * rows likewise.  More rows meet a panel of 64 columns that was decoded once, 512 steps of the sum at a time, while the codes of the next
+ * Forward: strips of up to 10 rows meet 32 columns, or up to 2 rows 64, codes being decoded in registers for each strip.  Backward: up to 4
+ * rows meet 64.  More rows meet a panel of 64 columns that was decoded once, 512 steps of the sum at a time, while the codes of the next
  * one are fetched. */
 #include "kernels/cpu/decode.h"
 
 enum {
     STRIP_ROWS = 10,         /* forward: more rows would crowd the first cache */
-    FEW_ROWS = 4,            /* both directions: rows that meet 64 columns without a panel */
-    TILES = 4,               /* of 16 columns that a strip of few rows meets, and of a panel */
+    NARROW_ROWS = 2,         /* forward: rows that meet 64 columns by half vectors */
+    FEW_ROWS = 4,            /* backward: rows that meet 64 columns without a panel */
+    TILES = 4,               /* of 16 columns of a panel */
     FORWARD_PANEL_ROWS = 64, /* rows that are worth a panel */
     PANEL_ROWS = 6,          /* rows of a strip against a panel */
     DEPTH = 512,             /* steps of the sum that a panel holds, and of a row that lie together */
     ROW_BYTES = DEPTH * 2,
-    HALF = TILES / 2,
+    HALF = TILES / 2,           /* of a record */
+    QUARTERS = RECORD_ROWS / 8, /* of a record, of 8 columns */
     WIDTH = TILES * 16,
     GROUP = 16, /* pairs of a panel that come from one record, or from half of one */
 };
@@ -75,17 +77,17 @@ INLINE __m512i scale_pair(__m512i pair, __m512i powers) {
     return _mm512_maskz_add_epi16(_mm512_test_epi16_mask(pair, _mm512_set1_epi16(0x7fff)), pair, powers);
 }
 
-/* ---- forward ---- */
+/* ---- forward, codes being decoded for each strip ---- */
 
-/* part[rows][tiles] += products of `pairs` pairs of k.  powers: MXFP4's, NULL: none. */
-INLINE void forward_pairs(__m512 part[STRIP_ROWS][TILES], const uint8_t *x, const uint8_t *codes, int64_t stride, __m512i values,
-                          __m512i shifts, const __m512i *powers, const int pairs, const int rows, const int tiles) {
+/* part[rows] += products of `pairs` pairs of k.  powers: MXFP4's, NULL: none. */
+INLINE void forward_pairs(__m512 part[STRIP_ROWS][HALF], const uint8_t *x, const uint8_t *codes, __m512i values, __m512i shifts,
+                          const __m512i *powers, const int pairs, const int rows) {
 #pragma GCC unroll 4
     for (int p = 0; p < pairs; p++) {
-        __m512bh b[TILES];
+        __m512bh b[HALF];
 #pragma GCC unroll 16
-        for (int t = 0; t < tiles; t++) {
-            const __m512i pair = decode_pair(codes + t / 2 * stride + t % 2 * (RECORD_CODES / 2) + p * 16, values, shifts);
+        for (int t = 0; t < HALF; t++) {
+            const __m512i pair = decode_pair(codes + t * (RECORD_CODES / 2) + p * 16, values, shifts);
             b[t] = (__m512bh)(powers ? scale_pair(pair, powers[t]) : pair);
         }
 #pragma GCC unroll 16
@@ -94,25 +96,16 @@ INLINE void forward_pairs(__m512 part[STRIP_ROWS][TILES], const uint8_t *x, cons
             memcpy(&two, x + i * ROW_BYTES + p * 4, sizeof two);
             const __m512bh xx = (__m512bh)_mm512_set1_epi32(two);
 #pragma GCC unroll 16
-            for (int t = 0; t < tiles; t++) part[i][t] = _mm512_dpbf16_ps(part[i][t], xx, b[t]);
+            for (int t = 0; t < HALF; t++) part[i][t] = _mm512_dpbf16_ps(part[i][t], xx, b[t]);
         }
     }
 }
 
-/* sum += scale part, of one tile's columns. */
-INLINE void add_scaled(float *sum, __m512 part[STRIP_ROWS][TILES], __m512 scale, const int t, const int rows, const int tiles) {
-#pragma GCC unroll 16
-    for (int i = 0; i < rows; i++) {
-        float *s = sum + (i * tiles + t) * 16;
-        _mm512_storeu_ps(s, _mm512_fmadd_ps(part[i][t], scale, _mm512_loadu_ps(s)));
-    }
-}
-
-INLINE void clear(__m512 part[STRIP_ROWS][TILES], const int rows, const int tiles) {
+INLINE void clear(__m512 part[STRIP_ROWS][HALF], const int rows) {
 #pragma GCC unroll 16
     for (int i = 0; i < rows; i++)
 #pragma GCC unroll 16
-        for (int t = 0; t < tiles; t++) part[i][t] = _mm512_setzero_ps();
+        for (int t = 0; t < HALF; t++) part[i][t] = _mm512_setzero_ps();
 }
 
 /* How a strip scales: the sums of 64 k; its sums so far whenever the power of two changes, which gives the bits of scaled values as long as
@@ -120,13 +113,11 @@ INLINE void clear(__m512 part[STRIP_ROWS][TILES], const int rows, const int tile
 enum { BY_SUMS, BY_RATIOS, BY_VALUES, WAYS };
 
 /* Sums in units of one power of two go over to another. */
-INLINE void change_power(__m512 part[STRIP_ROWS][TILES], const uint8_t *from, const uint8_t *to, int64_t stride, const int rows,
-                         const int tiles) {
+INLINE void change_power(__m512 part[STRIP_ROWS][HALF], const uint8_t *from, const uint8_t *to, const int rows) {
 #pragma GCC unroll 16
-    for (int t = 0; t < tiles; t++) {
-        const int64_t at = t / 2 * stride + t % 2 * 16;
-        const __m512i old = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(from + at)));
-        const __m512i new = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(to + at)));
+    for (int t = 0; t < HALF; t++) {
+        const __m512i old = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)from + t));
+        const __m512i new = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)to + t));
         const __m512i above = _mm512_add_epi32(_mm512_sub_epi32(old, new), _mm512_set1_epi32(127));
         const __m512 ratio = _mm512_castsi512_ps(_mm512_slli_epi32(above, 23));
 #pragma GCC unroll 16
@@ -134,100 +125,222 @@ INLINE void change_power(__m512 part[STRIP_ROWS][TILES], const uint8_t *from, co
     }
 }
 
-/* sum[rows][tiles * 16] = a W^T over all of k.  tiles: 2, or 4 of two records that lie `stride` apart.  far: from DEPTH values of a to the
- * next. */
-INLINE void forward_strip(float *sum, const uint8_t *a, int64_t far, const uint8_t *w, int64_t stride, int64_t blocks, const float *lut,
-                          const int rows, const int tiles, const int way) {
-    const __m512i values = values_of(lut), shifts = quarter_shifts();
+/* What a strip reads: `blocks` records from w on, and rows of a, with `far` bytes from DEPTH values to the next. */
+typedef struct strip {
+    const uint8_t *a, *w;
+    int64_t far, stride, blocks;
+    const float *lut;
+} strip;
+
+/* Records that are fetched ahead: from memory to the second cache, from there to the first. */
+enum { FROM_MEMORY = 8, FROM_SECOND = 2, TURN = DEPTH / RECORD_COLS };
+
+/* sum[rows][32] = a W^T over all of k. */
+INLINE void forward_strip(float *sum, const strip *s, const int rows, const int way) {
+    enum { PAIRS = RECORD_COLS / 2 };
+    const __m512i values = values_of(s->lut), shifts = quarter_shifts();
     const int64_t record = record_bytes(way == BY_SUMS ? ESP_NF4 : ESP_MXFP4);
-    enum { PAIRS = RECORD_COLS / 2, AHEAD = 6, TURN = DEPTH / RECORD_COLS };
-    const uint8_t *power = w + RECORD_CODES;
-    const bool kept = rows * tiles <= 12; /* there are registers for the sums, too */
-    __m512 part[STRIP_ROWS][TILES], total[STRIP_ROWS][TILES];
-    clear(part, rows, tiles);
-    clear(total, rows, tiles);
-    for (int i = 0; way == BY_SUMS && i < rows * tiles; i++) _mm512_storeu_ps(sum + i * 16, _mm512_setzero_ps());
-    for (int64_t b = 0; b < blocks; b++, w += record) {
-        /* From memory to the second cache: what comes behind this column of records is the next one.  From there: the next block but one. */
-        const uint8_t *later = w + (b + AHEAD < blocks || tiles == 2 ? 0 : stride) + AHEAD * record;
-        const uint8_t *x = a + b / TURN * far + b % TURN * (RECORD_COLS * 2);
-#pragma GCC unroll 2
-        for (int t = 0; t < tiles; t += 2) {
-            prefetch_record(later + t / 2 * stride, record);
-            prefetch_lines(w + 2 * record + t / 2 * stride, record);
-        }
+    const bool kept = rows <= 6; /* there are registers for the sums, too */
+    const uint8_t *w = s->w, *power = w + RECORD_CODES;
+    __m512 part[STRIP_ROWS][HALF], total[STRIP_ROWS][HALF];
+    clear(part, rows);
+    clear(total, rows);
+    for (int i = 0; way == BY_SUMS && i < rows * HALF; i++) _mm512_storeu_ps(sum + i * 16, _mm512_setzero_ps());
+    for (int64_t b = 0; b < s->blocks; b++, w += record) {
+        const uint8_t *x = s->a + b / TURN * s->far + b % TURN * (RECORD_COLS * 2);
+        prefetch_record(w + FROM_MEMORY * record, record);
+        prefetch_lines(w + FROM_SECOND * record, record);
         if (way == BY_SUMS) {
             if (!kept) __asm__ volatile("" ::: "memory"); /* sums stay in memory: registers are for the parts */
-            clear(part, rows, tiles);
-            forward_pairs(part, x, w, stride, values, shifts, NULL, PAIRS, rows, tiles);
+            clear(part, rows);
+            forward_pairs(part, x, w, values, shifts, NULL, PAIRS, rows);
 #pragma GCC unroll 16
-            for (int t = 0; t < tiles; t++) {
-                const __m512 scale = scales_of(w + t / 2 * stride, t % 2, 0, false);
-                if (!kept) add_scaled(sum, part, scale, t, rows, tiles);
+            for (int t = 0; t < HALF; t++) {
+                const __m512 scale = scales_of(w, t, 0, false);
 #pragma GCC unroll 16
-                for (int i = 0; i < rows; i++)
-                    if (kept) total[i][t] = _mm512_fmadd_ps(part[i][t], scale, total[i][t]);
+                for (int i = 0; i < rows; i++) {
+                    float *at = sum + (i * HALF + t) * 16;
+                    if (kept)
+                        total[i][t] = _mm512_fmadd_ps(part[i][t], scale, total[i][t]);
+                    else
+                        _mm512_storeu_ps(at, _mm512_fmadd_ps(part[i][t], scale, _mm512_loadu_ps(at)));
+                }
             }
             continue;
         }
 #pragma GCC unroll 2
         for (int half = 0; half < 2; half++) {
-            __m512i powers[TILES];
+            __m512i powers[HALF];
             if (way == BY_VALUES) {
 #pragma GCC unroll 16
-                for (int t = 0; t < tiles; t++) powers[t] = powers_of(w + t / 2 * stride, t % 2, half);
+                for (int t = 0; t < HALF; t++) powers[t] = powers_of(w, t, half);
             } else {
-                change_power(part, power, w + RECORD_CODES + half * RECORD_ROWS, stride, rows, tiles);
+                change_power(part, power, w + RECORD_CODES + half * RECORD_ROWS, rows);
                 power = w + RECORD_CODES + half * RECORD_ROWS;
             }
-            forward_pairs(part, x + half * PAIRS * 2, w + half * PAIRS * 8, stride, values, shifts, way == BY_VALUES ? powers : NULL,
-                          PAIRS / 2, rows, tiles);
+            forward_pairs(part, x + half * PAIRS * 2, w + half * PAIRS * 8, values, shifts, way == BY_VALUES ? powers : NULL, PAIRS / 2,
+                          rows);
         }
     }
     if (way == BY_SUMS && !kept) return;
 #pragma GCC unroll 16
     for (int i = 0; i < rows; i++)
 #pragma GCC unroll 16
-        for (int t = 0; t < tiles; t++) {
+        for (int t = 0; t < HALF; t++) {
             __m512 x = way == BY_SUMS ? total[i][t] : part[i][t];
-            if (way == BY_RATIOS) x = _mm512_mul_ps(x, scales_of(w - record + t / 2 * stride, t % 2, 1, true));
-            _mm512_storeu_ps(sum + (i * tiles + t) * 16, x);
+            if (way == BY_RATIOS) x = _mm512_mul_ps(x, scales_of(w - record, t, 1, true));
+            _mm512_storeu_ps(sum + (i * HALF + t) * 16, x);
         }
 }
 
-typedef void forward_fn(float *sum, const uint8_t *a, int64_t far, const uint8_t *w, int64_t stride, int64_t blocks, const float *lut);
-#define FORWARD(rows, tiles, way)                                                                                                          \
-    static void forward_##rows##_##tiles##_##way(float *sum, const uint8_t *a, int64_t far, const uint8_t *w, int64_t stride,              \
-                                                 int64_t blocks, const float *lut) {                                                       \
-        forward_strip(sum, a, far, w, stride, blocks, lut, rows, tiles, way);                                                              \
+typedef void forward_fn(float *sum, const strip *s);
+#define FORWARD(rows, way)                                                                                                                 \
+    static void forward_##rows##_##way(float *sum, const strip *s) {                                                                       \
+        forward_strip(sum, s, rows, way);                                                                                                  \
     }
 #define FORWARD_ALL(way)                                                                                                                   \
-    FORWARD(1, 2, way)                                                                                                                     \
-    FORWARD(2, 2, way)                                                                                                                     \
-    FORWARD(3, 2, way)                                                                                                                     \
-    FORWARD(4, 2, way)                                                                                                                     \
-    FORWARD(5, 2, way)                                                                                                                     \
-    FORWARD(6, 2, way)                                                                                                                     \
-    FORWARD(7, 2, way)                                                                                                                     \
-    FORWARD(8, 2, way)                                                                                                                     \
-    FORWARD(9, 2, way)                                                                                                                     \
-    FORWARD(10, 2, way)                                                                                                                    \
-    FORWARD(1, 4, way)                                                                                                                     \
-    FORWARD(2, 4, way)                                                                                                                     \
-    FORWARD(3, 4, way)                                                                                                                     \
-    FORWARD(4, 4, way)
+    FORWARD(1, way)                                                                                                                        \
+    FORWARD(2, way)                                                                                                                        \
+    FORWARD(3, way)                                                                                                                        \
+    FORWARD(4, way)                                                                                                                        \
+    FORWARD(5, way)                                                                                                                        \
+    FORWARD(6, way)                                                                                                                        \
+    FORWARD(7, way)                                                                                                                        \
+    FORWARD(8, way)                                                                                                                        \
+    FORWARD(9, way)                                                                                                                        \
+    FORWARD(10, way)
 FORWARD_ALL(0)
 FORWARD_ALL(1)
 FORWARD_ALL(2)
 #define FORWARD_TABLE(way)                                                                                                                 \
     {                                                                                                                                      \
-        forward_1_2_##way, forward_2_2_##way, forward_3_2_##way, forward_4_2_##way, forward_5_2_##way, forward_6_2_##way,                  \
-            forward_7_2_##way, forward_8_2_##way, forward_9_2_##way, forward_10_2_##way                                                    \
+        forward_1_##way, forward_2_##way, forward_3_##way, forward_4_##way, forward_5_##way, forward_6_##way, forward_7_##way,             \
+            forward_8_##way, forward_9_##way, forward_10_##way                                                                             \
     }
-#define FEW_TABLE(way)                                                                                                                     \
-    { forward_1_4_##way, forward_2_4_##way, forward_3_4_##way, forward_4_4_##way }
 static forward_fn *const forward_strips[WAYS][STRIP_ROWS] = {FORWARD_TABLE(0), FORWARD_TABLE(1), FORWARD_TABLE(2)};
-static forward_fn *const forward_few[WAYS][FEW_ROWS] = {FEW_TABLE(0), FEW_TABLE(1), FEW_TABLE(2)};
+
+/* ---- the same for the fewest rows: half vectors, which decode with less, and columns of two records, so that sums enough are under way ---- */
+
+/* 16 bytes, twice.  By this form of the instruction: the one that knows more registers keeps the unit busy which permutes. */
+INLINE __m256i twice(const uint8_t *from) {
+    __m256i x;
+    __asm__("vbroadcasti128 %1, %0" : "=x"(x) : "m"(*(const __m128i *)from));
+    return x;
+}
+
+/* Bytes of 8 rows: exponents of 2. */
+INLINE __m256i exponents_of_8(const uint8_t *from) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)from));
+}
+
+/* Where the scales of 8 of 64 columns are. */
+INLINE const uint8_t *scales_of_8(const uint8_t *w, int64_t stride, int t, const int bytes) {
+    return w + t / QUARTERS * stride + RECORD_CODES + t % QUARTERS * 8 * bytes;
+}
+
+/* sum[rows][64] = a W^T over all of k, as forward_strip() by sums or by ratios. */
+INLINE void narrow_strip(float *sum, const strip *s, const int rows, const bool mx) {
+    enum { LINES = 128, PAIRS = LINES / 32, STEPS = RECORD_CODES / LINES, PARTS = 2 * QUARTERS };
+    const __m512i shifts = quarter_shifts();
+    const __m256i values = _mm512_castsi512_si256(values_of(s->lut));
+    const __m256i low = _mm512_castsi512_si256(shifts), high = _mm512_extracti64x4_epi64(shifts, 1);
+    const int64_t record = record_bytes(mx ? ESP_MXFP4 : ESP_NF4), stride = s->stride;
+    const bool kept = rows == 1; /* there are registers for the sums, too */
+    const uint8_t *w = s->w, *power = w;
+    __m256 part[NARROW_ROWS][PARTS], total[PARTS];
+#pragma GCC unroll 16
+    for (int t = 0; t < PARTS; t++) {
+        total[t] = _mm256_setzero_ps();
+#pragma GCC unroll 16
+        for (int i = 0; i < rows; i++) {
+            part[i][t] = _mm256_setzero_ps();
+            if (!mx && !kept) _mm256_storeu_ps(sum + (i * PARTS + t) * 8, part[i][t]);
+        }
+    }
+    for (int64_t b = 0; b < s->blocks; b++, w += record) {
+        /* what comes behind these two rows of records is the next two */
+        const uint8_t *later = w + FROM_MEMORY * record + (b + FROM_MEMORY < s->blocks ? 0 : stride), *soon = w + FROM_SECOND * record;
+        const uint8_t *x = s->a + b / TURN * s->far + b % TURN * (RECORD_COLS * 2);
+        for (int64_t at = RECORD_CODES; at < record; at += 64) {
+            _mm_prefetch((const char *)later + at, _MM_HINT_T1);
+            _mm_prefetch((const char *)later + stride + at, _MM_HINT_T1);
+        }
+        if (!mx && !kept) __asm__ volatile("" ::: "memory"); /* sums stay in memory */
+#pragma GCC unroll 16
+        for (int t = 0; !mx && t < PARTS; t++)
+#pragma GCC unroll 16
+            for (int i = 0; i < rows; i++) part[i][t] = _mm256_setzero_ps();
+        for (int step = 0; step < STEPS; step++, later += LINES, soon += LINES) {
+            const uint8_t *codes = w + step * (LINES / 2);
+            /* lines that lie beside each other are asked for together */
+            _mm_prefetch((const char *)later, _MM_HINT_T1);
+            _mm_prefetch((const char *)later + 64, _MM_HINT_T1);
+            _mm_prefetch((const char *)later + stride, _MM_HINT_T1);
+            _mm_prefetch((const char *)later + stride + 64, _MM_HINT_T1);
+            _mm_prefetch((const char *)soon, _MM_HINT_T0);
+            _mm_prefetch((const char *)soon + 64, _MM_HINT_T0);
+            _mm_prefetch((const char *)soon + stride, _MM_HINT_T0);
+            _mm_prefetch((const char *)soon + stride + 64, _MM_HINT_T0);
+            if (mx && step % (STEPS / 2) == 0) {
+                const uint8_t *now = w + step / (STEPS / 2) * RECORD_ROWS;
+#pragma GCC unroll 16
+                for (int t = 0; t < PARTS; t++) {
+                    const __m256i old = exponents_of_8(scales_of_8(power, stride, t, 1)),
+                                  new = exponents_of_8(scales_of_8(now, stride, t, 1));
+                    const __m256i above = _mm256_add_epi32(_mm256_sub_epi32(old, new), _mm256_set1_epi32(127));
+                    const __m256 ratio = _mm256_castsi256_ps(_mm256_slli_epi32(above, 23));
+#pragma GCC unroll 16
+                    for (int i = 0; i < rows; i++) part[i][t] = _mm256_mul_ps(part[i][t], ratio);
+                }
+                power = now;
+            }
+#pragma GCC unroll 4
+            for (int p = 0; p < PAIRS; p++, x += 4) {
+#pragma GCC unroll 16
+                for (int t = 0; t < PARTS; t += 2) {
+                    const __m256i units = twice(codes + t / QUARTERS * stride + t / 2 % HALF * (RECORD_CODES / 2) + p * 16);
+                    const __m256bh first = (__m256bh)_mm256_permutexvar_epi16(_mm256_srlv_epi16(units, low), values);
+                    const __m256bh second = (__m256bh)_mm256_permutexvar_epi16(_mm256_srlv_epi16(units, high), values);
+#pragma GCC unroll 16
+                    for (int i = 0; i < rows; i++) {
+                        int32_t two;
+                        memcpy(&two, x + i * ROW_BYTES, sizeof two);
+                        const __m256bh xx = (__m256bh)_mm256_set1_epi32(two);
+                        part[i][t] = _mm256_dpbf16_ps(part[i][t], xx, first);
+                        part[i][t + 1] = _mm256_dpbf16_ps(part[i][t + 1], xx, second);
+                    }
+                }
+            }
+        }
+#pragma GCC unroll 16
+        for (int t = 0; !mx && t < PARTS; t++) {
+            const __m256 scale = _mm256_loadu_ps((const float *)scales_of_8(w, stride, t, sizeof(float)));
+            if (kept) total[t] = _mm256_fmadd_ps(part[0][t], scale, total[t]);
+#pragma GCC unroll 16
+            for (int i = 0; !kept && i < rows; i++) {
+                float *at = sum + (i * PARTS + t) * 8;
+                _mm256_storeu_ps(at, _mm256_fmadd_ps(part[i][t], scale, _mm256_loadu_ps(at)));
+            }
+        }
+    }
+    if (!mx && !kept) return;
+#pragma GCC unroll 16
+    for (int t = 0; t < PARTS; t++) {
+        const __m256 scale = mx ? _mm256_castsi256_ps(_mm256_slli_epi32(exponents_of_8(scales_of_8(power, stride, t, 1)), 23)) : total[t];
+#pragma GCC unroll 16
+        for (int i = 0; i < rows; i++) _mm256_storeu_ps(sum + (i * PARTS + t) * 8, mx ? _mm256_mul_ps(part[i][t], scale) : scale);
+    }
+}
+
+#define NARROW(rows, mx)                                                                                                                   \
+    static void narrow_##rows##_##mx(float *sum, const strip *s) {                                                                         \
+        narrow_strip(sum, s, rows, mx);                                                                                                    \
+    }
+NARROW(1, 0)
+NARROW(2, 0)
+NARROW(1, 1)
+NARROW(2, 1)
+static forward_fn *const narrow_strips[2][NARROW_ROWS] = {{narrow_1_0, narrow_2_0}, {narrow_1_1, narrow_2_1}};
 
 /* `tiles` vectors of each row to their place. */
 static void put_strip(const cpu_rows *c, const float *sum, const float *bias, int64_t first, int64_t rows, int64_t at, int64_t tiles) {
@@ -437,23 +550,28 @@ static void forward_panels(const cpu_rows *c, const cpu_packed *w, const float *
 /* n columns from `col` on, codes being decoded for each strip. */
 static void forward_directly(const cpu_rows *c, const cpu_packed *w, const float *bias, const uint8_t *x, int64_t m, int64_t col,
                              int64_t n) {
+    const bool mx = w->format == ESP_MXFP4;
     const int64_t blocks = w->cols / RECORD_COLS, stride = blocks * record_bytes(w->format), strips = cpu_blocks(m, STRIP_ROWS);
-    const uint8_t *near = w->format == ESP_MXFP4 ? w->records + w->rows / RECORD_ROWS * stride : NULL; /* see packed.h */
-    const int64_t end = col + n, far = m * ROW_BYTES;
+    const uint8_t *near = w->records + w->rows / RECORD_ROWS * stride; /* see packed.h */
+    const int64_t end = col + n;
     _Alignas(64) float sum[STRIP_ROWS * RECORD_ROWS];
-    for (; m <= FEW_ROWS && col + 2 * RECORD_ROWS <= end; col += 2 * RECORD_ROWS) {
+    while (col < end) {
         const int64_t at = col / RECORD_ROWS;
-        const int way = !near ? BY_SUMS : near[at] && near[at + 1] ? BY_RATIOS : BY_VALUES;
-        forward_few[way][m - 1](sum, x, far, w->records + col / RECORD_ROWS * stride, stride, blocks, w->lut);
-        put_strip(c, sum, bias, 0, m, col, TILES);
-    }
-    for (; col < end; col += RECORD_ROWS) {
-        const int way = !near ? BY_SUMS : near[col / RECORD_ROWS] ? BY_RATIOS : BY_VALUES;
-        for (int64_t s = 0; s < strips; s++) {
-            const int64_t first = strip_start(m, strips, s), rows = strip_start(m, strips, s + 1) - first;
-            forward_strips[way][rows - 1](sum, x + first * ROW_BYTES, far, w->records + col / RECORD_ROWS * stride, stride, blocks, w->lut);
-            put_strip(c, sum, bias, first, rows, col, 2);
+        strip s = {x, w->records + at * stride, m * ROW_BYTES, stride, blocks, w->lut};
+        if (m <= NARROW_ROWS && col + WIDTH <= end && (!mx || (near[at] && near[at + 1]))) {
+            narrow_strips[mx][m - 1](sum, &s);
+            put_strip(c, sum, bias, 0, m, col, TILES);
+            col += WIDTH;
+            continue;
         }
+        const int way = !mx ? BY_SUMS : near[at] ? BY_RATIOS : BY_VALUES;
+        for (int64_t i = 0; i < strips; i++) {
+            const int64_t first = strip_start(m, strips, i), rows = strip_start(m, strips, i + 1) - first;
+            s.a = x + first * ROW_BYTES;
+            forward_strips[way][rows - 1](sum, &s);
+            put_strip(c, sum, bias, first, rows, col, HALF);
+        }
+        col += RECORD_ROWS;
     }
 }
 
