@@ -6,14 +6,14 @@
 #include "kernels/cpu/decode.h"
 
 enum {
-    STRIP_ROWS = 10,         /* forward: more rows would crowd the first cache */
-    NARROW_ROWS = 2,         /* forward: rows that meet 64 columns by half vectors */
-    FEW_ROWS = 4,            /* backward: rows that meet 64 columns without a panel */
-    TILES = 4,               /* of 16 columns of a panel */
-    FORWARD_PANEL_ROWS = 64, /* rows that are worth a panel */
-    PANEL_ROWS = 6,          /* rows of a strip against a panel */
-    DEPTH = 512,             /* steps of the sum that a panel holds, and of a row that lie together */
-    ROW_BYTES = DEPTH * 2,
+    STRIP_ROWS = 10,            /* forward: more rows would crowd the first cache */
+    NARROW_ROWS = 2,            /* forward: rows that meet 64 columns by half vectors */
+    FEW_ROWS = 4,               /* backward: rows that meet 64 columns without a panel */
+    TILES = 4,                  /* of 16 columns of a panel */
+    FORWARD_PANEL_ROWS = 64,    /* rows that are worth a panel */
+    PANEL_ROWS = 6,             /* rows of a strip against a panel */
+    DEPTH = 2048,               /* steps of the sum that a panel holds, and of a row that lie together */
+    ROW_BYTES = DEPTH * 2 + 64, /* rows are not to share places of the first cache */
     HALF = TILES / 2,           /* of a record */
     QUARTERS = RECORD_ROWS / 8, /* of a record, of 8 columns */
     WIDTH = TILES * 16,
@@ -79,9 +79,10 @@ INLINE __m512i scale_pair(__m512i pair, __m512i powers) {
 
 /* ---- forward, codes being decoded for each strip ---- */
 
-/* part[rows] += products of `pairs` pairs of k.  powers: MXFP4's, NULL: none. */
-INLINE void forward_pairs(__m512 part[STRIP_ROWS][HALF], const uint8_t *x, const uint8_t *codes, __m512i values, __m512i shifts,
-                          const __m512i *powers, const int pairs, const int rows) {
+/* part[rows] += products of `pairs` pairs of k.  powers: MXFP4's, NULL: none.  to: where decoded pairs are left, `apart` bytes apart, or
+ * NULL. */
+INLINE void forward_pairs(__m512 part[STRIP_ROWS][HALF], uint8_t *to, const int apart, const uint8_t *x, const uint8_t *codes,
+                          __m512i values, __m512i shifts, const __m512i *powers, const int pairs, const int rows) {
 #pragma GCC unroll 4
     for (int p = 0; p < pairs; p++) {
         __m512bh b[HALF];
@@ -89,6 +90,7 @@ INLINE void forward_pairs(__m512 part[STRIP_ROWS][HALF], const uint8_t *x, const
         for (int t = 0; t < HALF; t++) {
             const __m512i pair = decode_pair(codes + t * (RECORD_CODES / 2) + p * 16, values, shifts);
             b[t] = (__m512bh)(powers ? scale_pair(pair, powers[t]) : pair);
+            if (to) _mm512_store_si512(to + p * apart + t * 64, (__m512i)b[t]);
         }
 #pragma GCC unroll 16
         for (int i = 0; i < rows; i++) {
@@ -99,6 +101,24 @@ INLINE void forward_pairs(__m512 part[STRIP_ROWS][HALF], const uint8_t *x, const
             for (int t = 0; t < HALF; t++) part[i][t] = _mm512_dpbf16_ps(part[i][t], xx, b[t]);
         }
     }
+}
+
+/* Sums over some of the depth, of rows against a panel: where those so far are, WIDTH floats from row to row, if there are any; where they
+ * go, `wide` floats from row to row; and what the last are added to, or NULL. */
+typedef struct sums_place {
+    const float *from;
+    bool add;
+    float *to;
+    int64_t wide;
+    const float *bias;
+} sums_place;
+
+INLINE __m512 begin_sum(const sums_place *s, int i, int at) {
+    _mm_prefetch((const char *)(s->to + i * s->wide + at), _MM_HINT_T0); /* to be there when it is written */
+    return _mm512_maskz_loadu_ps(s->add ? 0xffff : 0, s->from + i * WIDTH + at);
+}
+INLINE void end_sum(const sums_place *s, int i, int at, __m512 x) {
+    _mm512_storeu_ps(s->to + i * s->wide + at, s->bias ? _mm512_add_ps(x, _mm512_loadu_ps(s->bias + at)) : x);
 }
 
 INLINE void clear(__m512 part[STRIP_ROWS][HALF], const int rows) {
@@ -125,27 +145,38 @@ INLINE void change_power(__m512 part[STRIP_ROWS][HALF], const uint8_t *from, con
     }
 }
 
-/* What a strip reads: `blocks` records from w on, and rows of a, with `far` bytes from DEPTH values to the next. */
+/* What a strip reads: `blocks` records from w on, and rows of a, with `far` bytes from DEPTH values to the next; `stride`: from 32 columns'
+ * first record to the next's.  What it may leave: decoded values and scales of a panel; its sums then go on as `sums` says. */
 typedef struct strip {
     const uint8_t *a, *w;
     int64_t far, stride, blocks;
     const float *lut;
+    uint8_t *panel;
+    float *scales;
+    sums_place sums;
 } strip;
 
 /* Records that are fetched ahead: from memory to the second cache, from there to the first. */
 enum { FROM_MEMORY = 8, FROM_SECOND = 2, TURN = DEPTH / RECORD_COLS };
 
-/* sum[rows][32] = a W^T over all of k. */
-INLINE void forward_strip(float *sum, const strip *s, const int rows, const int way) {
+/* sum[rows][32] = a W^T over all of k; one that leaves has no sum. */
+INLINE void forward_strip(float *sum, const strip *s, const int rows, const int way, const bool leaves) {
     enum { PAIRS = RECORD_COLS / 2 };
     const __m512i values = values_of(s->lut), shifts = quarter_shifts();
     const int64_t record = record_bytes(way == BY_SUMS ? ESP_NF4 : ESP_MXFP4);
-    const bool kept = rows <= 6; /* there are registers for the sums, too */
+    const bool kept = rows <= PANEL_ROWS; /* there are registers for the sums, too */
+    const int apart = way == BY_SUMS ? WIDTH * 2 : WIDTH * 4;
     const uint8_t *w = s->w, *power = w + RECORD_CODES;
+    uint8_t *to = leaves ? s->panel : NULL;
+    float *scales = s->scales;
     __m512 part[STRIP_ROWS][HALF], total[STRIP_ROWS][HALF];
     clear(part, rows);
     clear(total, rows);
-    for (int i = 0; way == BY_SUMS && i < rows * HALF; i++) _mm512_storeu_ps(sum + i * 16, _mm512_setzero_ps());
+#pragma GCC unroll 16
+    for (int i = 0; leaves && i < rows; i++)
+#pragma GCC unroll 16
+        for (int t = 0; t < HALF; t++) (way == BY_SUMS ? total : part)[i][t] = begin_sum(&s->sums, i, t * 16);
+    for (int i = 0; way == BY_SUMS && !kept && i < rows * HALF; i++) _mm512_storeu_ps(sum + i * 16, _mm512_setzero_ps());
     for (int64_t b = 0; b < s->blocks; b++, w += record) {
         const uint8_t *x = s->a + b / TURN * s->far + b % TURN * (RECORD_COLS * 2);
         prefetch_record(w + FROM_MEMORY * record, record);
@@ -153,19 +184,21 @@ INLINE void forward_strip(float *sum, const strip *s, const int rows, const int 
         if (way == BY_SUMS) {
             if (!kept) __asm__ volatile("" ::: "memory"); /* sums stay in memory: registers are for the parts */
             clear(part, rows);
-            forward_pairs(part, x, w, values, shifts, NULL, PAIRS, rows);
+            forward_pairs(part, to, apart, x, w, values, shifts, NULL, PAIRS, rows);
 #pragma GCC unroll 16
             for (int t = 0; t < HALF; t++) {
                 const __m512 scale = scales_of(w, t, 0, false);
+                if (leaves) _mm512_storeu_ps(scales + t * 16, scale);
 #pragma GCC unroll 16
                 for (int i = 0; i < rows; i++) {
-                    float *at = sum + (i * HALF + t) * 16;
+                    float *at = sum + i * RECORD_ROWS + t * 16;
                     if (kept)
                         total[i][t] = _mm512_fmadd_ps(part[i][t], scale, total[i][t]);
                     else
                         _mm512_storeu_ps(at, _mm512_fmadd_ps(part[i][t], scale, _mm512_loadu_ps(at)));
                 }
             }
+            if (leaves) to += PAIRS * apart, scales += WIDTH;
             continue;
         }
 #pragma GCC unroll 2
@@ -178,8 +211,9 @@ INLINE void forward_strip(float *sum, const strip *s, const int rows, const int 
                 change_power(part, power, w + RECORD_CODES + half * RECORD_ROWS, rows);
                 power = w + RECORD_CODES + half * RECORD_ROWS;
             }
-            forward_pairs(part, x + half * PAIRS * 2, w + half * PAIRS * 8, values, shifts, way == BY_VALUES ? powers : NULL, PAIRS / 2,
-                          rows);
+            forward_pairs(part, to, apart, x + half * PAIRS * 2, w + half * PAIRS * 8, values, shifts, way == BY_VALUES ? powers : NULL,
+                          PAIRS / 2, rows);
+            if (leaves) to += PAIRS / 2 * apart;
         }
     }
     if (way == BY_SUMS && !kept) return;
@@ -189,14 +223,17 @@ INLINE void forward_strip(float *sum, const strip *s, const int rows, const int 
         for (int t = 0; t < HALF; t++) {
             __m512 x = way == BY_SUMS ? total[i][t] : part[i][t];
             if (way == BY_RATIOS) x = _mm512_mul_ps(x, scales_of(w - record, t, 1, true));
-            _mm512_storeu_ps(sum + (i * HALF + t) * 16, x);
+            if (leaves)
+                end_sum(&s->sums, i, t * 16, x);
+            else
+                _mm512_storeu_ps(sum + i * RECORD_ROWS + t * 16, x);
         }
 }
 
 typedef void forward_fn(float *sum, const strip *s);
 #define FORWARD(rows, way)                                                                                                                 \
     static void forward_##rows##_##way(float *sum, const strip *s) {                                                                       \
-        forward_strip(sum, s, rows, way);                                                                                                  \
+        forward_strip(sum, s, rows, way, false);                                                                                           \
     }
 #define FORWARD_ALL(way)                                                                                                                   \
     FORWARD(1, way)                                                                                                                        \
@@ -219,7 +256,18 @@ FORWARD_ALL(2)
     }
 static forward_fn *const forward_strips[WAYS][STRIP_ROWS] = {FORWARD_TABLE(0), FORWARD_TABLE(1), FORWARD_TABLE(2)};
 
-/* ---- the same for the fewest rows: half vectors, which decode with less, and columns of two records, so that sums enough are under way ---- */
+/* Those that leave a panel: there are so many rows that the first strip has all it can, or one less. */
+#define LEAVE(rows, way)                                                                                                                   \
+    static void leave_##rows##_##way(float *sum, const strip *s) {                                                                         \
+        forward_strip(sum, s, rows, way, true);                                                                                            \
+    }
+LEAVE(5, 0)
+LEAVE(6, 0)
+LEAVE(5, 2)
+LEAVE(6, 2)
+static forward_fn *const leaving_strips[2][2] = {{leave_5_0, leave_6_0}, {leave_5_2, leave_6_2}};
+
+/* ---- the same for the fewest rows: half vectors, which decode with less, and two records beside each other, for more sums under way ---- */
 
 /* 16 bytes, twice.  By this form of the instruction: the one that knows more registers keeps the unit busy which permutes. */
 INLINE __m256i twice(const uint8_t *from) {
@@ -400,14 +448,14 @@ INLINE void panel_group(__m512 part[PANEL_ROWS][TILES], const uint8_t *a, const 
     }
 }
 
-/* sums[rows][WIDTH] = (add ? sums : 0) + a times `groups` groups of a panel. */
-INLINE void panel_strip(float *sums, const uint8_t *a, const panel_work *work, int64_t groups, bool add, ahead next, const int rows) {
+/* Rows of a times `groups` groups of a panel. */
+INLINE void panel_strip(const sums_place *sums, const uint8_t *a, const panel_work *work, int64_t groups, ahead next, const int rows) {
     const uint8_t *panel = work->panel;
     __m512 part[PANEL_ROWS][TILES];
 #pragma GCC unroll 16
     for (int i = 0; i < rows; i++)
 #pragma GCC unroll 16
-        for (int t = 0; t < TILES; t++) part[i][t] = _mm512_maskz_loadu_ps(add ? 0xffff : 0, sums + i * WIDTH + t * 16);
+        for (int t = 0; t < TILES; t++) part[i][t] = begin_sum(sums, i, t * 16);
     for (int64_t g = 0; g < groups; g++, a += GROUP * 4, panel += GROUP * WIDTH * 4) {
         _mm_prefetch((const char *)next.at + RECORD_CODES, _MM_HINT_T1);
         _mm_prefetch((const char *)next.at + RECORD_CODES + 64, _MM_HINT_T1);
@@ -417,17 +465,18 @@ INLINE void panel_strip(float *sums, const uint8_t *a, const panel_work *work, i
 #pragma GCC unroll 16
     for (int i = 0; i < rows; i++)
 #pragma GCC unroll 16
-        for (int t = 0; t < TILES; t++) _mm512_storeu_ps(sums + i * WIDTH + t * 16, part[i][t]);
+        for (int t = 0; t < TILES; t++) end_sum(sums, i, t * 16, part[i][t]);
 }
 
 /* The same with values that are not scaled, by half a panel: the scales are those of two groups. */
-INLINE void scaled_half(float *sums, const uint8_t *a, const uint8_t *panel, const float *scales, int64_t groups, bool add, ahead next,
-                        const int rows) {
+INLINE void scaled_half(const sums_place *sums, const uint8_t *a, const panel_work *work, int64_t groups, const int half, const int rows) {
+    const uint8_t *panel = work->panel + half * (DEPTH / 2 * WIDTH * 2);
+    const float *scales = work->scales + half * RECORD_ROWS;
     __m512 sum[PANEL_ROWS][HALF];
 #pragma GCC unroll 16
     for (int i = 0; i < rows; i++)
 #pragma GCC unroll 16
-        for (int t = 0; t < HALF; t++) sum[i][t] = _mm512_maskz_loadu_ps(add ? 0xffff : 0, sums + i * WIDTH + t * 16);
+        for (int t = 0; t < HALF; t++) sum[i][t] = begin_sum(sums, i, half * RECORD_ROWS + t * 16);
     for (int64_t g = 0; g < groups; g += 2, scales += WIDTH) {
         __m512 part[PANEL_ROWS][HALF];
 #pragma GCC unroll 16
@@ -435,7 +484,6 @@ INLINE void scaled_half(float *sums, const uint8_t *a, const uint8_t *panel, con
 #pragma GCC unroll 16
             for (int t = 0; t < HALF; t++) part[i][t] = _mm512_setzero_ps();
         for (int p = 0; p < 2 * GROUP; p++, a += 4, panel += WIDTH * 2) {
-            _mm_prefetch((const char *)next.at + p * 36, _MM_HINT_T1);
             const __m512bh b[HALF] = {(__m512bh)_mm512_load_si512(panel), (__m512bh)_mm512_load_si512(panel + 64)};
 #pragma GCC unroll 16
             for (int i = 0; i < rows; i++) {
@@ -446,7 +494,6 @@ INLINE void scaled_half(float *sums, const uint8_t *a, const uint8_t *panel, con
                 for (int t = 0; t < HALF; t++) part[i][t] = _mm512_dpbf16_ps(part[i][t], xx, b[t]);
             }
         }
-        next.at += next.step[0] + next.step[1];
 #pragma GCC unroll 16
         for (int i = 0; i < rows; i++)
 #pragma GCC unroll 16
@@ -455,21 +502,19 @@ INLINE void scaled_half(float *sums, const uint8_t *a, const uint8_t *panel, con
 #pragma GCC unroll 16
     for (int i = 0; i < rows; i++)
 #pragma GCC unroll 16
-        for (int t = 0; t < HALF; t++) _mm512_storeu_ps(sums + i * WIDTH + t * 16, sum[i][t]);
+        for (int t = 0; t < HALF; t++) end_sum(sums, i, half * RECORD_ROWS + t * 16, sum[i][t]);
 }
 
-INLINE void scaled_strip(float *sums, const uint8_t *a, const panel_work *work, int64_t groups, bool add, ahead next, const int rows) {
-    for (int half = 0; half < TILES / HALF; half++) {
-        scaled_half(sums + half * HALF * 16, a, work->panel + half * (DEPTH / 2 * WIDTH * 2), work->scales + half * HALF * 16, groups, add,
-                    next, rows);
-        next.at += next.step[0];
-    }
+INLINE void scaled_strip(const sums_place *sums, const uint8_t *a, const panel_work *work, int64_t groups, ahead next, const int rows) {
+    (void)next;
+    scaled_half(sums, a, work, groups, 0, rows);
+    scaled_half(sums, a, work, groups, 1, rows);
 }
 
-typedef void panel_fn(float *sums, const uint8_t *a, const panel_work *work, int64_t groups, bool add, ahead next);
+typedef void panel_fn(const sums_place *sums, const uint8_t *a, const panel_work *work, int64_t groups, ahead next);
 #define PANEL(name, rows)                                                                                                                  \
-    static void name##_##rows(float *sums, const uint8_t *a, const panel_work *work, int64_t groups, bool add, ahead next) {               \
-        name##_strip(sums, a, work, groups, add, next, rows);                                                                              \
+    static void name##_##rows(const sums_place *sums, const uint8_t *a, const panel_work *work, int64_t groups, ahead next) {              \
+        name##_strip(sums, a, work, groups, next, rows);                                                                                   \
     }
 #define PANELS(name) PANEL(name, 1) PANEL(name, 2) PANEL(name, 3) PANEL(name, 4) PANEL(name, 5) PANEL(name, 6)
 PANELS(panel)
@@ -477,73 +522,56 @@ PANELS(scaled)
 static panel_fn *const panel_strips[2][PANEL_ROWS] = {{panel_1, panel_2, panel_3, panel_4, panel_5, panel_6},
                                                       {scaled_1, scaled_2, scaled_3, scaled_4, scaled_5, scaled_6}};
 
-/* All rows of x, DEPTH values each at most, meet a panel. */
-static void run_panel(const panel_work *work, const uint8_t *x, int64_t m, int64_t depth, bool add, bool scaled, const ahead *next) {
-    const int64_t strips = cpu_blocks(m, PANEL_ROWS);
-    for (int64_t s = 0; s < strips; s++) {
-        const int64_t first = strip_start(m, strips, s), rows = strip_start(m, strips, s + 1) - first;
-        const uint8_t *a = x + first * ROW_BYTES;
-        panel_strips[scaled][rows - 1](work->sums + first * WIDTH, a, work, depth / 2 / GROUP, add, s == 0 ? *next : (ahead){a, {0, 0}});
+/* m rows of x, `depth` values each from `k` of `all` on, against the panel of the columns from `col` on. */
+typedef struct panel_pass {
+    const cpu_rows *c;
+    const float *bias;
+    const uint8_t *x;
+    int64_t m, col, k, depth, all;
+} panel_pass;
+
+static sums_place sums_at(const panel_pass *p, const panel_work *work, int64_t first) {
+    float *waiting = work->sums + first * WIDTH;
+    if (p->k + p->depth < p->all) return (sums_place){waiting, p->k > 0, waiting, WIDTH, NULL};
+    return (sums_place){waiting, p->k > 0, row_at(p->c, first) + p->col, p->c->stride, p->bias ? p->bias + p->col : NULL};
+}
+
+/* The rows from strip `from` on. */
+static void run_panel(const panel_pass *p, const panel_work *work, int64_t from, bool scaled, const ahead *next) {
+    const int64_t strips = cpu_blocks(p->m, PANEL_ROWS);
+    for (int64_t s = from; s < strips; s++) {
+        const int64_t first = strip_start(p->m, strips, s), rows = strip_start(p->m, strips, s + 1) - first;
+        const uint8_t *a = p->x + first * ROW_BYTES;
+        const sums_place sums = sums_at(p, work, first);
+        panel_strips[scaled][rows - 1](&sums, a, work, p->depth / 2 / GROUP, s == 0 ? *next : (ahead){a, {0, 0}});
     }
 }
 
 /* ---- forward by panels ---- */
 
-/* Two records that lie `stride` apart, for 64 k.  Values that are not scaled: the columns of one record after those of the other. */
-INLINE void decode_columns(uint8_t *panel, float *scales, const uint8_t *record, int64_t stride, __m512i values, __m512i shifts,
-                           const bool mx) {
-    enum { PAIRS = RECORD_COLS / 2 };
-#pragma GCC unroll 4
-    for (int t = 0; t < TILES && !mx; t++) _mm512_storeu_ps(scales + t * 16, scales_of(record + t / 2 * stride, t % 2, 0, false));
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; half++) {
-        __m512i powers[TILES];
-#pragma GCC unroll 4
-        for (int t = 0; t < TILES; t++) powers[t] = mx ? powers_of(record + t / 2 * stride, t % 2, half) : _mm512_setzero_si512();
-#pragma GCC unroll 4
-        for (int p = half * (PAIRS / 2); p < (half + 1) * (PAIRS / 2); p++) {
-#pragma GCC unroll 4
-            for (int t = 0; t < TILES; t++) {
-                const __m512i pair = decode_pair(record + t / 2 * stride + t % 2 * (RECORD_CODES / 2) + p * 16, values, shifts);
-                if (mx)
-                    _mm512_store_si512(panel + p * WIDTH * 4 + t * 64, scale_pair(pair, powers[t]));
-                else
-                    _mm512_store_si512(panel + t / HALF * (DEPTH / 2 * WIDTH * 2) + p * WIDTH * 2 + t % HALF * 64, pair);
-            }
-        }
-    }
-}
-
-static void forward_panel(const panel_work *work, const uint8_t *w, int64_t stride, int64_t blocks, const float *lut, bool mx, bool cold) {
-    const __m512i values = values_of(lut), shifts = quarter_shifts();
-    const int64_t record = record_bytes(mx ? ESP_MXFP4 : ESP_NF4);
-    for (int64_t b = 0; b < blocks; b++, w += record) {
-        if (cold) {
-            prefetch_record(w + 4 * record, record);
-            prefetch_record(w + 4 * record + stride, record);
-        }
-        uint8_t *panel = work->panel + b * (RECORD_COLS / 2 * WIDTH * (mx ? 4 : 2));
-        if (mx)
-            decode_columns(panel, NULL, w, stride, values, shifts, true);
-        else
-            decode_columns(panel, work->scales + b * WIDTH, w, stride, values, shifts, false);
-    }
-}
-
-/* n columns from `col` on of m rows; n is whole panels.  cold: nobody has asked for the first one's codes. */
+/* n columns from `col` on of m rows; n is whole panels.  The first rows meet codes and leave the panel for the others: decoding and products
+ * take different units. */
 static void forward_panels(const cpu_rows *c, const cpu_packed *w, const float *bias, const panel_work *work, int64_t m, int64_t col,
-                           int64_t n, bool cold) {
+                           int64_t n) {
     const bool mx = w->format == ESP_MXFP4;
     const int64_t record = record_bytes(w->format), stride = w->cols / RECORD_COLS * record;
-    for (const int64_t end = col + n; col < end; col += WIDTH, cold = false) {
+    const int64_t first = strip_start(m, cpu_blocks(m, PANEL_ROWS), 1), half = mx ? RECORD_ROWS * 4 : DEPTH / 2 * WIDTH * 2;
+    for (const int64_t end = col + n; col < end; col += WIDTH) {
         const uint8_t *records = w->records + col / RECORD_ROWS * stride;
         for (int64_t k = 0; k < w->cols; k += DEPTH, records += DEPTH / RECORD_COLS * record) {
-            const int64_t depth = cpu_min(w->cols - k, DEPTH);
-            const ahead next = {records + 2 * stride, {stride, record - stride}};
-            forward_panel(work, records, stride, depth / RECORD_COLS, w->lut, mx, cold);
-            run_panel(work, work->rows + k * m * 2, m, depth, k > 0, !mx, &next);
+            const panel_pass pass = {c, bias, work->rows + k / DEPTH * m * ROW_BYTES, m, col, k, cpu_min(w->cols - k, DEPTH), w->cols};
+            strip s = {pass.x, records, 0, stride, pass.depth / RECORD_COLS, w->lut, work->panel, work->scales, sums_at(&pass, work, 0)};
+            for (int64_t i = 0; i < TILES / HALF; i++) {
+                leaving_strips[mx][first - PANEL_ROWS + 1](NULL, &s);
+                s.w += stride;
+                s.panel += half;
+                s.scales += RECORD_ROWS;
+                s.sums.from += RECORD_ROWS;
+                s.sums.to += RECORD_ROWS;
+                if (s.sums.bias) s.sums.bias += RECORD_ROWS;
+            }
+            run_panel(&pass, work, 1, !mx, NULL);
         }
-        put_strip(c, work->sums, bias, 0, m, col, TILES);
     }
 }
 
@@ -557,7 +585,7 @@ static void forward_directly(const cpu_rows *c, const cpu_packed *w, const float
     _Alignas(64) float sum[STRIP_ROWS * RECORD_ROWS];
     while (col < end) {
         const int64_t at = col / RECORD_ROWS;
-        strip s = {x, w->records + at * stride, m * ROW_BYTES, stride, blocks, w->lut};
+        strip s = {.a = x, .w = w->records + at * stride, .far = m * ROW_BYTES, .stride = stride, .blocks = blocks, .lut = w->lut};
         if (m <= NARROW_ROWS && col + WIDTH <= end && (!mx || (near[at] && near[at + 1]))) {
             narrow_strips[mx][m - 1](sum, &s);
             put_strip(c, sum, bias, 0, m, col, TILES);
@@ -576,9 +604,9 @@ static void forward_directly(const cpu_rows *c, const cpu_packed *w, const float
 }
 
 static void forward_columns(const cpu_rows *c, const cpu_packed *w, const float *bias, const panel_work *work, int64_t m, int64_t col,
-                            int64_t n, bool cold) {
+                            int64_t n) {
     const int64_t by_panels = m < FORWARD_PANEL_ROWS ? 0 : n / WIDTH * WIDTH;
-    forward_panels(c, w, bias, work, m, col, by_panels, cold);
+    forward_panels(c, w, bias, work, m, col, by_panels);
     forward_directly(c, w, bias, work->rows, m, col + by_panels, n - by_panels);
 }
 
@@ -586,8 +614,8 @@ void cpu_packed_forward(const cpu_rows *c, const cpu_rows *a, const cpu_packed *
                         void *memory, bool again) {
     const panel_work work = work_of(memory, m);
     if (!again) convert_rows(work.rows, a, m, w->cols, false);
-    forward_columns(c, w, bias, &work, m, columns.first, columns.n, !again);
-    if (columns.second) forward_columns(c, w, bias, &work, m, columns.second, columns.n, true);
+    forward_columns(c, w, bias, &work, m, columns.first, columns.n);
+    if (columns.second) forward_columns(c, w, bias, &work, m, columns.second, columns.n);
 }
 
 /* ---- backward ---- */
@@ -659,9 +687,8 @@ static void backward_panels(const cpu_rows *c, const cpu_packed *w, const panel_
             const int64_t depth = cpu_min(w->rows - n0, DEPTH), then = n0 + DEPTH;
             const ahead next = {then < w->rows ? column + then / RECORD_ROWS * stride : column + record, {stride, stride}};
             backward_panel(work, column + n0 / RECORD_ROWS * stride, stride, depth / RECORD_ROWS, w->lut, mx, cold);
-            run_panel(work, work->rows + n0 * m * 2, m, depth, n0 > 0, false, &next);
+            run_panel(&(panel_pass){c, NULL, work->rows + n0 / DEPTH * m * ROW_BYTES, m, col, n0, depth, w->rows}, work, 0, false, &next);
         }
-        put_strip(c, work->sums, NULL, 0, m, col, TILES);
     }
 }
 
@@ -736,7 +763,7 @@ static void backward_columns(const cpu_rows *c, const cpu_packed *w, const panel
     }
     for (int64_t n0 = 0; n0 < w->rows; n0 += DEPTH)
         for (int64_t at = col; at < col + n; at += WIDTH)
-            backward_few[mx][m - 1](c, at, n0 > 0, work->rows + n0 * m * 2,
+            backward_few[mx][m - 1](c, at, n0 > 0, work->rows + n0 / DEPTH * m * ROW_BYTES,
                                     w->records + n0 / RECORD_ROWS * stride + at / RECORD_COLS * record, stride,
                                     cpu_min(w->rows - n0, DEPTH) / RECORD_ROWS, w->lut);
 }

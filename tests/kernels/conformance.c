@@ -253,10 +253,10 @@ static const shape packed_shapes[] = {
     {"packed, many rows", 420, 64, 3, 2, 288, 8, 40, 2, 1, 8, ROUTE_ONE, ESP_NF4, ESP_F32, .packed = true},
     {"packed, gates not whole records", 21, 64, 4, 2, 80, 33, 40, 2, 1, 8, ROUTE_EMPTY, ESP_FP4, ESP_F32, .packed = true, .clamped = true},
     {"packed, as gpt-oss", 50, 128, 4, 2, 192, 16, 40, 2, 1, 8, ROUTE_SKEWED, ESP_MXFP4, ESP_F32, AS_GPT_OSS, .packed = true},
-    {"packed, deep", 40, 576, 2, 1, 320, 16, 40, 2, 1, 8, ROUTE_ONE, ESP_NF4, ESP_F32, .packed = true},
-    {"packed, deep, as gpt-oss", 37, 640, 2, 1, 352, 16, 40, 2, 1, 8, ROUTE_ONE, ESP_MXFP4, ESP_F32, AS_GPT_OSS, .packed = true},
-    {"packed, deep, many rows", 70, 576, 2, 1, 320, 16, 40, 2, 1, 8, ROUTE_ONE, ESP_NF4, ESP_F32, .packed = true},
-    {"packed, deep, many rows, as gpt-oss", 70, 640, 2, 1, 352, 16, 40, 2, 1, 8, ROUTE_ONE, ESP_MXFP4, ESP_F32, AS_GPT_OSS, .packed = true},
+    {"packed, deep", 40, 2112, 2, 1, 64, 16, 40, 2, 1, 8, ROUTE_ONE, ESP_NF4, ESP_F32, .packed = true},
+    {"packed, deep, as gpt-oss", 37, 2112, 2, 1, 96, 16, 40, 2, 1, 8, ROUTE_ONE, ESP_MXFP4, ESP_F32, AS_GPT_OSS, .packed = true},
+    {"packed, deep, many rows", 70, 2112, 2, 1, 64, 16, 40, 2, 1, 8, ROUTE_ONE, ESP_NF4, ESP_F32, .packed = true},
+    {"packed, deep, many rows, as gpt-oss", 70, 2112, 2, 1, 96, 16, 40, 2, 1, 8, ROUTE_ONE, ESP_MXFP4, ESP_F32, AS_GPT_OSS, .packed = true},
     {"packed, one in two forms", 30, 128, 4, 3, 48, 4, 40, 2, 1, 8, ROUTE_RANDOM, ESP_NF4, ESP_F32, .packed = true},
 };
 

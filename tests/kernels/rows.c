@@ -22,8 +22,8 @@ static const shape shapes[] = {
     {"rows, forced and filtered", 70, 140, 8, 2, 12, 4, 300, 4, 2, 8, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .forced = true, .filtered = true},
     {"rows, packed", 70, 128, 4, 2, 64, 16, 61, 2, 2, 8, ROUTE_SKEWED, ESP_NF4, ESP_F32, .packed = true, .nested = true},
     {"rows, packed, as gpt-oss", 61, 64, 3, 2, 64, 3, 61, 2, 2, 8, ROUTE_RANDOM, ESP_MXFP4, ESP_F32, AS_GPT_OSS, .packed = true},
-    {"rows, packed, deep", 70, 640, 2, 1, 320, 16, 61, 2, 2, 8, ROUTE_ONE, ESP_NF4, ESP_F32, .packed = true},
-    {"rows, packed, deep, as gpt-oss", 70, 640, 2, 1, 320, 3, 61, 2, 2, 8, ROUTE_ONE, ESP_MXFP4, ESP_F32, AS_GPT_OSS, .packed = true},
+    {"rows, packed, deep", 70, 2112, 2, 1, 64, 16, 61, 2, 2, 8, ROUTE_ONE, ESP_NF4, ESP_F32, .packed = true},
+    {"rows, packed, deep, as gpt-oss", 70, 2112, 2, 1, 64, 3, 61, 2, 2, 8, ROUTE_ONE, ESP_MXFP4, ESP_F32, AS_GPT_OSS, .packed = true},
 };
 enum { SHAPES = sizeof shapes / sizeof shapes[0] };
 
@@ -218,7 +218,7 @@ static void scatter(const twice *t, const part *p, void *whole, const void *rows
         memcpy(plus(t, whole, p->whole_row[r] * width), plus(t, rows, r * width), (size_t)width * t->size);
 }
 
-enum { PART_VALUES = 210 * 128 };
+enum { PART_VALUES = 70 * 2112 };
 static double part_in[PART_VALUES], part_out[PART_VALUES], part_act[PART_VALUES], part_u[210 * 16];
 
 static void gate_up_rows(const shape *s, const espi_backend *backend, bool singly) {
