@@ -1,16 +1,14 @@
 /* Products of bf16 with packed experts, by dot products of pairs: see packed.h for the layout and for the order of the sums.
  *
- * Forward: strips of up to 10 rows meet 32 columns, or up to 2 rows 64, codes being decoded in registers for each strip.  Backward: up to 4
- * rows meet 64.  More rows meet a panel of 64 columns that was decoded once, 512 steps of the sum at a time, while the codes of the next
- * one are fetched. */
+ * Few rows meet codes, which are decoded in registers: forward up to 8 rows 32 columns, or up to 2 rows 64; backward up to 4 rows 64.  Of more
+ * rows the first do, and leave what they have decoded: a panel of 64 columns, DEPTH steps of the sum, that the others meet. */
 #include "kernels/cpu/decode.h"
 
 enum {
-    STRIP_ROWS = 10,            /* forward: more rows would crowd the first cache */
+    STRIP_ROWS = 8,             /* forward: rows that meet 32 columns without a panel */
     NARROW_ROWS = 2,            /* forward: rows that meet 64 columns by half vectors */
     FEW_ROWS = 4,               /* backward: rows that meet 64 columns without a panel */
     TILES = 4,                  /* of 16 columns of a panel */
-    FORWARD_PANEL_ROWS = 64,    /* rows that are worth a panel */
     PANEL_ROWS = 6,             /* rows of a strip against a panel */
     DEPTH = 2048,               /* steps of the sum that a panel holds, and of a row that lie together */
     ROW_BYTES = DEPTH * 2 + 64, /* rows are not to share places of the first cache */
@@ -243,16 +241,14 @@ typedef void forward_fn(float *sum, const strip *s);
     FORWARD(5, way)                                                                                                                        \
     FORWARD(6, way)                                                                                                                        \
     FORWARD(7, way)                                                                                                                        \
-    FORWARD(8, way)                                                                                                                        \
-    FORWARD(9, way)                                                                                                                        \
-    FORWARD(10, way)
+    FORWARD(8, way)
 FORWARD_ALL(0)
 FORWARD_ALL(1)
 FORWARD_ALL(2)
 #define FORWARD_TABLE(way)                                                                                                                 \
     {                                                                                                                                      \
         forward_1_##way, forward_2_##way, forward_3_##way, forward_4_##way, forward_5_##way, forward_6_##way, forward_7_##way,             \
-            forward_8_##way, forward_9_##way, forward_10_##way                                                                             \
+            forward_8_##way                                                                                                                \
     }
 static forward_fn *const forward_strips[WAYS][STRIP_ROWS] = {FORWARD_TABLE(0), FORWARD_TABLE(1), FORWARD_TABLE(2)};
 
@@ -403,12 +399,6 @@ static void put_strip(const cpu_rows *c, const float *sum, const float *bias, in
 
 /* ---- panels: both directions ---- */
 
-/* Where the codes lie that a later panel will be made of: for every other group of pairs the next ones are `step[0]` or `step[1]` on. */
-typedef struct ahead {
-    const uint8_t *at;
-    int64_t step[2];
-} ahead;
-
 /* Memory of a thread. */
 typedef struct panel_work {
     uint8_t *panel;       /* [DEPTH / 2][WIDTH] pairs */
@@ -431,10 +421,9 @@ size_t cpu_packed_work(const espi_stack *w, int64_t rows) {
 }
 
 /* part[rows][TILES] += GROUP pairs. */
-INLINE void panel_group(__m512 part[PANEL_ROWS][TILES], const uint8_t *a, const uint8_t *panel, const uint8_t *next, const int rows) {
+INLINE void panel_group(__m512 part[PANEL_ROWS][TILES], const uint8_t *a, const uint8_t *panel, const int rows) {
     for (int p = 0; p < GROUP; p++) {
         __m512bh b[TILES];
-        _mm_prefetch((const char *)next + p * 64, _MM_HINT_T1);
 #pragma GCC unroll 16
         for (int t = 0; t < TILES; t++) b[t] = (__m512bh)_mm512_load_si512(panel + p * WIDTH * 4 + t * 64);
 #pragma GCC unroll 16
@@ -449,7 +438,7 @@ INLINE void panel_group(__m512 part[PANEL_ROWS][TILES], const uint8_t *a, const 
 }
 
 /* Rows of a times `groups` groups of a panel. */
-INLINE void panel_strip(const sums_place *sums, const uint8_t *a, const panel_work *work, int64_t groups, ahead next, const int rows) {
+INLINE void panel_strip(const sums_place *sums, const uint8_t *a, const panel_work *work, int64_t groups, const int rows) {
     const uint8_t *panel = work->panel;
     __m512 part[PANEL_ROWS][TILES];
 #pragma GCC unroll 16
@@ -457,10 +446,7 @@ INLINE void panel_strip(const sums_place *sums, const uint8_t *a, const panel_wo
 #pragma GCC unroll 16
         for (int t = 0; t < TILES; t++) part[i][t] = begin_sum(sums, i, t * 16);
     for (int64_t g = 0; g < groups; g++, a += GROUP * 4, panel += GROUP * WIDTH * 4) {
-        _mm_prefetch((const char *)next.at + RECORD_CODES, _MM_HINT_T1);
-        _mm_prefetch((const char *)next.at + RECORD_CODES + 64, _MM_HINT_T1);
-        panel_group(part, a, panel, next.at, rows);
-        next.at += next.step[g & 1];
+        panel_group(part, a, panel, rows);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < rows; i++)
@@ -505,16 +491,15 @@ INLINE void scaled_half(const sums_place *sums, const uint8_t *a, const panel_wo
         for (int t = 0; t < HALF; t++) end_sum(sums, i, half * RECORD_ROWS + t * 16, sum[i][t]);
 }
 
-INLINE void scaled_strip(const sums_place *sums, const uint8_t *a, const panel_work *work, int64_t groups, ahead next, const int rows) {
-    (void)next;
+INLINE void scaled_strip(const sums_place *sums, const uint8_t *a, const panel_work *work, int64_t groups, const int rows) {
     scaled_half(sums, a, work, groups, 0, rows);
     scaled_half(sums, a, work, groups, 1, rows);
 }
 
-typedef void panel_fn(const sums_place *sums, const uint8_t *a, const panel_work *work, int64_t groups, ahead next);
+typedef void panel_fn(const sums_place *sums, const uint8_t *a, const panel_work *work, int64_t groups);
 #define PANEL(name, rows)                                                                                                                  \
-    static void name##_##rows(const sums_place *sums, const uint8_t *a, const panel_work *work, int64_t groups, ahead next) {              \
-        name##_strip(sums, a, work, groups, next, rows);                                                                                   \
+    static void name##_##rows(const sums_place *sums, const uint8_t *a, const panel_work *work, int64_t groups) {                          \
+        name##_strip(sums, a, work, groups, rows);                                                                                         \
     }
 #define PANELS(name) PANEL(name, 1) PANEL(name, 2) PANEL(name, 3) PANEL(name, 4) PANEL(name, 5) PANEL(name, 6)
 PANELS(panel)
@@ -536,14 +521,13 @@ static sums_place sums_at(const panel_pass *p, const panel_work *work, int64_t f
     return (sums_place){waiting, p->k > 0, row_at(p->c, first) + p->col, p->c->stride, p->bias ? p->bias + p->col : NULL};
 }
 
-/* The rows from strip `from` on. */
-static void run_panel(const panel_pass *p, const panel_work *work, int64_t from, bool scaled, const ahead *next) {
-    const int64_t strips = cpu_blocks(p->m, PANEL_ROWS);
-    for (int64_t s = from; s < strips; s++) {
-        const int64_t first = strip_start(p->m, strips, s), rows = strip_start(p->m, strips, s + 1) - first;
-        const uint8_t *a = p->x + first * ROW_BYTES;
+/* The rows from `from` on. */
+static void run_panel(const panel_pass *p, const panel_work *work, int64_t from, bool scaled) {
+    const int64_t m = p->m - from, strips = cpu_blocks(m, PANEL_ROWS);
+    for (int64_t s = 0; s < strips; s++) {
+        const int64_t first = from + strip_start(m, strips, s), rows = from + strip_start(m, strips, s + 1) - first;
         const sums_place sums = sums_at(p, work, first);
-        panel_strips[scaled][rows - 1](&sums, a, work, p->depth / 2 / GROUP, s == 0 ? *next : (ahead){a, {0, 0}});
+        panel_strips[scaled][rows - 1](&sums, p->x + first * ROW_BYTES, work, p->depth / 2 / GROUP);
     }
 }
 
@@ -570,7 +554,7 @@ static void forward_panels(const cpu_rows *c, const cpu_packed *w, const float *
                 s.sums.to += RECORD_ROWS;
                 if (s.sums.bias) s.sums.bias += RECORD_ROWS;
             }
-            run_panel(&pass, work, 1, !mx, NULL);
+            run_panel(&pass, work, first, !mx);
         }
     }
 }
@@ -605,7 +589,7 @@ static void forward_directly(const cpu_rows *c, const cpu_packed *w, const float
 
 static void forward_columns(const cpu_rows *c, const cpu_packed *w, const float *bias, const panel_work *work, int64_t m, int64_t col,
                             int64_t n) {
-    const int64_t by_panels = m < FORWARD_PANEL_ROWS ? 0 : n / WIDTH * WIDTH;
+    const int64_t by_panels = m <= STRIP_ROWS ? 0 : n / WIDTH * WIDTH;
     forward_panels(c, w, bias, work, m, col, by_panels);
     forward_directly(c, w, bias, work->rows, m, col + by_panels, n - by_panels);
 }
@@ -620,158 +604,129 @@ void cpu_packed_forward(const cpu_rows *c, const cpu_rows *a, const cpu_packed *
 
 /* ---- backward ---- */
 
-/* 32 rows of one record of NF4 or FP4 to panel[16 pairs][64]: a table for every pair. */
-INLINE void decode_by_tables(uint8_t *panel, const gather *g, const uint8_t *record, __m512 lut) {
-    for (int tile = 0; tile < 2; tile++) {
-        const float *scale = (const float *)(record + RECORD_CODES) + tile * 16;
-#pragma GCC unroll 16
-        for (int i = 0; i < 4; i++) {
-            const __m512i values[2] = {pair_values(lut, scale, i, 0), pair_values(lut, scale, i, 1)};
-#pragma GCC unroll 16
-            for (int k = 0; k < 4; k++) {
-                const __m512i units = gather_units(g, record + tile * (RECORD_CODES / 2) + k * 128, i);
-                uint8_t *to = panel + (tile * 8 + i * 2) * 256 + k * 64;
-                _mm512_store_si512(to, (__m512i)decode_gathered(g, units, values[0], 0));
-                _mm512_store_si512(to + 256, (__m512i)decode_gathered(g, units, values[1], 1));
-            }
-        }
-    }
+/* 16 scales of MXFP4, which are powers of two, for the pairs of rows: a number for each. */
+INLINE void pair_powers(int32_t pair[16], const uint8_t *record, int tile, int half) {
+    const __m512i powers = powers_of(record, tile, half);
+    _mm512_store_si512(pair, _mm512_mask_blend_epi16(0xaaaaaaaa, powers, _mm512_alignr_epi32(powers, powers, 4)));
+    __asm__ volatile("" : "+m"(*(int32_t(*)[16])pair)); /* a number is read from there: the compiler would pick it out of the vector */
 }
 
-/* Of MXFP4: one table, and powers of two, which gives the same numbers. */
-INLINE void decode_by_powers(uint8_t *panel, const gather *g, const uint8_t *record, __m512i values) {
-    for (int tile = 0; tile < 2; tile++) {
-        for (int half = 0; half < 2; half++) {
-            _Alignas(64) int32_t pair[16];
-            const __m512i powers = powers_of(record, tile, half);
-            _mm512_store_si512(pair, _mm512_mask_blend_epi16(0xaaaaaaaa, powers, _mm512_alignr_epi32(powers, powers, 4)));
-            __asm__ volatile("" : "+m"(pair)); /* a number is read from there: the compiler would pick it out of the vector */
-#pragma GCC unroll 16
-            for (int i = 0; i < 4; i++) {
-                const __m512i scale[2] = {_mm512_set1_epi32(pair[i]), _mm512_set1_epi32(pair[i + 8])};
-#pragma GCC unroll 16
-                for (int k = 2 * half; k < 2 * half + 2; k++) {
-                    const __m512i units = gather_units(g, record + tile * (RECORD_CODES / 2) + k * 128, i);
-                    uint8_t *to = panel + (tile * 8 + i * 2) * 256 + k * 64;
-#pragma GCC unroll 16
-                    for (int h = 0; h < 2; h++) {
-                        const __m512i value = _mm512_permutexvar_epi16(_mm512_srlv_epi16(units, g->shift[h]), values);
-                        _mm512_store_si512(to + h * 256, scale_pair(value, scale[h]));
-                    }
-                }
-            }
-        }
-    }
-}
+/* `records` records one below the other, `stride` apart.  Those that are fetched from memory lie `wrap` bytes before the place where the next
+ * would be once they are behind the last. */
+typedef struct column {
+    const uint8_t *w;
+    int64_t stride, records, wrap;
+    const float *lut;
+} column;
 
-static void backward_panel(const panel_work *work, const uint8_t *w, int64_t stride, int64_t records, const float *lut, bool mx,
-                           bool cold) {
+/* Rows of a times a column of records.  Values are scaled: of NF4 and FP4 in a table for every pair of rows of W.  panel: where they are left. */
+INLINE void backward_strip(const sums_place *sums, uint8_t *panel, const uint8_t *a, const column *c, const int rows, const bool mx,
+                           const bool leaves) {
+    enum { FAR = 4, BESIDE = 2 }; /* records from memory; tiles of 16 k that meet what is read of a row */
     const gather g = gather_make();
-    uint8_t *panel = work->panel;
-    for (int64_t i = 0; i < records; i++, w += stride, panel += GROUP * WIDTH * 4) {
-        if (cold) prefetch_record(w + 4 * stride, record_bytes(mx ? ESP_MXFP4 : ESP_NF4));
-        if (mx)
-            decode_by_powers(panel, &g, w, values_of(lut));
-        else
-            decode_by_tables(panel, &g, w, _mm512_loadu_ps(lut));
-    }
-}
-
-/* n columns from `col` on of m rows.  cold: nobody has asked for the first one's codes. */
-static void backward_panels(const cpu_rows *c, const cpu_packed *w, const panel_work *work, int64_t m, int64_t col, int64_t n, bool cold) {
-    const bool mx = w->format == ESP_MXFP4;
-    const int64_t record = record_bytes(w->format), stride = w->cols / RECORD_COLS * record;
-    for (const int64_t end = col + n; col < end; col += WIDTH) {
-        const uint8_t *column = w->records + col / RECORD_COLS * record;
-        for (int64_t n0 = 0; n0 < w->rows; n0 += DEPTH, cold = false) {
-            const int64_t depth = cpu_min(w->rows - n0, DEPTH), then = n0 + DEPTH;
-            const ahead next = {then < w->rows ? column + then / RECORD_ROWS * stride : column + record, {stride, stride}};
-            backward_panel(work, column + n0 / RECORD_ROWS * stride, stride, depth / RECORD_ROWS, w->lut, mx, cold);
-            run_panel(&(panel_pass){c, NULL, work->rows + n0 / DEPTH * m * ROW_BYTES, m, col, n0, depth, w->rows}, work, 0, false, &next);
-        }
-    }
-}
-
-/* c[rows][WIDTH] = (add ? c : 0) + a W of `records` records, decoding on the way. */
-INLINE void backward_strip(const cpu_rows *c, int64_t at, bool add, const uint8_t *a, const uint8_t *w, int64_t stride, int64_t records,
-                           const float *lut, const int rows, const bool mx) {
-    const gather g = gather_make();
-    const int halves = mx ? 2 : 1;
+    const __m512 lut = _mm512_loadu_ps(c->lut);
+    const __m512i odd = _mm512_load_si512(g.places[4]), plain = values_of(c->lut);
+    const int64_t stride = c->stride, record = record_bytes(mx ? ESP_MXFP4 : ESP_NF4);
+    const uint8_t *w = c->w;
     __m512 part[FEW_ROWS][TILES];
 #pragma GCC unroll 16
     for (int i = 0; i < rows; i++)
 #pragma GCC unroll 16
-        for (int t = 0; t < TILES; t++) part[i][t] = _mm512_maskz_loadu_ps(add ? 0xffff : 0, row_at(c, i) + at + t * 16);
-    for (int64_t r = 0; r < records; r++, w += stride) {
-        prefetch_record(w + 4 * stride, record_bytes(mx ? ESP_MXFP4 : ESP_NF4));
+        for (int t = 0; t < TILES; t++) part[i][t] = begin_sum(sums, i, t * 16);
+    for (int64_t r = 0; r < c->records; r++, w += stride) {
+        const uint8_t *later = w + FAR * stride - (r + FAR < c->records ? 0 : c->wrap), *soon = w + stride;
+        for (int64_t at = RECORD_CODES; at < record; at += 64) _mm_prefetch((const char *)later + at, _MM_HINT_T1);
         for (int tile = 0; tile < 2; tile++, a += 32) {
+            _Alignas(64) int32_t powers[2][16];
+            const float *scale = (const float *)(w + RECORD_CODES) + tile * 16;
+            if (mx) {
+                pair_powers(powers[0], w, tile, 0);
+                pair_powers(powers[1], w, tile, 1);
+            }
 #pragma GCC unroll 16
-            for (int half = 0; half < halves; half++) {
-                _Alignas(64) float buffer[16];
-                const float *scale = row_scales(buffer, w, tile, half, mx);
+            for (int i = 0; i < 4; i++) {
+                __m512i table[2];
 #pragma GCC unroll 16
-                for (int i = 0; i < 4; i++) {
-                    const __m512i pair[2] = {pair_values(_mm512_loadu_ps(lut), scale, i, 0),
-                                             pair_values(_mm512_loadu_ps(lut), scale, i, 1)};
+                for (int h = 0; h < 2; h++) table[h] = mx ? plain : pair_values(lut, scale, i, h);
+                _mm_prefetch((const char *)later + (tile * 4 + i) * 128, _MM_HINT_T1);
+                _mm_prefetch((const char *)later + (tile * 4 + i) * 128 + 64, _MM_HINT_T1);
+                _mm_prefetch((const char *)soon + (tile * 4 + i) * 128, _MM_HINT_T0);
+                _mm_prefetch((const char *)soon + (tile * 4 + i) * 128 + 64, _MM_HINT_T0);
 #pragma GCC unroll 16
-                    for (int j = 0; j < 4 / halves; j++) {
-                        __asm__ volatile("" ::: "memory"); /* what follows is not begun before: registers would not do */
-                        const int k = half * 2 + j;
-                        const __m512i units = gather_units(&g, w + tile * (RECORD_CODES / 2) + k * 128, i);
+                for (int t = 0; t < TILES; t += BESIDE) {
+                    const uint8_t *codes = w + tile * (RECORD_CODES / 2) + t * 128;
+                    __m512i units[BESIDE];
+                    __asm__ volatile("" ::: "memory"); /* what follows is not begun before: registers would not do */
 #pragma GCC unroll 16
-                        for (int h = 0; h < 2; h++) {
-                            const __m512bh b = decode_gathered(&g, units, pair[h], h);
+                    for (int k = 0; k < BESIDE; k++) units[k] = gather_units(&g, codes + k * 128, i);
 #pragma GCC unroll 16
-                            for (int m = 0; m < rows; m++) {
-                                int32_t two;
-                                memcpy(&two, a + m * ROW_BYTES + (i * 2 + h) * 4, sizeof two);
-                                part[m][k] = _mm512_dpbf16_ps(part[m][k], (__m512bh)_mm512_set1_epi32(two), b);
-                            }
+                    for (int h = 0; h < 2; h++) {
+                        __m512i b[BESIDE];
+#pragma GCC unroll 16
+                        for (int k = 0; k < BESIDE; k++) {
+                            const __m512i code = _mm512_srlv_epi16(units[k], g.shift[h]);
+                            const __m512i at = mx ? code : _mm512_ternarylogic_epi32(code, g.low, odd, 0xea); /* code & low | odd */
+                            b[k] = _mm512_permutexvar_epi16(at, table[h]);
+                            if (mx) b[k] = scale_pair(b[k], _mm512_set1_epi32(powers[t / BESIDE][i + 8 * h]));
+                            if (leaves) _mm512_store_si512(panel + (i * 2 + h) * (WIDTH * 4) + (t + k) * 64, b[k]);
+                        }
+#pragma GCC unroll 16
+                        for (int m = 0; m < rows; m++) {
+                            int32_t two;
+                            memcpy(&two, a + m * ROW_BYTES + (i * 2 + h) * 4, sizeof two);
+                            const __m512bh xx = (__m512bh)_mm512_set1_epi32(two);
+#pragma GCC unroll 16
+                            for (int k = 0; k < BESIDE; k++) part[m][t + k] = _mm512_dpbf16_ps(part[m][t + k], xx, (__m512bh)b[k]);
                         }
                     }
                 }
             }
+            if (leaves) panel += GROUP / 2 * WIDTH * 4;
         }
     }
 #pragma GCC unroll 16
-    for (int i = 0; i < rows; i++) {
-        float *to = row_at(c, i) + at;
+    for (int i = 0; i < rows; i++)
 #pragma GCC unroll 16
-        for (int t = 0; t < TILES; t++) _mm512_storeu_ps(to + t * 16, part[i][t]);
-    }
+        for (int t = 0; t < TILES; t++) end_sum(sums, i, t * 16, part[i][t]);
 }
 
-typedef void backward_fn(const cpu_rows *c, int64_t at, bool add, const uint8_t *a, const uint8_t *w, int64_t stride, int64_t records,
-                         const float *lut);
-#define BACKWARD(rows, mx)                                                                                                                 \
-    static void backward_##rows##_##mx(const cpu_rows *c, int64_t at, bool add, const uint8_t *a, const uint8_t *w, int64_t stride,        \
-                                       int64_t records, const float *lut) {                                                                \
-        backward_strip(c, at, add, a, w, stride, records, lut, rows, mx);                                                                  \
+typedef void backward_fn(const sums_place *sums, uint8_t *panel, const uint8_t *a, const column *c);
+#define BACKWARD(name, rows, mx, leaves)                                                                                                   \
+    static void name##_##rows##_##mx(const sums_place *sums, uint8_t *panel, const uint8_t *a, const column *c) {                          \
+        backward_strip(sums, panel, a, c, rows, mx, leaves);                                                                               \
     }
-#define BACKWARD_ALL(mx) BACKWARD(1, mx) BACKWARD(2, mx) BACKWARD(3, mx) BACKWARD(4, mx)
+#define BACKWARD_ALL(mx)                                                                                                                   \
+    BACKWARD(backward, 1, mx, false)                                                                                                       \
+    BACKWARD(backward, 2, mx, false)                                                                                                       \
+    BACKWARD(backward, 3, mx, false)                                                                                                       \
+    BACKWARD(backward, 4, mx, false)                                                                                                       \
+    BACKWARD(backward_leave, 4, mx, true)
 BACKWARD_ALL(0)
 BACKWARD_ALL(1)
-static backward_fn *const backward_few[2][FEW_ROWS] = {{backward_1_0, backward_2_0, backward_3_0, backward_4_0},
-                                                       {backward_1_1, backward_2_1, backward_3_1, backward_4_1}};
+static backward_fn *const backward_strips[2][FEW_ROWS + 1] = {{backward_1_0, backward_2_0, backward_3_0, backward_4_0, backward_leave_4_0},
+                                                              {backward_1_1, backward_2_1, backward_3_1, backward_4_1, backward_leave_4_1}};
 
-static void backward_columns(const cpu_rows *c, const cpu_packed *w, const panel_work *work, int64_t m, int64_t col, int64_t n, bool cold) {
+/* n columns from `col` on of m rows.  As forward: the first rows meet codes, and leave a panel if there are others. */
+static void backward_columns(const cpu_rows *c, const cpu_packed *w, const panel_work *work, int64_t m, int64_t col, int64_t n) {
     const bool mx = w->format == ESP_MXFP4;
-    const int64_t record = record_bytes(w->format), stride = w->cols / RECORD_COLS * record;
-    if (m > FEW_ROWS) {
-        backward_panels(c, w, work, m, col, n, cold);
-        return;
+    const int64_t record = record_bytes(w->format), stride = w->cols / RECORD_COLS * record,
+                  around = w->rows / RECORD_ROWS * stride - record;
+    for (const int64_t end = col + n; col < end; col += WIDTH) {
+        for (int64_t k = 0; k < w->rows; k += DEPTH) {
+            const uint8_t *records = w->records + k / RECORD_ROWS * stride + col / RECORD_COLS * record;
+            const panel_pass pass = {c, NULL, work->rows + k / DEPTH * m * ROW_BYTES, m, col, k, cpu_min(w->rows - k, DEPTH), w->rows};
+            const column part = {records, stride, pass.depth / RECORD_ROWS, k + DEPTH < w->rows ? 0 : around, w->lut};
+            const sums_place sums = sums_at(&pass, work, 0);
+            backward_strips[mx][cpu_min(m, FEW_ROWS + 1) - 1](&sums, work->panel, pass.x, &part);
+            run_panel(&pass, work, FEW_ROWS, false);
+        }
     }
-    for (int64_t n0 = 0; n0 < w->rows; n0 += DEPTH)
-        for (int64_t at = col; at < col + n; at += WIDTH)
-            backward_few[mx][m - 1](c, at, n0 > 0, work->rows + n0 / DEPTH * m * ROW_BYTES,
-                                    w->records + n0 / RECORD_ROWS * stride + at / RECORD_COLS * record, stride,
-                                    cpu_min(w->rows - n0, DEPTH) / RECORD_ROWS, w->lut);
 }
 
 void cpu_packed_backward(const cpu_rows *c, const cpu_rows *a, const cpu_packed *w, int64_t m, cpu_columns columns, void *memory,
                          bool again) {
     const panel_work work = work_of(memory, m);
     if (!again) convert_rows(work.rows, a, m, w->rows, true);
-    backward_columns(c, w, &work, m, columns.first, columns.n, !again);
-    if (columns.second) backward_columns(c, w, &work, m, columns.second, columns.n, true);
+    backward_columns(c, w, &work, m, columns.first, columns.n);
+    if (columns.second) backward_columns(c, w, &work, m, columns.second, columns.n);
 }
