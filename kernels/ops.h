@@ -442,7 +442,8 @@ typedef struct espi_head_host {
  * the backend is a GPU; on a CPU they are lp, entropy, g and e themselves.  A GPU calls it from the stream, on a thread of the driver, in
  * the order of the stream: it must not call the device.  Its failure is the op's on a CPU, and that of the next espi_device.wait on a GPU.
  * coef NULL: the coefficients are known before: g and e are read, and `host` is not looked at.
- * e_is_zero: coef() writes 0 to every e.  The gradient is then g times what it is for g = 1, and nothing need wait for coef() before that. */
+ * e_is_zero: every e is 0, those that coef() writes or those given.  The gradient is then g times what it is for g = 1, and nothing need wait
+ * for coef() before that. */
 typedef struct espi_head_fused {
     espi_head head;
     void *lp, *entropy, *lse, *g, *e; /* real [n] overwrite; g and e: see above */

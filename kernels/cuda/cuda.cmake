@@ -34,6 +34,7 @@ set(cuda_sources
     kernels/cuda/experts_tiled.cu
     kernels/cuda/experts_wgmma.cu
     kernels/cuda/head.cu
+    kernels/cuda/head_wgmma.cu
     kernels/cuda/linear.cu
     kernels/cuda/norm.cu
     kernels/cuda/optim.cu

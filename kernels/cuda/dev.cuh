@@ -230,6 +230,52 @@ static __device__ __forceinline__ void dev_copy_bulk(uint32_t to, const void *fr
 #endif
 }
 
+/* ---- pairs of blocks that read each other's shared memory: clusters, sm_90 ---- */
+static __device__ __forceinline__ uint32_t dev_cluster_rank() {
+    uint32_t rank = 0;
+#if __CUDA_ARCH__ >= 900
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+    return rank;
+}
+
+/* All threads of the cluster; barriers that were made before are there for all. */
+static __device__ __forceinline__ void dev_cluster_meet() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.mbarrier_init.release.cluster;\nbarrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
+                     : "memory");
+#endif
+}
+
+/* At the barrier that stands in the same place of that block.  Of this thread's own writes nothing is said: it would wait for all of them. */
+static __device__ __forceinline__ void dev_barrier_arrive_in(uint32_t barrier, uint32_t block) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile(
+        "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\nmbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
+        "r"(block)
+        : "memory");
+#endif
+}
+
+/* The copy engine brings a box of a matrix from column x and row y on, in the order that its map says; what is outside of the matrix is 0. */
+static __device__ __forceinline__ void dev_copy_box(uint32_t to, const void *map, int x, int y, uint32_t barrier) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
+                 "l"(map), "r"(x), "r"(y), "r"(barrier)
+                 : "memory");
+#endif
+}
+
+/* To the same place of both blocks, and announced at the barriers of both. */
+static __device__ __forceinline__ void dev_copy_box_both(uint32_t to, const void *map, int x, int y, uint32_t barrier) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], "
+                 "[%4], %5;" ::"r"(to),
+                 "l"(map), "r"(x), "r"(y), "r"(barrier), "h"((uint16_t)3)
+                 : "memory");
+#endif
+}
+
 /* ---- tensor cores: mma.sync m16n8k16, and the loads and stores of its fragments ---- */
 static __device__ __forceinline__ void dev_mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                                                uint32_t b1) {
@@ -261,6 +307,12 @@ static __device__ __forceinline__ uint32_t dev_transposed(uint32_t v) {
     uint32_t turned;
     asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(turned) : "r"(v));
     return turned;
+}
+
+static __device__ __forceinline__ void dev_stmatrix(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+#endif
 }
 
 static __device__ __forceinline__ void dev_stmatrix_trans(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {

@@ -1,9 +1,9 @@
 /* The head: log-probabilities, entropies, the loss gradient and sampling.  A chunk of rows at a time, whose logits lie in a bounded tile in
  * bf16: one product makes them, one kernel reads a row's statistics from them, one puts their gradient in their place, and a second product
- * makes the hidden states' gradient of that.  All that is said of a row (statistics, gradient, sample) is of the rounded logits, so that it
- * agrees. */
-#include "kernels/cuda/cuda.cuh"
+ * makes the hidden states' gradient of that.  Of many rows on sm_90a the logits stay in registers: see below.  All that is said of a row
+ * (statistics, gradient, sample) is of the rounded logits, so that it agrees. */
 #include "kernels/cuda/dev.cuh"
+#include "kernels/cuda/head.cuh"
 
 #include <stdlib.h>
 
@@ -24,11 +24,16 @@ enum {
     COPY_THREADS = 256,
     VECTOR = 8,
     LARGE_STEP = 512, /* rows of a chunk: cuBLASLt is at its best with a multiple of this, */
-    SMALL_STEP = 256  /* and this is whole tiles still */
+    SMALL_STEP = 256, /* and this is whole tiles still */
+    WIDE_ROWS = 512   /* from which head_wgmma makes the logits */
 };
+
+/* Of a slice of the vocabulary, and the most rows beside it: whole waves of the GPU's blocks. */
+constexpr int64_t SLICE_TILES = 66, SLICE_ROWS = 4096;
 
 /* Bytes of a tile of logits; at most 0.3 GB with all else. */
 #define TILE_BYTES ((int64_t)236 << 20)
+#define SLICE_BYTES ((int64_t)270 << 20)
 #define LOG2_E 1.44269504088896340736f
 
 /* From what the product leaves to z. */
@@ -576,8 +581,25 @@ esp_status make_products(const espi_exec *exec, const espi_head *head, const chu
     return espi_product_cuda(exec, &p);
 }
 
+/* What head_wgmma takes, and enough rows for it: every way to their logits is then this one, and they have the same bits. */
+bool is_wide(const espi_head *head) {
+    return head->n >= WIDE_ROWS && head->w.dtype == ESP_BF16 && head->w.cols % 64 == 0 && espi_aligned16(head->w.data) &&
+           espi_aligned16(head->hidden) && head_wgmma_available();
+}
+
 esp_status make_tile(const espi_exec *exec, const espi_head *head, const chunk *c) {
-    return make_products(exec, head, c, c->tile, ESP_BF16, tile_stride(head));
+    if (!is_wide(head)) return make_products(exec, head, c, c->tile, ESP_BF16, tile_stride(head));
+    const espi_cuda *cuda = espi_cuda_of(exec);
+    head_slice s = {};
+    s.out = c->tile;
+    s.stride = tile_stride(head);
+    s.rows = static_cast<int>(c->count);
+    s.vocab = static_cast<int>(head->w.rows);
+    s.hidden = static_cast<int>(head->w.cols);
+    s.tiles = static_cast<int>(espi_ceil_div(s.vocab, HEAD_TILE));
+    ESPI_TRY(gather(exec, c->x, static_cast<const bf16 *>(head->hidden), head->rows + c->first, s.hidden, c->count));
+    return espi_cuda_check(head_wgmma(&s, HEAD_PRODUCTS, c->x, static_cast<const bf16 *>(head->w.data), cuda->sms, cuda->stream),
+                           "logits of many rows");
 }
 
 /* Offsets stay those into the list of all rows. */
@@ -656,6 +678,314 @@ esp_status ask(espi_cuda *cuda, const espi_head_fused *a, const chunk *c, bool a
     return espi_cuda_check(cudaEventRecord(cuda->made, cuda->aside), "marking the host's coefficients");
 }
 
+/* ---- Many rows, the vocabulary in slices ----
+ * Before anything else a row's logits are shifted by what the target has, which is found by itself.  A slice's weights e^(z - shift) then go
+ * straight into the product with the slice's rows of W, and at the end the sum is scaled by all weights' sum: for a loss without a gradient of
+ * the entropy that is all there is.  The target is kept apart: its share 1 - p is a quotient of sums, and nothing is lost where p is near 1. */
+
+/* A slice's weights are powers of two up to the sum that float and the products bear, with 2^-SHIFT for the target: a target of less than
+ * e^-125 is `again` computed by itself. */
+#define SHIFT 80.0f
+#define LARGEST_SUM 0x1p100f
+#define LN_2 0.69314718055994530942f
+
+/* Arrays of a round of rows. */
+struct sliced_rows {
+    bf16 *x, *weights;
+    float *sums; /* [rows, hidden] */
+    float2 *tiles;
+    float *shift, *target_x, *scale, *target_scale; /* the last two: d_hidden = g (scale sums + target_scale W_target) */
+    int32_t *again;
+};
+
+__global__ void __launch_bounds__(COPY_THREADS) open_rows(bf16 *x, float *shift, const bf16 *hidden, const int32_t *rows,
+                                                          const int32_t *target, const bf16 *w, int64_t width, float slope) {
+    const bf16 *from = hidden + rows[blockIdx.x] * width, *with = w + target[blockIdx.x] * width;
+    float sum = 0;
+    for (int64_t h = threadIdx.x * VECTOR; h < width; h += COPY_THREADS * VECTOR) {
+        const bf16x8 a = *reinterpret_cast<const bf16x8 *>(from + h), b = *reinterpret_cast<const bf16x8 *>(with + h);
+        *reinterpret_cast<bf16x8 *>(x + blockIdx.x * width + h) = a;
+#pragma unroll
+        for (int j = 0; j < VECTOR; j++) sum += espi_value(a.at[j]) * espi_value(b.at[j]);
+    }
+    sum = espi_block_sum<COPY_THREADS>(sum);
+    if (threadIdx.x == 0) shift[blockIdx.x] = sum * slope + SHIFT;
+}
+
+__device__ void close_row(const row_results &to, const sliced_rows &r, int64_t row, float target_z, float log_sum, float entropy,
+                          float scale, float target_scale) {
+    to.lse[row] = log_sum;
+    to.entropy[row] = entropy;
+    to.lp[row] = target_z - log_sum;
+    r.scale[row] = scale;
+    r.target_scale[row] = target_scale;
+    if (!to.host_lp) return;
+    to.host_lp[row] = target_z - log_sum;
+    to.host_entropy[row] = entropy;
+}
+
+/* A warp per row: the sums of the tiles, always in the same order. */
+__global__ void __launch_bounds__(COPY_THREADS) close_rows(row_results to, sliced_rows r, int64_t rows, int64_t tiles, logit_terms terms) {
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * (COPY_THREADS / ESPI_WARP) + threadIdx.x / ESPI_WARP;
+    if (row >= rows) return;
+    float others = 0, others_x = 0;
+    for (int64_t tile = threadIdx.x % ESPI_WARP; tile < tiles; tile += ESPI_WARP) {
+        const float2 sums = r.tiles[row * tiles + tile];
+        others += sums.x;
+        others_x += sums.y;
+    }
+    others = espi_warp_sum(others);
+    others_x = espi_warp_sum(others_x);
+    if (threadIdx.x % ESPI_WARP > 0) return;
+    const float x = r.target_x[row], shift = r.shift[row], own = dev_exp2(x * terms.gain * LOG2_E - shift), all = others + own;
+    const float log_sum = (shift + log2f(all)) * LN_2;
+    r.again[row] = !(all < LARGEST_SUM) && !isnan(shift); /* with NaN among its logits a row is NaN either way */
+    close_row(to, r, row, terms.gain * x, log_sum, log_sum - terms.gain * (others_x + own * x) / all, -terms.gain / all,
+              terms.gain * others / all);
+}
+
+/* The rounded product of a row, in every lane of the warp. */
+__device__ float product_of(const bf16 *x, const bf16 *w, int64_t width) {
+    float sum = 0;
+#pragma unroll 1
+    for (int64_t h = threadIdx.x % ESPI_WARP * VECTOR; h < width; h += ESPI_WARP * VECTOR) {
+        const bf16x8 a = *reinterpret_cast<const bf16x8 *>(x + h), b = *reinterpret_cast<const bf16x8 *>(w + h);
+#pragma unroll
+        for (int j = 0; j < VECTOR; j++) sum += espi_value(a.at[j]) * espi_value(b.at[j]);
+    }
+    return espi_value(__float2bfloat16(espi_warp_sum(sum)));
+}
+
+/* Rows whose target is so improbable that no shift by it serves, which should not be many: from the beginning, by their largest logit. */
+template <bool GRADIENT>
+__global__ void __launch_bounds__(FEW_ROWS) rows_again(row_results to, sliced_rows r, int64_t rows, const int32_t *target, const bf16 *w,
+                                                       int64_t vocab, int64_t width, logit_terms terms) {
+    constexpr int WARPS = FEW_ROWS / ESPI_WARP;
+    __shared__ partial parts[WARPS];
+    __shared__ float p[FEW_ROWS];
+    const int warp = threadIdx.x / ESPI_WARP;
+    for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
+        if (!r.again[row]) continue;
+        const bf16 *x = r.x + row * width;
+        const int64_t y = target[row];
+        if (!GRADIENT) {
+            partial others = {-INFINITY, 0, 0};
+            for (int64_t v = warp; v < vocab; v += WARPS)
+                if (v != y) others = add_one(others, terms.gain * product_of(x, w + v * width, width));
+            __syncthreads(); /* the row before is read */
+            if (threadIdx.x % ESPI_WARP == 0) parts[warp] = others;
+            __syncthreads();
+            if (threadIdx.x >= ESPI_WARP) continue;
+            others = parts[0];
+            for (int other = 1; other < WARPS; other++) others = merge(others, parts[other]);
+            const float z = terms.gain * product_of(x, w + y * width, width);
+            const partial all = add_one(others, z);
+            const float log_sum = all.most + logf(all.sum);
+            if (threadIdx.x == 0)
+                close_row(to, r, row, z, log_sum, log_sum - all.sum_z / all.sum, -terms.gain,
+                          terms.gain * others.sum * weight_of(others.most, log_sum));
+            continue;
+        }
+        float *sums = r.sums + row * width;
+        for (int64_t first = 0; first < vocab; first += FEW_ROWS) {
+            const int n = static_cast<int>(min(vocab - first, static_cast<int64_t>(FEW_ROWS)));
+            __syncthreads(); /* those before are read */
+            for (int i = warp; i < n; i += WARPS) {
+                const float z = terms.gain * product_of(x, w + (first + i) * width, width);
+                if (threadIdx.x % ESPI_WARP == 0) p[i] = first + i == y ? 0 : weight_of(z, to.lse[row]);
+            }
+            __syncthreads();
+            for (int64_t h = threadIdx.x; h < width; h += FEW_ROWS) {
+                float sum = first > 0 ? sums[h] : 0;
+                for (int i = 0; i < n; i++) sum += p[i] * espi_value(w[(first + i) * width + h]);
+                sums[h] = sum;
+            }
+        }
+    }
+}
+
+/* The hidden states' gradient of the sums, put where it is named. */
+__global__ void __launch_bounds__(COPY_THREADS)
+    put_sliced(bf16 *to, sliced_rows r, const int32_t *rows, const int32_t *target, const bf16 *w, int64_t width, row_coefficients c) {
+    const float gain = c.g[blockIdx.x], scale = gain * r.scale[blockIdx.x], target_scale = gain * r.target_scale[blockIdx.x];
+    const float *sums = r.sums + blockIdx.x * width;
+    const bf16 *with = w + target[blockIdx.x] * width;
+    bf16 *at = to + rows[blockIdx.x] * width;
+    if (c.copy_g && threadIdx.x == 0) {
+        c.copy_g[blockIdx.x] = gain;
+        c.copy_e[blockIdx.x] = 0;
+    }
+    for (int64_t h = threadIdx.x * VECTOR; h < width; h += COPY_THREADS * VECTOR) {
+        const bf16x8 v = *reinterpret_cast<const bf16x8 *>(with + h);
+        bf16x8 d;
+#pragma unroll
+        for (int j = 0; j < VECTOR; j++) espi_store(&d.at[j], scale * sums[h + j] + target_scale * espi_value(v.at[j]));
+        *reinterpret_cast<bf16x8 *>(at + h) = d;
+    }
+}
+
+size_t larger(size_t a, size_t b) {
+    return a > b ? a : b;
+}
+
+int64_t vocab_tiles(const espi_head *head) {
+    return espi_ceil_div(head->w.rows, HEAD_TILE);
+}
+
+/* Columns of a slice. */
+int64_t slice_width(const espi_head *head) {
+    const int64_t tiles = vocab_tiles(head);
+    return HEAD_TILE * (tiles < SLICE_TILES ? tiles : SLICE_TILES);
+}
+
+/* Rounds of equal size. */
+int64_t round_rows(const espi_head *head) {
+    constexpr int64_t STEP = 256; /* head_wgmma's tiles side by side */
+    const int64_t hidden = head->w.cols, each = 6 * hidden + 2 * slice_width(head) + 8 * vocab_tiles(head) + 20;
+    const int64_t fit = SLICE_BYTES / each / STEP * STEP, most = fit < STEP ? STEP : fit < SLICE_ROWS ? fit : SLICE_ROWS;
+    if (head->n <= most) return head->n;
+    return espi_ceil_div(espi_ceil_div(head->n, espi_ceil_div(head->n, most)), STEP) * STEP;
+}
+
+/* Bytes of a round's arrays, which are cut from scratch where it is there. */
+size_t cut_round(sliced_rows *r, char *scratch, const espi_head *head, bool gradient) {
+    const int64_t rows = round_rows(head), hidden = head->w.cols, tiles = vocab_tiles(head), rows_of_gradient = gradient ? rows : 0;
+    const char *begin = scratch;
+    r->x = espi_cut<bf16>(&scratch, rows * hidden);
+    r->tiles = espi_cut<float2>(&scratch, rows * tiles);
+    r->shift = espi_cut<float>(&scratch, rows);
+    r->target_x = espi_cut<float>(&scratch, rows);
+    r->scale = espi_cut<float>(&scratch, rows);
+    r->target_scale = espi_cut<float>(&scratch, rows);
+    r->again = espi_cut<int32_t>(&scratch, rows);
+    r->weights = espi_cut<bf16>(&scratch, rows_of_gradient * slice_width(head));
+    r->sums = espi_cut<float>(&scratch, rows_of_gradient * hidden);
+    return static_cast<size_t>(scratch - begin);
+}
+
+/* By the sizes alone: whether all that is_sliced asks is there, is known later. */
+size_t round_room(const espi_head *head, bool gradient) {
+    sliced_rows unused;
+    return head->n >= WIDE_ROWS && head->w.cols % 64 == 0 ? cut_round(&unused, nullptr, head, gradient) : 0;
+}
+
+bool is_sliced(const espi_head *head) {
+    return is_wide(head) && is_plain(head) && !head->kept_offsets;
+}
+
+/* A round, and the slice that it is at. */
+struct sliced_round {
+    const espi_exec *exec;
+    const espi_head *head;
+    sliced_rows r;
+    row_results to;
+    chunk c;
+    head_slice slice;
+    logit_terms terms;
+    const bf16 *w;
+};
+
+sliced_round open_round(const espi_exec *exec, const espi_head *head, int64_t first, bool gradient, void *lp, void *entropy, void *lse,
+                        const espi_head_host *host) {
+    sliced_round o = {exec, head, {}, {}, {}, {}, terms_of(head), static_cast<const bf16 *>(head->w.data)};
+    const int64_t rows = round_rows(head), left = head->n - first;
+    o.c = {first, left < rows ? left : rows, nullptr, nullptr, nullptr};
+    o.to = {from(lp, &o.c), from(entropy, &o.c), from(lse, &o.c), host ? from(host->lp, &o.c) : nullptr,
+            host ? from(host->entropy, &o.c) : nullptr};
+    (void)cut_round(&o.r, static_cast<char *>(exec->scratch), head, gradient);
+    o.slice = {o.r.weights,
+               slice_width(head),
+               o.r.tiles,
+               o.r.target_x,
+               o.r.shift,
+               head->target + first,
+               static_cast<int>(o.c.count),
+               static_cast<int>(head->w.rows),
+               static_cast<int>(head->w.cols),
+               0,
+               static_cast<int>(vocab_tiles(head)),
+               o.terms.gain * LOG2_E};
+    return o;
+}
+
+esp_status begin_round(const sliced_round *o) {
+    open_rows<<<static_cast<unsigned>(o->c.count), COPY_THREADS, 0, espi_cuda_of(o->exec)->stream>>>(
+        o->r.x, o->r.shift, static_cast<const bf16 *>(o->head->hidden), o->head->rows + o->c.first, o->slice.target, o->w, o->head->w.cols,
+        o->slice.slope);
+    return ESPI_CUDA_LAUNCHED("rows of the head and their shifts");
+}
+
+esp_status weigh_slice(const sliced_round *o, head_output output) {
+    const espi_cuda *cuda = espi_cuda_of(o->exec);
+    return espi_cuda_check(head_wgmma(&o->slice, output, o->r.x, o->w, cuda->sms, cuda->stream), "weights of many rows");
+}
+
+template <bool GRADIENT> esp_status make_again(const sliced_round *o) {
+    const espi_cuda *cuda = espi_cuda_of(o->exec);
+    rows_again<GRADIENT><<<static_cast<unsigned>(cuda->sms), FEW_ROWS, 0, cuda->stream>>>(o->to, o->r, o->c.count, o->slice.target, o->w,
+                                                                                          o->head->w.rows, o->head->w.cols, o->terms);
+    return ESPI_CUDA_LAUNCHED("rows of improbable targets");
+}
+
+esp_status end_statistics(const sliced_round *o) {
+    close_rows<<<espi_blocks(o->c.count, COPY_THREADS / ESPI_WARP), COPY_THREADS, 0, espi_cuda_of(o->exec)->stream>>>(
+        o->to, o->r, o->c.count, vocab_tiles(o->head), o->terms);
+    ESPI_TRY(ESPI_CUDA_LAUNCHED("statistics of the head"));
+    return make_again<false>(o);
+}
+
+esp_status sliced_stats(const espi_exec *exec, const espi_head_stats *a) {
+    for (int64_t first = 0; first < a->head.n; first += round_rows(&a->head)) {
+        const sliced_round o = open_round(exec, &a->head, first, false, a->lp, a->entropy, a->lse, nullptr);
+        ESPI_TRY(begin_round(&o));
+        ESPI_TRY(weigh_slice(&o, HEAD_SUMS));
+        ESPI_TRY(end_statistics(&o));
+    }
+    return ESP_OK;
+}
+
+/* sums += the weights of the slice times its rows of W. */
+esp_status add_slice(const sliced_round *o) {
+    const int64_t hidden = o->head->w.cols, first = static_cast<int64_t>(o->slice.first_tile) * HEAD_TILE,
+                  width = static_cast<int64_t>(o->slice.tiles) * HEAD_TILE, left = o->head->w.rows - first;
+    espi_product p =
+        espi_product_of(o->r.sums, espi_rows_of(o->r.weights, ESP_BF16, o->slice.stride),
+                        espi_rows_of(o->w + first * hidden, ESP_BF16, hidden), o->c.count, hidden, left < width ? left : width);
+    p.dtype = ESP_F32;
+    p.beta = first > 0 ? 1 : 0;
+    return espi_product_cuda(o->exec, &p);
+}
+
+/* Every e is 0. */
+esp_status sliced_fused(const espi_exec *exec, const espi_head_fused *a) {
+    espi_cuda *cuda = espi_cuda_of(exec);
+    const bool asks = a->coef != nullptr;
+    for (int64_t first = 0; first < a->head.n; first += round_rows(&a->head)) {
+        sliced_round o = open_round(exec, &a->head, first, true, a->lp, a->entropy, a->lse, asks ? &a->host : nullptr);
+        const int tiles = o.slice.tiles;
+        ESPI_TRY(begin_round(&o));
+        for (; o.slice.first_tile < tiles; o.slice.first_tile += static_cast<int>(SLICE_TILES)) {
+            const int left = tiles - o.slice.first_tile;
+            o.slice.tiles = left < SLICE_TILES ? left : static_cast<int>(SLICE_TILES);
+            ESPI_TRY(weigh_slice(&o, HEAD_WEIGHTS));
+            if (left <= SLICE_TILES) { /* while the last slice is added, the host makes the coefficients */
+                ESPI_TRY(end_statistics(&o));
+                if (asks) ESPI_TRY(ask(cuda, a, &o.c, true));
+            }
+            ESPI_TRY(add_slice(&o));
+        }
+        ESPI_TRY(make_again<true>(&o));
+        if (asks) ESPI_CUDA_TRY(cudaStreamWaitEvent(cuda->stream, cuda->made, 0));
+        const row_coefficients of = {from(asks ? a->host.g : a->g, &o.c), nullptr, nullptr, nullptr, asks ? from(a->g, &o.c) : nullptr,
+                                     asks ? from(a->e, &o.c) : nullptr};
+        put_sliced<<<static_cast<unsigned>(o.c.count), COPY_THREADS, 0, cuda->stream>>>(
+            static_cast<bf16 *>(a->d_hidden), o.r, (a->head.d_rows ? a->head.d_rows : a->head.rows) + first, o.slice.target, o.w,
+            a->head.w.cols, of);
+        ESPI_TRY(ESPI_CUDA_LAUNCHED("gradient of the hidden states"));
+    }
+    return ESP_OK;
+}
+
 } // namespace
 
 void espi_cuda_calls_free(espi_cuda *cuda) {
@@ -668,10 +998,11 @@ void espi_cuda_calls_free(espi_cuda *cuda) {
 
 size_t espi_head_stats_scratch_cuda(const espi_exec *exec, const espi_head_stats *a) {
     (void)exec;
-    return chunk_room(&a->head);
+    return larger(chunk_room(&a->head), round_room(&a->head, false));
 }
 
 esp_status espi_head_stats_cuda(const espi_exec *exec, const espi_head_stats *a) {
+    if (is_sliced(&a->head)) return sliced_stats(exec, a);
     for (int64_t first = 0; first < a->head.n; first += chunk_rows(&a->head)) {
         const chunk c = chunk_at(exec, &a->head, first);
         ESPI_TRY(make_tile(exec, &a->head, &c));
@@ -697,11 +1028,12 @@ esp_status espi_head_grad_cuda(const espi_exec *exec, const espi_head_grad *a) {
 
 size_t espi_head_fused_scratch_cuda(const espi_exec *exec, const espi_head_fused *a) {
     (void)exec;
-    return chunk_room(&a->head) + sums_room(&a->head);
+    return larger(chunk_room(&a->head) + sums_room(&a->head), round_room(&a->head, true));
 }
 
 /* The host's arrays are pinned: the kernels write and read them where they are. */
 esp_status espi_head_fused_cuda(const espi_exec *exec, const espi_head_fused *a) {
+    if (is_sliced(&a->head) && a->e_is_zero) return sliced_fused(exec, a);
     espi_cuda *cuda = espi_cuda_of(exec);
     for (int64_t first = 0; first < a->head.n; first += chunk_rows(&a->head)) {
         const chunk c = chunk_at(exec, &a->head, first);

@@ -30,7 +30,7 @@ typedef struct espi_head_rows {
     int64_t *kept_offsets;            /* [n+1] as in espi_head; NULL: the batch has no kept ids */
     int32_t *kept;
     espi_head_host host; /* what a loss reads and writes of them */
-    bool e_is_zero;      /* said by the loss: its coefficients leave every e 0 */
+    bool e_is_zero;      /* said by the loss: every e is 0 */
 } espi_head_rows;
 
 /* Collects the rows of `batch` (by loss_mask, see esp_batch) and takes the arrays from the arena.

@@ -456,6 +456,7 @@ esp_status esp_model_cross_entropy(esp_model *model, const esp_batch *batch, con
     espi_head_rows rows;
     ESPI_TRY(espi_head_rows_make(&rows, model, &model->arena, batch));
     const double tokens = batch->step_tokens > 0 ? batch->step_tokens : (double)rows.n, g = tokens > 0 ? -1.0 / tokens : 0.0;
+    rows.e_is_zero = true;
     if (d_hidden) {
         ESPI_TRY(put_coefficients(model, &rows, g));
         ESPI_TRY(espi_head_loss(model, &model->arena, &rows, hidden->data, d, batch->n_tokens, 1.0, true, NULL, NULL));

@@ -81,6 +81,9 @@ static const shape shapes[] = {
      .window = 65},
     {"shared prefixes, one token each", 8, 16, 4, 2, 8, 2, 40, 2, 2, 64, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .shared = true, .window = 1},
     {"many rows of the head", 1100, 8, 4, 2, 6, 2, 24, 2, 1, 64, ROUTE_RANDOM, ESP_Q_NONE, ESP_BF16, .renormalise = true},
+    {"a wide head", 1100, 64, 4, 2, 6, 2, 700, 2, 1, 64, ROUTE_RANDOM, ESP_Q_NONE, ESP_BF16, .repeated = true},
+    {"a wide head, coefficients given", 1031, 128, 4, 2, 6, 2, 515, 2, 1, 64, ROUTE_RANDOM, ESP_Q_NONE, ESP_BF16, .in_place = true},
+    {"a wide head, entropies", 1040, 64, 4, 2, 6, 2, 260, 2, 1, 64, ROUTE_RANDOM, ESP_Q_NONE, ESP_BF16, .extras = true},
     {"a large vocabulary", 20, 32, 4, 2, 8, 2, 8192, 2, 1, 64, ROUTE_RANDOM, ESP_Q_NONE, ESP_BF16, .repeated = true},
     {"a large vocabulary, entropies", 20, 32, 4, 2, 8, 2, 8192, 2, 1, 64, ROUTE_RANDOM, ESP_Q_NONE, ESP_BF16, .extras = true},
     {"forced and filtered", 66, 32, 8, 2, 16, 4, 100, 2, 1, 64, ROUTE_RANDOM, ESP_NF4, ESP_BF16, .forced = true, .filtered = true,
@@ -753,6 +756,104 @@ static void moments_over_the_bus(void) {
     device->free_host(gpu, host);
 }
 
+/* A wide head with several slices of its vocabulary, against the same with gradients of entropies that are 0, whose logits go through memory.
+ * Some rows have logits so large that a target is next to impossible, or certain.  All products are exact, so both round the same logits. */
+enum { SLICED_ROWS = 700, SLICED_TOKENS = 1400, SLICED_HIDDEN = 128, SLICED_VOCAB = 17001 };
+
+static float sliced_hidden(int64_t token, int64_t h) {
+    const float size = token % 50 < 4 ? 64 : 1;
+    return ((float)((uint32_t)(token * SLICED_HIDDEN + h) * 2654435761u / 65536 % 3) - 1) * size;
+}
+
+static float sliced_weight(int64_t v, int64_t h) {
+    return (float)((uint32_t)(v * SLICED_HIDDEN + h) * 2246822519u / 65536 % 9) / 8 - 0.5f;
+}
+
+static int64_t sliced_token(int64_t row) {
+    return (row * 3 + 1) % SLICED_TOKENS;
+}
+
+/* Of every other row with large logits the likeliest id. */
+static int32_t sliced_target(int64_t row) {
+    int32_t likeliest = 0;
+    double most = -INFINITY;
+    if (sliced_token(row) % 50 >= 4 || row % 2) return row == 5 ? SLICED_VOCAB - 1 : (int32_t)(row * 977 % SLICED_VOCAB);
+    for (int32_t v = 0; v < SLICED_VOCAB; v++) {
+        double sum = 0;
+        for (int64_t h = 0; h < SLICED_HIDDEN; h++) sum += (double)sliced_hidden(sliced_token(row), h) * (double)sliced_weight(v, h);
+        if (sum > most) most = sum, likeliest = v;
+    }
+    return likeliest;
+}
+
+static void head_in_slices(void) {
+    const espi_device *device = espi_backend_cuda.device;
+    const size_t reals = SLICED_ROWS * sizeof(float), each = padded(reals), gradient = padded((size_t)SLICED_TOKENS * SLICED_HIDDEN * 2);
+    const size_t sizes[] = {
+        (size_t)SLICED_TOKENS * SLICED_HIDDEN * 2, (size_t)SLICED_VOCAB * SLICED_HIDDEN * 2, reals, reals, reals, reals};
+    unsigned char *places[6], *to = memory;
+    float *const results[] = {(float *)(void *)image, (float *)(void *)result};
+    esp_status status = ESP_OK;
+    for (int k = 0; k < 6 && status == ESP_OK; k++) {
+        uint16_t *halves = (uint16_t *)(void *)image;
+        for (int64_t i = 0; k < 2 && i < (int64_t)(sizes[k] / 2); i++)
+            halves[i] = espi_bf16_bits((k ? sliced_weight : sliced_hidden)(i / SLICED_HIDDEN, i % SLICED_HIDDEN));
+        for (int64_t i = 0; k >= 2 && i < SLICED_ROWS; i++) {
+            if (k < 4) ((int32_t *)(void *)image)[i] = k == 2 ? (int32_t)sliced_token(i) : sliced_target(i);
+            if (k >= 4) ((float *)(void *)image)[i] = k == 4 ? (float)(i % 7 - 3) : 0;
+        }
+        places[k] = to;
+        to += padded(sizes[k]);
+        status = device->put(gpu, places[k], image, sizes[k]);
+    }
+    for (int way = 0; way < 2 && status == ESP_OK; way++) {
+        const espi_head_fused a = {.head = {.hidden = places[0],
+                                            .rows = (int32_t *)(void *)places[2],
+                                            .target = (int32_t *)(void *)places[3],
+                                            .w = {places[1], ESP_BF16, SLICED_VOCAB, SLICED_HIDDEN},
+                                            .n = SLICED_ROWS,
+                                            .temperature = 1,
+                                            .logit_scale = 1},
+                                   .lp = to,
+                                   .entropy = to + each,
+                                   .lse = to + 2 * each,
+                                   .g = places[4],
+                                   .e = places[5],
+                                   .d_hidden = to + 3 * each,
+                                   .e_is_zero = way == 0};
+        const espi_exec exec = {.device = gpu, .threads = 1, .scratch = to + 3 * each + gradient};
+        status = device->zero(gpu, to, 3 * each + gradient);
+        if (status == ESP_OK) status = espi_backend_cuda.head_fused.run(&exec, &a);
+        if (status == ESP_OK) status = device->get(gpu, results[way], to, 3 * each + gradient);
+    }
+    if (status != ESP_OK) {
+        FAIL("head_fused in slices: %s", esp_last_error());
+        return;
+    }
+    double least = 0, most = -INFINITY;
+    for (int i = 0; i < SLICED_ROWS; i++) {
+        const float *got = results[0] + i, *want = results[1] + i, *got_entropy = got + each / sizeof(float),
+                    *want_entropy = want + each / sizeof(float);
+        const size_t at = (size_t)sliced_token(i) * SLICED_HIDDEN;
+        const uint16_t *d = (const uint16_t *)(void *)(image + 3 * each) + at, *want_d = (const uint16_t *)(void *)(result + 3 * each) + at;
+        double error = 0, size = 0;
+        for (int h = 0; h < SLICED_HIDDEN; h++) {
+            error += pow(espi_bf16_value(d[h]) - espi_bf16_value(want_d[h]), 2);
+            size += pow(espi_bf16_value(want_d[h]), 2);
+        }
+        /* of logits of some hundreds an f32 keeps no more; and a plain gradient rounds what nearly cancels */
+        const double rounding = 1e-6 * (fabs(*want) + fabs(want[2 * each / sizeof(float)]));
+        if (!(fabs(*got - *want) <= 1e-5 + rounding) || !(fabs(*got_entropy - *want_entropy) <= 1e-4 + rounding) ||
+            !(sqrt(error) <= 0x1p-7 * sqrt(size) + 0x1p-6))
+            FAIL("head_fused in slices, row %d: lp %.9g, expected %.9g; entropy %.6g, expected %.6g; d_hidden is off by %.3g of %.3g", i,
+                 (double)*got, (double)*want, (double)*got_entropy, (double)*want_entropy, sqrt(error), sqrt(size));
+        least = fmin(least, *want);
+        most = fmax(most, *want);
+    }
+    if (!(least < -130) || !(most > -0.01))
+        FAIL("head_fused in slices: log-probabilities from %.3g to %.3g are not what this is for", least, most);
+}
+
 static bool set_up(void) {
     const espi_device *device = espi_backend_cuda.device;
     image = malloc(MEMORY);
@@ -792,6 +893,7 @@ int main(int argc, char **argv) {
         if (argc == 1 || (argc == 2 && strcmp(argv[1], op_cases[op].name) == 0)) attention_again(op, i / 2 ? 128 : 64);
     }
     if (argc == 1 || strcmp(argv[1], "adamw") == 0) moments_over_the_bus();
+    if (argc == 1 || strcmp(argv[1], "head_fused") == 0) head_in_slices();
     if (argc == 1) router_reports_nan();
     espi_backend_cuda.device->stop(gpu);
     free(image);

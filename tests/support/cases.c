@@ -688,6 +688,10 @@ static void build_head_fused(problem *p, espi_head_fused *a) {
     a->coef = given ? NULL : row_coefficients;
     a->coef_user = p;
     a->e_is_zero = !p->shape.extras;
+    if (given && a->e_is_zero) {
+        for (int64_t i = 0; i < a->head.n; i++) field_set(field_find(p, "e"), i, 0);
+        settle(p, "e");
+    }
     a->host = (espi_head_host){a->lp, a->entropy, a->g, a->e};
 }
 
