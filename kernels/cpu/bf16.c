@@ -94,34 +94,40 @@ void bf16_pair_rows(uint32_t *panel, const float *x, const float *y, int64_t n) 
     }
 }
 
-/* 16 rows of 16 words: rows become columns. */
-INLINE void transpose_words(__m512i x[WORDS]) {
-    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+/* 16 rows of 16 words are to become columns: within fours of rows and of columns they do, and fours are gathered by two. */
+INLINE void turn_words(__m512i x[WORDS]) {
     CPU_UNROLL
-    for (int apart = 1; apart < WORDS; apart *= 2) {
-        /* Row i keeps the lanes without this bit and takes from row i + apart those, moved up; that row the other way round. */
-        const __mmask16 up = _mm512_test_epi32_mask(lane, _mm512_set1_epi32(apart));
-        const __m512i low = _mm512_mask_add_epi32(lane, up, lane, _mm512_set1_epi32(WORDS - apart));
-        const __m512i high = _mm512_mask_add_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(apart)), up, lane, _mm512_set1_epi32(WORDS));
-        CPU_UNROLL
-        for (int i = 0; i < WORDS; i++) {
-            if (i & apart) continue;
-            const __m512i a = x[i], b = x[i + apart];
-            x[i] = _mm512_permutex2var_epi32(a, low, b);
-            x[i + apart] = _mm512_permutex2var_epi32(a, high, b);
-        }
+    for (int i = 0; i < WORDS; i += 4) {
+        const __m512i a = _mm512_unpacklo_epi32(x[i], x[i + 1]), b = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+        const __m512i c = _mm512_unpacklo_epi32(x[i + 2], x[i + 3]), d = _mm512_unpackhi_epi32(x[i + 2], x[i + 3]);
+        x[i] = _mm512_unpacklo_epi64(a, c);
+        x[i + 1] = _mm512_unpackhi_epi64(a, c);
+        x[i + 2] = _mm512_unpacklo_epi64(b, d);
+        x[i + 3] = _mm512_unpackhi_epi64(b, d);
+    }
+    CPU_UNROLL
+    for (int i = 0; i < WORDS / 2; i++) {
+        const int at = i / 4 * 8 + i % 4;
+        const __m512i a = x[at], b = x[at + 4];
+        x[at] = _mm512_shuffle_i32x4(a, b, 0x88);
+        x[at + 4] = _mm512_shuffle_i32x4(a, b, 0xdd);
     }
 }
+/* Column p of what was turned. */
+INLINE __m512i turned(const __m512i x[WORDS], const int p) {
+    const int at = p % 8;
+    return p < 8 ? _mm512_shuffle_i32x4(x[at], x[at + 8], 0x88) : _mm512_shuffle_i32x4(x[at], x[at + 8], 0xdd);
+}
 
-/* Stores the first `pairs` rows of a transposed block. */
+/* Stores the first `pairs` columns of a block that was turned. */
 INLINE void store_words(uint32_t *panel, int64_t stride, const __m512i x[WORDS], int64_t pairs) {
     if (pairs >= WORDS) {
         CPU_UNROLL
-        for (int i = 0; i < WORDS; i++) _mm512_storeu_si512(panel + i * stride, x[i]);
+        for (int i = 0; i < WORDS; i++) _mm512_storeu_si512(panel + i * stride, turned(x, i));
     } else {
         _Alignas(64) uint32_t words[WORDS][WORDS];
         CPU_UNROLL
-        for (int i = 0; i < WORDS; i++) _mm512_store_si512(words[i], x[i]);
+        for (int i = 0; i < WORDS; i++) _mm512_store_si512(words[i], turned(x, i));
         for (int64_t i = 0; i < pairs; i++) memcpy(panel + i * stride, words[i], sizeof words[i]);
     }
 }
@@ -146,15 +152,15 @@ void bf16_transpose(uint32_t *panel, int64_t stride, const float *const *row, in
                          high = _mm512_maskz_loadu_ps((__mmask16)(some >> 16), from + WORDS);
             x[i] = (__m512i)_mm512_cvtne2ps_pbh(high, low);
         }
-        transpose_words(x);
+        turn_words(x);
         store_words(panel + at / 2 * stride, stride, x, (n - at + 1) / 2);
     }
 }
 
 /* ---- products with a weight ---- */
 
-/* A panel holds DEPTH steps of the sum for COLS columns: 64 KiB, which the second cache keeps while the rows pass. */
-enum { DEPTH = 512, COLS = 64, LINE = 64, ROWS_AHEAD = 48 };
+/* A panel holds DEPTH steps of the sum for COLS columns: 64 KiB, which the second cache keeps while the rows pass; FEW rows need none. */
+enum { DEPTH = 512, COLS = 64, LINE = 64, ROWS_AHEAD = 48, FEW = 8 };
 
 /* Asks for n values of a row that will be read soon: a panel takes a piece of each of many rows, which the machine does not foresee. */
 INLINE void fetch(const cpu_weight *w, int64_t row, int64_t col, int64_t n) {
@@ -203,7 +209,7 @@ static void pack_transposed(uint32_t *panel, const cpu_weight *w, int64_t k0, in
                 const uint16_t *from = i < rows ? row[i] + at : no_halves; /* NOLINT(clang-analyzer-core.*): no row or all are floats */
                 x[i] = _mm512_maskz_loadu_epi16(some, from);
             }
-            transpose_words(x);
+            turn_words(x);
             store_words(panel + at / 2 * COLS + j, COLS, x, (depth - at + 1) / 2);
         }
     }
@@ -230,10 +236,75 @@ static void pack_plain(uint32_t *panel, const cpu_weight *w, int64_t k0, int64_t
     }
 }
 
+/* Few rows meet 16 columns, rows of w, which become pairs of columns in registers: nothing is packed.  What the next 16 columns need is asked
+ * for in the order in which it lies. */
+INLINE void few(const cpu_rows *c, const bf16_rows *a, const char *w, int64_t stride, int64_t depth, bool add, const int rows,
+                const bool floats) {
+    enum { STEP = 2 * WORDS };
+    const int size = floats ? 4 : 2;
+    const char *next = w + WORDS * stride;
+    __m512 sum[FEW];
+    CPU_UNROLL
+    for (int i = 0; i < rows; i++) sum[i] = _mm512_maskz_loadu_ps(add ? 0xffff : 0, row_at(c, i));
+    for (int64_t k = 0; k < depth; k += STEP, w += STEP * size) {
+        __m512i x[WORDS];
+        for (int i = 0; i < WORDS * STEP * size / LINE; i++, next += LINE) __builtin_prefetch(next, 0, 2);
+        const char *from = w;
+        CPU_UNROLL
+        for (int i = 0; i < WORDS; i++, from += stride) {
+            x[i] = floats ? (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + LINE), _mm512_loadu_ps(from)) : _mm512_loadu_si512(from);
+            __asm__("" : "+v"(x[i]), "+r"(from)); /* sixteen multiples of the stride would take all registers */
+        }
+        turn_words(x);
+        CPU_UNROLL
+        for (int p = 0; p < WORDS; p++) {
+            const __m512bh b = (__m512bh)turned(x, p);
+            CPU_UNROLL
+            for (int i = 0; i < rows; i++) {
+                int32_t two;
+                memcpy(&two, a->base + i * a->stride + k + 2 * p, sizeof two);
+                sum[i] = _mm512_dpbf16_ps(sum[i], (__m512bh)_mm512_set1_epi32(two), b);
+            }
+        }
+    }
+    CPU_UNROLL
+    for (int i = 0; i < rows; i++) _mm512_storeu_ps(row_at(c, i), sum[i]);
+}
+
+typedef void few_fn(const cpu_rows *c, const bf16_rows *a, const char *w, int64_t stride, int64_t depth, bool add);
+#define FEW_ROWS(rows, floats)                                                                                                             \
+    static void few_##rows##_##floats(const cpu_rows *c, const bf16_rows *a, const char *w, int64_t stride, int64_t depth, bool add) {     \
+        few(c, a, w, stride, depth, add, rows, floats);                                                                                    \
+    }
+#define FEW_ALL(floats)                                                                                                                    \
+    FEW_ROWS(1, floats)                                                                                                                    \
+    FEW_ROWS(2, floats)                                                                                                                    \
+    FEW_ROWS(3, floats)                                                                                                                    \
+    FEW_ROWS(4, floats)                                                                                                                    \
+    FEW_ROWS(5, floats)                                                                                                                    \
+    FEW_ROWS(6, floats)                                                                                                                    \
+    FEW_ROWS(7, floats)                                                                                                                    \
+    FEW_ROWS(8, floats)
+FEW_ALL(0)
+FEW_ALL(1)
+#define FEW_TABLE(floats)                                                                                                                  \
+    { few_1_##floats, few_2_##floats, few_3_##floats, few_4_##floats, few_5_##floats, few_6_##floats, few_7_##floats, few_8_##floats }
+static few_fn *const few_rows[2][FEW] = {FEW_TABLE(0), FEW_TABLE(1)};
+
+/* How many of n columns are done so. */
+static int64_t few_columns(const cpu_weight *b, int64_t m, int64_t depth, int64_t n) {
+    const bool plain = b->transposed && !b->stack && b->scale == 1 && (b->dtype == ESP_F32 || b->dtype == ESP_BF16);
+    return plain && m <= FEW && depth % (2 * WORDS) == 0 ? n / WORDS * WORDS : 0;
+}
+
 void bf16_product(const cpu_rows *c, const bf16_rows *a, const cpu_weight *b, int64_t m, int64_t depth, int64_t col, int64_t n, bool add) {
     _Alignas(64) uint32_t panel[DEPTH / 2 * COLS];
     if (m == 0) return;
-    for (int64_t done = 0; done < n; done += COLS) {
+    const int64_t few = few_columns(b, m, depth, n), stride = b->cols * (b->dtype == ESP_F32 ? 4 : 2);
+    for (int64_t done = 0; done < few; done += WORDS)
+        few_rows[b->dtype == ESP_F32][m - 1](&(cpu_rows){c->base + done, c->stride, c->index}, a,
+                                             (const char *)b->data + (col + done) * stride, stride, depth, add);
+    for (int64_t done = few; done < n; done += COLS) {
         const int64_t width = cpu_min(n - done, COLS);
         const cpu_rows to = {c->base + done, c->stride, c->index};
         for (int64_t k = 0; k < depth; k += DEPTH) {
