@@ -137,7 +137,7 @@ static inline void glu_grad(const espi_glu *glu, vec *g, vec *u, vec d) {
     *u = pick(up_passes, d * gate * s, (vec){0});
 }
 
-/* One row; what comes to the activations is `factor` times d_act. */
+/* One row; what comes to the activations is `factor` times d_act, which may be the second half of d_gu: what is written there was read. */
 static void activate_grad(const espi_glu *glu, float *d_gu, const float *d_act, float factor, const float *gu, int64_t width) {
     for (int64_t i = 0; i < width; i += LANES) {
         const int64_t n = cpu_min(width - i, LANES);
@@ -213,8 +213,8 @@ static void forward_unpacked(const espi_exec *exec, const expert_pass *p, void *
     }
 }
 
-/* q_s = scale B_e^T d_y_s;  d_x_s = W_e^T d_y_s + A_e^T q_s.  d_y is per token when `gather`. */
-static void backward_unpacked(const espi_exec *exec, const expert_pass *p, void *d_x, float *q, const void *d_y) {
+/* q_s = scale B_e^T d_y_s;  d_x_s = W_e^T d_y_s + A_e^T q_s, `wide` floats from row to row.  d_y is per token when `gather`. */
+static void backward_unpacked(const espi_exec *exec, const expert_pass *p, float *d_x, int64_t wide, float *q, const void *d_y) {
     const int64_t in = p->w->cols, out = p->w->rows, r = p->lora->r, panels = cpu_blocks(in, PANEL_COLS);
     const int32_t *offsets = p->routing->offsets;
     const int threads = pass_threads(exec, p);
@@ -239,27 +239,28 @@ static void backward_unpacked(const espi_exec *exec, const expert_pass *p, void 
             const int64_t first = offsets[e], m = offsets[e + 1] - first;
             const cpu_weight w = cpu_expert(p->w, e, values, false);
             const cpu_low low = {routed_rows(q, r, first), cpu_floats(cpu_branch_of(p->lora, e, in, out).a, in, 1, false), r};
-            const cpu_rows from = input_rows(p, d_y, out, first), to = routed_rows((float *)d_x + col, in, first);
+            const cpu_rows from = input_rows(p, d_y, out, first), to = routed_rows(d_x + col, wide, first);
             cpu_product_low(&to, &from, &w, &low, m, out, col, n, false);
         }
     }
 }
 
-/* dB_e += scale sum d_y_s u_s^T;  dA_e += sum q_s x_s^T.  Exactly one of x and d_y is per token. */
-static void branch_grads(const espi_exec *exec, const expert_pass *p, const void *x, const void *d_y, bool gather_x, const float *u,
-                         const float *q) {
+/* dB_e += scale sum d_y_s u_s^T;  dA_e += sum q_s x_s^T, of experts begin .. end - 1.  Exactly one of x and d_y is per token; x: `wide` floats
+ * from row to row. */
+static void branch_grads(const espi_exec *exec, const expert_pass *p, int64_t begin, int64_t end, const void *x, int64_t wide,
+                         const void *d_y, bool gather_x, const float *u, const float *q) {
     const int64_t in = p->w->cols, out = p->w->rows, r = p->lora->r;
     if (r == 0) return;
     const int64_t strips = cpu_branch_strips(&(cpu_branch){.r = r, .in = in, .out = out});
     const int32_t *offsets = p->routing->offsets;
     const int threads = pass_threads(exec, p);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
-    for (int64_t task = 0; task < p->w->experts * strips; task++) {
+    for (int64_t task = begin * strips; task < end * strips; task++) {
         const int64_t e = task / strips, first = offsets[e], count = offsets[e + 1] - first;
         if (count == 0) continue;
         const cpu_branch l = cpu_branch_of(p->lora, e, in, out);
         const int32_t *tokens = p->routing->row_token + first;
-        const cpu_rows x_rows = gather_x ? (cpu_rows){(float *)x, in, tokens} : routed_rows(x, in, first);
+        const cpu_rows x_rows = gather_x ? (cpu_rows){(float *)x, wide, tokens} : routed_rows(x, wide, first);
         const cpu_rows y_rows = gather_x ? routed_rows(d_y, out, first) : (cpu_rows){(float *)d_y, out, tokens};
         cpu_branch_grad(&l, task % strips, &x_rows, &y_rows, u + first * r, q + first * r, count);
     }
@@ -315,7 +316,9 @@ static void add_branch(const cpu_rows *c, const cpu_columns *columns, const cpu_
 typedef struct packed_pass {
     const expert_pass *pass;
     bool backward;
-    void *to, *low;
+    void *to;
+    int64_t wide; /* floats from row to row of it */
+    void *low;
     const void *from;
     void *act; /* NULL: none */
     const espi_glu *glu;
@@ -331,7 +334,7 @@ typedef struct packed_work {
 static void packed_rows(const packed_pass *k, int64_t e, const cpu_columns *columns, int64_t first, int64_t m, packed_work *work) {
     const expert_pass *p = k->pass;
     const int64_t in = k->backward ? p->w->rows : p->w->cols, out = k->backward ? p->w->cols : p->w->rows, r = p->lora->r;
-    const cpu_rows from = input_rows(p, k->from, in, first), to = routed_rows(k->to, out, first), low = routed_rows(k->low, r, first);
+    const cpu_rows from = input_rows(p, k->from, in, first), to = routed_rows(k->to, k->wide, first), low = routed_rows(k->low, r, first);
     const cpu_packed w = cpu_packed_of(p->w, e);
     const cpu_branch l = cpu_branch_of(p->lora, e, p->w->cols, p->w->rows);
     const cpu_weight weight = k->backward ? cpu_floats(l.a, l.in, 1, false) : cpu_floats(l.b, r, l.scale, true);
@@ -424,7 +427,7 @@ static int64_t slots_of(const espi_routing *routing) {
 static void forward(const espi_exec *exec, const expert_pass *p, void *y, void *u, const void *x, void *scratch) {
 #if defined(__AVX512BF16__)
     if (p->w->packed) {
-        run_packed(exec, &(packed_pass){.pass = p, .to = y, .low = u, .from = x}, scratch);
+        run_packed(exec, &(packed_pass){.pass = p, .to = y, .wide = p->w->rows, .low = u, .from = x}, scratch);
         return;
     }
 #endif
@@ -432,15 +435,15 @@ static void forward(const espi_exec *exec, const expert_pass *p, void *y, void *
     forward_unpacked(exec, p, y, u, x);
 }
 
-static void backward(const espi_exec *exec, const expert_pass *p, void *d_x, float *q, const void *d_y, void *scratch) {
+static void backward(const espi_exec *exec, const expert_pass *p, float *d_x, int64_t wide, float *q, const void *d_y, void *scratch) {
 #if defined(__AVX512BF16__)
     if (p->w->packed) {
-        run_packed(exec, &(packed_pass){.pass = p, .backward = true, .to = d_x, .low = q, .from = d_y}, scratch);
+        run_packed(exec, &(packed_pass){.pass = p, .backward = true, .to = d_x, .wide = wide, .low = q, .from = d_y}, scratch);
         return;
     }
 #endif
     (void)scratch;
-    backward_unpacked(exec, p, d_x, q, d_y);
+    backward_unpacked(exec, p, d_x, wide, q, d_y);
 }
 
 /* Floats that begin a scratch; what packed products need follows them. */
@@ -457,7 +460,7 @@ esp_status ESPI_CPU(espi_gate_up_fwd)(const espi_exec *exec, const espi_gate_up_
     const expert_pass p = {&a->w, a->bias, &a->lora, &a->routing, true};
 #if defined(__AVX512BF16__)
     if (activates_at_once(&a->w, &a->glu)) {
-        run_packed(exec, &(packed_pass){&p, false, a->gu, a->u, a->x, a->act, &a->glu}, exec->scratch);
+        run_packed(exec, &(packed_pass){&p, false, a->gu, a->w.rows, a->u, a->x, a->act, &a->glu}, exec->scratch);
         return ESP_OK;
     }
 #endif
@@ -484,50 +487,59 @@ esp_status ESPI_CPU(espi_gate_up_bwd)(const espi_exec *exec, const espi_gate_up_
     if (a->routing.tokens == 0) return ESP_OK;
     const expert_pass p = {&a->w, NULL, &a->lora, &a->routing, false};
     float *q = exec->scratch;
-    backward(exec, &p, a->d_rows, q, a->d_gu, (char *)q + floats_first(slots_of(&a->routing) * a->lora.r));
-    branch_grads(exec, &p, a->x, a->d_gu, true, a->u, q);
+    backward(exec, &p, a->d_rows, a->w.cols, q, a->d_gu, (char *)q + floats_first(slots_of(&a->routing) * a->lora.r));
+    branch_grads(exec, &p, 0, a->w.experts, a->x, a->w.cols, a->d_gu, true, a->u, q);
     return ESP_OK;
 }
 
-/* q, u times the row's weight, the activation and its gradient. */
+/* q, and u times the row's weight. */
 static size_t down_floats(const espi_down_bwd *a) {
-    return floats_first(slots_of(&a->routing) * 2 * (a->lora.r + a->w.cols));
+    return floats_first(slots_of(&a->routing) * 2 * a->lora.r);
 }
 
 size_t ESPI_CPU(espi_down_bwd_scratch)(const espi_exec *exec, const espi_down_bwd *a) {
     return down_floats(a) + packed_scratch(exec, &a->w, &a->routing);
 }
 
-/* From a_s, which d_act holds: act_s, d_row_weight_s = act_s . a_s + bias_e . d_out_t, and the gradient of the gates and ups from w_s a_s. */
-static void leave_row(const espi_down_bwd *a, float *act, const float *d_act, int64_t e, int64_t s) {
-    const int64_t width = a->w.cols, hidden = a->w.rows;
-    const float *gu = (const float *)a->gu + s * 2 * width, *d = d_act + s * width;
-    float *d_weight = (float *)a->d_row_weight + s;
-    activate(&a->glu, act + s * width, gu, 0, width, width);
-    *d_weight = cpu_dot(act + s * width, d, width);
-    if (a->bias) *d_weight += cpu_dot(a->bias + e * hidden, (const float *)a->d_out + a->routing.row_token[s] * hidden, hidden);
-    activate_grad(&a->glu, (float *)a->d_gu + s * 2 * width, d, ((const float *)a->routing.row_weight)[s], gu, width);
+/* A row of d_gu holds act_s, then a_s, which came to it, until they have become the gradient of its gates and ups.  This makes act_s, and
+ * d_row_weight_s = act_s . a_s, to which bias_e . d_out_t is yet to come. */
+static void remake_row(const espi_down_bwd *a, int64_t s) {
+    const int64_t width = a->w.cols;
+    float *act = (float *)a->d_gu + s * 2 * width;
+    activate(&a->glu, act, (const float *)a->gu + s * 2 * width, 0, width, width);
+    ((float *)a->d_row_weight)[s] = cpu_dot(act, act + width, width);
 }
 
 esp_status ESPI_CPU(espi_down_bwd)(const espi_exec *exec, const espi_down_bwd *a) {
     if (a->routing.tokens == 0) return ESP_OK;
     const int64_t slots = slots_of(&a->routing), r = a->lora.r, width = a->w.cols;
-    float *q = exec->scratch, *u = q + slots * r, *act = u + slots * r, *d_act = act + slots * width;
-    const float *weight = a->routing.row_weight;
+    float *q = exec->scratch, *u = q + slots * r, *d_gu = a->d_gu;
+    const float *weight = a->routing.row_weight, *gu = a->gu;
     const expert_pass p = {&a->w, NULL, &a->lora, &a->routing, true};
     const int threads = pass_threads(exec, &p);
-    backward(exec, &p, d_act, q, a->d_out, (char *)q + down_floats(a));
+    const int64_t together = threads > 1 ? a->w.experts : 1; /* a lone thread meets an expert's rows again while they are near */
+    backward(exec, &p, d_gu + width, 2 * width, q, a->d_out, (char *)q + down_floats(a));
+    for (int64_t e = 0; e < a->w.experts; e += together) {
+        const int64_t first = a->routing.offsets[e], end = a->routing.offsets[e + together];
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+        for (int64_t s = first; s < end; s++) {
+            remake_row(a, s);
+            for (int64_t k = 0; k < r; k++) {
+                q[s * r + k] *= weight[s];
+                u[s * r + k] = weight[s] * ((const float *)a->u)[s * r + k];
+            }
+        }
+        branch_grads(exec, &p, e, e + together, d_gu, 2 * width, a->d_out, false, u, q);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+        for (int64_t s = first; s < end; s++)
+            activate_grad(&a->glu, d_gu + s * 2 * width, d_gu + s * 2 * width + width, weight[s], gu + s * 2 * width, width);
+    }
+    if (!a->bias) return ESP_OK;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
     for (int64_t e = 0; e < a->w.experts; e++)
-        for (int64_t s = a->routing.offsets[e]; s < a->routing.offsets[e + 1]; s++) leave_row(a, act, d_act, e, s);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t s = 0; s < slots; s++) {
-        for (int64_t k = 0; k < r; k++) {
-            q[s * r + k] *= weight[s];
-            u[s * r + k] = weight[s] * ((const float *)a->u)[s * r + k];
-        }
-    }
-    branch_grads(exec, &p, act, a->d_out, false, u, q);
+        for (int64_t s = a->routing.offsets[e]; s < a->routing.offsets[e + 1]; s++)
+            ((float *)a->d_row_weight)[s] +=
+                cpu_dot(a->bias + e * a->w.rows, (const float *)a->d_out + a->routing.row_token[s] * a->w.rows, a->w.rows);
     return ESP_OK;
 }
 
