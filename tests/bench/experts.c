@@ -151,14 +151,14 @@ static void run_onednn(expert_case *c) {
     onednn_run(c->data, c->calls % PEERS_COLD);
 }
 
-/* The peer takes bf16 and gives bf16, so it has nothing to convert. */
-static bool make_onednn(expert_case *c, const expert_case *like) {
+/* The peer takes bf16 and gives bf16, so it has nothing to convert; or floats, as espalier does. */
+static bool make_onednn(expert_case *c, const expert_case *like, bool floats) {
     *c = *like;
-    c->peer = "oneDNN, packed";
+    c->peer = floats ? "oneDNN, packed, rows of floats" : "oneDNN, packed";
     c->format = "bf16";
     c->bytes = 0;
     c->run = run_onednn;
-    c->data = onednn_make(like->rows, 1536, 2048, PEERS_COLD, threads);
+    c->data = onednn_make(like->rows, 1536, 2048, PEERS_COLD, threads, floats);
     return c->data != NULL;
 }
 
@@ -274,12 +274,12 @@ static void make_layer_case(expert_case *c, const layer *l, int64_t tokens, bool
     b->d_out = floats((size_t)(tokens * h), 0.1F);
     b->out = array(c, tokens * h);
     b->gu = array(c, slots * 2 * w);
-    b->y = array(c, slots * (w + h));
-    b->act = b->y + slots * h;
+    b->y = array(c, slots * h);
+    b->act = array(c, slots * (train ? 2 * w : w));
     if (!train) return;
     b->u_gu = array(c, slots * RANK);
     b->u_dn = array(c, slots * RANK);
-    b->d_gu = array(c, slots * 2 * w);
+    b->d_gu = b->act;
     b->d_rows = b->y;
     b->d_x = array(c, tokens * h);
     b->d_row_weight = array(c, slots);
@@ -299,7 +299,9 @@ static int make_cases(expert_case *cases, const char *only) {
             make_product(&cases[n++], &nf4, rows[i], true, false);
             make_product(&cases[n++], &mxfp4, rows[i], false, false);
             make_product(&cases[n++], &mxfp4, rows[i], true, false);
-            n += make_onednn(&cases[n], &cases[n - 4]);
+            const expert_case *like = &cases[n - 4];
+            n += make_onednn(&cases[n], like, false);
+            if (rows[i] >= 64) n += make_onednn(&cases[n], like, true);
             if (rows[i] < 64) make_product(&cases[n++], &nf4, rows[i], false, true);
         }
     }
