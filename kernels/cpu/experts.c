@@ -176,8 +176,12 @@ static cpu_rows routed_rows(const void *x, int64_t width, int64_t first) {
     return (cpu_rows){(float *)x + first * width, width, NULL};
 }
 
+/* To fetch a weight from memory takes as long as so many multiply-adds with it. */
+enum { FETCH = 5 };
+
 static int pass_threads(const espi_exec *exec, const expert_pass *p) {
-    return cpu_threads(exec, (double)p->routing->tokens * (double)p->routing->top_k * (double)p->w->rows * (double)p->w->cols);
+    const int64_t slots = p->routing->tokens * p->routing->top_k, hit = cpu_min(slots, p->w->experts);
+    return cpu_threads(exec, (double)(slots + FETCH * hit) * (double)p->w->rows * (double)p->w->cols);
 }
 
 /* y_s = W_e x_s + bias_e + scale B_e u_s, u_s = A_e x_s. */

@@ -26,6 +26,7 @@ typedef struct dense_case {
 
 static const espi_backend *backend;
 static int threads = 1;
+static const char *commit, *part; /* of the sources; what --only said, or NULL */
 
 static uint16_t *halves(size_t n, float scale) {
     uint16_t *x = allocate(n * sizeof *x);
@@ -280,9 +281,10 @@ static void write_json(const char *path, const dense_case *cases, int n, int rou
         if (c->tokens) json_object_set_new(row, "T", json_integer(c->tokens));
         json_array_append_new(rows, row);
     }
-    json_t *root = json_pack("{s:s, s:s, s:s, s:s, s:s, s:{s:f, s:f, s:f, s:f}, s:o}", "command", "esp_bench_dense", "compiler",
-                             ESP_COMPILER, "cpu", cpu_name(), "date", date, "backend", backend->name, "roof", "fp32_fma_gflops", 1e-9 * fma,
-                             "bf16_dot_gflops", 1e-9 * dot, "dram_copy_gbs", 1e-9 * copy, "dram_read_gbs", 1e-9 * reading, "rows", rows);
+    json_t *root =
+        json_pack("{s:s, s:s*, s:s, s:s, s:s, s:s, s:s, s:{s:f, s:f, s:f, s:f}, s:o}", "command", "esp_bench_dense", "only", part, "commit",
+                  commit, "compiler", ESP_COMPILER, "cpu", cpu_name(), "date", date, "backend", backend->name, "roof", "fp32_fma_gflops",
+                  1e-9 * fma, "bf16_dot_gflops", 1e-9 * dot, "dram_copy_gbs", 1e-9 * copy, "dram_read_gbs", 1e-9 * reading, "rows", rows);
     if (!root || json_dump_file(root, path, JSON_INDENT(1)) != 0) die(path);
     json_decref(root);
 }
@@ -295,6 +297,8 @@ int main(int argc, char **argv) {
     const char *json = asked.json;
     backend = asked.backend;
     threads = asked.threads;
+    commit = asked.commit;
+    part = asked.only;
     const int n = make_cases(cases, asked.only);
     for (int round = -1; round < rounds; round++) { /* the first round warms up */
         const int at = round < 0 ? 0 : round;

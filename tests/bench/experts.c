@@ -33,6 +33,7 @@ typedef struct expert_case {
 
 static const espi_backend *backend;
 static int threads = 1;
+static const char *commit, *part; /* of the sources; what --only said, or NULL */
 
 #define RUN(op, args)                                                                                                                      \
     do {                                                                                                                                   \
@@ -343,10 +344,11 @@ static void write_json(const char *path, const expert_case *cases, int n, int ro
         if (c->bytes > 0) json_object_set_new(row, "gbs", json_real(1e-9 * c->bytes / seconds));
         json_array_append_new(rows, row);
     }
-    json_t *root = json_pack("{s:s, s:s, s:s, s:s, s:s, s:{s:f, s:f, s:f, s:f}, s:o}", "command", "esp_bench_experts", "compiler",
-                             ESP_COMPILER, "cpu", cpu_name(), "date", date, "backend", backend->name, "roof", "fp32_fma_gflops",
-                             1e-9 * median(r->fma, rounds), "bf16_dot_gflops", 1e-9 * median(r->dot, rounds), "bf16_tiles_gflops",
-                             1e-9 * median(r->tiles, rounds), "dram_read_gbs", 1e-9 * median(r->read, rounds), "rows", rows);
+    json_t *root =
+        json_pack("{s:s, s:s*, s:s, s:s, s:s, s:s, s:s, s:{s:f, s:f, s:f, s:f}, s:o}", "command", "esp_bench_experts", "only", part,
+                  "commit", commit, "compiler", ESP_COMPILER, "cpu", cpu_name(), "date", date, "backend", backend->name, "roof",
+                  "fp32_fma_gflops", 1e-9 * median(r->fma, rounds), "bf16_dot_gflops", 1e-9 * median(r->dot, rounds), "bf16_tiles_gflops",
+                  1e-9 * median(r->tiles, rounds), "dram_read_gbs", 1e-9 * median(r->read, rounds), "rows", rows);
     if (!root || json_dump_file(root, path, JSON_INDENT(1)) != 0) die(path);
     json_decref(root);
 }
@@ -365,6 +367,8 @@ int main(int argc, char **argv) {
     const char *json = asked.json;
     backend = asked.backend;
     threads = asked.threads;
+    commit = asked.commit;
+    part = asked.only;
     const int n = make_cases(cases, asked.only);
     for (int round = -1; round < rounds; round++) { /* the first round warms up */
         const int at = round < 0 ? 0 : round;

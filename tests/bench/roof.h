@@ -149,16 +149,20 @@ static inline const espi_backend *find_backend(const char *name) {
 /* What a benchmark against these roofs is asked. */
 typedef struct bench_options {
     const espi_backend *backend;
-    const char *only, *json;
+    const char *only, *json, *commit;
     int threads, rounds;
 } bench_options;
 
 /* sections: what --only takes.  Ends the program where the options make no sense. */
 static inline bench_options bench_read(int argc, char **argv, const char *name, int rounds, const char *sections) {
-    static const struct option options[] = {{"backend", required_argument, NULL, 'b'}, {"threads", required_argument, NULL, 't'},
-                                            {"rounds", required_argument, NULL, 'r'},  {"only", required_argument, NULL, 'o'},
-                                            {"json", required_argument, NULL, 'j'},    {NULL, 0, NULL, 0}};
-    bench_options b = {.threads = 1, .rounds = rounds};
+    static const struct option options[] = {{"backend", required_argument, NULL, 'b'},
+                                            {"threads", required_argument, NULL, 't'},
+                                            {"rounds", required_argument, NULL, 'r'},
+                                            {"only", required_argument, NULL, 'o'},
+                                            {"json", required_argument, NULL, 'j'},
+                                            {"commit", required_argument, NULL, 'c'},
+                                            {NULL, 0, NULL, 0}};
+    bench_options b = {.threads = 1, .rounds = rounds, .commit = "unknown"};
     const char *backend = NULL;
     program = name;
     for (int o; (o = getopt_long(argc, argv, "", options, NULL)) != -1;) {
@@ -167,11 +171,12 @@ static inline bench_options bench_read(int argc, char **argv, const char *name, 
         if (o == 'r') b.rounds = atoi(optarg);
         if (o == 'o') b.only = optarg;
         if (o == 'j') b.json = optarg;
+        if (o == 'c') b.commit = optarg;
         if (o == '?') b.rounds = 0;
     }
     if (b.rounds < 1 || b.rounds > MAX_ROUNDS || b.threads < 1) {
-        fprintf(stderr, "usage: %s [--backend NAME] [--threads N] [--rounds 1..%d] [--json FILE]\n       [--only %s]\n", program,
-                MAX_ROUNDS, sections);
+        fprintf(stderr, "usage: %s [--backend NAME] [--threads N] [--rounds 1..%d] [--json FILE]\n       [--commit HASH] [--only %s]\n",
+                program, MAX_ROUNDS, sections);
         exit(2);
     }
     if (b.threads > 1) stopwatch = CLOCK_MONOTONIC;

@@ -6,7 +6,7 @@ build=${BUILD:-build/release}
 commit=$(git rev-parse --short HEAD 2>/dev/null || echo unknown)
 "$build/tests/bench/esp_bench" --model examples/models/mix-moe --json "$build/bench.json" --commit "$commit" "$@"
 for part in experts dense; do
-    "$build/tests/bench/esp_bench_$part" --json "$build/bench-$part.json"
+    "$build/tests/bench/esp_bench_$part" --json "$build/bench-$part.json" --commit "$commit"
 done
 echo "written: $build/bench.json, bench-experts.json, bench-dense.json; beside public peers: tests/bench/peers.py"
 ${PYTHON:-python3} tests/bench/reference_loop.py --model examples/models/mix-moe --train examples/tasks/mix-prompts.jsonl
