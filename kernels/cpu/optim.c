@@ -1,6 +1,8 @@
 /* Gradient norm and AdamW. */
 #include "kernels/cpu/cpu.h"
 
+#include <float.h>
+
 enum { SUMSQ_CHUNK = 4096, ADAM8_BLOCK = 256, MAP_SIZE = 256, CODE_ZERO_SIGNED = 127, CODE_ZERO_UNSIGNED = 0 };
 
 typedef double dvec __attribute__((vector_size(LANES * 8)));
@@ -47,20 +49,23 @@ esp_status ESPI_CPU(espi_adamw)(const espi_exec *exec, const espi_adamw *a) {
     return ESP_OK;
 }
 
-/* The nearest of 256 ascending values; on a midpoint the lower. */
-static uint8_t nearest(const float *map, float x) {
-    int low = 0; /* map[low] <= x < map[low + span] once x is inside the map */
-    for (int span = MAP_SIZE / 2; span >= 1; span /= 2)
-        if (low + span < MAP_SIZE && map[low + span] <= x) low += span;
-    const int high = low + 1 < MAP_SIZE ? low + 1 : low;
-    return (uint8_t)(x > (map[low] + map[high]) / 2 ? high : low);
+/* Halfway between the values of a map and their next ones. */
+static void midpoints(float middle[MAP_SIZE - 1], const float *map) {
+    for (int i = 0; i < MAP_SIZE - 1; i++) middle[i] = (map[i] + map[i + 1]) / 2;
 }
 
-/* New scale and codes of one block of moments.  A block of zeros has scale 0: nothing may be divided by it. */
-static float requantise(uint8_t *codes, const float *x, int64_t n, const float *map, uint8_t zero_code) {
+/* New scale and codes of one block of moments: the nearest values of an ascending map, on a midpoint the lower, are as many as midpoints are
+ * below.  A block of zeros has scale 0: nothing may be divided by it. */
+static float requantise(uint8_t *codes, const float *x, int64_t n, const float middle[MAP_SIZE - 1], uint8_t zero_code) {
+    int32_t below[ADAM8_BLOCK] = {0};
     float absmax = 0;
+#pragma omp simd reduction(max : absmax)
     for (int64_t i = 0; i < n; i++) absmax = fabsf(x[i]) > absmax ? fabsf(x[i]) : absmax;
-    for (int64_t i = 0; i < n; i++) codes[i] = absmax > 0 ? nearest(map, x[i] / absmax) : zero_code;
+    for (int32_t span = MAP_SIZE / 2; span >= 1 && absmax > 0; span /= 2) {
+#pragma omp simd
+        for (int64_t i = 0; i < n; i++) below[i] += middle[below[i] + span - 1] < x[i] / absmax ? span : 0;
+    }
+    for (int64_t i = 0; i < n; i++) codes[i] = absmax > 0 ? (uint8_t)below[i] : zero_code;
     return absmax;
 }
 
@@ -72,21 +77,29 @@ esp_status ESPI_CPU(espi_adamw8)(const espi_exec *exec, const espi_adamw8 *a) {
     const float keep = (float)(1 - a->lr * a->weight_decay), grad_scale = (float)a->grad_scale;
     const float old1 = (float)a->beta1, new1 = (float)(1 - a->beta1), old2 = (float)a->beta2, new2 = (float)(1 - a->beta2);
     const int threads = cpu_threads(exec, (double)a->n * 64);
+    float middle1[MAP_SIZE - 1], middle2[MAP_SIZE - 1];
+    midpoints(middle1, a->map1);
+    midpoints(middle2, a->map2);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t block = 0; block < cpu_blocks(a->n, ADAM8_BLOCK); block++) {
         const int64_t first = block * ADAM8_BLOCK, n = cpu_min(a->n - first, ADAM8_BLOCK);
-        float *p = (float *)a->p + first, m[ADAM8_BLOCK], v[ADAM8_BLOCK];
+        float *restrict p = (float *)a->p + first, m[ADAM8_BLOCK], v[ADAM8_BLOCK];
+        const float *restrict g = (const float *)a->g + first;
         uint8_t *code1 = a->state1 + first, *code2 = a->state2 + first;
         for (int64_t i = 0; i < n; i++) {
-            const float g = grad_scale * ((const float *)a->g)[first + i];
-            m[i] = v[i] = 0;
-            if (!isfinite(g)) continue;
-            m[i] = old1 * (a->map1[code1[i]] * a->absmax1[block]) + new1 * g;
-            v[i] = old2 * (a->map2[code2[i]] * a->absmax2[block]) + new2 * g * g;
-            p[i] = p[i] * keep - step_size * m[i] / (sqrtf(v[i]) + eps);
+            m[i] = a->map1[code1[i]] * a->absmax1[block];
+            v[i] = a->map2[code2[i]] * a->absmax2[block];
         }
-        a->absmax1[block] = requantise(code1, m, n, a->map1, CODE_ZERO_SIGNED);
-        a->absmax2[block] = requantise(code2, v, n, a->map2, CODE_ZERO_UNSIGNED);
+#pragma omp simd
+        for (int64_t i = 0; i < n; i++) {
+            const float d = grad_scale * g[i];
+            const bool finite = fabsf(d) <= FLT_MAX;
+            m[i] = finite ? old1 * m[i] + new1 * d : 0;
+            v[i] = finite ? old2 * v[i] + new2 * d * d : 0;
+            p[i] = finite ? p[i] * keep - step_size * m[i] / (sqrtf(v[i]) + eps) : p[i];
+        }
+        a->absmax1[block] = requantise(code1, m, n, middle1, CODE_ZERO_SIGNED);
+        a->absmax2[block] = requantise(code2, v, n, middle2, CODE_ZERO_UNSIGNED);
     }
     return ESP_OK;
 }

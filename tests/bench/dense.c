@@ -218,6 +218,42 @@ static void make_adamw(dense_case *c) {
         .section = "adamw", .shape = "13.1 M fp32", .what = "step", .unit = "gbs", .amount = 28.0 * (double)n, .run = run_adamw, .data = a};
 }
 
+static esp_status run_adamw8(dense_case *c) {
+    RUN(adamw8, (const espi_adamw8 *)c->data);
+    return ESP_OK;
+}
+static void make_adamw8(dense_case *c) {
+    const int64_t n = 13107200;
+    espi_adamw8 *a = allocate(sizeof *a);
+    float *maps = allocate(512 * sizeof *maps);
+    for (int i = 0; i < 512; i++) maps[i] = i < 256 ? (float)(i - 127) / 128 : (float)(i - 256) / 255;
+    *a = (espi_adamw8){.p = floats((size_t)n, 1),
+                       .state1 = allocate((size_t)n),
+                       .state2 = allocate((size_t)n),
+                       .absmax1 = floats((size_t)n / 256, 0),
+                       .absmax2 = floats((size_t)n / 256, 0),
+                       .g = floats((size_t)n, 1),
+                       .map1 = maps,
+                       .map2 = maps + 256,
+                       .n = n,
+                       .step = 3,
+                       .lr = 1e-3,
+                       .beta1 = 0.9,
+                       .beta2 = 0.999,
+                       .eps = 1e-8,
+                       .weight_decay = 0.01,
+                       .grad_scale = 1};
+    memset(a->state1, 0, (size_t)n);
+    memset(a->state2, 0, (size_t)n);
+    *c = (dense_case){.section = "adamw",
+                      .shape = "13.1 M fp32",
+                      .what = "step, 8-bit moments",
+                      .unit = "gbs",
+                      .amount = 16.0 * (double)n,
+                      .run = run_adamw8,
+                      .data = a};
+}
+
 typedef struct quant_data {
     uint8_t *codes;
     float *absmax, *values;
@@ -260,7 +296,10 @@ static int make_cases(dense_case *cases, const char *only) {
         make_draw(&cases[n++], 1, head);
         make_draw(&cases[n++], 8, head);
     }
-    if (all || strcmp(only, "adamw") == 0) make_adamw(&cases[n++]);
+    if (all || strcmp(only, "adamw") == 0) {
+        make_adamw(&cases[n++]);
+        make_adamw8(&cases[n++]);
+    }
     if (all || strcmp(only, "quant") == 0) {
         make_quantise(&cases[n++], ESP_F32);
         make_quantise(&cases[n++], ESP_BF16);
