@@ -8,6 +8,7 @@ namespace {
 
 enum { THREADS = 256, ADAM8_BLOCK = 256, EACH = 4, MAP_SIZE = 256, CODE_ZERO_SIGNED = 127, CODE_ZERO_UNSIGNED = 0 };
 
+#define ADAM8_BLOCKS 5           /* blocks of a multiprocessor */
 #define PIECE ((int64_t)1 << 20) /* moments on their way from or to the host: enough for the bus, little memory */
 
 /* What the step makes of the settings, in the precision that the elements are computed in. */
@@ -43,17 +44,50 @@ __global__ void __launch_bounds__(THREADS) adam_vectors(float4 *p, float4 *m, fl
     v[i] = vi;
 }
 
-/* The nearest of 256 ascending values, on a midpoint the lower: as many as there are midpoints below. */
-__device__ uint8_t nearest(const float *midpoints, float x) {
+/* Of 8-bit moments: the values of the codes, and where the search for the nearest begins: for every sign, exponent and 7 bits of mantissa of a
+ * number in [-1, 1] as many codes as lie below all such numbers for certain.  Smaller exponents than KEY_BASE's are taken for it. */
+enum { KEY_SHIFT = 16, KEY_BASE = 102 << 7, KEYS = (127 << 7) - KEY_BASE + 1 };
+
+struct code_map {
+    float values[MAP_SIZE], midpoints[MAP_SIZE];
+    uint8_t starts[2][KEYS];
+};
+
+/* As many as there are midpoints below x. */
+__device__ int search(const float *midpoints, float x) {
     int code = 0;
 #pragma unroll
     for (int step = MAP_SIZE / 2; step > 0; step /= 2)
         if (midpoints[code + step - 1] < x) code += step;
+    return code;
+}
+
+/* By the whole block, of MAP_SIZE threads. */
+__device__ void make_map(code_map *map, const float *values) {
+    const unsigned own = threadIdx.x, next = min(own + 1, static_cast<unsigned>(MAP_SIZE - 1));
+    map->values[own] = values[own];
+    map->midpoints[own] = (values[own] + values[next]) / 2;
+    __syncthreads();
+    for (unsigned key = own; key < KEYS; key += MAP_SIZE) {
+        const float least = key > 0 ? __uint_as_float((key + KEY_BASE) << KEY_SHIFT) : 0,
+                    end = __uint_as_float((key + 1 + KEY_BASE) << KEY_SHIFT);
+        map->starts[0][key] = static_cast<uint8_t>(search(map->midpoints, least));
+        map->starts[1][key] = static_cast<uint8_t>(search(map->midpoints, -end));
+    }
+    __syncthreads();
+}
+
+/* The nearest of 256 ascending values to x in [-1, 1], on a midpoint the lower. */
+__device__ uint8_t nearest(const code_map &map, float x) {
+    const uint32_t bits = __float_as_uint(x);
+    const int key = static_cast<int>((bits & 0x7fffffffu) >> KEY_SHIFT) - KEY_BASE;
+    int code = isnan(x) ? 0 : map.starts[bits >> 31][min(max(key, 0), KEYS - 1)];
+    while (code < MAP_SIZE - 1 && map.midpoints[code] < x) code++;
     return static_cast<uint8_t>(code);
 }
 
 /* Codes of EACH moments by their block's largest magnitude, which goes to absmax. */
-__device__ void requantise(uint8_t (&codes)[EACH], float *absmax, const float (&x)[EACH], const float *midpoints, int zero_code,
+__device__ void requantise(uint8_t (&codes)[EACH], float *absmax, const float (&x)[EACH], const code_map &map, int zero_code,
                            float *largest) {
     const int warp = static_cast<int>(threadIdx.x) / ESPI_WARP;
     float most = 0;
@@ -65,7 +99,7 @@ __device__ void requantise(uint8_t (&codes)[EACH], float *absmax, const float (&
     __syncthreads();
     most = fmaxf(largest[warp], largest[warp ^ 1]); /* two warps share a block of moments */
 #pragma unroll
-    for (int i = 0; i < EACH; i++) codes[i] = most > 0 ? nearest(midpoints, x[i] / most) : static_cast<uint8_t>(zero_code);
+    for (int i = 0; i < EACH; i++) codes[i] = most > 0 ? nearest(map, x[i] / most) : static_cast<uint8_t>(zero_code);
     if (absmax && threadIdx.x % (ADAM8_BLOCK / EACH) == 0) *absmax = most;
 }
 
@@ -89,39 +123,39 @@ template <typename T, typename V> __device__ void store(T *to, const T (&from)[E
         if (first + i < n) to[first + i] = from[i];
 }
 
-/* Four blocks of moments a block of threads, EACH elements a thread. */
-__global__ void __launch_bounds__(THREADS) adam8(float *p, uint8_t *state1, uint8_t *state2, float *absmax1, float *absmax2, const float *g,
-                                                 const float *map1, const float *map2, int64_t n, adam_terms s, bool vectors) {
-    __shared__ float values[2][MAP_SIZE], midpoints[2][MAP_SIZE], largest[THREADS / ESPI_WARP];
-    values[0][threadIdx.x] = map1[threadIdx.x];
-    values[1][threadIdx.x] = map2[threadIdx.x];
-    __syncthreads();
-    const unsigned next = min(threadIdx.x + 1, static_cast<unsigned>(MAP_SIZE - 1));
-    for (int map = 0; map < 2; map++) midpoints[map][threadIdx.x] = (values[map][threadIdx.x] + values[map][next]) / 2;
-    __syncthreads();
-    const int64_t block = static_cast<int64_t>(blockIdx.x) * (THREADS * EACH / ADAM8_BLOCK) + threadIdx.x / (ADAM8_BLOCK / EACH);
-    const int64_t first = (static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x) * EACH;
-    const bool has_block = block * ADAM8_BLOCK < n;
-    const float scale1 = has_block ? absmax1[block] : 0, scale2 = has_block ? absmax2[block] : 0;
-    alignas(16) float grad[EACH], value[EACH], m[EACH] = {}, v[EACH] = {};
-    alignas(4) uint8_t code1[EACH], code2[EACH];
-    load<float, float4>(grad, g, first, n, vectors);
-    load<float, float4>(value, p, first, n, vectors);
-    load<uint8_t, uchar4>(code1, state1, first, n, vectors);
-    load<uint8_t, uchar4>(code2, state2, first, n, vectors);
+/* Four blocks of moments at a time a block of threads, EACH elements a thread. */
+__global__ void __launch_bounds__(THREADS, ADAM8_BLOCKS)
+    adam8(float *p, uint8_t *state1, uint8_t *state2, float *absmax1, float *absmax2, const float *g, const float *map1, const float *map2,
+          int64_t n, adam_terms s, bool vectors) {
+    __shared__ code_map maps[2];
+    __shared__ float largest[THREADS / ESPI_WARP];
+    make_map(&maps[0], map1);
+    make_map(&maps[1], map2);
+    for (int64_t turn = blockIdx.x; turn * THREADS * EACH < n; turn += gridDim.x) {
+        const int64_t block = turn * (THREADS * EACH / ADAM8_BLOCK) + threadIdx.x / (ADAM8_BLOCK / EACH);
+        const int64_t first = (turn * THREADS + threadIdx.x) * EACH;
+        const bool has_block = block * ADAM8_BLOCK < n;
+        const float scale1 = has_block ? absmax1[block] : 0, scale2 = has_block ? absmax2[block] : 0;
+        alignas(16) float grad[EACH], value[EACH], m[EACH] = {}, v[EACH] = {};
+        alignas(4) uint8_t code1[EACH], code2[EACH];
+        load<float, float4>(grad, g, first, n, vectors);
+        load<float, float4>(value, p, first, n, vectors);
+        load<uint8_t, uchar4>(code1, state1, first, n, vectors);
+        load<uint8_t, uchar4>(code2, state2, first, n, vectors);
 #pragma unroll
-    for (int i = 0; i < EACH; i++) {
-        const float scaled = s.grad_scale * grad[i];
-        if (first + i >= n || !isfinite(scaled)) continue;
-        m[i] = s.beta1 * (values[0][code1[i]] * scale1) + s.rest1 * scaled;
-        v[i] = s.beta2 * (values[1][code2[i]] * scale2) + s.rest2 * scaled * scaled;
-        value[i] = value[i] * s.decay - s.step_size * m[i] / (sqrtf(v[i]) + s.eps);
+        for (int i = 0; i < EACH; i++) {
+            const float scaled = s.grad_scale * grad[i];
+            if (first + i >= n || !isfinite(scaled)) continue;
+            m[i] = s.beta1 * (maps[0].values[code1[i]] * scale1) + s.rest1 * scaled;
+            v[i] = s.beta2 * (maps[1].values[code2[i]] * scale2) + s.rest2 * scaled * scaled;
+            value[i] = value[i] * s.decay - s.step_size * m[i] / (sqrtf(v[i]) + s.eps);
+        }
+        requantise(code1, has_block ? absmax1 + block : nullptr, m, maps[0], CODE_ZERO_SIGNED, largest);
+        requantise(code2, has_block ? absmax2 + block : nullptr, v, maps[1], CODE_ZERO_UNSIGNED, largest);
+        store<float, float4>(p, value, first, n, vectors);
+        store<uint8_t, uchar4>(state1, code1, first, n, vectors);
+        store<uint8_t, uchar4>(state2, code2, first, n, vectors);
     }
-    requantise(code1, has_block ? absmax1 + block : nullptr, m, midpoints[0], CODE_ZERO_SIGNED, largest);
-    requantise(code2, has_block ? absmax2 + block : nullptr, v, midpoints[1], CODE_ZERO_UNSIGNED, largest);
-    store<float, float4>(p, value, first, n, vectors);
-    store<uint8_t, uchar4>(state1, code1, first, n, vectors);
-    store<uint8_t, uchar4>(state2, code2, first, n, vectors);
 }
 
 template <typename A> adam_terms terms_of(const A *a) {
@@ -205,7 +239,8 @@ esp_status espi_adamw8_cuda(const espi_exec *exec, const espi_adamw8 *a) {
     s.step_size = static_cast<float>(a->lr * correction2 / correction1);
     s.eps = static_cast<float>(a->eps * correction2);
     const bool vectors = espi_aligned16(a->p) && espi_aligned16(a->g) && espi_aligned16(a->state1) && espi_aligned16(a->state2);
-    adam8<<<espi_blocks(a->n, THREADS * EACH), THREADS, 0, espi_cuda_of(exec)->stream>>>(
+    const int64_t turns = espi_ceil_div(a->n, THREADS * EACH), most = ADAM8_BLOCKS * static_cast<int64_t>(espi_cuda_of(exec)->sms);
+    adam8<<<static_cast<unsigned>(turns < most ? turns : most), THREADS, 0, espi_cuda_of(exec)->stream>>>(
         static_cast<float *>(a->p), a->state1, a->state2, a->absmax1, a->absmax2, static_cast<const float *>(a->g), a->map1, a->map2, a->n,
         s, vectors);
     return ESPI_CUDA_LAUNCHED("8-bit AdamW");
