@@ -110,6 +110,16 @@ static __device__ __forceinline__ uint32_t dev_load_shared4(uint32_t address) {
     return v;
 }
 
+static __device__ __forceinline__ void dev_store_shared8(uint32_t address, uint2 v) {
+    asm volatile("st.shared.v2.b32 [%0], {%1,%2};" ::"r"(address), "r"(v.x), "r"(v.y) : "memory");
+}
+
+static __device__ __forceinline__ uint2 dev_load_shared8(uint32_t address) {
+    uint2 v;
+    asm volatile("ld.shared.v2.b32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address) : "memory");
+    return v;
+}
+
 static __device__ __forceinline__ uint32_t dev_load_shared2(uint32_t address) {
     uint16_t v;
     asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(address) : "memory");

@@ -94,17 +94,22 @@ extern "C" esp_status espi_down_fwd_cuda(const espi_exec *exec, const espi_down_
     return forward(exec, &p, &a->lora, a->u, PRODUCT_DOWN);
 }
 
-/* The shares of q and the product's scratch, one after the other in the same place. */
-static size_t back_scratch(const product_args *p, const espi_lora *lora, int64_t width, product_kind kind) {
-    const size_t shares = lora->r ? lora_pair_scratch(width, (int)lora->r, &p->routing) : 0, scratch = product_scratch(p, lora, kind);
-    return shares > scratch ? shares : scratch;
+/* Of the gradients of B, with q, and of A, and of the product, one after the other in the same place. */
+static size_t back_scratch(const product_args *p, const espi_lora *lora, product_kind kind) {
+    size_t most = product_scratch(p, lora, kind);
+    if (lora->r) {
+        const size_t pair = lora_pair_scratch(p->w.rows, (int)lora->r, &p->routing);
+        const size_t outer = lora_outer_scratch(p->w.cols, (int)lora->r, &p->routing);
+        most = pair > most ? pair : most, most = outer > most ? outer : most;
+    }
+    return most;
 }
 
 /* q of every row, then that. */
 extern "C" size_t espi_gate_up_bwd_scratch_cuda(const espi_exec *exec, const espi_gate_up_bwd *a) {
     (void)exec;
     const product_args p = gate_up_back_product(a, NULL);
-    return low_bytes(&a->lora, &a->routing) + back_scratch(&p, &a->lora, a->w.rows, PRODUCT_GATE_UP_BACK);
+    return low_bytes(&a->lora, &a->routing) + back_scratch(&p, &a->lora, PRODUCT_GATE_UP_BACK);
 }
 
 extern "C" esp_status espi_gate_up_bwd_cuda(const espi_exec *exec, const espi_gate_up_bwd *a) {
@@ -115,11 +120,11 @@ extern "C" esp_status espi_gate_up_bwd_cuda(const espi_exec *exec, const espi_ga
         pair_args pair = {};
         pair.d = (float *)a->lora.d_b, pair.low = (bf16 *)exec->scratch, pair.in = p.in, pair.u = (const bf16 *)a->u;
         pair.l = (const float *)a->lora.b, pair.r = p.r, pair.width = a->w.rows, pair.factor = (float)a->lora.scale;
-        pair.shares = (float *)((char *)exec->scratch + low_bytes(&a->lora, &a->routing));
+        pair.scratch = (char *)exec->scratch + low_bytes(&a->lora, &a->routing);
         ESPI_CUDA_TRY(lora_pair(&pair, &a->routing, cuda->stream));
         outer_args d_a = {};
         d_a.d = (float *)a->lora.d_a, d_a.in = (const bf16 *)a->x, d_a.in_row = a->routing.row_token, d_a.low = p.low, d_a.across = true;
-        d_a.r = p.r, d_a.width = a->w.cols, d_a.factor = 1;
+        d_a.r = p.r, d_a.width = a->w.cols, d_a.factor = 1, d_a.scratch = pair.scratch;
         ESPI_CUDA_TRY(lora_outer(&d_a, &a->routing, cuda->stream));
     }
     return product(exec, &p, &a->lora, PRODUCT_GATE_UP_BACK, low_bytes(&a->lora, &a->routing));
@@ -129,7 +134,7 @@ extern "C" esp_status espi_gate_up_bwd_cuda(const espi_exec *exec, const espi_ga
 extern "C" size_t espi_down_bwd_scratch_cuda(const espi_exec *exec, const espi_down_bwd *a) {
     (void)exec;
     const product_args p = down_back_product(a, NULL);
-    return 2 * low_bytes(&a->lora, &a->routing) + back_scratch(&p, &a->lora, a->w.rows, PRODUCT_DOWN_BACK);
+    return 2 * low_bytes(&a->lora, &a->routing) + back_scratch(&p, &a->lora, PRODUCT_DOWN_BACK);
 }
 
 extern "C" esp_status espi_down_bwd_cuda(const espi_exec *exec, const espi_down_bwd *a) {
@@ -141,12 +146,12 @@ extern "C" esp_status espi_down_bwd_cuda(const espi_exec *exec, const espi_down_
         pair_args pair = {};
         pair.d = (float *)a->lora.d_b, pair.low = (bf16 *)exec->scratch, pair.weighted = (bf16 *)((char *)exec->scratch + one);
         pair.in = p.in, pair.in_row = p.in_row, pair.u = (const bf16 *)a->u, pair.l = (const float *)a->lora.b;
-        pair.weight = (const float *)a->routing.row_weight, pair.shares = (float *)((char *)exec->scratch + 2 * one);
+        pair.weight = (const float *)a->routing.row_weight, pair.scratch = (char *)exec->scratch + 2 * one;
         pair.r = p.r, pair.width = a->w.rows, pair.factor = (float)a->lora.scale;
         ESPI_CUDA_TRY(lora_pair(&pair, &a->routing, cuda->stream));
         outer_args d_a = {};
         d_a.d = (float *)a->lora.d_a, d_a.gu = p.gu, d_a.glu = p.glu, d_a.low = pair.weighted, d_a.across = true;
-        d_a.r = p.r, d_a.width = a->w.cols, d_a.factor = 1;
+        d_a.r = p.r, d_a.width = a->w.cols, d_a.factor = 1, d_a.scratch = pair.scratch;
         ESPI_CUDA_TRY(lora_outer(&d_a, &a->routing, cuda->stream));
     }
     ESPI_TRY(product(exec, &p, &a->lora, PRODUCT_DOWN_BACK, 2 * one));

@@ -186,7 +186,9 @@ struct outer_args {
     int r;
     int64_t width;
     float factor;
+    void *scratch; /* lora_outer_scratch bytes */
 };
+size_t lora_outer_scratch(int64_t width, int r, const espi_routing *routing);
 cudaError_t lora_outer(const outer_args *a, const espi_routing *routing, cudaStream_t stream);
 
 /* Both at once, of the same rows, where their width is a multiple of 32 and the rank one of 8: low_s = factor * l_e^T in_s [, weighted_s =
@@ -197,11 +199,10 @@ struct pair_args {
     const bf16 *in, *u;
     const int32_t *in_row;
     const float *l, *weight;
-    float *shares; /* lora_pair_scratch bytes */
-    int64_t slots; /* for lora_pair */
     int r;
     int64_t width;
     float factor;
+    void *scratch; /* lora_pair_scratch bytes */
 };
 size_t lora_pair_scratch(int64_t width, int r, const espi_routing *routing);
 cudaError_t lora_pair(const pair_args *a, const espi_routing *routing, cudaStream_t stream);
