@@ -212,10 +212,13 @@ Test(golden_optim, adamw8bit_step_by_step) {
             map[side][i] = (float)maps[side][i];
             cr_expect_eq(esp_dynamic_map(side == 0)[i], map[side][i], "dynamic map %d, value %d", side, i);
         }
-    esp_ctx *ctx;
-    cr_assert_eq(esp_ctx_create(&ctx, &ESP_CTX_CONFIG(.backend = "ref")), ESP_OK, "%s", esp_last_error());
     espi_arena none = espi_arena_over(NULL, 0);
-    for (int step = 0; step < STEPS; step++) {
+    esp_ctx *ctxs[2];
+    cr_assert_eq(esp_ctx_create(&ctxs[0], &ESP_CTX_CONFIG(.backend = "ref")), ESP_OK, "%s", esp_last_error());
+    cr_assert_eq(esp_ctx_create(&ctxs[1], &ESP_CTX_CONFIG(.backend = "cpu")), ESP_OK, "%s", esp_last_error());
+    for (int run = 0; run < 2 * STEPS; run++) {
+        const int step = run % STEPS;
+        esp_ctx *ctx = ctxs[run / STEPS];
         const double *before = step == 0 ? start : after + (step - 1) * N;
         for (int i = 0; i < N; i++) {
             p[i] = (float)before[i];
@@ -252,6 +255,6 @@ Test(golden_optim, adamw8bit_step_by_step) {
     }
     double *all[] = {start, gradients, after, maps[0], maps[1]};
     for (int i = 0; i < 5; i++) free(all[i]);
-    esp_ctx_destroy(ctx);
+    for (int i = 0; i < 2; i++) esp_ctx_destroy(ctxs[i]);
     espi_st_close(file);
 }
