@@ -1,6 +1,7 @@
 #!/bin/sh
-# usage: spills.sh LEAST OBJECT...: the innermost loops with products of bf16 pairs keep their sums in registers: none of them loads a whole
-# vector from the stack.  LEAST: so many such loops there must be, or the search has gone blind.  Exit status 77: no disassembler.
+# usage: spills.sh LEAST OBJECT...: the innermost loops with products of bf16 pairs, of vectors or of tiles, keep what they work on in
+# registers: none of them loads a whole vector from the stack.  LEAST: so many such loops there must be, or the search has gone blind.  Exit
+# status 77: no disassembler.
 least=$1
 shift
 command -v objdump > /dev/null || exit 77
@@ -18,7 +19,7 @@ function finish(    i, j, k, inner, products, loads) {
         products = loads = 0
         for (k = 1; k <= lines; k++) {
             if (at[k] < from[i] || at[k] > to[i]) continue
-            if (text[k] ~ /vdpbf16ps/) products++
+            if (text[k] ~ /[vt]dpbf16ps/) products++
             if (text[k] ~ /\(%r[sb]p[,)].*,%zmm[0-9]+/ && text[k] !~ /1to16|broadcast/) loads++
         }
         if (!inner || products == 0) continue
