@@ -506,13 +506,32 @@ int64_t tile_stride(const espi_head *head) {
     return espi_ceil_div(head->w.rows, VECTOR) * VECTOR;
 }
 
-/* Chunks of equal size, as large as the tile allows. */
-int64_t chunk_rows(const espi_head *head) {
+/* Rows that are cut into chunks: of each at most `most`, a multiple of `step`.  There is room for the most that any number of rows up to n has
+ * of a chunk: a plan is made for the largest. */
+struct row_cut {
+    int64_t most, step;
+};
+
+int64_t room_rows(const espi_head *head, row_cut cut) {
+    return head->n < cut.most ? head->n : cut.most;
+}
+
+/* Chunks of equal size. */
+int64_t cut_rows(const espi_head *head, row_cut cut) {
+    if (head->n <= cut.most) return head->n;
+    const int64_t even = espi_ceil_div(head->n, espi_ceil_div(head->n, cut.most));
+    return espi_ceil_div(even, cut.step) * cut.step;
+}
+
+/* As large as the tile allows. */
+row_cut chunk_cut(const espi_head *head) {
     const int64_t fit = TILE_BYTES / (tile_stride(head) * static_cast<int64_t>(sizeof(bf16)));
-    const int64_t step = fit >= LARGE_STEP ? LARGE_STEP : SMALL_STEP, most = fit >= step ? fit / step * step : step;
-    if (head->n <= most) return head->n;
-    const int64_t even = espi_ceil_div(head->n, espi_ceil_div(head->n, most));
-    return espi_ceil_div(even, step) * step;
+    const int64_t step = fit >= LARGE_STEP ? LARGE_STEP : SMALL_STEP;
+    return {fit >= step ? fit / step * step : step, step};
+}
+
+int64_t chunk_rows(const espi_head *head) {
+    return cut_rows(head, chunk_cut(head));
 }
 
 /* The arrays of a chunk: logits, the rows' hidden states, their gradient. */
@@ -523,20 +542,20 @@ struct chunk {
 };
 
 size_t sums_room(const espi_head *head) {
-    return espi_room(chunk_rows(head) * head->w.cols, sizeof(float));
+    return espi_room(room_rows(head, chunk_cut(head)) * head->w.cols, sizeof(float));
 }
 
 size_t chunk_room(const espi_head *head) {
-    const int64_t rows = chunk_rows(head);
+    const int64_t rows = room_rows(head, chunk_cut(head));
     return espi_room(rows * tile_stride(head), sizeof(bf16)) + espi_room(rows * head->w.cols, sizeof(bf16));
 }
 
 chunk chunk_at(const espi_exec *exec, const espi_head *head, int64_t first) {
     char *scratch = static_cast<char *>(exec->scratch);
-    const int64_t rows = chunk_rows(head), left = head->n - first;
+    const int64_t rows = chunk_rows(head), left = head->n - first, room = room_rows(head, chunk_cut(head));
     chunk c = {first, left < rows ? left : rows, nullptr, nullptr, nullptr};
-    c.tile = espi_cut<bf16>(&scratch, rows * tile_stride(head));
-    c.x = espi_cut<bf16>(&scratch, rows * head->w.cols);
+    c.tile = espi_cut<bf16>(&scratch, room * tile_stride(head));
+    c.x = espi_cut<bf16>(&scratch, room * head->w.cols);
     c.sums = reinterpret_cast<float *>(scratch);
     return c;
 }
@@ -838,18 +857,21 @@ int64_t slice_width(const espi_head *head) {
     return HEAD_TILE * (tiles < SLICE_TILES ? tiles : SLICE_TILES);
 }
 
-/* Rounds of equal size. */
-int64_t round_rows(const espi_head *head) {
+row_cut round_cut(const espi_head *head) {
     constexpr int64_t STEP = 256; /* head_wgmma's tiles side by side */
     const int64_t hidden = head->w.cols, each = 6 * hidden + 2 * slice_width(head) + 8 * vocab_tiles(head) + 20;
-    const int64_t fit = SLICE_BYTES / each / STEP * STEP, most = fit < STEP ? STEP : fit < SLICE_ROWS ? fit : SLICE_ROWS;
-    if (head->n <= most) return head->n;
-    return espi_ceil_div(espi_ceil_div(head->n, espi_ceil_div(head->n, most)), STEP) * STEP;
+    const int64_t fit = SLICE_BYTES / each / STEP * STEP;
+    return {fit < STEP ? STEP : fit < SLICE_ROWS ? fit : SLICE_ROWS, STEP};
+}
+
+int64_t round_rows(const espi_head *head) {
+    return cut_rows(head, round_cut(head));
 }
 
 /* Bytes of a round's arrays, which are cut from scratch where it is there. */
 size_t cut_round(sliced_rows *r, char *scratch, const espi_head *head, bool gradient) {
-    const int64_t rows = round_rows(head), hidden = head->w.cols, tiles = vocab_tiles(head), rows_of_gradient = gradient ? rows : 0;
+    const int64_t rows = room_rows(head, round_cut(head)), hidden = head->w.cols, tiles = vocab_tiles(head),
+                  rows_of_gradient = gradient ? rows : 0;
     const char *begin = scratch;
     r->x = espi_cut<bf16>(&scratch, rows * hidden);
     r->tiles = espi_cut<float2>(&scratch, rows * tiles);

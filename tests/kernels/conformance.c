@@ -371,6 +371,33 @@ Test(kernels, scratch_depends_on_sizes_alone) {
     }
 }
 
+/* A plan is made for the most rows that a batch may have: the head of fewer never asks for more, however they are cut. */
+Test(kernels, scratch_of_the_head_grows_with_its_rows) {
+    static const espi_op_id ops[] = {ESPI_OP_head_stats, ESPI_OP_head_grad, ESPI_OP_head_fused, ESPI_OP_head_sample};
+    static const int64_t sizes[][2] = {{151936, 2048}, {201088, 2880}, {32000, 4096}, {97, 24}}; /* words, width */
+    const espi_backend *all[2 * BACKENDS];
+    int backend_count = backends(all);
+    for (const espi_backend *const *gpu = espi_backends_gpu; *gpu; gpu++) all[backend_count++] = *gpu;
+    for (int b = 0; b < backend_count; b++)
+        for (size_t i = 0; i < sizeof ops / sizeof *ops * (sizeof sizes / sizeof *sizes); i++) {
+            const int64_t *size = sizes[i % (sizeof sizes / sizeof *sizes)];
+            const espi_op_id op = ops[i / (sizeof sizes / sizeof *sizes)];
+            size_t most = 0;
+            for (int64_t n = 1; n < 20000; n += n % 256 == 1 ? 127 : n % 256 == 128 ? 128 : 1) {
+                const espi_head head = {
+                    .w = {.dtype = ESP_BF16, .rows = size[0], .cols = size[1]}, .n = n, .temperature = 1, .logit_scale = 1};
+                const any_args args = op == ESPI_OP_head_stats   ? (any_args){.head_stats = {.head = head}}
+                                      : op == ESPI_OP_head_grad  ? (any_args){.head_grad = {.head = head}}
+                                      : op == ESPI_OP_head_fused ? (any_args){.head_fused = {.head = head}}
+                                                                 : (any_args){.head_sample = {.head = head}};
+                const size_t bytes = scratch_of(all[b], op, &args);
+                cr_assert_geq(bytes, most, "%s on %s, %lld words: %zu bytes for %lld rows, %zu for fewer", op_cases[op].name, all[b]->name,
+                              (long long)size[0], bytes, (long long)n, most);
+                most = bytes;
+            }
+        }
+}
+
 static bool has_refusal(const espi_backend *backend, espi_op_id op, problem *p) {
     const char *refusal = NULL;
     op_cases[op].run(backend, p, 1, &refusal);
