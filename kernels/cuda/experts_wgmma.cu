@@ -18,6 +18,16 @@
 #define MOST_STAGES 16
 #define LOW_BYTES 2048 /* of 64 outputs x 16 ranks */
 
+/* Who announces what several threads have read or written and have met over: one of them.  racecheck does not follow such meetings: in a build for
+ * it every thread announces for itself. */
+#ifdef ESPI_EACH_ANNOUNCES
+#define ANNOUNCE_FOR_ALL false
+#else
+#define ANNOUNCE_FOR_ALL true
+#endif
+#define BRINGERS_ANNOUNCE (ANNOUNCE_FOR_ALL ? 1 : PRODUCERS)
+#define READERS_ANNOUNCE (ANNOUNCE_FOR_ALL ? CONSUMERS / 32 : CONSUMERS)
+
 /* Shared memory: each warpgroup's own sub-tiles (decoded weights of a backward; its results on their way out), barriers, the values of the
  * codes, indices of two tiles' rows, for each warpgroup the weights of two tiles' rows (down_back), and as many stages as there is room for.
  * A stage: rows, then records, plain weights or those of 16 ranks. */
@@ -53,6 +63,10 @@ template <int format, product_kind kind> static __device__ __forceinline__ ring 
 
 static __device__ __forceinline__ uint32_t stage_of(const ring &r) {
     return r.first + r.stage * r.stage_bytes;
+}
+
+static __device__ __forceinline__ void announce(uint32_t barrier, bool for_all) {
+    if (for_all || !ANNOUNCE_FOR_ALL) dev_barrier_arrive(barrier);
 }
 
 static __device__ __forceinline__ void advance(ring &r) {
@@ -141,11 +155,13 @@ static __device__ __forceinline__ void bring(const tile_args &a, uint32_t base, 
                     dev_barrier_expect(full, 2 * F::record);
                     dev_copy_bulk(to + r.rows_bytes, from0, F::record, full);
                     dev_copy_bulk(to + r.rows_bytes + F::record, from1, F::record, full);
+                } else {
+                    announce(full, false);
                 }
                 from0 += step, from1 += step;
             } else {
                 bring_plain<kind>(to + r.rows_bytes + thread / 64 * SUBTILE, a, w, k, thread / 64, thread % 64);
-                if (thread == 0) dev_barrier_arrive(full);
+                announce(full, thread == 0);
             }
 #pragma unroll
             for (int i = 0; i < 16; i++)
@@ -167,7 +183,7 @@ static __device__ __forceinline__ void bring(const tile_args &a, uint32_t base, 
             bring_low<F::across>(to + r.rows_bytes + thread / 64 * LOW_BYTES, a, w.expert, thread < 64 ? block0 : block1, 16 * j,
                                  thread % 64);
             dev_meet(3, PRODUCERS); /* what all have stored, one announces */
-            if (thread == 0) dev_barrier_arrive(full);
+            announce(full, thread == 0);
             advance(r);
         }
     }
@@ -230,7 +246,7 @@ static __device__ __forceinline__ void multiply_forward(float (&d)[128], const t
         decode_fragments<format>(ahead, next, 0);
         dev_pin(ahead);
         dev_wgmma_wait<0>();
-        if (lane == 0) dev_barrier_arrive(empty);
+        announce(empty, lane == 0);
         codes = next;
 #pragma unroll
         for (int i = 0; i < 8; i++) first[i] = ahead[i];
@@ -241,7 +257,7 @@ static __device__ __forceinline__ void multiply_forward(float (&d)[128], const t
     decode_fragments<format>(second, codes, 1);
     multiply_half<n>(d, second, rows + 4, 1);
     dev_wgmma_wait<0>();
-    if (lane == 0) dev_barrier_arrive(r.empty + 8 * r.stage);
+    announce(r.empty + 8 * r.stage, lane == 0);
     advance(r);
 }
 
@@ -272,12 +288,12 @@ static __device__ __forceinline__ void multiply_plain(float (&d)[128], const til
         for (int j = 0; j < 4; j++) dev_wgmma<n, across>::run(d, left + j * (across ? 128 : 2), right + 2 * j, k | j);
         dev_wgmma_commit();
         dev_wgmma_wait<1>();
-        if (k > 0 && lane == 0) dev_barrier_arrive(r.empty + 8 * before); /* the block before is read */
+        if (k > 0) announce(r.empty + 8 * before, lane == 0); /* the block before is read */
         before = r.stage;
         advance(r);
     }
     dev_wgmma_wait<0>();
-    if (lane == 0) dev_barrier_arrive(r.empty + 8 * before);
+    announce(r.empty + 8 * before, lane == 0);
 }
 
 /* What a lane decodes of a k-block in a backward: 32 columns of one row.  The lane 16 further on has the row's other columns: each makes half
@@ -342,11 +358,11 @@ static __device__ __forceinline__ void multiply_back(float (&d)[128], const tile
             load_line<format>(codes, stage_of(r) + records, row, half);
         }
         dev_wgmma_wait<1>();
-        if (k > 0 && lane == 0) dev_barrier_arrive(r.empty + 8 * before); /* the block before is read */
+        if (k > 0) announce(r.empty + 8 * before, lane == 0); /* the block before is read */
         before = stage;
     }
     dev_wgmma_wait<0>();
-    if (lane == 0) dev_barrier_arrive(r.empty + 8 * before);
+    announce(r.empty + 8 * before, lane == 0);
 }
 
 template <int n, int format, product_kind kind>
@@ -377,7 +393,7 @@ static __device__ __forceinline__ void multiply(float (&d)[128], const tile_args
             dev_wgmma<n, F::across>::run(d, low, right, 1);
         dev_wgmma_commit();
         dev_wgmma_wait<0>();
-        if (lane == 0) dev_barrier_arrive(r.empty + 8 * r.stage);
+        announce(r.empty + 8 * r.stage, lane == 0);
         advance(r);
     }
     dev_wgmma_settle<8 * n>(d);
@@ -456,8 +472,8 @@ static __global__ __launch_bounds__(CONSUMERS + PRODUCERS, 1) void product_wgmma
     if (threadIdx.x == 0) {
         const ring r = make_ring<format, kind>(base, (int)plan.y);
         for (int i = 0; i < r.stages; i++) {
-            dev_barrier_init(r.full + 8 * i, PRODUCERS + 1); /* and the one who queues the records */
-            dev_barrier_init(r.empty + 8 * i, CONSUMERS / 32);
+            dev_barrier_init(r.full + 8 * i, PRODUCERS + BRINGERS_ANNOUNCE); /* every one's copies, and what is stored or the records */
+            dev_barrier_init(r.empty + 8 * i, READERS_ANNOUNCE);
         }
         for (int g = 0; g < 2; g++) dev_store_shared(base + F::turns + 4 * g, 0u);
         for (int i = 0; i < 16 && format == ESP_NF4; i++) dev_store_shared(base + F::table + 4 * i, __float_as_uint(a.p.w.lut[i]));
