@@ -192,8 +192,8 @@ cudaError_t lora_low(const low_args *a, const espi_routing *routing, cudaStream_
 }
 
 /* ---- the gradients: a block owns a chunk of one expert's rows in a band of 512 bytes.  It brings 32 rows at a time into shared memory, where
- * its eight warps, a quarter of the columns by half of the rows each, multiply them with what they have of rank r (band_outer), form the
- * activation from gu first (band_glu), or make of the same rows the skinny product across B besides (band_pair): of that the share of the
+ * its eight warps, a quarter of the columns by half of the rows each, multiply them with what they have of rank r (BAND_OUTER), form the
+ * activation from gu first (BAND_GLU), or make of the same rows the skinny product across B besides (BAND_PAIR): of that the share of the
  * band.  The sums of an expert's chunks and of a row's bands are added up in order afterwards. ---- */
 enum band_kind { BAND_OUTER, BAND_GLU, BAND_PAIR };
 
@@ -202,12 +202,12 @@ enum band_kind { BAND_OUTER, BAND_GLU, BAND_PAIR };
 #define BAND_STRIDE (2 * BAND + 16) /* bytes; one access width of padding keeps eight rows on different banks */
 #define LOW_STRIDE (2 * PASS + 16)
 #define STAGE (BAND_ROWS * (BAND_STRIDE + LOW_STRIDE))
-#define STAGES 4
+#define BAND_BLOCKS(kind) ((kind) == BAND_PAIR || DEV_SHARED_KB < 228 ? 2 : 3) /* on a multiprocessor: what fits */
+#define STAGES(kind) ((kind) == BAND_PAIR ? 4 : 3)
 #define STRIPS 4
-#define SHARE_STRIDE (4 * PASS + 16)
-#define SHARE (BAND_ROWS * SHARE_STRIDE) /* of a strip: its share of the skinny product of 32 rows */
-#define CHUNK 1024                       /* rows at most; how an expert's rows are cut depends on their number alone */
-#define BAND_BYTES(kind) (STAGES * STAGE + ((kind) == BAND_PAIR ? 2 * STRIPS * SHARE : 0) + 4 * CHUNK)
+#define SHARE (BAND_ROWS * PASS * 4) /* of a strip: its share of the skinny product of 32 rows */
+#define CHUNK 1024                   /* rows at most; how an expert's rows are cut depends on their number alone */
+#define BAND_BYTES(kind) (STAGES(kind) * STAGE + ((kind) == BAND_PAIR ? 2 * STRIPS * SHARE : 0) + 4 * CHUNK)
 
 struct row_chunk {
     int expert, row0, rows, place; /* place: of its sums among all chunks of experts with more than one; negative: the only one */
@@ -243,11 +243,11 @@ static __device__ __forceinline__ row_chunk find_chunk(const int32_t *offsets, i
 
 struct band_args {
     outer_args o;
-    bf16 *low, *weighted; /* of band_pair: of what, and the skinny product's share of each band */
+    bf16 *low, *weighted; /* of BAND_PAIR, as l and shares: the skinny product */
     const float *l;
     float *sums, *shares; /* sums: of chunks with a place */
-    int64_t slots;
-    bool in_turn; /* blocks take all chunks of a band, then the next band; else all bands of a chunk */
+    int64_t slots;        /* routed rows */
+    bool in_turn;         /* blocks take all chunks of a band, then the next band; else all bands of a chunk */
 };
 
 /* Eight values times a weight. */
@@ -259,16 +259,19 @@ static __device__ __forceinline__ uint4 weighted8(uint4 v, float weight) {
 /* What a lane holds of L in the tensor cores' fragments: its strip's 64 columns by 16 ranks; zero past the width and the rank. */
 static __device__ __forceinline__ void load_fragments(uint32_t (&b)[4][2][2], const float *l, int64_t width, int r, int column0, int n0) {
     const int lane = threadIdx.x % 32;
-    float value[32];
 #pragma unroll
-    for (int i = 0; i < 32; i++) { /* in the place of what is not there something else, so that all are on their way at once */
-        const int k = column0 + 16 * (i / 8) + 8 * (i / 2 % 2) + 2 * (lane % 4) + i % 2, n = n0 + 8 * (i / 4 % 2) + lane / 4;
-        const bool there = k < width && n < r;
-        value[i] = __ldg(l + (there ? k * r + n : 0));
-        if (!there) value[i] = 0;
+    for (int first = 0; first < 4; first += 2) {
+        float value[16];
+#pragma unroll
+        for (int i = 0; i < 16; i++) { /* in the place of what is not there something else, so that all are on their way at once */
+            const int k = column0 + 16 * (first + i / 8) + 8 * (i / 2 % 2) + 2 * (lane % 4) + i % 2, n = n0 + 8 * (i / 4 % 2) + lane / 4;
+            const bool there = k < width && n < r;
+            value[i] = __ldg(l + (there ? k * r + n : 0));
+            if (!there) value[i] = 0;
+        }
+#pragma unroll
+        for (int i = 0; i < 8; i++) b[first + i / 4][i / 2 % 2][i % 2] = dev_bf16x2(value[2 * i], value[2 * i + 1]);
     }
-#pragma unroll
-    for (int i = 0; i < 16; i++) b[i / 4][i / 2 % 2][i % 2] = dev_bf16x2(value[2 * i], value[2 * i + 1]);
 }
 
 /* The activation of interleaved gates and ups, whose columns `x` and `y` (eight each) are across the lanes: a lane gets the gate or up that it
@@ -304,9 +307,21 @@ template <band_kind kind> static __device__ __forceinline__ const char *band_pie
     return (const char *)(p.gu + (column0 + piece % 16 * 8 < p.width ? column0 + piece % 16 * 8 : column0) + piece / 16 * p.width);
 }
 
+/* Into L2, what a block will add to. */
+static __device__ __forceinline__ void prefetch_gradient(const outer_args &p, int expert, int column0, int columns, int n0) {
+    const int thread = (int)threadIdx.x, column = column0 + (p.across ? thread % PASS * (columns / PASS) : thread);
+    const int n = n0 + (p.across ? thread / PASS : 0);
+    if (column < p.width && n < p.r) dev_prefetch_l2(p.d + expert * p.width * p.r + (p.across ? n * p.width + column : column * p.r + n));
+}
+
+/* Of two neighbouring ranks of a row in a strip's share: sixteen lanes that store have four rows, or load two whole ones, on all banks. */
+static __device__ __forceinline__ uint32_t share_place(int row, int pair) {
+    return row * PASS * 4 + (pair ^ (row & 2) << 1) * 8;
+}
+
 template <band_kind kind>
-static __global__ __launch_bounds__(THREADS, 2) void band_products(const __grid_constant__ band_args a, const int32_t *offsets,
-                                                                   int experts) {
+static __global__ __launch_bounds__(THREADS, BAND_BLOCKS(kind)) void band_products(const __grid_constant__ band_args a,
+                                                                                   const int32_t *offsets, int experts) {
     extern __shared__ __align__(16) uint8_t memory[];
     constexpr int columns = kind == BAND_GLU ? BAND / 2 : BAND, strip_columns = columns / STRIPS, tiles = strip_columns / 16;
     const outer_args &p = a.o;
@@ -315,7 +330,7 @@ static __global__ __launch_bounds__(THREADS, 2) void band_products(const __grid_
     const int thread = (int)threadIdx.x, warp = thread / 32, lane = thread % 32, strip = warp % STRIPS, half = warp / STRIPS;
     const int band = (int)(a.in_turn ? blockIdx.y : blockIdx.x), bands = (int)(a.in_turn ? gridDim.y : gridDim.x);
     const int column0 = band * columns, n0 = (int)blockIdx.z * PASS, steps = (c.rows + BAND_ROWS - 1) / BAND_ROWS;
-    const uint32_t stages = (uint32_t)dev_opaque((int)dev_shared(memory)), parts = stages + STAGES * STAGE;
+    const uint32_t stages = (uint32_t)dev_opaque((int)dev_shared(memory)), parts = stages + STAGES(kind) * STAGE;
     const uint32_t indices = parts + (kind == BAND_PAIR ? 2 * STRIPS * SHARE : 0);
     for (int i = thread; i < steps * BAND_ROWS; i += THREADS) {
         const int s = c.row0 + min(i, c.rows - 1);
@@ -350,16 +365,18 @@ static __global__ __launch_bounds__(THREADS, 2) void band_products(const __grid_
         }
         dev_copy_commit();
     };
-    for (int ahead = 0; ahead < STAGES - 1; ahead++) load(ahead);
+    for (int ahead = 0; ahead < STAGES(kind) - 1; ahead++) load(ahead);
+    if (c.place < 0) prefetch_gradient(p, c.expert, column0, columns, n0);
     uint32_t b[4][2][2];
     if (kind == BAND_PAIR) load_fragments(b, a.l + c.expert * p.width * p.r, p.width, p.r, column0 + strip_columns * strip, n0);
     float *share_to = a.shares + (((int64_t)blockIdx.z * bands + band) * a.slots + c.row0 + thread / 8) * PASS + thread % 8 * 2;
+    const uint32_t share_from = share_place(thread / 8, thread % 8);
     auto store_shares = [&](uint32_t from, int step) {
         if (step * BAND_ROWS + thread / 8 >= c.rows) return;
         float2 total = make_float2(0, 0);
 #pragma unroll
         for (int w = 0; w < STRIPS; w++) { /* in order */
-            const uint2 v = dev_load_shared8(from + w * SHARE + thread / 8 * SHARE_STRIDE + thread % 8 * 8);
+            const uint2 v = dev_load_shared8(from + w * SHARE + share_from);
             total.x += __uint_as_float(v.x), total.y += __uint_as_float(v.y);
         }
         *(float2 *)(share_to + step * (BAND_ROWS * PASS)) = total;
@@ -368,10 +385,10 @@ static __global__ __launch_bounds__(THREADS, 2) void band_products(const __grid_
     const int matrix = lane / 8, eighth = lane % 8;
     float sum[tiles][2][4] = {};
     for (int step = 0; step < steps; step++) {
-        dev_copy_wait<STAGES - 2>();
+        dev_copy_wait<STAGES(kind) - 2>();
         __syncthreads();
         if (kind == BAND_PAIR && step > 0) store_shares(other_part(), step - 1);
-        load(step + STAGES - 1);
+        load(step + STAGES(kind) - 1);
         const uint32_t rows = read + 16 * half * BAND_STRIDE, across = rows + (matrix / 2 * 8 + eighth) * BAND_STRIDE + matrix % 2 * 16;
         const uint32_t along = rows + (matrix % 2 * 8 + eighth) * BAND_STRIDE + matrix / 2 * 16;
         const uint4 v =
@@ -391,7 +408,7 @@ static __global__ __launch_bounds__(THREADS, 2) void band_products(const __grid_
         }
 #pragma unroll
         for (int i = 0; i < 4 && kind == BAND_PAIR; i++)
-            dev_store_shared8(part + strip * SHARE + (16 * half + 8 * (i % 2) + lane / 4) * SHARE_STRIDE + 32 * (i / 2) + lane % 4 * 8,
+            dev_store_shared8(part + strip * SHARE + share_place(16 * half + 8 * (i % 2) + lane / 4, i / 2 * 4 + lane % 4),
                               make_uint2(__float_as_uint(share[i / 2][2 * (i % 2)]), __float_as_uint(share[i / 2][2 * (i % 2) + 1])));
         part = other_part();
         read = read + STAGE == parts ? stages : read + STAGE;
