@@ -236,6 +236,12 @@ static void pack_plain(uint32_t *panel, const cpu_weight *w, int64_t k0, int64_t
     }
 }
 
+/* sum + a pair in memory times 16 pairs, as one instruction: the compiler would make two. */
+INLINE __m512 dot_one(__m512 sum, __m512bh b, const uint16_t *pair) {
+    __asm__("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(b), "m"(*(const uint16_t(*)[2])pair));
+    return sum;
+}
+
 /* Few rows meet 16 columns, rows of w, which become pairs of columns in registers: nothing is packed.  What the next 16 columns need is asked
  * for in the order in which it lies. */
 INLINE void few(const cpu_rows *c, const bf16_rows *a, const char *w, int64_t stride, int64_t depth, bool add, const int rows,
@@ -260,11 +266,7 @@ INLINE void few(const cpu_rows *c, const bf16_rows *a, const char *w, int64_t st
         for (int p = 0; p < WORDS; p++) {
             const __m512bh b = (__m512bh)turned(x, p);
             CPU_UNROLL
-            for (int i = 0; i < rows; i++) {
-                int32_t two;
-                memcpy(&two, a->base + i * a->stride + k + 2 * p, sizeof two);
-                sum[i] = _mm512_dpbf16_ps(sum[i], (__m512bh)_mm512_set1_epi32(two), b);
-            }
+            for (int i = 0; i < rows; i++) sum[i] = dot_one(sum[i], b, a->base + i * a->stride + k + 2 * p);
         }
     }
     CPU_UNROLL

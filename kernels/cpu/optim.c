@@ -58,13 +58,14 @@ static void midpoints(float middle[MAP_SIZE - 1], const float *map) {
  * below.  A block of zeros has scale 0: nothing may be divided by it. */
 static float requantise(uint8_t *codes, const float *x, int64_t n, const float middle[MAP_SIZE - 1], uint8_t zero_code) {
     int32_t below[ADAM8_BLOCK] = {0};
-    float absmax = 0;
-#pragma omp simd reduction(max : absmax)
-    for (int64_t i = 0; i < n; i++) absmax = fabsf(x[i]) > absmax ? fabsf(x[i]) : absmax;
-    for (int32_t span = MAP_SIZE / 2; span >= 1 && absmax > 0; span /= 2) {
-#pragma omp simd
-        for (int64_t i = 0; i < n; i++) below[i] += middle[below[i] + span - 1] < x[i] / absmax ? span : 0;
+    vec largest = {0};
+    for (int64_t i = 0; i < n; i += LANES) {
+        const vec y = n - i < LANES ? load_part(x + i, n - i, 0) : load(x + i);
+        largest = vmax(vmax(y, -y), largest);
     }
+    const float absmax = vlargest(largest);
+    for (int32_t span = MAP_SIZE / 2; span >= 1 && absmax > 0; span /= 2)
+        for (int64_t i = 0; i < n; i++) below[i] += middle[below[i] + span - 1] < x[i] / absmax ? span : 0;
     for (int64_t i = 0; i < n; i++) codes[i] = absmax > 0 ? (uint8_t)below[i] : zero_code;
     return absmax;
 }
