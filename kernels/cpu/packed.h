@@ -58,7 +58,7 @@ enum { TASK_COLS = 256, TASK_ROWS = 512 };
 enum { LEAST_COLS = 256, TASKS_EACH = 4 };
 
 /* Columns `first` .. first + n - 1 of an expert and, where `second` is not 0, `second` .. second + n - 1; all whole records.  Rows of c begin
- * at column 0. */
+ * at column 0 and lie below each other, without an index. */
 typedef struct cpu_columns {
     int64_t first, second, n;
 } cpu_columns;
