@@ -1,38 +1,38 @@
-/* Products of bf16 with packed experts in tiles: see packed.h for the layout.  A tile of weights is decoded, values scaled, and meets up to
- * four tiles of 16 rows.  While the tile unit works on one, the vector units decode the next but one: their instructions are interleaved by
- * hand, because a processor does not look far enough ahead to do it.
- *
- * The tiles of rows stay in the first cache: of the depth so much is taken at a time that they fit, and sums wait in memory from one part of
- * the depth to the next, which does not change them.
+/* Products of bf16 with packed experts in tiles: see packed.h for the layout.  Rows meet weights two by two tiles at a time.  Of 32 columns so
+ * much of the depth is decoded, values scaled, as stays in the first cache with what else there is: the first two tiles of rows meet it while
+ * the next record is decoded, a piece after each product, the others find it decoded.  Sums wait in memory from one part of the depth to the
+ * next, which does not change them.  Rows pass by in the order in which they lie and are not needed again soon, so their tiles are loaded past
+ * the first cache.
  *
  * Forward: weights are the left factor, 16 n by 32 k, so that the scale of a row is one number, and the rows of x are the right one, turned
- * so that pairs of k lie beside each other.  Sums come out turned.  Backward: weights are the right factor, 16 pairs of n by 16 k. */
+ * so that pairs of k lie beside each other.  Sums come out turned.  Backward: weights are the right factor, 16 pairs of n by 16 k, even k in
+ * one tile and odd ones in another. */
 #include "kernels/cpu/decode.h"
 
 enum {
     TILE_BYTES = 1024,
     TILE_FLOATS = 256,
-    TILE_SIDE = 16,  /* rows of a tile, and floats of a row of sums */
-    TILE_DEPTH = 32, /* of a product of two tiles */
-    TOGETHER = 4,    /* tiles of rows that meet a tile of weights */
-    ROWS_TOGETHER = TOGETHER * TILE_SIDE,
-    NEAR = 32,   /* tiles of rows that stay in the first cache */
-    CHUNK = 512, /* columns whose sums wait in the second */
-    AHEAD = 2,   /* so many records beside are fetched before they are decoded */
+    TILE_SIDE = 16,               /* rows of a tile, and floats of a row of sums */
+    TILE_DEPTH = 32,              /* of a product of two tiles */
+    BLOCK = 2 * TILE_SIDE,        /* rows, and columns, of a product of two by two */
+    ROWS_TOGETHER = 4 * BLOCK,    /* that meet what is decoded */
+    LEFT_BYTES = 4 * TILE_BYTES,  /* of a decoded record, forward: 32 n by 64 k */
+    RIGHT_BYTES = 2 * TILE_BYTES, /* and backward, of half the k */
+    PART_BYTES = 24 * 1024,       /* of decoded weights that rows meet one after the other */
+    RING_BYTES = PART_BYTES + LEFT_BYTES,
+    SUMS_BYTES = ROWS_TOGETHER * BLOCK * (int)sizeof(float),
+    AHEAD = 4, /* so many records behind one another are fetched before they are decoded */
 };
 
-/* The tile of weights, as the instructions' names want it. */
-#define WEIGHTS 4
-
 /* The compiler does not know that these read and write memory. */
-#define TILE_LOAD(tile, from, stride)                                                                                                      \
+#define TILE_LOAD(load, tile, from)                                                                                                        \
     do {                                                                                                                                   \
         __asm__ volatile("" ::: "memory");                                                                                                 \
-        _tile_loadd(tile, from, stride);                                                                                                   \
+        load(tile, from, 64);                                                                                                              \
     } while (0)
-#define TILE_STORE(tile, to, stride)                                                                                                       \
+#define TILE_STORE(tile, to)                                                                                                               \
     do {                                                                                                                                   \
-        _tile_stored(tile, to, stride);                                                                                                    \
+        _tile_stored(tile, to, 64);                                                                                                        \
         __asm__ volatile("" ::: "memory");                                                                                                 \
     } while (0)
 
@@ -72,37 +72,18 @@ INLINE void turn_quarter(__m512i x[4], const uint8_t *tile, int q) {
     turn_lanes(x);
 }
 
-/* ---- what is done for `rows` tiles of rows, a constant ---- */
+/* ---- rows ---- */
 
-#define EACH(of)                                                                                                                           \
-    of(0);                                                                                                                                 \
-    of(1);                                                                                                                                 \
-    of(2);                                                                                                                                 \
-    of(3)
-#define BEGIN(j)                                                                                                                           \
-    if (j < rows) {                                                                                                                        \
-        if (add)                                                                                                                           \
-            TILE_LOAD(j, sums + j * TILE_FLOATS, 64);                                                                                      \
-        else                                                                                                                               \
-            _tile_zero(j);                                                                                                                 \
-    }
-#define KEEP(j)                                                                                                                            \
-    if (j < rows) TILE_STORE(j, sums + j * TILE_FLOATS, 64)
-/* A quarter of decoding follows each of four products; where there are fewer, more of them. */
-#define QUARTERS(j) for (int part = j * 4 / rows; part < (j + 1) * 4 / rows; part++)
+INLINE __m512i round_32(const float *from) {
+    return (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + 16), _mm512_loadu_ps(from));
+}
 
-/* ---- forward ---- */
-
-/* `rows` rows, at most 16, of x to tiles of 32 k, `apart` bytes apart; rows beyond are 0. */
+/* `rows` rows, at most 16, to tiles `apart` bytes apart; rows beyond are 0.  Forward, 32 k turned: */
 static void turn_rows(uint8_t *to, int64_t apart, const cpu_rows *a, int64_t first, int64_t rows, int64_t depth) {
     _Alignas(64) uint8_t line[TILE_BYTES] = {0};
     for (int64_t k = 0; k < depth; k += TILE_DEPTH, to += apart) {
-        for (int i = 0; i < rows; i++) {
-            const float *from = row_at(a, first + i) + k;
-            const __m512bh pair = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + 16), _mm512_loadu_ps(from));
-            _mm512_store_si512(line + i * 64, (__m512i)pair);
-        }
-        /* decoding leaves every fourth pair beside the next */
+        for (int i = 0; i < rows; i++) _mm512_store_si512(line + i * 64, round_32(row_at(a, first + i) + k));
+            /* decoding leaves every fourth pair beside the next */
 #pragma GCC unroll 16
         for (int q = 0; q < 4; q++) {
             __m512i x[4];
@@ -112,349 +93,365 @@ static void turn_rows(uint8_t *to, int64_t apart, const cpu_rows *a, int64_t fir
         }
     }
 }
-
-/* Where a stream of records is: tile `tile` of 16 n, record `record` of the depth. */
-typedef struct place {
-    int64_t tile, record;
-} place;
-
-INLINE const uint8_t *record_at(const uint8_t *w, const place *p, int64_t stride, int64_t bytes) {
-    return w + p->tile / 2 * stride + p->record * bytes;
-}
-/* Stays at the last tile's beginning. */
-INLINE void advance(place *p, int64_t tiles, int64_t records) {
-    if (++p->record < records) return;
-    p->record = 0;
-    if (p->tile < tiles - 1) p->tile++;
-}
-
-/* For n of 16 its scaled values, twice: the bit above a code does not matter. */
-INLINE void row_values(uint8_t *to, __m512 lut, const float *scale, int n) {
-    const __m512 scaled = _mm512_mul_ps(lut, _mm512_set1_ps(scale[n]));
-    _mm512_store_si512(to + n * 64, (__m512i)_mm512_cvtne2ps_pbh(scaled, scaled));
-}
-
-/* Four n of a tile, whose row n holds pairs of k, every fourth one beside the next. */
-INLINE void decode_rows(uint8_t *tile, const __m512i unit[4], const uint8_t *values, const int nibble) {
-#pragma GCC unroll 16
-    for (int i = 0; i < 4; i++) {
-        const int n = i + 4 * nibble;
-        const __m512i code = nibble ? _mm512_srli_epi16(unit[i], 4 * nibble) : unit[i];
-        _mm512_store_si512(tile + n * 64, _mm512_permutexvar_epi16(code, _mm512_load_si512(values + n * 64)));
+/* Backward, 32 n as they lie: */
+static void round_rows(uint8_t *to, int64_t apart, const cpu_rows *a, int64_t first, int64_t rows, int64_t depth) {
+    for (int64_t n = 0; n < depth; n += TILE_DEPTH, to += apart) {
+        for (int i = 0; i < rows; i++) _mm512_store_si512(to + i * 64, round_32(row_at(a, first + i) + n));
+        for (int64_t i = rows; i < TILE_SIDE; i++) _mm512_store_si512(to + i * 64, _mm512_setzero_si512());
     }
 }
 
-INLINE void load_units(__m512i unit[4], const uint8_t *codes) {
-#pragma GCC unroll 16
-    for (int i = 0; i < 4; i++) unit[i] = _mm512_loadu_si512(codes + i * 64);
-    turn_lanes(unit);
+/* ---- decoding ---- */
+
+/* Of four rows' codes the first and the third in the low bits of the bytes; of the others, moved there, with the bit of the second half of
+ * a table. */
+INLINE void split_codes(__m512i code[2], __m512i units, __m512i odd_first, __m512i odd_second) {
+    const __m512i low = _mm512_set1_epi8(15);
+    code[0] = _mm512_ternarylogic_epi32(units, low, odd_first, 0xea); /* units & low | odd */
+    code[1] = _mm512_ternarylogic_epi32(_mm512_srli_epi16(units, 4), low, odd_second, 0xea);
 }
 
-/* sums[tiles][rows][16 n][16 rows] (+)= weights times x[2 records][rows], tiles of 16 n from w on.  next: the weights that follow these. */
-INLINE void forward_tiles(float *sums, const uint8_t *x0, const uint8_t *w, const uint8_t *next, int64_t stride, int64_t records,
-                          int64_t tiles, const float *lut, bool add, const int rows, const bool mx) {
-    enum { TABLES = TILE_SIDE * 64 };
-    _Alignas(64) uint8_t weights[2][2][TILE_BYTES], values[2][2][TABLES];
-    _Alignas(64) float buffer[TILE_SIDE];
-    const __m512 table = _mm512_loadu_ps(lut);
-    const int64_t bytes = record_bytes(mx ? ESP_MXFP4 : ESP_NF4);
-    const int sets = mx ? 2 : 1;
-    place decoded = {0, 0}, scaled = {0, 0};
-    for (int i = 0; i < 2; i++) {
-        const uint8_t *record = record_at(w, &scaled, stride, bytes);
-        for (int set = 0; set < sets; set++) {
-            const float *scale = row_scales(buffer, record, (int)(scaled.tile % 2), set, mx);
-            for (int n = 0; n < TILE_SIDE; n++) row_values(values[i][set], table, scale, n);
-        }
-        advance(&scaled, tiles, records);
-    }
-    for (int half = 0; half < 2; half++) {
-        __m512i unit[4];
-        load_units(unit, w + half * 256);
-#pragma GCC unroll 16
-        for (int nibble = 0; nibble < 4; nibble++) decode_rows(weights[0][half], unit, values[0][mx ? half : 0], nibble);
-    }
-    advance(&decoded, tiles, records);
-    int now = 0;
-    for (int64_t tile = 0; tile < tiles; tile++, sums += rows * TILE_FLOATS) {
-        const uint8_t *x = x0;
-        EACH(BEGIN);
-        for (int64_t r = 0; r < records; r++, now ^= 1) {
-            const uint8_t *codes = record_at(w, &decoded, stride, bytes) + decoded.tile % 2 * (RECORD_CODES / 2);
-            const uint8_t *later = record_at(w, &scaled, stride, bytes);
-            const int later_half = (int)(scaled.tile % 2);
-            if (later_half == 0) {
-                const int64_t ahead = scaled.tile / 2 + AHEAD - tiles / 2;
-                prefetch_record(ahead < 0 ? later + AHEAD * stride : next + ahead * stride + scaled.record * bytes, bytes);
-            }
+/* 32 entries: the values of one row, scaled, then those of another. */
+INLINE __m512i two_tables(__m512 lut, const float *first, const float *second) {
+    return (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(lut, _mm512_set1_ps(*second)), _mm512_mul_ps(lut, _mm512_set1_ps(*first)));
+}
+
+/* Forward, 16 n by 64 k to two tiles 2 KB apart: */
+typedef struct left_codes {
+    __m512i units[2][4];
+    const float *scale[2];
+} left_codes;
+INLINE void left_load(left_codes *c, float buffer[2][TILE_SIDE], const uint8_t *record, int tile, const bool mx) {
 #pragma GCC unroll 2
-            for (int half = 0; half < 2; half++, x += rows * TILE_BYTES) {
-                __m512i unit[4];
-                const float *scale = row_scales(buffer, later, later_half, half, mx);
-                const uint8_t *from = values[now ^ 1][mx ? half : 0];
-                uint8_t *to = values[now][mx ? half : 0];
-                load_units(unit, codes + half * 256);
-                TILE_LOAD(WEIGHTS, weights[now][half], 64);
-#define LEFT(j, held)                                                                                                                      \
-    if (j < rows) {                                                                                                                        \
-        TILE_LOAD(held, x + j * TILE_BYTES, 64);                                                                                           \
-        _tile_dpbf16ps(j, WEIGHTS, held);                                                                                                  \
-        QUARTERS(j) {                                                                                                                      \
-            decode_rows(weights[now ^ 1][half], unit, from, part);                                                                         \
-            if (mx)                                                                                                                        \
-                for (int n = 0; n < 4; n++) row_values(to, table, scale, part * 4 + n);                                                    \
-            else                                                                                                                           \
-                for (int n = 0; n < 2; n++) row_values(to, table, scale, half * 8 + part * 2 + n);                                         \
-        }                                                                                                                                  \
+    for (int half = 0; half < 2; half++) {
+        const uint8_t *codes = record + tile * (RECORD_CODES / 2) + half * (RECORD_CODES / 4);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) c->units[half][i] = _mm512_loadu_si512(codes + i * 64);
+        turn_lanes(c->units[half]);
+        c->scale[half] = half == 0 || mx ? row_scales(buffer[half], record, tile, half, mx) : NULL;
     }
-                LEFT(0, 5);
-                LEFT(1, 6);
-                LEFT(2, 7);
-                LEFT(3, 5);
-            }
-            advance(&decoded, tiles, records);
-            advance(&scaled, tiles, records);
+}
+/* rows i, i + 4, i + 8 and i + 12, in which every fourth pair of k lies beside the next. */
+INLINE void left_piece(uint8_t *to, const left_codes *c, __m512 lut, const int i, const bool mx) {
+    const __m512i none = _mm512_setzero_si512(), odd = _mm512_set1_epi8(16);
+    __m512i low, high;
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; half++) {
+        uint8_t *row = to + half * 2 * TILE_BYTES + i * 64;
+        __m512i code[2];
+        if (half == 0 || mx) {
+            low = two_tables(lut, c->scale[half] + i, c->scale[half] + i + 4);
+            high = two_tables(lut, c->scale[half] + i + 8, c->scale[half] + i + 12);
         }
-        EACH(KEEP);
+        split_codes(code, c->units[half][i], none, odd);
+        _mm512_store_si512(row, _mm512_permutexvar_epi16(code[0], low));
+        _mm512_store_si512(row + 4 * 64, _mm512_permutexvar_epi16(code[1], low));
+        _mm512_store_si512(row + 8 * 64, _mm512_permutexvar_epi16(_mm512_srli_epi16(code[0], 8), high));
+        _mm512_store_si512(row + 12 * 64, _mm512_permutexvar_epi16(_mm512_srli_epi16(code[1], 8), high));
     }
 }
 
-/* ---- backward ---- */
-
-/* `rows` rows, at most 16, of the gradient to tiles of 32 n, in pairs, `apart` bytes apart; rows beyond are 0. */
-static void pair_rows(uint8_t *to, int64_t apart, const cpu_rows *a, int64_t first, int64_t rows, int64_t depth) {
-    const __m512i order = pairing();
-    for (int64_t i = 0; i < TILE_SIDE; i++) {
-        const float *from = row_at(a, first + cpu_min(i, rows - 1));
-        for (int64_t n = 0; n < depth; n += TILE_DEPTH) {
-            const __m512bh pair = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + n + 16), _mm512_loadu_ps(from + n));
-            const __m512i x = _mm512_permutexvar_epi16(order, (__m512i)pair);
-            _mm512_store_si512(to + n / TILE_DEPTH * apart + i * 64, i < rows ? x : _mm512_setzero_si512());
-        }
-    }
-}
-
-/* Pairs of n `first` .. first + many - 1 of a record: their scaled values. */
-INLINE void values_of_pairs(uint8_t *to, const uint8_t *record, __m512 lut, int first, int many, int half, const bool mx) {
+/* Backward, 32 n by 32 k to two tiles, of even k and of odd ones, every fourth beside the next.  Piece p of four: of n 16 (p / 2) .. 16 (p / 2)
+ * + 15 two of every four. */
+INLINE void right_piece(uint8_t *to, const uint8_t *record, int half, __m512 lut, const int p, const bool mx) {
     _Alignas(64) float buffer[TILE_SIDE];
-    const float *scale = row_scales(buffer, record, first / 8, half, mx);
-#pragma GCC unroll 16
-    for (int i = first; i < first + many; i++) _mm512_store_si512(to + i * 64, pair_values(lut, scale, i % 8 / 2, i % 2));
-}
-
-/* Records one below the other and `tiles` tiles of 16 k beside each other; next: the weights that follow these. */
-typedef struct column {
-    const uint8_t *w, *next;
-    int64_t stride, bytes, records, tiles;
-} column;
-
-INLINE const uint8_t *depth_at(const column *c, int64_t tile, int64_t record) {
-    return c->w + record * c->stride + tile / 4 * c->bytes;
-}
-
-INLINE void decode_quarter(uint8_t *to, const gather *g, const uint8_t *codes, const uint8_t *values, int quarter) {
-#pragma GCC unroll 16
-    for (int i = 2 * quarter; i < 2 * quarter + 2; i++) {
-        const __m512i units = gather_units(g, codes + i / 4 * (RECORD_CODES / 2), i % 4);
-        const __m512i *pair = (const __m512i *)(values + i * 128);
-        _mm512_store_si512(to + i * 128, (__m512i)decode_gathered(g, units, pair[0], 0));
-        _mm512_store_si512(to + i * 128 + 64, (__m512i)decode_gathered(g, units, pair[1], 1));
-    }
-}
-
-/* sums[tiles][rows][16 rows][16 k] (+)= x[records][rows] times weights, tiles of 16 k from w on.  values: of two groups of tiles that share
- * scales, of every record. */
-INLINE void backward_tiles(float *sums, const uint8_t *x0, const column *c, uint8_t *values, const float *lut, bool add, const int rows,
-                           const bool mx) {
-    enum { LATER = 2, ROUND = 4 };
-    const int alike = mx ? 2 : 4, share = 16 / alike;
-    _Alignas(64) uint8_t weights[ROUND][TILE_BYTES];
-    const gather g = gather_make();
-    const __m512 table = _mm512_loadu_ps(lut);
-    const int64_t group = c->records * TILE_BYTES;
-    for (int64_t r = 0; r < c->records; r++)
-        for (int first = 0; first < 16; first += 8) values_of_pairs(values + r * TILE_BYTES, depth_at(c, 0, r), table, first, 8, 0, mx);
-    place decoded = {0, 0};
-    int64_t next = 0;
-#define DECODE(part)                                                                                                                       \
-    decode_quarter(to, &g, codes, from, part);                                                                                             \
-    values_of_pairs(later, further, table, (int)(decoded.tile % alike) * share + (part) * (share / 4), share / 4, half, mx)
-#define DECODE_AT                                                                                                                          \
-    uint8_t *to = weights[next % ROUND];                                                                                                   \
-    const uint8_t *codes = depth_at(c, decoded.tile, decoded.record) + decoded.tile % 4 * 128;                                             \
-    const uint8_t *from = values + decoded.tile / alike % 2 * group + decoded.record * TILE_BYTES;                                         \
-    const int64_t group_tile = cpu_min(decoded.tile / alike + 1, (c->tiles - 1) / alike) * alike;                                          \
-    uint8_t *later = values + (decoded.tile / alike + 1) % 2 * group + decoded.record * TILE_BYTES;                                        \
-    const uint8_t *further = depth_at(c, group_tile, decoded.record);                                                                      \
-    const int half = (int)(group_tile % 4 / 2)
-    for (; next < LATER; next++) {
-        DECODE_AT;
-#pragma GCC unroll 16
-        for (int part = 0; part < 4; part++) {
-            DECODE(part);
+    const __m512i odd = _mm512_set1_epi32(0x10100000);
+    const int tile = p / 2, two = p % 2 * 2;
+    const float *scale = row_scales(buffer, record, tile, half, mx) + two;
+    __m512i units[4], code[2][2];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) units[i] = _mm512_loadu_si512(record + tile * (RECORD_CODES / 2) + half * (RECORD_CODES / 4) + i * 64);
+    turn_lanes(units);
+    /* codes of the two for one k beside each other */
+    split_codes(code[0], _mm512_mask_blend_epi16(0xaaaaaaaa, units[two], _mm512_slli_epi32(units[two + 1], 16)), odd, odd);
+    split_codes(code[1], _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(units[two], 16), units[two + 1]), odd, odd);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        const __m512i values = two_tables(lut, scale + 4 * i, scale + 4 * i + 1);
+        uint8_t *row = to + (tile * 8 + 2 * i + two / 2) * 64;
+#pragma GCC unroll 2
+        for (int parity = 0; parity < 2; parity++) {
+            const __m512i at = i < 2 ? code[parity][i] : _mm512_srli_epi16(code[parity][i - 2], 8);
+            _mm512_store_si512(row + parity * TILE_BYTES, _mm512_permutexvar_epi16(at, values));
         }
-        advance(&decoded, c->tiles, c->records);
-    }
-    for (int64_t tile = 0; tile < c->tiles; tile++, sums += rows * TILE_FLOATS) {
-        const uint8_t *x = x0;
-        EACH(BEGIN);
-        for (int64_t r = 0; r < c->records; r++, next++, x += rows * TILE_BYTES) {
-            DECODE_AT;
-            if (decoded.tile % 4 == 0) {
-                const int64_t ahead = decoded.tile / 4 + AHEAD - c->tiles / 4;
-                const uint8_t *far = ahead < 0 ? depth_at(c, decoded.tile, decoded.record) + AHEAD * c->bytes
-                                               : c->next + ahead * c->bytes + decoded.record * c->stride;
-                prefetch_record(far, c->bytes);
-            }
-            TILE_LOAD(WEIGHTS, weights[(next - LATER) % ROUND], 64);
-#define RIGHT(j, held)                                                                                                                     \
-    if (j < rows) {                                                                                                                        \
-        TILE_LOAD(held, x + j * TILE_BYTES, 64);                                                                                           \
-        _tile_dpbf16ps(j, held, WEIGHTS);                                                                                                  \
-        QUARTERS(j) {                                                                                                                      \
-            DECODE(part);                                                                                                                  \
-        }                                                                                                                                  \
-    }
-            RIGHT(0, 5);
-            RIGHT(1, 6);
-            RIGHT(2, 7);
-            RIGHT(3, 5);
-            advance(&decoded, c->tiles, c->records);
-        }
-        EACH(KEEP);
     }
 }
 
-/* ---- the kernels, by tiles of rows ---- */
+/* ---- products ---- */
 
-typedef void forward_fn(float *sums, const uint8_t *x, const uint8_t *w, const uint8_t *next, int64_t stride, int64_t records,
-                        int64_t tiles, const float *lut, bool add);
-typedef void backward_fn(float *sums, const uint8_t *x, const column *c, uint8_t *values, const float *lut, bool add);
-#define TILES(rows, mx)                                                                                                                    \
-    static void forward_##rows##_##mx(float *sums, const uint8_t *x, const uint8_t *w, const uint8_t *next, int64_t stride,                \
-                                      int64_t records, int64_t tiles, const float *lut, bool add) {                                        \
-        forward_tiles(sums, x, w, next, stride, records, tiles, lut, add, rows, mx);                                                       \
+/* Of 32 columns a part of the depth: `records` of them, `stride` apart, which lie decoded, or are about to, in a ring from `slot` on. */
+typedef struct part {
+    uint8_t *ring;
+    int64_t slots, slot;
+    const uint8_t *record;
+    int64_t stride, records;
+    bool decode;          /* all but the first, which is decoded */
+    int half;             /* backward: which k of the records */
+    const uint8_t *after; /* what is decoded last, behind all; NULL: nothing */
+    int after_half;
+} part;
+
+#define MULTIPLY(sum, weights, row)                                                                                                        \
+    if (multiply && left)                                                                                                                  \
+        _tile_dpbf16ps(sum, weights, row);                                                                                                 \
+    else if (multiply)                                                                                                                     \
+    _tile_dpbf16ps(sum, row, weights)
+#define TAKE(load, tile, from)                                                                                                             \
+    if (multiply) TILE_LOAD(load, tile, from)
+
+/* `rows` tiles at x meet two at w; pieces of something else are done in between. */
+#define TWO_BY_TWO(w, x, PIECE)                                                                                                            \
+    TAKE(_tile_loadd, 4, w);                                                                                                               \
+    TAKE(_tile_stream_loadd, 6, x);                                                                                                        \
+    MULTIPLY(0, 4, 6);                                                                                                                     \
+    PIECE(0);                                                                                                                              \
+    TAKE(_tile_loadd, 5, (w) + TILE_BYTES);                                                                                                \
+    MULTIPLY(1, 5, 6);                                                                                                                     \
+    PIECE(1);                                                                                                                              \
+    if (rows == 2) {                                                                                                                       \
+        TAKE(_tile_stream_loadd, 7, (x) + TILE_BYTES);                                                                                     \
+        MULTIPLY(2, 4, 7);                                                                                                                 \
     }                                                                                                                                      \
-    static void backward_##rows##_##mx(float *sums, const uint8_t *x, const column *c, uint8_t *values, const float *lut, bool add) {      \
-        backward_tiles(sums, x, c, values, lut, add, rows, mx);                                                                            \
-    }
-TILES(1, 0)
-TILES(2, 0)
-TILES(3, 0)
-TILES(4, 0)
-TILES(1, 1)
-TILES(2, 1)
-TILES(3, 1)
-TILES(4, 1)
-static forward_fn *const forward_of[2][TOGETHER] = {{forward_1_0, forward_2_0, forward_3_0, forward_4_0},
-                                                    {forward_1_1, forward_2_1, forward_3_1, forward_4_1}};
-static backward_fn *const backward_of[2][TOGETHER] = {{backward_1_0, backward_2_0, backward_3_0, backward_4_0},
-                                                      {backward_1_1, backward_2_1, backward_3_1, backward_4_1}};
+    PIECE(2);                                                                                                                              \
+    if (rows == 2) {                                                                                                                       \
+        MULTIPLY(3, 5, 7);                                                                                                                 \
+    }                                                                                                                                      \
+    PIECE(3)
 
-/* 16 columns of up to 16 rows, from a tile; turned: rows are the last index. */
-INLINE void put_tile(const cpu_rows *c, const uint8_t *sums, int64_t first, int64_t rows, int64_t col, __m512 start, const bool turned) {
-#pragma GCC unroll 16
-    for (int q = 0; q < 4; q++) {
-        __m512i x[4];
-        if (turned) turn_quarter(x, sums, q);
-        for (int i = 0; i < 4 && q * 4 + i < rows; i++) {
-            const __m512 y = turned ? _mm512_castsi512_ps(x[i]) : _mm512_load_ps((const float *)sums + (q * 4 + i) * TILE_SIDE);
-            _mm512_storeu_ps(row_at(c, first + q * 4 + i) + col, turned ? _mm512_add_ps(y, start) : y);
-        }
+INLINE void left_step(const uint8_t *x, const uint8_t *w, uint8_t *to, const uint8_t *from, __m512 lut, const int rows, const bool mx,
+                      const bool decode, const bool multiply) {
+    const bool left = true;
+    _Alignas(64) float buffer[2][TILE_SIDE];
+    left_codes codes;
+#pragma GCC unroll 2
+    for (int k = 0; k < 2; k++) {
+#define PIECE(i)                                                                                                                           \
+    if (decode && i == 0) left_load(&codes, buffer, from, k, mx);                                                                          \
+    if (decode) left_piece(to + k * TILE_BYTES, &codes, lut, i, mx)
+        TWO_BY_TWO(w + k * 2 * TILE_BYTES, x + k * rows * TILE_BYTES, PIECE);
+#undef PIECE
     }
 }
 
-/* Columns col .. col + n - 1 of `many` rows from sums[n / 16][many / 16]. */
-static void put_sums(const cpu_rows *c, const float *sums, int64_t first, int64_t many, int64_t col, int64_t n, const float *bias,
-                     bool turned) {
-    for (const int64_t end = col + n; col < end; col += TILE_SIDE) {
+INLINE void right_step(const uint8_t *x, const uint8_t *w, uint8_t *to, const uint8_t *from, int half, __m512 lut, const int rows,
+                       const bool mx, const bool decode, const bool multiply) {
+    const bool left = false;
+#define PIECE(i)                                                                                                                           \
+    if (decode) right_piece(to, from, half, lut, i, mx)
+    TWO_BY_TWO(w, x, PIECE);
+#undef PIECE
+}
+
+#define SUMS(of)                                                                                                                           \
+    of(0);                                                                                                                                 \
+    of(1);                                                                                                                                 \
+    of(2);                                                                                                                                 \
+    of(3)
+#define BEGIN(j)                                                                                                                           \
+    if (j / 2 < rows) {                                                                                                                    \
+        if (add)                                                                                                                           \
+            TILE_LOAD(_tile_loadd, j, sums + j * TILE_FLOATS);                                                                             \
+        else                                                                                                                               \
+            _tile_zero(j);                                                                                                                 \
+    }
+#define KEEP(j)                                                                                                                            \
+    if (j / 2 < rows) TILE_STORE(j, sums + j * TILE_FLOATS)
+
+/* sums[rows][2] (+)= `rows` tiles of rows times two of weights, over a part of the depth. */
+INLINE void multiply_part(float *sums, const uint8_t *x, const part *p, const float *table, bool add, const int rows, const bool left,
+                          const bool mx) {
+    const int64_t decoded = left ? LEFT_BYTES : RIGHT_BYTES, bytes = record_bytes(mx ? ESP_MXFP4 : ESP_NF4);
+    const __m512 lut = _mm512_loadu_ps(table);
+    const uint8_t *record = p->record;
+    int64_t slot = p->slot;
+    SUMS(BEGIN);
+    for (int64_t r = 0; r < p->records; r++, x += rows * (decoded / 2)) {
+        const uint8_t *w = p->ring + slot * decoded;
+        const bool last = r + 1 == p->records;
+        record += p->stride;
+        slot = slot + 1 == p->slots ? 0 : slot + 1;
+        const uint8_t *from = last ? p->after : p->decode ? record : NULL;
+        uint8_t *to = p->ring + slot * decoded;
+        const int half = last ? p->after_half : p->half;
+        if (left && from) {
+            prefetch_record(from + AHEAD * bytes, bytes);
+            left_step(x, w, to, from, lut, rows, mx, true, true);
+        } else if (left) {
+            left_step(x, w, to, from, lut, rows, mx, false, true);
+        } else if (from) {
+            if (half == 0) prefetch_record(from + bytes, bytes);
+            right_step(x, w, to, from, half, lut, rows, mx, true, true);
+        } else {
+            right_step(x, w, to, from, half, lut, rows, mx, false, true);
+        }
+    }
+    SUMS(KEEP);
+}
+
+typedef void multiply_fn(float *sums, const uint8_t *x, const part *p, const float *lut, bool add);
+typedef void decode_fn(uint8_t *to, const uint8_t *record, int half, const float *lut);
+#define MULTIPLIES(rows, mx)                                                                                                               \
+    static void left_##rows##_##mx(float *sums, const uint8_t *x, const part *p, const float *lut, bool add) {                             \
+        multiply_part(sums, x, p, lut, add, rows, true, mx);                                                                               \
+    }                                                                                                                                      \
+    static void right_##rows##_##mx(float *sums, const uint8_t *x, const part *p, const float *lut, bool add) {                            \
+        multiply_part(sums, x, p, lut, add, rows, false, mx);                                                                              \
+    }
+MULTIPLIES(1, 0)
+MULTIPLIES(2, 0)
+MULTIPLIES(1, 1)
+MULTIPLIES(2, 1)
+#define DECODES(mx)                                                                                                                        \
+    static void decode_left_##mx(uint8_t *to, const uint8_t *record, int half, const float *lut) {                                         \
+        (void)half;                                                                                                                        \
+        left_step(NULL, NULL, to, record, _mm512_loadu_ps(lut), 2, mx, true, false);                                                       \
+    }                                                                                                                                      \
+    static void decode_right_##mx(uint8_t *to, const uint8_t *record, int half, const float *lut) {                                        \
+        right_step(NULL, NULL, to, record, half, _mm512_loadu_ps(lut), 2, mx, true, false);                                                \
+    }
+DECODES(0)
+DECODES(1)
+/* [left][MXFP4][tiles of rows - 1] */
+static multiply_fn *const multiply_of[2][2][2] = {{{right_1_0, right_2_0}, {right_1_1, right_2_1}},
+                                                  {{left_1_0, left_2_0}, {left_1_1, left_2_1}}};
+static decode_fn *const decode_of[2][2] = {{decode_right_0, decode_right_1}, {decode_left_0, decode_left_1}};
+
+/* ---- sums to where they belong ---- */
+
+/* Of two tiles whose rows are columns: 32 columns of up to 16 rows. */
+static void put_turned(const cpu_rows *c, const float *sums, int64_t first, int64_t rows, int64_t col, const float *bias) {
+    for (const int64_t end = col + BLOCK; col < end; col += TILE_SIDE, sums += TILE_FLOATS) {
         const __m512 start = bias ? _mm512_loadu_ps(bias + col) : _mm512_setzero_ps();
-        for (int64_t done = 0; done < many; done += TILE_SIDE, sums += TILE_FLOATS) {
-            if (turned)
-                put_tile(c, (const uint8_t *)sums, first + done, cpu_min(many - done, TILE_SIDE), col, start, true);
-            else
-                put_tile(c, (const uint8_t *)sums, first + done, cpu_min(many - done, TILE_SIDE), col, start, false);
+        for (int q = 0; q < 4 && q * 4 < rows; q++) {
+            __m512i x[4];
+            turn_quarter(x, (const uint8_t *)sums, q);
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++)
+                if (q * 4 + i < rows) _mm512_storeu_ps(row_at(c, first + q * 4 + i) + col, _mm512_add_ps(_mm512_castsi512_ps(x[i]), start));
         }
     }
 }
+/* Of one with even and one with odd columns. */
+static void put_zipped(const cpu_rows *c, const float *sums, int64_t first, int64_t rows, int64_t col) {
+    const __m512i low = _mm512_set_epi32(29, 13, 25, 9, 21, 5, 17, 1, 28, 12, 24, 8, 20, 4, 16, 0);
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(2));
+    for (int64_t i = 0; i < rows; i++, sums += TILE_SIDE) {
+        const __m512 even = _mm512_load_ps(sums), odd = _mm512_load_ps(sums + TILE_FLOATS);
+        float *to = row_at(c, first + i) + col;
+        _mm512_storeu_ps(to, _mm512_permutex2var_ps(even, low, odd));
+        _mm512_storeu_ps(to + TILE_SIDE, _mm512_permutex2var_ps(even, high, odd));
+    }
+}
+
+/* ---- the kernels ---- */
 
 size_t cpu_packed_work(const espi_stack *w, int64_t rows) {
-    (void)rows;
-    const size_t sums = ROWS_TOGETHER * CHUNK * sizeof(float), values = 2 * NEAR * TILE_BYTES;
-    const size_t depth = (size_t)(w->cols > w->rows ? w->cols : w->rows);
-    return sums + values + ROWS_TOGETHER * depth * 2;
+    const int64_t depth = w->cols > w->rows ? w->cols : w->rows, together = cpu_min(cpu_blocks(rows, BLOCK) * BLOCK, ROWS_TOGETHER);
+    return SUMS_BYTES + RING_BYTES + (size_t)(together * depth * 2);
 }
 
-/* `many` rows from `start` on lie at x, in tiles. */
-static void forward_columns(const cpu_rows *c, const cpu_packed *w, const float *bias, const uint8_t *x, float *sums, int64_t start,
-                            int64_t many, int64_t col, int64_t n) {
-    const int64_t bytes = record_bytes(w->format), blocks = w->cols / RECORD_COLS, stride = blocks * bytes;
-    const int64_t tiles = cpu_blocks(many, TILE_SIDE), near = NEAR / 2 / tiles;
-    for (const int64_t end = col + n; col < end; col += CHUNK) {
-        const int64_t width = cpu_min(end - col, CHUNK);
-        const uint8_t *records = w->records + col / RECORD_ROWS * stride;
-        for (int64_t b = 0; b < blocks; b += near) {
-            const uint8_t *part = records + b * bytes,
-                          *next = b + near < blocks ? part + near * bytes : records + width / RECORD_ROWS * stride;
-            forward_of[w->format == ESP_MXFP4][tiles - 1](sums, x + b * 2 * tiles * TILE_BYTES, part, next, stride,
-                                                          cpu_min(near, blocks - b), width / TILE_SIDE, w->lut, b > 0);
-        }
-        put_sums(c, sums, start, many, col, width, bias, true);
+/* A product.  Its rows start .. start + many - 1 lie at x, in tiles; the first record of the next columns lies decoded in `slot`. */
+typedef struct product {
+    const cpu_rows *c;
+    const cpu_packed *w;
+    const float *bias;
+    bool left;
+    float *sums;
+    uint8_t *ring, *x;
+    int64_t start, many, slot;
+} product;
+
+/* Rows of tile t, and tiles of the pair that it begins. */
+static int64_t rows_of(const product *p, int64_t t) {
+    return cpu_min(p->many - t * TILE_SIDE, TILE_SIDE);
+}
+static int64_t tiles_of(const product *p, int64_t t) {
+    return cpu_min(cpu_blocks(p->many, TILE_SIDE) - t, 2);
+}
+
+/* Pairs of tiles lie step by step of the depth beside each other. */
+static void take_rows(const product *p, const cpu_rows *a) {
+    const int64_t depth = p->left ? p->w->cols : p->w->rows;
+    for (int64_t t = 0; t * TILE_SIDE < p->many; t++) {
+        uint8_t *to = p->x + t / 2 * depth * BLOCK * 2 + t % 2 * TILE_BYTES;
+        const int64_t apart = tiles_of(p, t / 2 * 2) * TILE_BYTES;
+        (p->left ? turn_rows : round_rows)(to, apart, a, p->start + t * TILE_SIDE, rows_of(p, t), depth);
     }
 }
 
-/* Rows of a part: parts have as many tiles as others, or one more. */
-static int64_t rows_of_part(int64_t m, int64_t start) {
-    const int64_t tiles = cpu_blocks(m - start, TILE_SIDE), parts = cpu_blocks(tiles, TOGETHER);
-    return cpu_min(m - start, cpu_blocks(tiles, parts) * TILE_SIDE);
+static void put_block(const product *p, int64_t col) {
+    for (int64_t t = 0; t * TILE_SIDE < p->many; t++) {
+        const float *sums = p->sums + t * 2 * TILE_FLOATS;
+        if (p->left)
+            put_turned(p->c, sums, p->start + t * TILE_SIDE, rows_of(p, t), col, p->bias);
+        else
+            put_zipped(p->c, sums, p->start + t * TILE_SIDE, rows_of(p, t), col);
+    }
+}
+
+/* 32 columns, whose records begin at `record`; next: those of the columns that follow, or NULL. */
+static void multiply_block(product *p, const uint8_t *record, int64_t stride, const uint8_t *next, int64_t col) {
+    const bool mx = p->w->format == ESP_MXFP4;
+    const int64_t decoded = p->left ? LEFT_BYTES : RIGHT_BYTES, most = PART_BYTES / decoded;
+    const int64_t all = p->left ? p->w->cols / RECORD_COLS : p->w->rows / RECORD_ROWS, tile_bytes = all * (decoded / 2);
+    const int half = (int)(col / BLOCK % 2);
+    part k = {.ring = p->ring, .slots = most + 1, .stride = stride, .half = half};
+    for (int64_t done = 0; done < all; done += k.records) {
+        k.slot = p->slot;
+        k.record = record + done * stride;
+        k.records = cpu_min(most, all - done);
+        const bool last = done + k.records == all;
+        k.after_half = last ? !half : half;
+        for (int64_t t = 0; t * TILE_SIDE < p->many; t += 2) {
+            const int64_t tiles = tiles_of(p, t);
+            k.decode = t == 0;
+            k.after = (t + 2) * TILE_SIDE < p->many ? NULL : last ? next : k.record + k.records * stride;
+            multiply_of[p->left][mx][tiles - 1](p->sums + t * 2 * TILE_FLOATS, p->x + t * tile_bytes + done * tiles * (decoded / 2), &k,
+                                                p->w->lut, done > 0);
+        }
+        p->slot = (p->slot + k.records) % k.slots;
+    }
+    put_block(p, col);
+}
+
+/* The record with which a block of columns begins. */
+static const uint8_t *record_of(const product *p, int64_t col) {
+    const int64_t bytes = record_bytes(p->w->format);
+    return p->w->records + (p->left ? col / RECORD_ROWS * (p->w->cols / RECORD_COLS) : col / RECORD_COLS) * bytes;
+}
+
+static void multiply_columns(product *p, int64_t col, int64_t n) {
+    const int64_t bytes = record_bytes(p->w->format), stride = p->left ? bytes : p->w->cols / RECORD_COLS * bytes;
+    p->slot = 0;
+    decode_of[p->left][p->w->format == ESP_MXFP4](p->ring, record_of(p, col), 0, p->w->lut);
+    for (const int64_t end = col + n; col < end; col += BLOCK)
+        multiply_block(p, record_of(p, col), stride, col + BLOCK < end ? record_of(p, col + BLOCK) : NULL, col);
+}
+
+/* Parts of the rows have as many pairs of tiles as others, or one more. */
+static void multiply_rows(product p, void *memory, const cpu_rows *a, int64_t m, cpu_columns columns) {
+    const int64_t pairs = cpu_blocks(m, BLOCK), most = cpu_blocks(pairs, cpu_blocks(pairs, ROWS_TOGETHER / BLOCK)) * BLOCK;
+    p.sums = memory;
+    p.ring = (uint8_t *)memory + SUMS_BYTES;
+    p.x = p.ring + RING_BYTES;
+    tiles_begin();
+    for (; p.start < m; p.start += p.many) {
+        p.many = cpu_min(m - p.start, most);
+        take_rows(&p, a);
+        multiply_columns(&p, columns.first, columns.n);
+        if (columns.second) multiply_columns(&p, columns.second, columns.n);
+    }
+    _tile_release();
 }
 
 void cpu_packed_forward(const cpu_rows *c, const cpu_rows *a, const cpu_packed *w, const float *bias, int64_t m, cpu_columns columns,
-                        void *work, bool again) {
+                        void *memory, bool again) {
     (void)again;
-    float *sums = work;
-    uint8_t *x = (uint8_t *)(sums + ROWS_TOGETHER * CHUNK);
-    tiles_begin();
-    for (int64_t start = 0, many; start < m; start += many) {
-        many = rows_of_part(m, start);
-        const int64_t apart = cpu_blocks(many, TILE_SIDE) * TILE_BYTES;
-        for (int64_t i = 0; i < many; i += TILE_SIDE)
-            turn_rows(x + i / TILE_SIDE * TILE_BYTES, apart, a, start + i, cpu_min(many - i, TILE_SIDE), w->cols);
-        forward_columns(c, w, bias, x, sums, start, many, columns.first, columns.n);
-        if (columns.second) forward_columns(c, w, bias, x, sums, start, many, columns.second, columns.n);
-    }
-    _tile_release();
+    multiply_rows((product){.c = c, .w = w, .bias = bias, .left = true}, memory, a, m, columns);
 }
 
-static void backward_columns(const cpu_rows *c, const cpu_packed *w, const uint8_t *y, float *sums, uint8_t *values, int64_t start,
-                             int64_t many, int64_t col, int64_t n) {
-    const int64_t bytes = record_bytes(w->format), stride = w->cols / RECORD_COLS * bytes, blocks = w->rows / RECORD_ROWS;
-    const int64_t tiles = cpu_blocks(many, TILE_SIDE), near = NEAR / TOGETHER;
-    for (const int64_t end = col + n; col < end; col += CHUNK) {
-        const int64_t width = cpu_min(end - col, CHUNK);
-        for (int64_t b = 0; b < blocks; b += near) {
-            const uint8_t *records = w->records + b * stride + col / RECORD_COLS * bytes;
-            const uint8_t *next = b + near < blocks ? records + near * stride : w->records + (col + width) / RECORD_COLS * bytes;
-            const column part = {records, next, stride, bytes, cpu_min(near, blocks - b), width / TILE_SIDE};
-            backward_of[w->format == ESP_MXFP4][tiles - 1](sums, y + b * tiles * TILE_BYTES, &part, values, w->lut, b > 0);
-        }
-        put_sums(c, sums, start, many, col, width, NULL, false);
-    }
-}
-
-void cpu_packed_backward(const cpu_rows *c, const cpu_rows *a, const cpu_packed *w, int64_t m, cpu_columns columns, void *work,
+void cpu_packed_backward(const cpu_rows *c, const cpu_rows *a, const cpu_packed *w, int64_t m, cpu_columns columns, void *memory,
                          bool again) {
     (void)again;
-    float *sums = work;
-    uint8_t *values = (uint8_t *)(sums + ROWS_TOGETHER * CHUNK), *y = values + 2 * NEAR * TILE_BYTES;
-    tiles_begin();
-    for (int64_t start = 0, many; start < m; start += many) {
-        many = rows_of_part(m, start);
-        const int64_t apart = cpu_blocks(many, TILE_SIDE) * TILE_BYTES;
-        for (int64_t i = 0; i < many; i += TILE_SIDE)
-            pair_rows(y + i / TILE_SIDE * TILE_BYTES, apart, a, start + i, cpu_min(many - i, TILE_SIDE), w->rows);
-        backward_columns(c, w, y, sums, values, start, many, columns.first, columns.n);
-        if (columns.second) backward_columns(c, w, y, sums, values, start, many, columns.second, columns.n);
-    }
-    _tile_release();
+    multiply_rows((product){.c = c, .w = w, .left = false}, memory, a, m, columns);
 }
