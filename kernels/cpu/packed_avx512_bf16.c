@@ -580,7 +580,7 @@ static void forward_directly(const cpu_rows *c, const cpu_packed *w, const float
         for (int64_t i = 0; i < strips; i++) {
             const int64_t first = strip_start(m, strips, i), rows = strip_start(m, strips, i + 1) - first;
             s.a = x + first * ROW_BYTES;
-            forward_strips[way][rows - 1](sum, &s);
+            forward_strips[way][rows - 1](sum, &s); /* NOLINT(clang-analyzer-core.CallAndMessage): a strip has 1 to STRIP_ROWS rows */
             put_strip(c, sum, bias, first, rows, col, HALF);
         }
         col += RECORD_ROWS;
