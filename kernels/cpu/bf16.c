@@ -97,14 +97,7 @@ void bf16_pair_rows(uint32_t *panel, const float *x, const float *y, int64_t n) 
 /* 16 rows of 16 words are to become columns: within fours of rows and of columns they do, and fours are gathered by two. */
 INLINE void turn_words(__m512i x[WORDS]) {
     CPU_UNROLL
-    for (int i = 0; i < WORDS; i += 4) {
-        const __m512i a = _mm512_unpacklo_epi32(x[i], x[i + 1]), b = _mm512_unpackhi_epi32(x[i], x[i + 1]);
-        const __m512i c = _mm512_unpacklo_epi32(x[i + 2], x[i + 3]), d = _mm512_unpackhi_epi32(x[i + 2], x[i + 3]);
-        x[i] = _mm512_unpacklo_epi64(a, c);
-        x[i + 1] = _mm512_unpackhi_epi64(a, c);
-        x[i + 2] = _mm512_unpacklo_epi64(b, d);
-        x[i + 3] = _mm512_unpackhi_epi64(b, d);
-    }
+    for (int i = 0; i < WORDS; i += 4) bf16_turn_fours(x + i);
     CPU_UNROLL
     for (int i = 0; i < WORDS / 2; i++) {
         const int at = i / 4 * 8 + i % 4;
@@ -258,7 +251,7 @@ INLINE void few(const cpu_rows *c, const bf16_rows *a, const char *w, int64_t st
         const char *from = w;
         CPU_UNROLL
         for (int i = 0; i < WORDS; i++, from += stride) {
-            x[i] = floats ? (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + LINE), _mm512_loadu_ps(from)) : _mm512_loadu_si512(from);
+            x[i] = floats ? bf16_round_32((const float *)(const void *)from) : _mm512_loadu_si512(from);
             __asm__("" : "+v"(x[i]), "+r"(from)); /* sixteen multiples of the stride would take all registers */
         }
         turn_words(x);

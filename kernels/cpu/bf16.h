@@ -32,6 +32,21 @@ static inline int64_t bf16_stride(int64_t n) {
     return whole % 512 == 0 ? whole + 32 : whole;
 }
 
+/* 32 floats, rounded to nearest, ties to even. */
+static inline __attribute__((always_inline)) __m512i bf16_round_32(const float *from) {
+    return (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + 16), _mm512_loadu_ps(from));
+}
+
+/* Of four rows of 16 words each fours of columns are turned: row i of a lane becomes its column i. */
+static inline __attribute__((always_inline)) void bf16_turn_fours(__m512i x[4]) {
+    const __m512i a = _mm512_unpacklo_epi32(x[0], x[1]), b = _mm512_unpackhi_epi32(x[0], x[1]);
+    const __m512i c = _mm512_unpacklo_epi32(x[2], x[3]), d = _mm512_unpackhi_epi32(x[2], x[3]);
+    x[0] = _mm512_unpacklo_epi64(a, c);
+    x[1] = _mm512_unpackhi_epi64(a, c);
+    x[2] = _mm512_unpacklo_epi64(b, d);
+    x[3] = _mm512_unpackhi_epi64(b, d);
+}
+
 /* Words (x, y) of two vectors of 16 values each, x the lower half of `both`. */
 static inline __m512i bf16_interleave(__m512i both) {
     const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3,

@@ -2,6 +2,7 @@
 #ifndef ESPI_KERNELS_CPU_DECODE_H
 #define ESPI_KERNELS_CPU_DECODE_H
 
+#include "kernels/cpu/bf16.h"
 #include "kernels/cpu/packed.h"
 
 #include <immintrin.h>

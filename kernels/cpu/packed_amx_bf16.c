@@ -49,16 +49,6 @@ static void tiles_begin(void) {
 
 /* ---- 16 x 16 turned ---- */
 
-/* Four lanes' 4 x 4 each. */
-INLINE void turn_lanes(__m512i x[4]) {
-    const __m512i a = _mm512_unpacklo_epi32(x[0], x[1]), b = _mm512_unpackhi_epi32(x[0], x[1]);
-    const __m512i c = _mm512_unpacklo_epi32(x[2], x[3]), d = _mm512_unpackhi_epi32(x[2], x[3]);
-    x[0] = _mm512_unpacklo_epi64(a, c);
-    x[1] = _mm512_unpackhi_epi64(a, c);
-    x[2] = _mm512_unpacklo_epi64(b, d);
-    x[3] = _mm512_unpackhi_epi64(b, d);
-}
-
 /* Columns 4 q .. 4 q + 3 of a tile in memory. */
 INLINE void turn_quarter(__m512i x[4], const uint8_t *tile, int q) {
     const __m128i *from = (const __m128i *)tile + q;
@@ -69,20 +59,16 @@ INLINE void turn_quarter(__m512i x[4], const uint8_t *tile, int q) {
         x[i] = _mm512_inserti32x4(x[i], _mm_load_si128(from + 4 * (i + 8)), 2);
         x[i] = _mm512_inserti32x4(x[i], _mm_load_si128(from + 4 * (i + 12)), 3);
     }
-    turn_lanes(x);
+    bf16_turn_fours(x);
 }
 
 /* ---- rows ---- */
-
-INLINE __m512i round_32(const float *from) {
-    return (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + 16), _mm512_loadu_ps(from));
-}
 
 /* `rows` rows, at most 16, to tiles `apart` bytes apart; rows beyond are 0.  Forward, 32 k turned: */
 static void turn_rows(uint8_t *to, int64_t apart, const cpu_rows *a, int64_t first, int64_t rows, int64_t depth) {
     _Alignas(64) uint8_t line[TILE_BYTES] = {0};
     for (int64_t k = 0; k < depth; k += TILE_DEPTH, to += apart) {
-        for (int i = 0; i < rows; i++) _mm512_store_si512(line + i * 64, round_32(row_at(a, first + i) + k));
+        for (int i = 0; i < rows; i++) _mm512_store_si512(line + i * 64, bf16_round_32(row_at(a, first + i) + k));
             /* decoding leaves every fourth pair beside the next */
 #pragma GCC unroll 16
         for (int q = 0; q < 4; q++) {
@@ -96,7 +82,7 @@ static void turn_rows(uint8_t *to, int64_t apart, const cpu_rows *a, int64_t fir
 /* Backward, 32 n as they lie: */
 static void round_rows(uint8_t *to, int64_t apart, const cpu_rows *a, int64_t first, int64_t rows, int64_t depth) {
     for (int64_t n = 0; n < depth; n += TILE_DEPTH, to += apart) {
-        for (int i = 0; i < rows; i++) _mm512_store_si512(to + i * 64, round_32(row_at(a, first + i) + n));
+        for (int i = 0; i < rows; i++) _mm512_store_si512(to + i * 64, bf16_round_32(row_at(a, first + i) + n));
         for (int64_t i = rows; i < TILE_SIDE; i++) _mm512_store_si512(to + i * 64, _mm512_setzero_si512());
     }
 }
@@ -127,7 +113,7 @@ INLINE void left_load(left_codes *c, float buffer[2][TILE_SIDE], const uint8_t *
         const uint8_t *codes = record + tile * (RECORD_CODES / 2) + half * (RECORD_CODES / 4);
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) c->units[half][i] = _mm512_loadu_si512(codes + i * 64);
-        turn_lanes(c->units[half]);
+        bf16_turn_fours(c->units[half]);
         c->scale[half] = half == 0 || mx ? row_scales(buffer[half], record, tile, half, mx) : NULL;
     }
 }
@@ -161,7 +147,7 @@ INLINE void right_piece(uint8_t *to, const uint8_t *record, int half, __m512 lut
     __m512i units[4], code[2][2];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) units[i] = _mm512_loadu_si512(record + tile * (RECORD_CODES / 2) + half * (RECORD_CODES / 4) + i * 64);
-    turn_lanes(units);
+    bf16_turn_fours(units);
     /* codes of the two for one k beside each other */
     split_codes(code[0], _mm512_mask_blend_epi16(0xaaaaaaaa, units[two], _mm512_slli_epi32(units[two + 1], 16)), odd, odd);
     split_codes(code[1], _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(units[two], 16), units[two + 1]), odd, odd);

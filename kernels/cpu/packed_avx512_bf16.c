@@ -20,22 +20,24 @@ enum {
 
 /* ---- what rows become: for every DEPTH values those of all rows, a row's ROW_BYTES after the other's ---- */
 
-/* 32 floats to bf16: rounded to nearest, ties to even. */
-INLINE __m512i convert_32(const float *from) {
-    return (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + 16), _mm512_loadu_ps(from));
-}
-
 /* m rows of n values, whole 32s.  paired: in the order in which rows of W pair up. */
 static void convert_rows(uint8_t *to, const cpu_rows *a, int64_t m, int64_t n, bool paired) {
     const __m512i order = pairing();
     for (int64_t i = 0; i < m; i++) {
         const float *from = row_at(a, i);
         for (int64_t k = 0; k < n; k += 32) {
-            const __m512i x = convert_32(from + k);
+            const __m512i x = bf16_round_32(from + k);
             uint8_t *out = to + (k / DEPTH * m + i) * ROW_BYTES + k % DEPTH * 2;
             _mm512_store_si512(out, paired ? _mm512_permutexvar_epi16(order, x) : x);
         }
     }
+}
+
+/* Two neighbouring values of a row. */
+INLINE int32_t pair_at(const uint8_t *x) {
+    int32_t two;
+    memcpy(&two, x, sizeof two);
+    return two;
 }
 
 /* m rows in strips of `most` at most, as equal as can be: where strip s begins. */
@@ -92,9 +94,7 @@ INLINE void forward_pairs(__m512 part[STRIP_ROWS][HALF], uint8_t *to, const int 
         }
 #pragma GCC unroll 16
         for (int i = 0; i < rows; i++) {
-            int32_t two;
-            memcpy(&two, x + i * ROW_BYTES + p * 4, sizeof two);
-            const __m512bh xx = (__m512bh)_mm512_set1_epi32(two);
+            const __m512bh xx = (__m512bh)_mm512_set1_epi32(pair_at(x + i * ROW_BYTES + p * 4));
 #pragma GCC unroll 16
             for (int t = 0; t < HALF; t++) part[i][t] = _mm512_dpbf16_ps(part[i][t], xx, b[t]);
         }
@@ -119,7 +119,7 @@ INLINE void end_sum(const sums_place *s, int i, int at, __m512 x) {
     _mm512_storeu_ps(s->to + i * s->wide + at, s->bias ? _mm512_add_ps(x, _mm512_loadu_ps(s->bias + at)) : x);
 }
 
-INLINE void clear(__m512 part[STRIP_ROWS][HALF], const int rows) {
+INLINE void clear(__m512 part[][HALF], const int rows) {
 #pragma GCC unroll 16
     for (int i = 0; i < rows; i++)
 #pragma GCC unroll 16
@@ -347,9 +347,7 @@ INLINE void narrow_strip(float *sum, const strip *s, const int rows, const bool 
                     const __m256bh second = (__m256bh)_mm256_permutexvar_epi16(_mm256_srlv_epi16(units, high), values);
 #pragma GCC unroll 16
                     for (int i = 0; i < rows; i++) {
-                        int32_t two;
-                        memcpy(&two, x + i * ROW_BYTES, sizeof two);
-                        const __m256bh xx = (__m256bh)_mm256_set1_epi32(two);
+                        const __m256bh xx = (__m256bh)_mm256_set1_epi32(pair_at(x + i * ROW_BYTES));
                         part[i][t] = _mm256_dpbf16_ps(part[i][t], xx, first);
                         part[i][t + 1] = _mm256_dpbf16_ps(part[i][t + 1], xx, second);
                     }
@@ -428,9 +426,7 @@ INLINE void panel_group(__m512 part[PANEL_ROWS][TILES], const uint8_t *a, const 
         for (int t = 0; t < TILES; t++) b[t] = (__m512bh)_mm512_load_si512(panel + p * WIDTH * 4 + t * 64);
 #pragma GCC unroll 16
         for (int i = 0; i < rows; i++) {
-            int32_t two;
-            memcpy(&two, a + i * ROW_BYTES + p * 4, sizeof two);
-            const __m512bh xx = (__m512bh)_mm512_set1_epi32(two);
+            const __m512bh xx = (__m512bh)_mm512_set1_epi32(pair_at(a + i * ROW_BYTES + p * 4));
 #pragma GCC unroll 16
             for (int t = 0; t < TILES; t++) part[i][t] = _mm512_dpbf16_ps(part[i][t], xx, b[t]);
         }
@@ -465,17 +461,12 @@ INLINE void scaled_half(const sums_place *sums, const uint8_t *a, const panel_wo
         for (int t = 0; t < HALF; t++) sum[i][t] = begin_sum(sums, i, half * RECORD_ROWS + t * 16);
     for (int64_t g = 0; g < groups; g += 2, scales += WIDTH) {
         __m512 part[PANEL_ROWS][HALF];
-#pragma GCC unroll 16
-        for (int i = 0; i < rows; i++)
-#pragma GCC unroll 16
-            for (int t = 0; t < HALF; t++) part[i][t] = _mm512_setzero_ps();
+        clear(part, rows);
         for (int p = 0; p < 2 * GROUP; p++, a += 4, panel += WIDTH * 2) {
             const __m512bh b[HALF] = {(__m512bh)_mm512_load_si512(panel), (__m512bh)_mm512_load_si512(panel + 64)};
 #pragma GCC unroll 16
             for (int i = 0; i < rows; i++) {
-                int32_t two;
-                memcpy(&two, a + i * ROW_BYTES, sizeof two);
-                const __m512bh xx = (__m512bh)_mm512_set1_epi32(two);
+                const __m512bh xx = (__m512bh)_mm512_set1_epi32(pair_at(a + i * ROW_BYTES));
 #pragma GCC unroll 16
                 for (int t = 0; t < HALF; t++) part[i][t] = _mm512_dpbf16_ps(part[i][t], xx, b[t]);
             }
@@ -672,9 +663,7 @@ INLINE void backward_strip(const sums_place *sums, uint8_t *panel, const uint8_t
                         }
 #pragma GCC unroll 16
                         for (int m = 0; m < rows; m++) {
-                            int32_t two;
-                            memcpy(&two, a + m * ROW_BYTES + (i * 2 + h) * 4, sizeof two);
-                            const __m512bh xx = (__m512bh)_mm512_set1_epi32(two);
+                            const __m512bh xx = (__m512bh)_mm512_set1_epi32(pair_at(a + m * ROW_BYTES + (i * 2 + h) * 4));
 #pragma GCC unroll 16
                             for (int k = 0; k < BESIDE; k++) part[m][t + k] = _mm512_dpbf16_ps(part[m][t + k], xx, (__m512bh)b[k]);
                         }

@@ -195,6 +195,8 @@ static void make_draw(dense_case *c, int rows, const espi_head *head) {
                       .data = a};
 }
 
+#define ADAM_SETTINGS .step = 3, .lr = 1e-3, .beta1 = 0.9, .beta2 = 0.999, .eps = 1e-8, .weight_decay = 0.01, .grad_scale = 1
+
 static esp_status run_adamw(dense_case *c) {
     RUN(adamw, (const espi_adamw *)c->data);
     return ESP_OK;
@@ -202,18 +204,8 @@ static esp_status run_adamw(dense_case *c) {
 static void make_adamw(dense_case *c) {
     const int64_t n = 13107200;
     espi_adamw *a = allocate(sizeof *a);
-    *a = (espi_adamw){.p = floats((size_t)n, 1),
-                      .m = floats((size_t)n, 0),
-                      .v = floats((size_t)n, 0),
-                      .g = floats((size_t)n, 1),
-                      .n = n,
-                      .step = 3,
-                      .lr = 1e-3,
-                      .beta1 = 0.9,
-                      .beta2 = 0.999,
-                      .eps = 1e-8,
-                      .weight_decay = 0.01,
-                      .grad_scale = 1};
+    *a = (espi_adamw){
+        .p = floats((size_t)n, 1), .m = floats((size_t)n, 0), .v = floats((size_t)n, 0), .g = floats((size_t)n, 1), .n = n, ADAM_SETTINGS};
     *c = (dense_case){
         .section = "adamw", .shape = "13.1 M fp32", .what = "step", .unit = "gbs", .amount = 28.0 * (double)n, .run = run_adamw, .data = a};
 }
@@ -236,13 +228,7 @@ static void make_adamw8(dense_case *c) {
                        .map1 = maps,
                        .map2 = maps + 256,
                        .n = n,
-                       .step = 3,
-                       .lr = 1e-3,
-                       .beta1 = 0.9,
-                       .beta2 = 0.999,
-                       .eps = 1e-8,
-                       .weight_decay = 0.01,
-                       .grad_scale = 1};
+                       ADAM_SETTINGS};
     memset(a->state1, 0, (size_t)n);
     memset(a->state2, 0, (size_t)n);
     *c = (dense_case){.section = "adamw",
