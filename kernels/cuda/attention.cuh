@@ -11,9 +11,6 @@ enum {
     KEYS = 64 /* a tile of keys */
 };
 
-#define LOG2_E 1.44269504088896340736f
-#define LN_2 0.69314718055994530942f
-
 /* ---- Where things are ---- */
 
 /* A sequence's queries, and the keys they see: `prefix` that it shares with others, then its own, in places counted through. */
@@ -47,11 +44,7 @@ __device__ bool find_tile(const espi_spans &spans, int per_query, int size, int 
     for (int first = 0; first < spans.n_seqs; first += ESPI_WARP) {
         const int s = first + lane;
         const int own = s < spans.n_seqs ? ((spans.cu_q[s + 1] - spans.cu_q[s]) * per_query + size - 1) / size : 0;
-        int sum = own;
-        for (int by = 1; by < ESPI_WARP; by *= 2) {
-            const int below = __shfl_up_sync(0xffffffffu, sum, by);
-            if (lane >= by) sum += below;
-        }
+        const int sum = espi_warp_sum_upto(own, lane);
         const unsigned behind = __ballot_sync(0xffffffffu, sum > tile);
         if (behind) {
             const int chosen = __ffs(static_cast<int>(behind)) - 1;

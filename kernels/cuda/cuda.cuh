@@ -73,8 +73,20 @@ __device__ static inline float espi_plain_cuda(const void *data, esp_dtype dtype
 
 enum { ESPI_WARP = 32 };
 
+#define LOG2_E 1.44269504088896340736f
+#define LN_2 0.69314718055994530942f
+
 template <typename T> __device__ static inline T espi_warp_sum(T x) {
     for (int lane = ESPI_WARP / 2; lane > 0; lane /= 2) x += __shfl_xor_sync(0xffffffffu, x, lane);
+    return x;
+}
+
+/* Of every lane, the sum over it and the lanes before. */
+template <typename T> __device__ static inline T espi_warp_sum_upto(T x, int lane) {
+    for (int by = 1; by < ESPI_WARP; by *= 2) {
+        const T below = __shfl_up_sync(0xffffffffu, x, by);
+        if (lane >= by) x += below;
+    }
     return x;
 }
 

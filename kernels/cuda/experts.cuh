@@ -6,13 +6,12 @@
 #ifndef ESPI_KERNELS_CUDA_EXPERTS_CUH
 #define ESPI_KERNELS_CUDA_EXPERTS_CUH
 
+#include "kernels/cuda/cuda.cuh"
 #include "kernels/cuda/dev.cuh"
 #include "kernels/ops.h"
 
 #define RECORD_CODES 2048
 #define RECORD_BYTES(format) (RECORD_CODES + ((format) == ESP_MXFP4 ? 128 : 256))
-
-typedef __nv_bfloat16 bf16;
 
 /* Rows row0 .. row0+rows-1 of the routed order, all of one expert; rows = 0: none. */
 struct row_tile {
@@ -26,11 +25,7 @@ static __device__ __forceinline__ row_tile find_tile(const int32_t *offsets, int
         const int e = first + lane;
         const int begin = e < experts ? offsets[e] : 0, end = e < experts ? offsets[e + 1] : 0;
         const int tiles = (end - begin + height - 1) / height;
-        int upto = tiles;
-        for (int step = 1; step < 32; step *= 2) {
-            const int below = __shfl_up_sync(~0u, upto, step);
-            if (lane >= step) upto += below;
-        }
+        const int upto = espi_warp_sum_upto(tiles, lane);
         const unsigned reached = __ballot_sync(~0u, upto > index);
         if (reached) {
             const int owner = __ffs((int)reached) - 1;

@@ -43,12 +43,7 @@ template <typename F> static __device__ __forceinline__ few_plan make_plan(const
     int all = 0;
     for (int first = 0; first < experts; first += THREADS) {
         const int e = first + (int)threadIdx.x, own = e < experts ? tiles_of(offsets[e + 1] - offsets[e]) : 0;
-        int upto = own;
-#pragma unroll
-        for (int step = 1; step < 32; step *= 2) {
-            const int below = __shfl_up_sync(~0u, upto, step);
-            if (lane >= step) upto += below;
-        }
+        const int upto = espi_warp_sum_upto(own, lane);
         if (lane == 31) dev_store_shared(base + F::sums + 4 * warp, (uint32_t)upto);
         __syncthreads();
         int stand = all + upto - own;

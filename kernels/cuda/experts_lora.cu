@@ -5,16 +5,6 @@
 #define PASS 16     /* ranks per pass */
 #define THREADS 256 /* of a block that multiplies */
 
-/* Of every lane, the sum over it and the lanes before. */
-static __device__ __forceinline__ int sum_upto(int v) {
-    const int lane = threadIdx.x % 32;
-    for (int step = 1; step < 32; step *= 2) {
-        const int below = __shfl_up_sync(~0u, v, step);
-        if (lane >= step) v += below;
-    }
-    return v;
-}
-
 /* Two bf16 of the bits of two f32. */
 static __device__ __forceinline__ uint32_t packed(uint32_t lo, uint32_t hi) {
     return dev_bf16x2(__uint_as_float(lo), __uint_as_float(hi));
@@ -46,14 +36,14 @@ static __device__ __forceinline__ row_tile find_tile_in_rounds(const int32_t *of
     int round = 0, before = 0;
 #pragma unroll
     for (int q = 0; q < ROUNDS; q++) {
-        for (int step = 16; step; step /= 2) upto[q] += __shfl_xor_sync(~0u, upto[q], step);
+        upto[q] = espi_warp_sum(upto[q]);
         if (upto[q] <= index) round = q + 1, before = upto[q];
     }
     index -= before;
     for (int first = 0; first < experts && round < ROUNDS; first += 32) {
         const int e = first + lane, begin = e < experts ? offsets[e] : 0, end = e < experts ? offsets[e + 1] : 0;
         const int all = (end - begin + height - 1) / height, skipped = round * all / ROUNDS, tiles = (round + 1) * all / ROUNDS - skipped;
-        const int count = sum_upto(tiles);
+        const int count = espi_warp_sum_upto(tiles, lane);
         const unsigned reached = __ballot_sync(~0u, count > index);
         if (reached) {
             const int owner = __ffs((int)reached) - 1, row0 = begin + (skipped + index - (count - tiles)) * height;
@@ -159,7 +149,7 @@ template <bool across> static __global__ void low_plain(low_args p, const int32_
     for (int n = 0; n < p.r; n++) {
         float sum = 0;
         for (int64_t k = lane; k < p.width; k += 32) sum += __bfloat162float(in[k]) * (across ? l[k * p.r + n] : l[n * p.width + k]);
-        for (int step = 16; step; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+        sum = espi_warp_sum(sum);
         if (lane) continue;
         const int64_t at = s * p.r + n;
         p.low[at] = __float2bfloat16_rn(p.factor * sum);
@@ -223,7 +213,8 @@ static __device__ __forceinline__ row_chunk find_chunk(const int32_t *offsets, i
     int places = 0;
     for (int first = 0; first < experts; first += 32) {
         const int e = first + lane, begin = e < experts ? offsets[e] : 0, rows = e < experts ? offsets[e + 1] - begin : 0;
-        const int chunks = chunks_of(rows), both = chunks > 1 ? chunks << 16 | chunks : chunks, upto = sum_upto(both), before = upto - both;
+        const int chunks = chunks_of(rows), both = chunks > 1 ? chunks << 16 | chunks : chunks, upto = espi_warp_sum_upto(both, lane),
+                  before = upto - both;
         const unsigned reached = __ballot_sync(~0u, (upto & 0xffff) > index);
         if (reached) {
             const int owner = __ffs((int)reached) - 1, i = index - (before & 0xffff);
@@ -612,7 +603,7 @@ static __global__ void bias_product(float *d_row_weight, const float *bias, cons
     const float *b = bias + t.expert * width;
     float sum = 0;
     for (int64_t i = lane; i < width; i += 32) sum += b[i] * __bfloat162float(d[i]);
-    for (int step = 16; step; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+    sum = espi_warp_sum(sum);
     if (lane == 0) d_row_weight[s] += sum;
 }
 

@@ -125,7 +125,7 @@ static __global__ void activate_back(product_args p, const float *wide) {
         d_gu[gate] = __float2bfloat16_rn(v.d_gate * weight * a);
         d_gu[up] = __float2bfloat16_rn(v.d_up * weight * a);
     }
-    for (int step = 16; step; step /= 2) dot += __shfl_xor_sync(~0u, dot, step);
+    dot = espi_warp_sum(dot);
     if (threadIdx.x % 32 == 0) p.d_row_weight[s] = dot;
 }
 

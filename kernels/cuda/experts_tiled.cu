@@ -27,7 +27,7 @@ static __global__ __launch_bounds__(PLAN_THREADS) void plan_tiles(uint2 *plan, c
         int before = 0;
         for (int other = lane; other < experts; other += 32)
             if (rows_of[other] > rows || (rows_of[other] == rows && other < e)) before += (rows_of[other] + height - 1) / height;
-        for (int step = 16; step; step /= 2) before += __shfl_xor_sync(~0u, before, step);
+        before = espi_warp_sum(before);
         const int even = tiles ? ((rows + tiles - 1) / tiles + 15) / 16 * 16 : 0, begin = offsets[e];
         for (int i = lane; i < tiles * tiles_m; i += 32) {
             const int m = i / tiles, skipped = i % tiles * even, left = max(min(even, rows - skipped), 0);
@@ -36,7 +36,7 @@ static __global__ __launch_bounds__(PLAN_THREADS) void plan_tiles(uint2 *plan, c
     }
     if (blockIdx.x == 0 && warp == 0) {
         for (int e = lane; e < experts; e += 32) total += (rows_of[e] + height - 1) / height;
-        for (int step = 16; step; step /= 2) total += __shfl_xor_sync(~0u, total, step);
+        total = espi_warp_sum(total);
         if (lane == 0) plan[0] = make_uint2((uint32_t)(total * tiles_m), (uint32_t)height);
     }
 }

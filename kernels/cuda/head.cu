@@ -34,7 +34,6 @@ constexpr int64_t SLICE_TILES = 66, SLICE_ROWS = 4096;
 /* Bytes of a tile of logits; at most 0.3 GB with all else. */
 #define TILE_BYTES ((int64_t)236 << 20)
 #define SLICE_BYTES ((int64_t)270 << 20)
-#define LOG2_E 1.44269504088896340736f
 
 /* From what the product leaves to z. */
 struct logit_terms {
@@ -706,7 +705,6 @@ esp_status ask(espi_cuda *cuda, const espi_head_fused *a, const chunk *c, bool a
  * e^-125 is `again` computed by itself. */
 #define SHIFT 80.0f
 #define LARGEST_SUM 0x1p100f
-#define LN_2 0.69314718055994530942f
 
 /* Arrays of a round of rows. */
 struct sliced_rows {

@@ -249,11 +249,7 @@ __device__ int32_t scan(int32_t *counts, int experts) {
     for (int first = 0; first < experts; first += ESPI_WARP) {
         const int e = first + lane;
         const int32_t own = e < experts ? counts[e] : 0;
-        int32_t sum = own;
-        for (int by = 1; by < ESPI_WARP; by *= 2) {
-            const int32_t below = __shfl_up_sync(0xffffffffu, sum, by);
-            if (lane >= by) sum += below;
-        }
+        const int32_t sum = espi_warp_sum_upto(own, lane);
         if (e < experts) counts[e] = before + sum - own;
         before += __shfl_sync(0xffffffffu, sum, ESPI_WARP - 1);
     }
