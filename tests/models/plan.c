@@ -1,6 +1,10 @@
 /* What is planned is what is taken, to the byte: for several shapes, budgets and formats; and the head's memory does not grow with T. */
+#include "contract/block.h"
 #include "dist/comm.h"
 #include "espalier/espalier.h"
+#include "kernels/backend.h"
+#include "models/model.h"
+#include "outcome.h"
 
 #include <criterion/criterion.h>
 #include <math.h>
@@ -134,6 +138,47 @@ Test(plan, head_is_constant_in_tokens) {
     const size_t scalars = (size_t)(8192 - 256) * 9 * 4;
     cr_expect_geq(large.head, small.head);
     cr_expect_leq(large.head - small.head, scalars + 9 * 64, "head: %zu bytes at 256 tokens, %zu at 8192", small.head, large.head);
+    esp_ctx_destroy(ctx);
+}
+
+/* What a layer of experts of the Qwen3-30B-A3B shape holds at 4096 tokens as a GPU has it: at most 0.2 GB, of which the kernels' work memory is
+ * at most 32 MB.  Rows on their way from op to op come on top: they are there once, whatever the layers.  Nothing is taken, so no GPU is
+ * needed. */
+Test(plan, a_layer_of_experts_on_a_gpu) {
+    enum { T = 4096, E = 128, K = 8, H = 2048, I = 768, R = 16, ACT = 2 };
+    static const char packed;
+    const size_t slots = (size_t)T * K, forward_rows = slots * (I + H) * ACT, backward_rows = slots * (2 * I + H) * ACT;
+    esp_ctx *ctx;
+    OK(esp_ctx_create(&ctx, &ESP_CTX_CONFIG(.backend = "ref")));
+    if (espi_backends_gpu[0]) ctx->backends[0] = espi_backends_gpu[0];
+    ctx->act = ESP_BF16;
+    ctx->act_size = ACT;
+    esp_model model = {.ctx = ctx, .adapter_on = true, .share = {.ranks = 1, .spread = 1}};
+    const espi_router router = {.w = {.dtype = ESP_F32, .rows = E, .cols = H}, .top_k = K};
+    const espi_stack nf4 = {.format = ESP_NF4, .experts = E, .parts = 1, .packed = &packed};
+    const espi_lora lora = {.r = R, .scale = 1};
+    espi_experts experts = {.gate_up = nf4, .down = nf4, .lora_gate_up = lora, .lora_down = lora};
+    experts.gate_up.rows = 2 * I;
+    experts.gate_up.cols = H;
+    experts.down.rows = H;
+    experts.down.cols = I;
+    espi_arena kept = espi_arena_dry(true), forward = espi_arena_dry(true), backward = espi_arena_dry(true);
+    espi_moe_saved saved = {0};
+    espi_pass pass = {.model = &model, .ctx = ctx, .arena = &kept, .tokens = T, .adapter = true};
+    OK(espi_route_take_saved(&pass, 0, &router, &saved.route));
+    OK(espi_experts_take_lasting(&pass, &experts, K, &saved.experts));
+    OK(espi_experts_take_saved(&pass, &experts, K, &saved.experts));
+    pass.arena = &forward;
+    OK(espi_moe_forward(&pass, 0, NULL, NULL, NULL, &router, &experts, &saved, false));
+    pass.arena = &backward;
+    OK(espi_moe_backward(&pass, 0, NULL, NULL, NULL, &router, &experts, &saved));
+    const size_t x = (size_t)T * H * ACT, all_kept = x + kept.main.high;
+    const size_t routes = (size_t)T * E * sizeof(float) + (1 << 20); /* the router's probabilities; numbers of tokens and routed rows */
+    const size_t work_forward = forward.main.high - forward_rows, work_backward = backward.main.high - backward_rows;
+    const size_t work = work_forward > work_backward ? work_forward : work_backward;
+    cr_expect_leq(kept.main.high, slots * (2 * I + 2 * R) * ACT + routes, "kept beside the input: %zu bytes", kept.main.high);
+    cr_expect_leq(work, 32 << 20, "work memory: %zu bytes forward, %zu backward", work_forward, work_backward);
+    cr_expect_leq(all_kept + work, 200000000, "kept: %zu bytes, work memory: %zu", all_kept, work);
     esp_ctx_destroy(ctx);
 }
 
