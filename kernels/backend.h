@@ -4,12 +4,21 @@
 
 #include "kernels/ops.h"
 
+/* A machine whose memory has several nodes: thread t runs on node of_thread[t], and piece p of the address space, 2^piece_bits bytes, lies where
+ * thread p % threads runs, which touched it first.  For speed alone: what is elsewhere is farther away. */
+enum { ESPI_NODES = 16 };
+typedef struct espi_nodes {
+    int count, threads, piece_bits;
+    const unsigned char *of_thread; /* each below count <= ESPI_NODES */
+} espi_nodes;
+
 /* What a kernel may use besides its arguments. */
 typedef struct espi_exec {
     void *device; /* what espi_device.start gave; NULL on a CPU */
     int threads;
-    void *scratch;     /* scratch() bytes, aligned to 64, contents undefined, dead after the call */
-    bool always_split; /* use all threads, even where the work does not pay for them: how the tests see rule 8 on small shapes */
+    const espi_nodes *nodes; /* NULL: one node */
+    void *scratch;           /* scratch() bytes, aligned to 64, contents undefined, dead after the call */
+    bool always_split;       /* use all threads, even where the work does not pay for them: how the tests see rule 8 on small shapes */
 } espi_exec;
 
 /* run: the kernel.  scratch: bytes it needs, a function of the sizes in the arguments alone (never of data or pointers), NULL = none.

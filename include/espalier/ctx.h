@@ -84,7 +84,10 @@ typedef struct esp_ctx_config {
     /// memory; "any": "cuda" where there is a usable GPU, else "cpu".  Of the GPUs that CUDA_VISIBLE_DEVICES leaves a process, a rank takes
     /// the one with the number esp_comm_local_rank(), counted on from 0 behind the last
     const char *backend;
-    int threads;         ///< OpenMP threads; 0 = OMP_NUM_THREADS or the number of cores
+    /// OpenMP threads; 0 = OMP_NUM_THREADS or the number of cores.  Where the machine's memory has several nodes, and the process may use
+    /// processors of more than one, OpenMP's threads other than the calling one are bound to the processors of a node each, and memory is
+    /// spread over the nodes, until the context is destroyed; not where OMP_PROC_BIND or OMP_PLACES bind them, or with ESP_NUMA=0
+    int threads;
     size_t memory_limit; ///< bytes; 0 = none.  Passing it is ESP_ERR_MEMORY, never an abort
     esp_log_fn log;      ///< NULL: standard error, when the environment asks (ESP_LOG=error|warn|info|select|debug)
     void *log_user;

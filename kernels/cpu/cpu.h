@@ -188,6 +188,40 @@ static inline int cpu_threads(const espi_exec *exec, double work) {
     return exec->threads > 1 && (exec->always_split || work > 1.0e8) ? exec->threads : 1;
 }
 
+/* Tasks 0 .. count - 1 of a region.  For each memory node they are gone through once, by whichever threads come to that: those that run on
+ * the node, and those that have nothing left to do on their own.  Of them, the ones whose weights lie there are done. */
+typedef struct cpu_tasks {
+    int64_t count;
+    const espi_nodes *nodes; /* NULL: one */
+    struct {
+        _Alignas(64) int64_t gone;
+    } of_node[ESPI_NODES];
+} cpu_tasks;
+typedef struct cpu_turn {
+    int64_t task;
+    int node, nodes_left;
+} cpu_turn;
+
+static inline cpu_tasks cpu_tasks_of(const espi_exec *exec, int threads, int64_t count) {
+    return (cpu_tasks){count, threads > 1 ? exec->nodes : NULL};
+}
+static inline cpu_turn cpu_first(const cpu_tasks *tasks, int thread) {
+    const espi_nodes *nodes = tasks->nodes;
+    return nodes ? (cpu_turn){.node = nodes->of_thread[thread], .nodes_left = nodes->count} : (cpu_turn){.nodes_left = 1};
+}
+static inline bool cpu_next(cpu_tasks *tasks, cpu_turn *turn) {
+    for (; turn->nodes_left > 0; turn->nodes_left--) {
+        turn->task = __atomic_fetch_add(&tasks->of_node[turn->node].gone, 1, __ATOMIC_RELAXED);
+        if (turn->task < tasks->count) return true;
+        turn->node = tasks->nodes && turn->node + 1 < tasks->nodes->count ? turn->node + 1 : 0;
+    }
+    return false;
+}
+static inline bool cpu_near(const cpu_tasks *tasks, const cpu_turn *turn, const void *weights) {
+    const espi_nodes *nodes = tasks->nodes;
+    return !nodes || nodes->of_thread[((uintptr_t)weights >> nodes->piece_bits) % (uintptr_t)nodes->threads] == turn->node;
+}
+
 /* The low-rank branch of one matrix or expert; r = 0: absent. */
 typedef struct cpu_branch {
     const float *a, *b;

@@ -184,6 +184,15 @@ static int pass_threads(const espi_exec *exec, const expert_pass *p) {
     return cpu_threads(exec, (double)(slots + FETCH * hit) * (double)p->w->rows * (double)p->w->cols);
 }
 
+/* Where part `part` of `parts` of an expert's weights begins, in whichever form. */
+static const void *weights_at(const espi_stack *w, int64_t e, int64_t part, int64_t parts) {
+    size_t bytes = (size_t)w->parts * w->part_bytes;
+#if defined(__AVX512BF16__)
+    if (w->packed) bytes = espi_cpu_packed_bytes(w);
+#endif
+    return (const char *)(w->packed ? w->packed : w->data) + (size_t)e * bytes + bytes / (size_t)parts * (size_t)part;
+}
+
 /* y_s = W_e x_s + bias_e + scale B_e u_s, u_s = A_e x_s. */
 static void forward_unpacked(const espi_exec *exec, const expert_pass *p, void *y, void *u, const void *x) {
     const int64_t in = p->w->cols, out = p->w->rows, r = p->lora->r, panels = cpu_blocks(out, PANEL_COLS);
@@ -192,6 +201,7 @@ static void forward_unpacked(const espi_exec *exec, const expert_pass *p, void *
     float pairs[256][2];
     cpu_pairs(pairs, p->w);
     const float(*values)[2] = (const float(*)[2])pairs;
+    cpu_tasks tasks = cpu_tasks_of(exec, threads, p->w->experts * panels);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         if (r) {
@@ -203,9 +213,9 @@ static void forward_unpacked(const espi_exec *exec, const expert_pass *p, void *
                 cpu_product(&to, &from, &down, m, in, 0, r, false);
             }
         }
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t task = 0; task < p->w->experts * panels; task++) {
-            const int64_t e = task / panels, col = task % panels * PANEL_COLS, n = cpu_min(out - col, PANEL_COLS);
+        for (cpu_turn turn = cpu_first(&tasks, omp_get_thread_num()); cpu_next(&tasks, &turn);) {
+            const int64_t e = turn.task / panels, panel = turn.task % panels, col = panel * PANEL_COLS, n = cpu_min(out - col, PANEL_COLS);
+            if (!cpu_near(&tasks, &turn, weights_at(p->w, e, panel, panels))) continue;
             const int64_t first = offsets[e], m = offsets[e + 1] - first;
             const cpu_branch l = cpu_branch_of(p->lora, e, in, out);
             const cpu_weight w = cpu_expert(p->w, e, values, true);
@@ -225,6 +235,7 @@ static void backward_unpacked(const espi_exec *exec, const expert_pass *p, float
     float pairs[256][2];
     cpu_pairs(pairs, p->w);
     const float(*values)[2] = (const float(*)[2])pairs;
+    cpu_tasks tasks = cpu_tasks_of(exec, threads, p->w->experts * panels);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         if (r) {
@@ -237,9 +248,9 @@ static void backward_unpacked(const espi_exec *exec, const expert_pass *p, float
                 cpu_product(&to, &from, &up, m, out, 0, r, false);
             }
         }
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t task = 0; task < p->w->experts * panels; task++) {
-            const int64_t e = task / panels, col = task % panels * PANEL_COLS, n = cpu_min(in - col, PANEL_COLS);
+        for (cpu_turn turn = cpu_first(&tasks, omp_get_thread_num()); cpu_next(&tasks, &turn);) {
+            const int64_t e = turn.task / panels, col = turn.task % panels * PANEL_COLS, n = cpu_min(in - col, PANEL_COLS);
+            if (!cpu_near(&tasks, &turn, weights_at(p->w, e, 1, 2))) continue;
             const int64_t first = offsets[e], m = offsets[e + 1] - first;
             const cpu_weight w = cpu_expert(p->w, e, values, false);
             const cpu_low low = {routed_rows(q, r, first), cpu_floats(cpu_branch_of(p->lora, e, in, out).a, in, 1, false), r};
@@ -388,12 +399,13 @@ static void run_packed(const espi_exec *exec, const packed_pass *k, char *scratc
     const expert_pass *p = k->pass;
     const int64_t in = p->w->cols, out = p->w->rows;
     const int threads = pass_threads(exec, p);
-    int32_t *order = (int32_t *)scratch, *tasks = order + p->w->experts;
+    int32_t *order = (int32_t *)scratch, *begins = order + p->w->experts;
     char *memory = scratch + plan_bytes(p->w);
     const int64_t hit = order_experts(order, p->routing);
-    tasks[0] = 0;
+    begins[0] = 0;
     for (int64_t i = 0; i < hit; i++)
-        tasks[i + 1] = tasks[i] + (int32_t)cpu_blocks(k->backward ? in : out, task_cols(k, rows_of(p->routing, order[i]), threads));
+        begins[i + 1] = begins[i] + (int32_t)cpu_blocks(k->backward ? in : out, task_cols(k, rows_of(p->routing, order[i]), threads));
+    cpu_tasks tasks = cpu_tasks_of(exec, threads, begins[hit]);
     const size_t each = work_bytes(p->w, p->routing);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
@@ -402,12 +414,14 @@ static void run_packed(const espi_exec *exec, const packed_pass *k, char *scratc
 #pragma omp for schedule(dynamic, 1)
             for (int64_t i = 0; i < hit; i++) low_task(k, order[i]);
         }
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t task = 0; task < tasks[hit]; task++) {
+        for (cpu_turn turn = cpu_first(&tasks, omp_get_thread_num()); cpu_next(&tasks, &turn);) {
             int64_t i = 0;
-            while (task >= tasks[i + 1]) i++;
-            if (threads == 1 && task == tasks[i]) low_task(k, order[i]); /* the tasks read the same rows */
-            packed_task(k, order[i], task - tasks[i], task_cols(k, rows_of(p->routing, order[i]), threads), &work);
+            while (turn.task >= begins[i + 1]) i++;
+            const int64_t panel = turn.task - begins[i], panels = begins[i + 1] - begins[i];
+            if (!cpu_near(&tasks, &turn, k->backward ? weights_at(p->w, order[i], 1, 2) : weights_at(p->w, order[i], panel, panels)))
+                continue;
+            if (threads == 1 && panel == 0) low_task(k, order[i]); /* the tasks read the same rows */
+            packed_task(k, order[i], panel, task_cols(k, rows_of(p->routing, order[i]), threads), &work);
         }
     }
 }

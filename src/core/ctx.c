@@ -4,13 +4,14 @@
 #include "core/ctx.h"
 #include "core/record.h"
 #include "core/select.h"
+#include "core/threads.h"
 
 #include <omp.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 
-#define LARGE_PAGE ((size_t)2 << 20)
+#define LARGE_PAGE ESPI_PIECE
 
 static const char *const purpose_names[ESPI_MEM_COUNT] = {
     [ESPI_MEM_WEIGHTS] = "weights",         [ESPI_MEM_ADAPTER] = "adapter", [ESPI_MEM_OPTIMIZER] = "optimizer",
@@ -53,7 +54,7 @@ static esp_status configure(esp_ctx *ctx, const esp_ctx_config *config) {
         return ESPI_FAIL(ESP_ERR_UNSUPPORTED,
                          "esp_ctx_config.alloc is set with backend \"%s\", expected no hooks: they are for memory of the host",
                          ctx->backends[0]->name);
-    return ctx->device_ops != NULL ? ctx->device_ops->start(&ctx->device, esp_comm_local_rank(ctx->comm)) : ESP_OK;
+    return ctx->device_ops != NULL ? ctx->device_ops->start(&ctx->device, esp_comm_local_rank(ctx->comm)) : espi_threads_bind(ctx, "");
 }
 
 esp_status esp_ctx_create(esp_ctx **ctx, const esp_ctx_config *config) {
@@ -77,6 +78,7 @@ void esp_ctx_destroy(esp_ctx *ctx) {
     espi_recordings_free(ctx);
     if (ctx->link != NULL) ctx->close_link(ctx->link);
     if (ctx->device != NULL) ctx->device_ops->stop(ctx->device);
+    espi_threads_release(ctx);
     free(ctx);
 }
 
@@ -101,14 +103,21 @@ esp_status esp_ctx_memory(const esp_ctx *ctx, esp_memory *out) {
     return espi_struct_write(out, &memory, sizeof memory, "esp_memory");
 }
 
-/* Large memory by all threads: what takes the time is the first touch of its pages. */
-static void zero(unsigned char *p, size_t bytes, int threads) {
-    const size_t chunk = (size_t)4 << 20;
-    const int64_t chunks = (int64_t)((bytes + chunk - 1) / chunk);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && chunks >= 4 * threads)
-    for (int64_t i = 0; i < chunks; i++) {
-        const size_t first = (size_t)i * chunk;
-        memset(p + first, 0, bytes - first < chunk ? bytes - first : chunk);
+/* Large memory by all threads: what takes the time is the first touch of its pages, and it says on which node they lie. */
+static void zero(const esp_ctx *ctx, unsigned char *p, size_t bytes) {
+    const int threads = ctx->threads;
+    const uintptr_t begin = (uintptr_t)p, end = begin + bytes;
+    const int64_t first = (int64_t)(begin / ESPI_PIECE), after = (int64_t)((end - 1) / ESPI_PIECE) + 1;
+#pragma omp parallel num_threads(threads) if (threads > 1 && after - first >= 8 * threads)
+    {
+        espi_threads_enter(ctx);
+#pragma omp for schedule(static, 1)
+        for (int64_t piece = first - first % threads; piece < after; piece++) {
+            const uintptr_t low = (uintptr_t)piece * ESPI_PIECE, from = low > begin ? low : begin;
+            const uintptr_t to = low + ESPI_PIECE < end ? low + ESPI_PIECE : end;
+            if (from < to) memset(p + (from - begin), 0, to - from);
+        }
+        espi_threads_leave(ctx);
     }
 }
 
@@ -120,7 +129,7 @@ static esp_status host_memory(esp_ctx *ctx, size_t bytes, void **out) {
         ctx->free(ctx->alloc_user, p, bytes);
         return ESPI_FAIL(ESP_ERR_ARG, "esp_ctx_config.alloc gave memory that is not aligned to %d bytes", ESPI_ALIGN);
     }
-    zero(p, bytes, ctx->threads);
+    zero(ctx, p, bytes);
     *out = p;
     return ESP_OK;
 }
@@ -198,7 +207,7 @@ esp_status espi_ctx_get(esp_ctx *ctx, void *to, const void *from, size_t bytes) 
 esp_status espi_ctx_zero(esp_ctx *ctx, void *p, size_t bytes) {
     if (bytes == 0) return ESP_OK;
     if (ctx->device != NULL) return ctx->device_ops->zero(ctx->device, p, bytes);
-    zero(p, bytes, ctx->threads);
+    zero(ctx, p, bytes);
     return ESP_OK;
 }
 

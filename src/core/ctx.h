@@ -34,6 +34,7 @@ struct esp_ctx {
     struct espi_link *link; /* the way between the devices of ranks, once it was needed: see dist/link.h */
     void (*close_link)(struct espi_link *link);
     int threads;
+    struct espi_threads *bound; /* threads.h; NULL: as the system places them */
     size_t memory_limit;
     esp_log_fn log;
     void *log_user;

@@ -1,6 +1,7 @@
 /* Which backend runs an op: the dispatchers of every row of ops.def, and what a backend's name means. */
 #include "core/select.h"
 #include "core/record.h"
+#include "core/threads.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -60,7 +61,7 @@ static esp_status unsupported(const esp_ctx *ctx, espi_op_id op, const refusals 
             }                                                                                                                              \
             report(ctx, ESPI_OP_##name, b, &refused);                                                                                      \
             if (ctx->device != NULL) ESPI_TRY(ctx->device_ops->enter(ctx->device));                                                        \
-            espi_exec exec = {.device = ctx->device, .threads = ctx->threads};                                                             \
+            espi_exec exec = {.device = ctx->device, .threads = ctx->threads, .nodes = espi_threads_nodes(ctx)};                           \
             const espi_mark mark = espi_arena_mark(arena);                                                                                 \
             ESPI_TRY(espi_arena_take(arena, slot->scratch == NULL ? 0 : slot->scratch(&exec, a), &exec.scratch));                          \
             if (arena->idle) espi_recorded_op(ctx, ESPI_OP_##name, a, sizeof *a, exec.scratch);                                            \

@@ -1,5 +1,5 @@
-/* The limits of memory that a machine and its control groups state.  None is an error to lack: other systems and other containers have
- * others. */
+/* The limits of memory that a machine and its control groups state, and its memory nodes.  None is an error to lack: other systems and other
+ * containers have others. */
 #include "io/machine.h"
 
 #include "core/status.h"
@@ -85,4 +85,42 @@ void espi_memory_left_read(espi_memory_left *left, const char *root) {
     FILE *f = espi_path_join(path, root, "proc/self/cgroup") == ESP_OK ? fopen(path, "re") : NULL;
     while (f && fgets(line, sizeof line, f)) look_at_line(left, root, line);
     if (f) fclose(f);
+}
+
+/* The next range of a list such as "0-3,8": false at its end. */
+static bool next_range(const char **list, long *first, long *last) {
+    char *end;
+    *first = *last = strtol(*list, &end, 10);
+    if (end == *list) return false;
+    if (*end == '-') *last = strtol(end + 1, &end, 10);
+    *list = end + (*end == ',');
+    return true;
+}
+
+static bool read_list(char list[LINE], const char *root, const char *folder, const char *file) {
+    char path[ESPI_PATH_MAX], at[ESPI_PATH_MAX];
+    if (espi_path_join(at, root, folder) != ESP_OK || espi_path_join(path, at, file) != ESP_OK) return false;
+    FILE *f = fopen(path, "re");
+    const bool found = f && fgets(list, LINE, f);
+    if (f) fclose(f);
+    return found;
+}
+
+int espi_machine_nodes_read(unsigned char node[ESPI_MACHINE_PROCESSORS], const char *root) {
+    static const char folder[] = "sys/devices/system/node";
+    char nodes[LINE], processors[LINE], file[64];
+    const char *rest = nodes;
+    int count = 0;
+    memset(node, 0, ESPI_MACHINE_PROCESSORS);
+    if (!read_list(nodes, root, folder, "has_cpu")) return 1;
+    for (long first, last; next_range(&rest, &first, &last);) {
+        for (long n = first; n <= last && count < ESPI_MACHINE_PROCESSORS; n++, count++) {
+            snprintf(file, sizeof file, "node%ld/cpulist", n);
+            const char *list = read_list(processors, root, folder, file) ? processors : "";
+            for (long from, to; next_range(&list, &from, &to);)
+                for (long p = from; p <= to && p < ESPI_MACHINE_PROCESSORS; p++)
+                    if (p >= 0) node[p] = (unsigned char)(count % ESPI_MACHINE_NODES);
+        }
+    }
+    return count < 1 ? 1 : count < ESPI_MACHINE_NODES ? count : ESPI_MACHINE_NODES;
 }

@@ -1,9 +1,7 @@
-/* What is left of a machine's memory, read below a folder that stands for its root. */
+/* What is left of a machine's memory, and its memory nodes, read below a folder that stands for its root. */
 #include "io/machine.h"
 
 #include "scratch.h"
-
-#include <sys/stat.h>
 
 #define KIB UINT64_C(1024)
 
@@ -16,16 +14,8 @@ static void remove_root(void) {
     scratch_remove(root);
 }
 
-/* A file below the root, with the folders that lead to it. */
 static void put(const char *file, const char *text) {
-    char path[ESPI_PATH_MAX];
-    OK(espi_path_join(path, root, file));
-    for (char *p = path + strlen(root) + 1; (p = strchr(p, '/')) != NULL; p++) {
-        *p = 0;
-        (void)mkdir(path, 0700);
-        *p = '/';
-    }
-    scratch_write(path, root, file, text, strlen(text));
+    scratch_put(root, file, text);
 }
 
 static void expect_left(uint64_t bytes, const char *file) {
@@ -107,4 +97,46 @@ Test(machine, a_group_that_is_not_seen) {
     expect_left(3000000, "sys/fs/cgroup/memory.max");
     put("proc/self/cgroup", "0::/../../other\n");
     expect_left(3000000, "sys/fs/cgroup/memory.max");
+}
+
+static void expect_nodes(int count, const char *of_processors) {
+    unsigned char node[ESPI_MACHINE_PROCESSORS];
+    const int got = espi_machine_nodes_read(node, root);
+    cr_expect_eq(got, count, "%d nodes, expected %d", got, count);
+    for (size_t p = 0; of_processors[p]; p++)
+        cr_expect_eq(node[p], of_processors[p] - '0', "processor %zu is near node %d, expected %c", p, node[p], of_processors[p]);
+}
+
+Test(machine, nodes) {
+    expect_nodes(1, "0000");
+    put("sys/devices/system/node/has_cpu", "0\n");
+    put("sys/devices/system/node/node0/cpulist", "0-7\n");
+    expect_nodes(1, "00000000");
+    put("sys/devices/system/node/has_cpu", "0-1\n");
+    put("sys/devices/system/node/node0/cpulist", "0-2,6\n");
+    put("sys/devices/system/node/node1/cpulist", "3-5,7,5000\n");
+    expect_nodes(2, "00011101");
+}
+
+/* Numbers may be left out, and memory may have no processors near. */
+Test(machine, nodes_here_and_there) {
+    put("sys/devices/system/node/has_cpu", "1,4-5\n");
+    put("sys/devices/system/node/node0/cpulist", "\n");
+    put("sys/devices/system/node/node1/cpulist", "4\n");
+    put("sys/devices/system/node/node4/cpulist", "0,2\n");
+    put("sys/devices/system/node/node5/cpulist", "1,3\n");
+    expect_nodes(3, "12120");
+}
+
+Test(machine, more_nodes_than_are_told_apart) {
+    put("sys/devices/system/node/has_cpu", "0-17\n");
+    for (int n = 0; n < 18; n++) {
+        char file[80], list[16];
+        snprintf(file, sizeof file, "sys/devices/system/node/node%d/cpulist", n);
+        snprintf(list, sizeof list, "%d\n", n);
+        put(file, list);
+    }
+    unsigned char node[ESPI_MACHINE_PROCESSORS];
+    cr_expect_eq(espi_machine_nodes_read(node, root), ESPI_MACHINE_NODES);
+    cr_expect(node[15] == 15 && node[16] == 0 && node[17] == 1, "%d %d %d", node[15], node[16], node[17]);
 }

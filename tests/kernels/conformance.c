@@ -208,7 +208,7 @@ static void expect_same_bits(const problem *a, const problem *b, const char *wha
 }
 
 static void conform(espi_op_id op, const shape *shape, const espi_backend *backend, problem *plain, problem *want) {
-    problem one, two, rounded = {.n_fields = 0}, exact = {.n_fields = 0};
+    problem one, more, rounded = {.n_fields = 0}, exact = {.n_fields = 0};
     const bool multiplies = multiplies_bf16(backend, op), draws = multiplies && op == ESPI_OP_head_sample;
     const char *const *given = draws ? dense_operands : NULL;
     if (run_on(&one, op, shape, backend, 1, given)) {
@@ -221,9 +221,11 @@ static void conform(espi_op_id op, const shape *shape, const espi_backend *backe
         } else {
             compare(backend, &one, plain, want, packed || multiplies ? &rounded : NULL);
         }
-        run_on(&two, op, shape, backend, 2, given);
-        expect_same_bits(&one, &two, "1 and 2 threads", backend);
-        problem_free(&two);
+        for (int threads = 2; threads <= 3; threads++) {
+            run_on(&more, op, shape, backend, threads, given);
+            expect_same_bits(&one, &more, threads == 2 ? "1 and 2 threads" : "1 and 3 threads on two memory nodes", backend);
+            problem_free(&more);
+        }
     }
     problem_free(&exact);
     problem_free(&rounded);

@@ -802,6 +802,13 @@ static bool drop_scratch(const espi_exec *exec, size_t bytes) {
     return whole;
 }
 
+/* Three threads are as on a machine whose memory has two nodes, in pieces small enough that every stack lies on both. */
+static const espi_nodes *nodes_of(int threads) {
+    static const unsigned char of_thread[] = {0, 1, 1};
+    static const espi_nodes two = {.count = 2, .threads = 3, .piece_bits = 8, .of_thread = of_thread};
+    return threads == two.threads ? &two : NULL;
+}
+
 #define ESPI_OP(op, args_type)                                                                                                             \
     static void make_##op(problem *p) {                                                                                                    \
         build_##op(p, &p->args.op);                                                                                                        \
@@ -810,7 +817,7 @@ static bool drop_scratch(const espi_exec *exec, size_t bytes) {
         const args_type *a = &p->args.op;                                                                                                  \
         *refusal = backend->op.run == NULL ? "no such kernel" : backend->op.refuse ? backend->op.refuse(a) : NULL;                         \
         if (*refusal) return ESP_OK;                                                                                                       \
-        espi_exec exec = {.threads = threads, .always_split = true};                                                                       \
+        espi_exec exec = {.threads = threads, .nodes = nodes_of(threads), .always_split = true};                                           \
         const size_t bytes = backend->op.scratch ? backend->op.scratch(&exec, a) : 0;                                                      \
         esp_status status = with_scratch(&exec, bytes);                                                                                    \
         if (status != ESP_OK) return status;                                                                                               \

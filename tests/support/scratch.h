@@ -10,6 +10,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 static inline void scratch_make(char dir[ESPI_PATH_MAX]) {
@@ -46,6 +47,18 @@ static inline void scratch_write(char path[ESPI_PATH_MAX], const char *dir, cons
     cr_assert_not_null(f);
     cr_assert_eq(fwrite(data, 1, bytes, f), bytes);
     cr_assert_eq(fclose(f), 0);
+}
+
+/* A file of text below root, with the folders that lead to it. */
+static inline void scratch_put(const char *root, const char *file, const char *text) {
+    char path[ESPI_PATH_MAX];
+    OK(espi_path_join(path, root, file));
+    for (char *p = path + strlen(root) + 1; (p = strchr(p, '/')) != NULL; p++) {
+        *p = 0;
+        (void)mkdir(path, 0700);
+        *p = '/';
+    }
+    scratch_write(path, root, file, text, strlen(text));
 }
 
 /* A safetensors file from its parts.  header_bytes: the length that the prefix claims; -1 = the true one. */
