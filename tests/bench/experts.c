@@ -1,14 +1,18 @@
+#define _GNU_SOURCE /* sched_setaffinity */
 /* esp_bench_experts: 4-bit experts in the shapes and under the names of public peers' tables, beside the roofs of this machine measured
- * between the calls.  One product of an expert, forward and backward; a layer's forward; a layer's step with a branch on every expert.  A
- * number is a median over rounds; each round times every case once, and the roofs. */
+ * between the calls.  One product of an expert, forward and backward; a layer's forward; a layer's step with a branch on every expert; a layer
+ * by one thread, on another processor each round, and by all, in turn.  A number is a median over rounds; each round times every case once,
+ * and the roofs, of one thread and of all at once. */
 #include "measure.h"
 #include "onednn.h"
 #include "roof.h"
 
 #include <jansson.h>
 #include <math.h>
+#include <omp.h>
+#include <sched.h>
 
-enum { EXPERTS_COLD = 64, PEERS_COLD = 16, RANK = 16, MOST = 96, SETS = 16 };
+enum { EXPERTS_COLD = 64, PEERS_COLD = 16, RANK = 16, MOST = 96, SETS = 16, MOST_THREADS = 256 };
 
 typedef struct layer_shape {
     const char *name;
@@ -24,7 +28,7 @@ typedef struct expert_case {
     const char *section, *shape, *what, *regime, *format, *peer; /* peer: NULL: espalier */
     int64_t rows;                                                /* M of a product, T of a layer */
     double flops, bytes;
-    int repeat, calls;
+    int threads, repeat, calls;
     void (*run)(struct expert_case *c);
     void *data;
     size_t scratch, arrays;
@@ -35,9 +39,13 @@ static const espi_backend *backend;
 static int threads = 1;
 static const char *commit, *part; /* of the sources; what --only said, or NULL */
 
+static bool scales(void) {
+    return part && strcmp(part, "scaling") == 0;
+}
+
 #define RUN(op, args)                                                                                                                      \
     do {                                                                                                                                   \
-        espi_exec exec = {.threads = threads};                                                                                             \
+        espi_exec exec = {.threads = c->threads};                                                                                          \
         const size_t bytes = backend->op.scratch ? backend->op.scratch(&exec, args) : 0;                                                   \
         if (bytes > c->scratch) c->scratch = bytes;                                                                                        \
         exec.scratch = room(bytes);                                                                                                        \
@@ -140,6 +148,7 @@ static void make_product(expert_case *c, const espi_stack *w, int64_t rows, bool
                        .rows = rows,
                        .flops = 2.0 * (double)(rows * w->rows * w->cols),
                        .bytes = stack_bytes(w),
+                       .threads = threads,
                        .repeat = rows < 8     ? 96
                                  : rows < 64  ? 32
                                  : rows < 256 ? 4
@@ -260,6 +269,7 @@ static void make_layer_case(expert_case *c, const layer *l, int64_t tokens, bool
                        .format = s->format == ESP_MXFP4 ? "MXFP4" : "NF4",
                        .rows = tokens,
                        .flops = train ? 2 * base + 3 * low : base,
+                       .threads = threads,
                        .repeat = tokens == 1 ? 32 : 1,
                        .run = run_layer,
                        .data = b};
@@ -317,6 +327,16 @@ static int make_cases(expert_case *cases, const char *only) {
         if (!train) make_layer_case(&cases[n++], &layers[0], 512, false, true);
         if (only && strcmp(only, "layer") == 0) make_layer_case(&cases[n++], &layers[0], 4096, false, false);
     }
+    if (scales()) {
+        layers[2] = make_layer(&qwen3, false);
+        for (int64_t tokens = 512; tokens <= 4096; tokens += 4096 - 512) {
+            make_layer_case(&cases[n], &layers[2], tokens, false, false);
+            cases[n + 1] = cases[n];
+            cases[n].threads = 1;
+            cases[n + 1].repeat = 4;
+            n += 2;
+        }
+    }
     if (!only || strcmp(only, "gpt-oss") == 0) {
         layers[1] = make_layer(&gpt_oss, true);
         make_layer_case(&cases[n++], &layers[1], 512, false, false);
@@ -329,7 +349,44 @@ typedef struct roofs {
     double fma[MAX_ROUNDS], dot[MAX_ROUNDS], tiles[MAX_ROUNDS], read[MAX_ROUNDS];
 } roofs;
 
-static void write_json(const char *path, const expert_case *cases, int n, int rounds, const roofs *r) {
+/* Of so many threads at once, each timed by itself. */
+static void measure_roofs(roofs *r, int round, int n) {
+    double fma = 0, dot = 0, tiles = 0, read = 0;
+    (void)read_roof(0, n); /* has its memory */
+#pragma omp parallel num_threads(n) reduction(+ : fma, dot, tiles, read)
+    {
+        fma += fma_roof();
+#pragma omp barrier
+        dot += dot_roof();
+#pragma omp barrier
+        tiles += tile_roof(backend);
+#pragma omp barrier
+        read += read_roof(omp_get_thread_num(), n);
+    }
+    r->fma[round] = fma;
+    r->dot[round] = dot;
+    r->tiles[round] = tiles;
+    r->read[round] = read;
+}
+
+static double peak(const roofs *r, int rounds) {
+    const double tiles = median(r->tiles, rounds);
+    return tiles > 0 ? tiles : median(backend->bf16_products ? r->dot : r->fma, rounds);
+}
+
+static json_t *roof_json(const roofs *r, int rounds) {
+    return json_pack("{s:f, s:f, s:f, s:f}", "fp32_fma_gflops", 1e-9 * median(r->fma, rounds), "bf16_dot_gflops",
+                     1e-9 * median(r->dot, rounds), "bf16_tiles_gflops", 1e-9 * median(r->tiles, rounds), "dram_read_gbs",
+                     1e-9 * median(r->read, rounds));
+}
+
+static json_t *each_json(const expert_case *c, int rounds) {
+    json_t *each = json_array();
+    for (int i = 0; i < rounds; i++) json_array_append_new(each, json_real(1e3 * c->seconds[i]));
+    return each;
+}
+
+static void write_json(const char *path, const expert_case *cases, int n, int rounds, const roofs *one, const roofs *all) {
     char date[LINE];
     date_now(date);
     json_t *rows = json_array();
@@ -338,17 +395,17 @@ static void write_json(const char *path, const expert_case *cases, int n, int ro
         const double seconds = median(c->seconds, rounds);
         json_t *row = json_pack("{s:s, s:s, s:s, s:I, s:s, s:s, s:i, s:i, s:f, s:f, s:I}", "section", c->section, "shape", c->shape, "what",
                                 c->what, strcmp(c->section, "expert") == 0 ? "M" : "T", (json_int_t)c->rows, "peer",
-                                c->peer ? c->peer : "espalier", "format", c->format, "threads", threads, "windows", rounds, "ms",
+                                c->peer ? c->peer : "espalier", "format", c->format, "threads", c->threads, "windows", rounds, "ms",
                                 1e3 * seconds, "gflops", 1e-9 * c->flops / seconds, "scratch_bytes", (json_int_t)c->scratch);
+        if (scales()) json_object_set_new(row, "each_ms", each_json(c, rounds));
         if (c->regime) json_object_set_new(row, "regime", json_string(c->regime));
         if (c->bytes > 0) json_object_set_new(row, "gbs", json_real(1e-9 * c->bytes / seconds));
         json_array_append_new(rows, row);
     }
-    json_t *root =
-        json_pack("{s:s, s:s*, s:s, s:s, s:s, s:s, s:s, s:{s:f, s:f, s:f, s:f}, s:o}", "command", "esp_bench_experts", "only", part,
-                  "commit", commit, "compiler", ESP_COMPILER, "cpu", cpu_name(), "date", date, "backend", backend->name, "roof",
-                  "fp32_fma_gflops", 1e-9 * median(r->fma, rounds), "bf16_dot_gflops", 1e-9 * median(r->dot, rounds), "bf16_tiles_gflops",
-                  1e-9 * median(r->tiles, rounds), "dram_read_gbs", 1e-9 * median(r->read, rounds), "rows", rows);
+    json_t *root = json_pack("{s:s, s:s*, s:s, s:s, s:s, s:s, s:s, s:o, s:o}", "command", "esp_bench_experts", "only", part, "commit",
+                             commit, "compiler", ESP_COMPILER, "cpu", cpu_name(), "date", date, "backend", backend->name, "roof",
+                             roof_json(one, rounds), "rows", rows);
+    if (root && threads > 1) json_object_set_new(root, "roof_of_all_threads", roof_json(all, rounds));
     if (!root || json_dump_file(root, path, JSON_INDENT(1)) != 0) die(path);
     json_decref(root);
 }
@@ -359,10 +416,38 @@ static void time_case(expert_case *c, int round) {
     c->seconds[round] = (now() - start) / c->repeat;
 }
 
+static void print_roofs(const char *who, const roofs *r, int rounds) {
+    printf("%s: %.1f GFLOP/s f32, %.1f bf16, %.1f tiles, %.1f GB/s read\n", who, 1e-9 * median(r->fma, rounds),
+           1e-9 * median(r->dot, rounds), 1e-9 * median(r->tiles, rounds), 1e-9 * median(r->read, rounds));
+}
+
+/* The processors of all threads, to which one thread goes in turn: others may disturb any of them. */
+typedef struct places {
+    int of_thread[MOST_THREADS];
+    cpu_set_t before;
+} places;
+
+static void look_around(places *p) {
+    if (threads < 2 || threads > MOST_THREADS) die("scaling takes 2 to 256 threads: --threads");
+    if (sched_getaffinity(0, sizeof p->before, &p->before) != 0) die("sched_getaffinity");
+#pragma omp parallel num_threads(threads)
+    p->of_thread[omp_get_thread_num()] = sched_getcpu();
+}
+static void move(const places *p, int round) {
+    cpu_set_t to;
+    CPU_ZERO(&to);
+    CPU_SET(p->of_thread[round % threads], &to);
+    if (sched_setaffinity(0, sizeof to, &to) != 0) die("sched_setaffinity");
+}
+static void move_back(const places *p) {
+    if (sched_setaffinity(0, sizeof p->before, &p->before) != 0) die("sched_setaffinity");
+}
+
 int main(int argc, char **argv) {
     static expert_case cases[MOST];
-    static roofs r;
-    const bench_options asked = bench_read(argc, argv, "esp_bench_experts", 5, "expert|layer|train|gpt-oss");
+    static roofs one, all;
+    static places here;
+    const bench_options asked = bench_read(argc, argv, "esp_bench_experts", 5, "expert|layer|train|scaling|gpt-oss");
     const int rounds = asked.rounds;
     const char *json = asked.json;
     backend = asked.backend;
@@ -370,28 +455,34 @@ int main(int argc, char **argv) {
     commit = asked.commit;
     part = asked.only;
     const int n = make_cases(cases, asked.only);
+    if (scales()) look_around(&here);
     for (int round = -1; round < rounds; round++) { /* the first round warms up */
         const int at = round < 0 ? 0 : round;
-        r.fma[at] = fma_roof();
-        r.dot[at] = dot_roof();
-        r.tiles[at] = tile_roof(backend);
-        r.read[at] = read_roof();
-        for (int i = 0; i < n; i++) time_case(&cases[i], at);
+        const bool moves = scales();
+        if (moves) move(&here, at);
+        measure_roofs(&one, at, 1);
+        for (int i = 0; i < n; i++)
+            if (!moves || cases[i].threads == 1) time_case(&cases[i], at);
+        if (moves) move_back(&here);
+        if (threads > 1) measure_roofs(&all, at, threads);
+        for (int i = 0; i < n; i++)
+            if (moves && cases[i].threads > 1) time_case(&cases[i], at);
     }
-    const double tiles = median(r.tiles, rounds), dot = median(r.dot, rounds), fma = median(r.fma, rounds);
-    const double peak = tiles > 0 ? tiles : backend->bf16_products ? dot : fma;
-    printf("%s, %d threads, %s; one thread: %.1f GFLOP/s f32, %.1f bf16, %.1f tiles, %.1f GB/s read\n", backend->name, threads, cpu_name(),
-           1e-9 * fma, 1e-9 * dot, 1e-9 * tiles, 1e-9 * median(r.read, rounds));
+    printf("%s, %d threads, %s\n", backend->name, threads, cpu_name());
+    print_roofs("one thread", &one, rounds);
+    if (threads > 1) print_roofs("all at once", &all, rounds);
     for (int i = 0; i < n; i++) {
         const expert_case *c = &cases[i];
         const double seconds = median(c->seconds, rounds), rate = c->flops / seconds;
         printf("%-7s %-14s %-8s %-5s %-5s %5lld %10.3f ms %8.1f GFLOP/s %5.1f %% of peak", c->section, c->shape, c->what, c->format,
-               c->regime ? c->regime : "", (long long)c->rows, 1e3 * seconds, 1e-9 * rate, 100 * rate / peak / threads);
+               c->regime ? c->regime : "", (long long)c->rows, 1e3 * seconds, 1e-9 * rate,
+               100 * rate / peak(c->threads > 1 ? &all : &one, rounds));
         if (c->peer) printf(" %s", c->peer);
         if (c->bytes > 0) printf(" %6.1f GB/s", 1e-9 * c->bytes / seconds);
         if (c->arrays) printf(", %.3f GB", 1e-9 * (double)(c->scratch + c->arrays));
+        if (scales() && c->threads > 1) printf(", %.2f times as fast as one thread", median(c[-1].seconds, rounds) / seconds);
         printf("\n");
     }
-    if (json) write_json(json, cases, n, rounds, &r);
+    if (json) write_json(json, cases, n, rounds, &one, &all);
     return 0;
 }

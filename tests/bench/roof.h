@@ -99,20 +99,22 @@ static inline double copy_roof(void) {
     return 2.0 * COPIED / (now() - start);
 }
 
-/* Bytes read a second from memory. */
-static inline double read_roof(void) {
-    static char *from;
-    if (!from) memset(from = allocate(COPIED + AHEAD), 1, COPIED + AHEAD);
+/* Bytes read a second from memory, of which each of `parts` threads reads one. */
+static inline double read_roof(int part, int parts) {
+    static char *all;
+    if (!all) memset(all = allocate(COPIED + AHEAD), 1, COPIED + AHEAD);
+    const size_t bytes = (size_t)(COPIED / parts / 64 * 64);
+    const char *from = all + (size_t)part * bytes;
     const double start = now();
     uint64_t sum[8] = {0};
-    for (size_t i = 0; i < COPIED; i += 64) {
+    for (size_t i = 0; i < bytes; i += 64) {
         __builtin_prefetch(from + i + AHEAD);
         const uint64_t *line = (const uint64_t *)(const void *)(from + i);
         for (int k = 0; k < 8; k++) sum[k] |= line[k];
     }
     volatile uint64_t keep = sum[0] ^ sum[1] ^ sum[2] ^ sum[3] ^ sum[4] ^ sum[5] ^ sum[6] ^ sum[7];
     (void)keep;
-    return COPIED / (now() - start);
+    return (double)bytes / (now() - start);
 }
 
 /* Floating-point operations a second of products of full bf16 tiles; 0 where there are none.  The process has leave to use them once the
