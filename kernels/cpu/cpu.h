@@ -203,7 +203,7 @@ typedef struct cpu_turn {
 } cpu_turn;
 
 static inline cpu_tasks cpu_tasks_of(const espi_exec *exec, int threads, int64_t count) {
-    return (cpu_tasks){count, threads > 1 ? exec->nodes : NULL};
+    return (cpu_tasks){.count = count, .nodes = threads > 1 ? exec->nodes : NULL};
 }
 static inline cpu_turn cpu_first(const cpu_tasks *tasks, int thread) {
     const espi_nodes *nodes = tasks->nodes;

@@ -41,10 +41,10 @@ esp_status ESPI_CPU(espi_adamw)(const espi_exec *exec, const espi_adamw *a) {
     const int threads = cpu_threads(exec, (double)a->n * 16);
 #pragma omp parallel for simd schedule(static) num_threads(threads) if (parallel : threads > 1)
     for (int64_t i = 0; i < a->n; i++) {
-        const float d = grad_scale * g[i];
-        m[i] = m[i] + new1 * (d - m[i]);
-        v[i] = old2 * v[i] + new2 * d * d;
-        p[i] = p[i] * keep - step_size * m[i] / (sqrtf(v[i]) * correction + eps);
+        const float d = grad_scale * g[i], first = m[i] + new1 * (d - m[i]), second = old2 * v[i] + new2 * d * d;
+        m[i] = first;
+        v[i] = second;
+        p[i] = p[i] * keep - step_size * first / (sqrtf(second) * correction + eps);
     }
     return ESP_OK;
 }
