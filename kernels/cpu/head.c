@@ -199,15 +199,20 @@ static size_t head_scratch(const espi_exec *exec, const espi_head *head) {
     return (size_t)exec->threads * rows_bytes(head);
 }
 
-/* Rows first .. first + m - 1 in the place of this thread.  kept: room for the logits of so many rows for each thread, behind the rows'. */
-static block enter_block(const espi_exec *exec, const espi_head *head, int64_t first, int64_t m, int64_t kept) {
-    const size_t thread = (size_t)omp_get_thread_num();
+/* Rows first .. first + m - 1 in one of as many places as there may be threads.  kept: room for the logits of so many rows in each, behind the
+ * rows'. */
+static block enter_place(const espi_exec *exec, const espi_head *head, int64_t first, int64_t m, int64_t kept, int64_t place) {
     const cpu_rows rows = {(float *)head->hidden, head->w.cols, head->rows + first};
     block b = {.head = head, .first = first, .m = m, .kept_rows = kept};
-    b.rows = make_operand((char *)exec->scratch + thread * rows_bytes(head), &rows, m, head->w.cols);
+    b.rows = make_operand((char *)exec->scratch + (size_t)place * rows_bytes(head), &rows, m, head->w.cols);
     if (kept_bytes(head, kept) > 0)
-        b.kept = (float(*)[HEAD_COLS])(void *)((char *)exec->scratch + head_scratch(exec, head) + thread * kept_bytes(head, kept));
+        b.kept = (float(*)[HEAD_COLS])(void *)((char *)exec->scratch + head_scratch(exec, head) + (size_t)place * kept_bytes(head, kept));
     return b;
+}
+
+/* In the place of this thread. */
+static block enter_block(const espi_exec *exec, const espi_head *head, int64_t first, int64_t m, int64_t kept) {
+    return enter_place(exec, head, first, m, kept, omp_get_thread_num());
 }
 
 size_t ESPI_CPU(espi_head_stats_scratch)(const espi_exec *exec, const espi_head_stats *a) {
@@ -356,26 +361,36 @@ size_t ESPI_CPU(espi_head_fused_scratch)(const espi_exec *exec, const espi_head_
     return head_scratch(exec, &a->head) + (size_t)exec->threads * kept_bytes(&a->head, HEAD_ROWS);
 }
 
+/* Block i of those of `rows` rows that cover begin .. end - 1, with room for its logits. */
+static block turn_block(const espi_exec *exec, const espi_head *head, int64_t begin, int64_t end, int64_t rows, int64_t i) {
+    const int64_t first = begin + i * rows;
+    return enter_place(exec, head, first, cpu_min(end - first, rows), HEAD_ROWS, i);
+}
+
 esp_status ESPI_CPU(espi_head_fused)(const espi_exec *exec, const espi_head_fused *a) {
     const int threads = head_threads(exec, &a->head);
     const int64_t rows = block_rows(a->head.n, threads), turn = threads * rows;
     const espi_head_grad grad = {.head = a->head, .d_hidden = a->d_hidden, .g = a->g, .e = a->e, .lse = a->lse, .entropy = a->entropy};
     for (int64_t begin = 0; begin < a->head.n; begin += turn) {
         const int64_t end = cpu_min(a->head.n, begin + turn);
-        /* Thread i has block i of the turn in both halves, so what it rounded and kept is still there. */
+        const int64_t blocks = cpu_blocks(end - begin, rows);
         esp_status status = ESP_OK;
+        /* As many blocks as threads were asked for; there may be fewer.  Block i has place i in both halves, where its logits are. */
 #pragma omp parallel num_threads(threads) if (threads > 1)
         {
-            const int64_t first = begin + omp_get_thread_num() * rows;
-            block b = {.m = 0};
-            if (first < end) {
-                b = enter_block(exec, &a->head, first, cpu_min(end - first, rows), HEAD_ROWS);
+#pragma omp for schedule(static, 1)
+            for (int64_t i = 0; i < blocks; i++) {
+                const block b = turn_block(exec, &a->head, begin, end, rows, i);
                 block_stats(&b, a->lp, a->entropy, a->lse);
             }
-#pragma omp barrier
 #pragma omp single
             status = a->coef ? a->coef(a->coef_user, begin, end - begin) : ESP_OK;
-            if (b.m > 0 && status == ESP_OK) block_grad(&grad, &b);
+#pragma omp for schedule(static, 1)
+            for (int64_t i = 0; i < blocks; i++) {
+                if (status != ESP_OK) continue;
+                const block b = turn_block(exec, &a->head, begin, end, rows, i);
+                block_grad(&grad, &b);
+            }
         }
         ESPI_TRY(status);
     }

@@ -17,6 +17,7 @@
 #include <criterion/criterion.h>
 #include <criterion/parameterized.h>
 #include <math.h>
+#include <omp.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -221,9 +222,12 @@ static void conform(espi_op_id op, const shape *shape, const espi_backend *backe
         } else {
             compare(backend, &one, plain, want, packed || multiplies ? &rounded : NULL);
         }
-        for (int threads = 2; threads <= 3; threads++) {
-            run_on(&more, op, shape, backend, threads, given);
-            expect_same_bits(&one, &more, threads == 2 ? "1 and 2 threads" : "1 and 3 threads on two memory nodes", backend);
+        static const char *const teams[] = {"1 and 2 threads", "1 and 3 threads on two memory nodes", "1 and 3 threads of which one comes"};
+        for (int team = 0; team < ESPI_COUNT(teams); team++) {
+            omp_set_max_active_levels(team < 2); /* 0: a region has the thread that comes to it, as within a region of the caller's */
+            run_on(&more, op, shape, backend, team == 0 ? 2 : 3, given);
+            omp_set_max_active_levels(1);
+            expect_same_bits(&one, &more, teams[team], backend);
             problem_free(&more);
         }
     }
