@@ -6,7 +6,7 @@
 #include <stdlib.h>
 
 /* Rows that are worked on together at most, and entries of the vocabulary at a time. */
-enum { HEAD_ROWS = 128, HEAD_COLS = 256 };
+enum { HEAD_ROWS = 128, HEAD_COLS = 512 };
 
 /* Rows first .. first + m - 1 of the head's: what a task works on. */
 typedef struct block {
