@@ -1,8 +1,8 @@
-#define _GNU_SOURCE /* sched_setaffinity */
 /* esp_bench_experts: 4-bit experts in the shapes and under the names of public peers' tables, beside the roofs of this machine measured
  * between the calls.  One product of an expert, forward and backward; a layer's forward; a layer's step with a branch on every expert; a layer
  * by one thread, on another processor each round, and by all, in turn.  A number is a median over rounds; each round times every case once,
  * and the roofs, of one thread and of all at once. */
+#define _GNU_SOURCE /* sched_setaffinity */
 #include "measure.h"
 #include "onednn.h"
 #include "roof.h"
