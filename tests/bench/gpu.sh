@@ -74,6 +74,7 @@ part_models() {
         bench "$1" 60 ./esp_bench_gpu "configs/$1" "experts=$2" adam8=1 decode=64 profile=1
         bench "$1-recomputed" 40 ./esp_bench_gpu "configs/$1" "experts=$2" adam8=1 budget=1 steps=5
         bench "$1-least-memory" 40 ./esp_bench_gpu "configs/$1" "experts=$2" host_moments=1 "host_layers=$3" budget=1 steps=5
+        bench "$1-512" 40 ./esp_bench_gpu "configs/$1" "experts=$2" adam8=1 sequences=1 tokens=512 busy=1
         bench "$1-4x2048" 40 ./esp_bench_gpu "configs/$1" "experts=$2" adam8=1 sequences=4 steps=5
     done
 }
@@ -93,7 +94,7 @@ part_sanitizers() {
         step $tool-model 60 $checked ./test_cuda_model data q3c once
         experts=esp_bench_gpu_experts
         [ $tool != racecheck ] || experts=esp_bench_gpu_experts_racecheck # tests/cuda/planted.md says why
-        for layer in nf4-r16 nf4-few-rows mxfp4-r16-clamped mxfp4-few-rows; do
+        for layer in nf4-r16 nf4-few-and-many mxfp4-r16-clamped mxfp4-few-rows; do
             # shellcheck disable=SC2086  # words
             step $tool-$layer 40 $checked ./$experts check $layer
         done
@@ -107,6 +108,8 @@ part_times() {
     for shape in "qwen3-30b-a3b nf4" "qwen3-30b-a3b mxfp4" "gpt-oss-20b mxfp4"; do
         # shellcheck disable=SC2086  # two words
         bench "experts-${shape/ /-}" 60 ./esp_bench_gpu_experts time $shape 64 512 2048 4096 16384
+        # shellcheck disable=SC2086  # two words
+        bench "busy-${shape/ /-}" 20 ./esp_bench_gpu_experts busy $shape 64 512 2048
     done
 }
 

@@ -2,7 +2,9 @@
  *   gpu_experts check            every case; check NAME: one; list: their names
  *   gpu_experts exact            every bit of the decoded weights
  *   gpu_experts time SHAPE FORMAT TOKENS...   SHAPE: qwen3-30b-a3b | gpt-oss-20b, FORMAT: nf4 | mxfp4 | bf16
+ *   gpu_experts busy SHAPE FORMAT TOKENS...   how much of a step's time a kernel is running
  *   gpu_experts once SHAPE FORMAT TOKENS      for a profiler */
+#include "busy.h"
 #include "core/status.h"
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/scratch.h"
@@ -102,6 +104,11 @@ struct layer {
     espi_down_fwd down_fwd;
     espi_down_bwd down_bwd;
     espi_gate_up_bwd gate_up_bwd;
+    size_t scratch_bytes;
+    both<bf16> out; /* of both sums over a token's rows */
+    both<float> d_slot;
+    espi_combine_fwd combine_fwd;
+    espi_combine_bwd combine_bwd;
 };
 
 static std::mt19937_64 generator;
@@ -359,14 +366,20 @@ static void make_layer(layer &l, const shape &s) {
     scratch = std::max(scratch, espi_down_fwd_scratch_cuda(&l.exec, &l.down_fwd));
     scratch = std::max(scratch, espi_down_bwd_scratch_cuda(&l.exec, &l.down_bwd));
     scratch = std::max(scratch, espi_gate_up_bwd_scratch_cuda(&l.exec, &l.gate_up_bwd));
+    l.scratch_bytes = scratch;
     MUST(cudaMalloc(&l.exec.scratch, scratch + 256));
     MUST(cudaMemset(l.exec.scratch, 0xff, scratch + 256));
+    l.out.make((size_t)s.T * H), l.d_slot.make(S);
+    l.combine_fwd = {}, l.combine_bwd = {};
+    l.combine_fwd.out = l.out.device, l.combine_fwd.y = l.y.device, l.combine_fwd.routing = routing, l.combine_fwd.hidden = s.H;
+    l.combine_bwd.d_x = l.out.device, l.combine_bwd.d_rows = l.d_rows.device, l.combine_bwd.routing = routing;
+    l.combine_bwd.hidden = s.H, l.combine_bwd.d_row_weight = l.d_weight.device, l.combine_bwd.d_weight = l.d_slot.device;
 }
 
 static void free_layer(layer &l) {
-    for (both<bf16> *b : {&l.x, &l.d_out, &l.gu, &l.act, &l.u_gu, &l.y, &l.u_dn, &l.d_gu, &l.d_rows}) b->done();
-    for (both<float> *b :
-         {&l.a_gu, &l.b_gu, &l.a_dn, &l.b_dn, &l.bias_gu, &l.bias_dn, &l.weight, &l.d_weight, &l.da_gu, &l.db_gu, &l.da_dn, &l.db_dn})
+    for (both<bf16> *b : {&l.x, &l.d_out, &l.gu, &l.act, &l.u_gu, &l.y, &l.u_dn, &l.d_gu, &l.d_rows, &l.out}) b->done();
+    for (both<float> *b : {&l.a_gu, &l.b_gu, &l.a_dn, &l.b_dn, &l.bias_gu, &l.bias_dn, &l.weight, &l.d_weight, &l.da_gu, &l.db_gu, &l.da_dn,
+                           &l.db_dn, &l.d_slot})
         b->done();
     for (both<int32_t> *b : {&l.offsets, &l.row_token, &l.slot_row}) b->done();
     for (stack *k : {&l.gate_up, &l.down}) {
@@ -520,6 +533,20 @@ static void run_all(layer &l) {
     OP(espi_down_fwd_cuda(&l.exec, &l.down_fwd));
     OP(espi_down_bwd_cuda(&l.exec, &l.down_bwd));
     OP(espi_gate_up_bwd_cuda(&l.exec, &l.gate_up_bwd));
+}
+
+/* From the gather to the sum over a token's rows. */
+static void run_forward(layer &l) {
+    OP(espi_gate_up_fwd_cuda(&l.exec, &l.gate_up_fwd));
+    OP(espi_down_fwd_cuda(&l.exec, &l.down_fwd));
+    OP(espi_combine_fwd_cuda(&l.exec, &l.combine_fwd));
+}
+
+static void run_step(layer &l) {
+    run_forward(l);
+    OP(espi_down_bwd_cuda(&l.exec, &l.down_bwd));
+    OP(espi_gate_up_bwd_cuda(&l.exec, &l.gate_up_bwd));
+    OP(espi_combine_bwd_cuda(&l.exec, &l.combine_bwd));
 }
 
 static int check(layer &l, int samples) {
@@ -731,8 +758,7 @@ static double time_call(cudaStream_t stream, double warm, double seconds, const 
     return spent / calls;
 }
 
-/* The call recorded once and replayed: device time alone. */
-static double time_graph(layer &l, double warm, double seconds, const std::function<void()> &call) {
+static cudaGraphExec_t record(const layer &l, const std::function<void()> &call) {
     cudaGraph_t graph;
     cudaGraphExec_t replay;
     call();
@@ -741,9 +767,15 @@ static double time_graph(layer &l, double warm, double seconds, const std::funct
     call();
     MUST(cudaStreamEndCapture(l.cuda.stream, &graph));
     MUST(cudaGraphInstantiate(&replay, graph, 0));
+    MUST(cudaGraphDestroy(graph));
+    return replay;
+}
+
+/* The call recorded once and replayed: device time alone. */
+static double time_graph(layer &l, double warm, double seconds, const std::function<void()> &call) {
+    const cudaGraphExec_t replay = record(l, call);
     const double ms = time_call(l.cuda.stream, warm, seconds, [&] { MUST(cudaGraphLaunch(replay, l.cuda.stream)); });
     MUST(cudaGraphExecDestroy(replay));
-    MUST(cudaGraphDestroy(graph));
     return ms;
 }
 
@@ -758,8 +790,18 @@ static double routing_cv(const layer &l) {
     return sqrt(std::max(0.0, sum2 / l.s.E - mean * mean)) / mean;
 }
 
+static const char *name_of(esp_qformat format) {
+    return format == ESP_NF4 ? "nf4" : format == ESP_MXFP4 ? "mxfp4" : "bf16";
+}
+
+template <typename T> static size_t bytes_of(const both<T> &b) {
+    return b.n * sizeof(T);
+}
+
 /* One JSON line a size: the four ops; forward and forward + backward, from the gather to the sum over a token's rows, with and without LoRA;
- * both with LoRA again with balanced and with very skewed routing; and cuBLAS in bf16 at the same products. */
+ * both with LoRA again with balanced and with very skewed routing; and cuBLAS in bf16 at the same products.  And the memory that all of it lies in:
+ * what a layer keeps for its backward, the router's probabilities apart; the kernels' work memory; and the rows between the ops of a forward
+ * and of a backward, which layers share. */
 static void time_shape(shape s, double warm, double seconds, bool checked) {
     layer l = {};
     make_layer(l, s);
@@ -767,27 +809,9 @@ static void time_shape(shape s, double warm, double seconds, bool checked) {
         const int failures = check(l, 2048);
         printf("sampled check at this size: %s\n", failures ? "FAILED" : "passed");
     }
-    bf16 *out;
-    float *d_weight;
-    MUST(cudaMalloc((void **)&out, (size_t)s.T * s.H * sizeof(bf16)));
-    MUST(cudaMalloc((void **)&d_weight, (size_t)l.S * sizeof(float)));
-    espi_combine_fwd combine = {};
-    combine.out = out, combine.y = l.y.device, combine.routing = l.gate_up_fwd.routing, combine.hidden = s.H;
-    espi_combine_bwd back = {};
-    back.d_x = out, back.d_rows = l.d_rows.device, back.routing = combine.routing, back.hidden = s.H;
-    back.d_row_weight = l.d_weight.device, back.d_weight = d_weight;
     auto time = [&](const std::function<void()> &call) { return time_graph(l, warm, seconds, call); };
-    auto forward = [&] {
-        OP(espi_gate_up_fwd_cuda(&l.exec, &l.gate_up_fwd));
-        OP(espi_down_fwd_cuda(&l.exec, &l.down_fwd));
-        OP(espi_combine_fwd_cuda(&l.exec, &combine));
-    };
-    auto step = [&] {
-        forward();
-        OP(espi_down_bwd_cuda(&l.exec, &l.down_bwd));
-        OP(espi_gate_up_bwd_cuda(&l.exec, &l.gate_up_bwd));
-        OP(espi_combine_bwd_cuda(&l.exec, &back));
-    };
+    auto forward = [&] { run_forward(l); };
+    auto step = [&] { run_step(l); };
     const double gu = time([&] { OP(espi_gate_up_fwd_cuda(&l.exec, &l.gate_up_fwd)); });
     const double dn = time([&] { OP(espi_down_fwd_cuda(&l.exec, &l.down_fwd)); });
     const double dnb = time([&] { OP(espi_down_bwd_cuda(&l.exec, &l.down_bwd)); });
@@ -826,19 +850,43 @@ static void time_shape(shape s, double warm, double seconds, bool checked) {
         dense[3] = time_call(l.cuda.stream, warm, seconds, [&] { gemm(CUBLAS_OP_N, s.H, 2 * s.I, l.d_gu.device, rows); });
         MUST(cudaFree(w));
     }
+    const size_t kept = bytes_of(l.x) + bytes_of(l.gu) + bytes_of(l.u_gu) + bytes_of(l.u_dn) + bytes_of(l.offsets) + bytes_of(l.row_token) +
+                        bytes_of(l.slot_row) + bytes_of(l.weight);
     printf("{\"shape\": \"%s\", \"format\": \"%s\", \"tokens\": %d, \"rank\": %d, \"gate_up_ms\": %.3f, \"down_ms\": %.3f, "
            "\"down_bwd_ms\": %.3f, \"gate_up_bwd_ms\": %.3f, \"forward_ms\": %.3f, \"forward_backward_ms\": %.3f, "
            "\"forward_no_lora_ms\": %.3f, \"forward_backward_no_lora_ms\": %.3f, \"lora_overhead\": %.2f, \"routing_cv\": %.2f, "
-           "\"balanced_ms\": [%.3f, %.3f], \"skewed_ms\": [%.3f, %.3f], \"skewed_cv\": %.2f, \"dense_ms\": [%.3f, %.3f, %.3f, %.3f]}\n",
-           s.name,
-           s.format == ESP_NF4     ? "nf4"
-           : s.format == ESP_MXFP4 ? "mxfp4"
-                                   : "bf16",
-           s.T, s.r, gu, dn, dnb, gub, fwd, all, fwd0, all0, all / all0, cv, balanced[0], balanced[1], skewed[0], skewed[1], skewed_cv,
-           dense[0], dense[1], dense[2], dense[3]);
+           "\"balanced_ms\": [%.3f, %.3f], \"skewed_ms\": [%.3f, %.3f], \"skewed_cv\": %.2f, \"dense_ms\": [%.3f, %.3f, %.3f, %.3f], "
+           "\"kept_mb\": %.1f, \"work_mb\": %.1f, \"rows_mb\": [%.1f, %.1f]}\n",
+           s.name, name_of(s.format), s.T, s.r, gu, dn, dnb, gub, fwd, all, fwd0, all0, all / all0, cv, balanced[0], balanced[1], skewed[0],
+           skewed[1], skewed_cv, dense[0], dense[1], dense[2], dense[3], 1e-6 * (double)kept, 1e-6 * (double)l.scratch_bytes,
+           1e-6 * (double)(bytes_of(l.act) + bytes_of(l.y)), 1e-6 * (double)(bytes_of(l.d_gu) + bytes_of(l.d_rows)));
     fflush(stdout);
-    MUST(cudaFree(out));
-    MUST(cudaFree(d_weight));
+    free_layer(l);
+}
+
+/* A step with LoRA, forward and backward, replayed from a graph: its time, and what of it some kernel was running, by the times that CUPTI
+ * records of each, as the same replays come one after the other. */
+static void time_busy(const shape &s, double seconds) {
+    layer l = {};
+    make_layer(l, s);
+    const double ms = time_graph(l, seconds, seconds, [&] { run_step(l); });
+    if (busy_begin()) {
+        const int n = (int)(100 / ms) + 2;
+        const cudaGraphExec_t replay = record(l, [&] { run_step(l); });
+        auto replays = [&] {
+            for (int i = 0; i < n; i++) MUST(cudaGraphLaunch(replay, l.cuda.stream));
+            MUST(cudaStreamSynchronize(l.cuda.stream));
+        };
+        replays();
+        busy_restart();
+        replays();
+        const busy_time b = busy_end();
+        MUST(cudaGraphExecDestroy(replay));
+        printf("{\"shape\": \"%s\", \"format\": \"%s\", \"tokens\": %d, \"rank\": %d, \"kernels\": %.1f, \"step_ms\": %.4f, "
+               "\"traced_step_ms\": %.4f, \"kernels_ms\": %.4f, \"gaps_ms\": %.4f, \"busy\": %.4f}\n",
+               s.name, name_of(s.format), s.T, s.r, (double)b.kernels / n, ms, 1e3 * b.span / n, 1e3 * b.running / n, 1e3 * b.gaps / n,
+               b.running / b.span);
+    }
     free_layer(l);
 }
 
@@ -885,15 +933,20 @@ int main(int argc, char **argv) {
         free_layer(l);
         return 0;
     }
-    if (mode == "time" && argc > 4) {
+    if ((mode == "time" || mode == "busy") && argc > 4) {
         const double seconds = getenv("SECONDS_PER_ROW") ? atof(getenv("SECONDS_PER_ROW")) : 0.15;
         const int r = getenv("RANK") ? atoi(getenv("RANK")) : 16;
         for (int i = 4; i < argc; i++) {
+            const shape s = shape_of(argv[2], argv[3], atoi(argv[i]), r);
             seed(99);
-            time_shape(shape_of(argv[2], argv[3], atoi(argv[i]), r), seconds, seconds, getenv("CHECKED") != NULL);
+            if (mode == "busy")
+                time_busy(s, seconds);
+            else
+                time_shape(s, seconds, seconds, getenv("CHECKED") != NULL);
         }
         return 0;
     }
-    printf("gpu_experts check [NAME] | list | exact | time SHAPE FORMAT TOKENS... | once SHAPE FORMAT TOKENS\n");
+    printf(
+        "gpu_experts check [NAME] | list | exact | time SHAPE FORMAT TOKENS... | busy SHAPE FORMAT TOKENS... | once SHAPE FORMAT TOKENS\n");
     return 2;
 }

@@ -1,7 +1,8 @@
 /* esp_bench_gpu: seconds of whole SFT steps and of decoding on a GPU, random weights of a published shape, and what each op takes.
  *   esp_bench_gpu CONFIG_DIR [experts=nf4|mxfp4] [tokens=2048] [sequences=2] [steps=10] [rank=16] [budget=MiB] [decode=ROWS] [prompt=128]
- *                 [new=128] [adam8=1] [host_moments=1] [host_layers=N] [profile=1] [expert_ranks=N]
+ *                 [new=128] [adam8=1] [host_moments=1] [host_layers=N] [profile=1] [busy=1] [expert_ranks=N]
  * One line of JSON at the end.  As one rank of several (ESP_WORLD, or mpirun) every rank has tokens of its own, and rank 0 prints. */
+#include "busy.h"
 #include "core/record.h"
 #include "espalier/espalier.h"
 #include "kernels/backend.h"
@@ -104,7 +105,8 @@ static void profile_end(esp_ctx *ctx, const char *what) {
 
 typedef struct options {
     const char *dir, *experts;
-    int64_t tokens, sequences, steps, rank, budget, decode, profile, eight_bit, host_moments, host_layers, prompt, new_tokens, expert_ranks;
+    int64_t tokens, sequences, steps, rank, budget, decode, profile, eight_bit, host_moments, host_layers, prompt, new_tokens, expert_ranks,
+        busy;
 } options;
 
 static bool number_option(int64_t *value, const char *argument, const char *name) {
@@ -134,7 +136,8 @@ static bool read_options(options *o, int argc, char **argv) {
                        {"host_layers", &o->host_layers},
                        {"prompt", &o->prompt},
                        {"new", &o->new_tokens},
-                       {"expert_ranks", &o->expert_ranks}};
+                       {"expert_ranks", &o->expert_ranks},
+                       {"busy", &o->busy}};
         bool known = strncmp(argv[i], "experts=", 8) == 0;
         if (known) o->experts = argv[i] + 8;
         for (size_t k = 0; k < sizeof numbers / sizeof *numbers; k++)
@@ -198,6 +201,32 @@ static int time_losses(esp_model *model, const esp_batch *batch, double *cross_e
     return 0;
 }
 
+/* What of the time of steps one after the other some kernel is running, and how often the host waits in one: appended to json. */
+static int train_busy(esp_ctx *ctx, esp_model *model, esp_optim *optim, const esp_batch *batch, char *json, size_t room) {
+    enum { WARM = 3, STEPS = 5 };
+    double loss;
+    if (!busy_begin()) return 0;
+    espi_recordings_free(ctx); /* those made now are traced kernel by kernel */
+    for (int i = 0; i < WARM; i++)
+        if (one_step(model, optim, batch, &loss, NULL)) return 1;
+    busy_restart();
+    const double start = now();
+    for (int i = 0; i < STEPS; i++)
+        if (one_step(model, optim, batch, &loss, NULL)) return 1;
+    const double seconds = (now() - start) / STEPS;
+    const busy_time b = busy_end();
+    espi_recordings_free(ctx);
+    printf("%d steps traced: %.4f s each, of which a kernel was running %.4f s and gaps of up to 20 us took %.4f s; %.1f kernels and %.1f "
+           "waits "
+           "of the host a step\n",
+           STEPS, seconds, b.running / STEPS, b.gaps / STEPS, (double)b.kernels / STEPS, (double)b.waits / STEPS);
+    const size_t used = strlen(json);
+    snprintf(json + used, room - used,
+             ", \"traced_step_s\": %.5f, \"kernels_s\": %.5f, \"gaps_s\": %.5f, \"kernels\": %.1f, \"host_waits\": %.1f", seconds,
+             b.running / STEPS, b.gaps / STEPS, (double)b.kernels / STEPS, (double)b.waits / STEPS);
+    return 0;
+}
+
 static int train(const options *o, esp_ctx *ctx, esp_model *model, char *json, size_t room) {
     const int64_t n = o->tokens * o->sequences;
     int32_t *ids = malloc((size_t)n * sizeof *ids), *cu = malloc((size_t)(o->sequences + 1) * sizeof *cu);
@@ -232,6 +261,7 @@ static int train(const options *o, esp_ctx *ctx, esp_model *model, char *json, s
              "\"activations_gb\": %.3f",
              step, (double)n / step, parts[0], parts[2], parts[3], cross_entropy, grpo, 1e-9 * (double)memory.peak,
              1e-9 * (double)memory.pinned, 1e-9 * (double)memory.weights, 1e-9 * (double)memory.activations);
+    if (o->busy && train_busy(ctx, model, optim, &batch, json, room)) return 1;
     if (o->profile) {
         profile_begin(ctx);
         const int failed = one_step(model, optim, &batch, &loss, NULL);
@@ -297,7 +327,7 @@ int main(int argc, char **argv) {
     if (!read_options(&o, argc, argv)) {
         fprintf(stderr,
                 "usage: %s CONFIG_DIR [experts=nf4|mxfp4] [tokens=] [sequences=] [steps=] [rank=] [budget=MiB] [decode=ROWS] "
-                "[prompt=] [new=] [adam8=1] [host_moments=1] [host_layers=N] [profile=1] [expert_ranks=N]\n",
+                "[prompt=] [new=] [adam8=1] [host_moments=1] [host_layers=N] [profile=1] [busy=1] [expert_ranks=N]\n",
                 argv[0]);
         return 2;
     }
