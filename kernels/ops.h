@@ -75,8 +75,9 @@ typedef struct espi_routing {
     /* Of the batch that these rows are a part of, where a rank holds some of its experts; 0: the rows are all of it. */
     int64_t batch_rows, batch_experts;
 } espi_routing;
-/* At most so many rows an expert in the mean of the whole batch?  Kernels that differ in their bits are chosen by this alone: ranks that share
- * the experts then choose what one rank does. */
+/* At most so many rows an expert in the mean of the whole batch?  Kernels that differ in their bits are chosen by this, or for each expert by
+ * its own rows, and by nothing else: ranks that share the experts then choose what one rank does.  A call has all rows that an expert has of
+ * a batch, or none, and rows of one batch only. */
 static inline bool espi_routing_is_few(const espi_routing *r, int64_t mean) {
     const int64_t rows = r->batch_experts > 0 ? r->batch_rows : r->tokens * r->top_k;
     return rows <= mean * (r->batch_experts > 0 ? r->batch_experts : r->experts);

@@ -17,7 +17,7 @@ static bool available(void) {
 
 static const char *describe(void) {
     static _Thread_local struct cudaDeviceProp properties;
-    static _Thread_local char line[sizeof properties.name + 160];
+    static _Thread_local char line[sizeof properties.name + 256];
     if (cudaGetDeviceProperties(&properties, 0) != cudaSuccess) return NULL;
     snprintf(line, sizeof line, "%s, experts by %s", properties.name, espi_experts_describe_cuda());
     return line;

@@ -332,6 +332,21 @@ static __device__ __forceinline__ void dev_stmatrix_trans(uint32_t address, uint
 #endif
 }
 
+/* ---- kernels that begin beside the one before: launch_beside ---- */
+/* What is launched beside this kernel may begin once all its blocks have been here or are done. */
+static __device__ __forceinline__ void dev_let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+/* Until the kernel before is done, and what it wrote is there. */
+static __device__ __forceinline__ void dev_wait_for_last() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 /* ---- tensor cores: wgmma.  Warpgroups of sm_90a only ---- */
 template <int registers> static __device__ __forceinline__ void dev_registers_grow() {
 #if DEV_HOPPER

@@ -12,7 +12,6 @@
 #define WARPS 4
 #define THREADS (WARPS * 32)
 #define STAGES 4
-#define FEW_ROWS 32 /* of a tile at most */
 
 /* What a warp's 64 outputs are: of a record, or 32 pairs of gate and up, which stand in it in turn or in two records. */
 enum few_outputs { PLAIN, TURNS, HALVES };
@@ -27,7 +26,7 @@ template <int format, product_kind kind, few_outputs outputs> struct few_form {
     static constexpr int room = DEV_SHARED_KB * 1024 / (bytes + 1024), blocks = room < 3 ? room : 3;
 };
 
-/* ---- which tiles there are: every block finds out for itself ---- */
+/* ---- which tiles there are, of the experts of few rows: every block finds out for itself ---- */
 struct few_plan {
     uint32_t before; /* shared memory: how many tiles of rows stand before an expert's own */
     int tiles;
@@ -42,7 +41,8 @@ template <typename F> static __device__ __forceinline__ few_plan make_plan(const
     const int32_t *offsets = a.p.routing.offsets;
     int all = 0;
     for (int first = 0; first < experts; first += THREADS) {
-        const int e = first + (int)threadIdx.x, own = e < experts ? tiles_of(offsets[e + 1] - offsets[e]) : 0;
+        const int e = first + (int)threadIdx.x, rows = e < experts ? offsets[e + 1] - offsets[e] : 0,
+                  own = rows <= a.few_rows ? tiles_of(rows) : 0;
         const int upto = espi_warp_sum_upto(own, lane);
         if (lane == 31) dev_store_shared(base + F::sums + 4 * warp, (uint32_t)upto);
         __syncthreads();
@@ -360,6 +360,8 @@ __launch_bounds__(THREADS, (few_form<format, kind, outputs>::blocks)) void produ
     few_load l;
     open_tile<F>(l, a, plan, (int)blockIdx.x);
     for (int i = 0; i < STAGES - 1; i++) load_few<F>(l, a, plan, base + i * F::step);
+    dev_wait_for_last(); /* the plan is there for those that begin now */
+    dev_let_next_begin();
     for (int index = (int)blockIdx.x; index < plan.tiles; index += (int)gridDim.x) {
         switch ((few_work(a, plan, index).rows + 7) / 8) {
         case 1:
@@ -384,8 +386,7 @@ static cudaError_t launch(const tile_args &a, int multiprocessors, cudaStream_t 
     const auto kernel = product_few_kernel<format, kind, outputs>;
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, F::bytes);
     if (error != cudaSuccess) return error;
-    kernel<<<F::blocks * multiprocessors, THREADS, F::bytes, stream>>>(a);
-    return cudaGetLastError();
+    return launch_beside(kernel, a, F::blocks * multiprocessors, THREADS, F::bytes, stream);
 }
 
 template <int format> static cudaError_t launch_kind(const tile_args &a, int multiprocessors, cudaStream_t stream) {

@@ -24,6 +24,8 @@ struct tile_args {
     int low_steps; /* k16 steps of the low-rank block, 0: none */
     product_kind kind;
     int tiles_few; /* fours of 64 outputs, for experts_few.cu */
+    int few_rows;  /* experts of up to so many rows are experts_few.cu's, all others have tiles */
+    bool beside;   /* the kernel of few rows begins beside the plan, that of the tiles beside it: see launch_beside */
     bool halves;   /* gate_up whose ups stand behind all gates: a tile takes 64 of each */
 };
 
@@ -354,7 +356,6 @@ static __device__ __forceinline__ void finish_rows(const tile_args &a, const wor
     }
 }
 
-/* The launches over a plan that is there, and the rows that their tiles have at most. */
 /* The kind as a constant: launch(std::integral_constant<product_kind, ..>{}). */
 template <typename F> static inline cudaError_t with_kind(product_kind kind, const F &launch) {
     switch (kind) {
@@ -370,6 +371,20 @@ template <typename F> static inline cudaError_t with_kind(product_kind kind, con
     return cudaErrorInvalidValue;
 }
 
+/* The launch of a kernel; a.beside: it need not wait until the blocks of the one before are done, only until they let it begin.  It has to wait
+ * for them itself before it ends, or those behind it would not. */
+template <typename K>
+static inline cudaError_t launch_beside(K kernel, const tile_args &a, int blocks, int threads, int bytes, cudaStream_t stream) {
+    cudaLaunchAttribute beside = {};
+    beside.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    beside.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t launch = {};
+    launch.gridDim = dim3((unsigned)blocks), launch.blockDim = dim3((unsigned)threads), launch.dynamicSmemBytes = (size_t)bytes;
+    launch.stream = stream, launch.attrs = &beside, launch.numAttrs = a.beside ? 1 : 0;
+    return cudaLaunchKernelEx(&launch, kernel, a);
+}
+
+/* The launches over a plan that is there, and the rows that their tiles have at most. */
 cudaError_t launch_wgmma(const tile_args &a, int multiprocessors, cudaStream_t stream);
 cudaError_t launch_mma(const tile_args &a, bool back, int multiprocessors, cudaStream_t stream);
 cudaError_t launch_few(const tile_args &a, int multiprocessors, cudaStream_t stream);
@@ -378,6 +393,7 @@ bool wgmma_available();
 #define WIDE_ROWS 256
 #define MIDDLE_ROWS 128
 #define NARROW_ROWS 64
+#define FEW_ROWS 32     /* of an expert that is experts_few.cu's although others have more, and of a tile there */
 #define FEW_EXPERTS 512 /* that experts_few.cu has room for */
 
 #endif

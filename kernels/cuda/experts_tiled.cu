@@ -2,25 +2,31 @@
  * the kernel that walks it. */
 #include "kernels/cuda/experts_tile.cuh"
 
-#define FEW_MEAN_ROWS 24 /* mean rows per expert up to which experts_few.cu makes the product */
-#define LOW_MEAN_ROWS 64 /* mean rows per expert up to which the lower tiles are made */
+#include <limits.h>
 
-/* ---- the plan: experts with the most rows first, their rows cut into even tiles; of an expert all rows for one m after the other ---- */
+#define FEW_MEAN_ROWS 8   /* mean rows per expert of the batch up to which all are experts_few.cu's */
+#define MANY_MEAN_ROWS 96 /* and beyond which none is */
+#define LOW_MEAN_ROWS 64  /* mean rows per expert with tiles up to which the lower ones are made */
+
+/* ---- the plan, of the experts with more than few_rows: those with the most rows first, their rows cut into even tiles; of an expert all rows
+ * for one m after the other ---- */
 #define PLAN_THREADS 512
 #define PLAN_BLOCKS 16
 
 static __global__ __launch_bounds__(PLAN_THREADS) void plan_tiles(uint2 *plan, const int32_t *offsets, int experts, int tiles_m,
-                                                                  int low_height, int high_height) {
+                                                                  int few_rows, int low_height, int high_height) {
     extern __shared__ int rows_of[];
+    dev_let_next_begin();
     int active = 0;
     for (int first = 0; first < experts; first += PLAN_THREADS) {
-        const int e = first + (int)threadIdx.x, rows = e < experts ? offsets[e + 1] - offsets[e] : 0;
+        const int e = first + (int)threadIdx.x, all = e < experts ? offsets[e + 1] - offsets[e] : 0, rows = all > few_rows ? all : 0;
         if (e < experts) rows_of[e] = rows;
         active += __syncthreads_count(rows > 0);
     }
-    const int height = offsets[experts] <= active * LOW_MEAN_ROWS ? low_height : high_height, warp = threadIdx.x / 32,
-              lane = threadIdx.x % 32;
-    int total = 0;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    int total = 0, tiled = 0;
+    for (int e = lane; e < experts; e += 32) tiled += rows_of[e];
+    const int height = espi_warp_sum(tiled) <= active * LOW_MEAN_ROWS ? low_height : high_height;
     /* a warp per expert: how many tiles stand before its own */
     for (int e = (int)blockIdx.x * (PLAN_THREADS / 32) + warp; e < experts; e += PLAN_BLOCKS * (PLAN_THREADS / 32)) {
         const int rows = rows_of[e], tiles = (rows + height - 1) / height;
@@ -53,7 +59,9 @@ static __global__ void sum_shares(float *d_row_weight, const float *partial, con
 #define STRING2(x) #x
 #define STRING(x) STRING2(x)
 
-#define FEW_DESCRIBED "4 bits, up to a mean of " STRING(FEW_MEAN_ROWS) " rows per expert: mma.sync from registers; else "
+#define FEW_DESCRIBED                                                                                                                      \
+    "4 bits, experts of up to " STRING(FEW_ROWS) " rows where the mean is up to " STRING(                                                  \
+        MANY_MEAN_ROWS) ", all where it is up to " STRING(FEW_MEAN_ROWS) ": mma.sync from registers; else "
 
 const char *product_tiled_describe() {
     return wgmma_available() ? FEW_DESCRIBED "wgmma: tiles of up to " STRING(MIDDLE_ROWS) " rows up to a mean of " STRING(
@@ -94,17 +102,27 @@ size_t product_tiled_scratch(const product_args *p, product_kind kind) {
     return rounded(plan_bytes(p, kind)) + shares_bytes(p, kind);
 }
 
-/* By the mean of all experts, which the host knows. */
-static bool is_few(const product_args *p) {
-    return p->w.format != ESP_Q_NONE && p->routing.experts <= FEW_EXPERTS && espi_routing_is_few(&p->routing, FEW_MEAN_ROWS);
+/* Up to how many rows an expert is experts_few.cu's.  Which are, the kernels find on the device, each expert by its own rows.  Where the batch has
+ * few or many rows in the mean, one of the kernels would have next to nothing to do: it is not launched.  Both are alike for one rank and for
+ * ranks that share the experts. */
+static int few_rows_of(const product_args *p) {
+    if (p->w.format == ESP_Q_NONE || p->routing.experts > FEW_EXPERTS) return 0;
+    if (espi_routing_is_few(&p->routing, FEW_MEAN_ROWS)) return INT_MAX;
+    return espi_routing_is_few(&p->routing, MANY_MEAN_ROWS) ? FEW_ROWS : 0;
 }
 
-static cudaError_t launch_tiles(const tile_args &a, void *plan, bool back, int multiprocessors, cudaStream_t stream) {
+/* The plan, what has few rows, and the tiles, whose blocks begin as the multiprocessors are through with few rows: those with the most rows come
+ * first, so who is late has less to do. */
+static cudaError_t launch_all(tile_args a, void *plan, bool back, int multiprocessors, cudaStream_t stream) {
     const int experts = (int)a.p.routing.experts;
     const bool hopper = wgmma_available();
-    plan_tiles<<<PLAN_BLOCKS, PLAN_THREADS, (experts + 4) * sizeof(int), stream>>>(
-        (uint2 *)plan, a.p.routing.offsets, experts, a.tiles_m, hopper ? MIDDLE_ROWS : NARROW_ROWS, hopper ? WIDE_ROWS : NARROW_ROWS);
-    const cudaError_t error = cudaGetLastError();
+    if (a.p.routing.tokens <= a.few_rows) return launch_few(a, multiprocessors, stream); /* no expert has more rows */
+    plan_tiles<<<PLAN_BLOCKS, PLAN_THREADS, (experts + 4) * sizeof(int), stream>>>((uint2 *)plan, a.p.routing.offsets, experts, a.tiles_m,
+                                                                                   a.few_rows, hopper ? MIDDLE_ROWS : NARROW_ROWS,
+                                                                                   hopper ? WIDE_ROWS : NARROW_ROWS);
+    a.beside = hopper && a.few_rows > 0;
+    cudaError_t error = cudaGetLastError();
+    if (error == cudaSuccess && a.few_rows > 0) error = launch_few(a, multiprocessors, stream);
     if (error != cudaSuccess) return error;
     return hopper ? launch_wgmma(a, multiprocessors, stream) : launch_mma(a, back, multiprocessors, stream);
 }
@@ -128,7 +146,8 @@ cudaError_t product_tiled(const product_args *p, product_kind kind, void *scratc
     a.kind = kind;
     a.halves = kind == PRODUCT_GATE_UP && !p->glu.interleaved;
     a.tiles_few = (a.blocks + 3) / 4;
-    const cudaError_t error = is_few(p) ? launch_few(a, multiprocessors, stream) : launch_tiles(a, scratch, back, multiprocessors, stream);
+    a.few_rows = few_rows_of(p);
+    const cudaError_t error = launch_all(a, scratch, back, multiprocessors, stream);
     if (error != cudaSuccess || kind != PRODUCT_DOWN_BACK) return error;
     const unsigned rows = (unsigned)(p->routing.tokens * p->routing.top_k);
     sum_shares<<<(rows + 255) / 256, 256, 0, stream>>>(p->d_row_weight, a.partial, p->routing.offsets, (int)p->routing.experts, a.blocks);

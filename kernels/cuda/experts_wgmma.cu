@@ -188,6 +188,7 @@ static __device__ __forceinline__ void bring(const tile_args &a, uint32_t base, 
         }
     }
     dev_copy_wait_all(); /* the block may not end before its copies */
+    dev_wait_for_last();
 }
 
 /* ---- the warps that multiply ---- */
@@ -466,7 +467,10 @@ static __global__ __launch_bounds__(CONSUMERS + PRODUCERS, 1) void product_wgmma
     extern __shared__ __align__(1024) uint8_t shared[];
     const uint2 plan = __ldg(a.plan);
     const int tiles = (int)plan.x;
-    if ((int)blockIdx.x >= tiles) return;
+    if ((int)blockIdx.x >= tiles) {
+        dev_wait_for_last();
+        return;
+    }
     const uint32_t base = dev_shared(shared);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (threadIdx.x == 0) {
@@ -550,8 +554,7 @@ template <int format, product_kind kind> static cudaError_t launch(const tile_ar
     const cudaError_t error =
         cudaFuncSetAttribute(product_wgmma_kernel<format, kind>, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES);
     if (error != cudaSuccess) return error;
-    product_wgmma_kernel<format, kind><<<multiprocessors, CONSUMERS + PRODUCERS, SHARED_BYTES, stream>>>(a);
-    return cudaGetLastError();
+    return launch_beside(product_wgmma_kernel<format, kind>, a, multiprocessors, CONSUMERS + PRODUCERS, SHARED_BYTES, stream);
 }
 
 template <int format> static cudaError_t launch_kind(const tile_args &a, int multiprocessors, cudaStream_t stream) {

@@ -67,20 +67,25 @@ Test(devices, through_the_host) {
     expect_alike((rank_setting){.dir = Q3A, .batches = 7, .tokens = 40, .steps = 1});
 }
 
-/* ---- kernels of other bits, chosen by the rows that experts have in the mean ---- */
+/* ---- kernels of other bits, chosen by the rows that experts have in the mean, and for each expert by its own ---- */
 
-enum { FEW_MEAN = 8 };
+enum { FEW_MEAN = 8, FEW_OWN = 6 };
 static espi_backend choosing;
 static espi_slot_gate_up_fwd plain;
-static atomic_int chosen[2];
+static atomic_int chosen[2], chosen_alone[2];
 
 static esp_status choose(const espi_exec *exec, const espi_gate_up_fwd *a) {
     const bool few = espi_routing_is_few(&a->routing, FEW_MEAN);
-    const int64_t n = a->routing.offsets[a->routing.experts] * a->w.rows / 2;
+    const int64_t width = a->w.rows / 2;
     float *act = a->act;
     ESPI_TRY(plain.run(exec, a));
-    for (int64_t i = 0; i < n && few; i++) act[i] *= 1 + 0x1p-20f;
-    atomic_fetch_add(&chosen[few], n > 0);
+    for (int64_t e = 0; e < a->routing.experts; e++) {
+        const int32_t first = a->routing.offsets[e], last = a->routing.offsets[e + 1];
+        const bool alone = last - first <= FEW_OWN;
+        for (int64_t i = first * width; i < last * width; i++) act[i] *= 1 + (few ? 0x1p-20f : 0) + (alone ? 0x1p-18f : 0);
+        atomic_fetch_add(&chosen[few], last > first);
+        atomic_fetch_add(&chosen_alone[alone], last > first);
+    }
     return ESP_OK;
 }
 
@@ -96,11 +101,12 @@ static esp_status work_choosing(rank_job *job) {
     return status;
 }
 
-/* Of a batch whose experts are shared every rank sees a part: it chooses as one rank does that sees all of it. */
-Test(devices, choose_as_one_rank_does) {
+/* Of a batch whose experts are shared every rank sees a part, of which a round may have but some experts: it chooses as one rank does that sees
+ * all of it. */
+static void expect_one_choice(int64_t rows) {
     static const int cuts[][2] = {{1, 1}, {2, 1}, {2, 2}, {4, 2}, {4, 4}, {3, 3}};
     char want[RANK_TEXT], got[RANK_TEXT];
-    rank_setting set = {.dir = Q3A, .batches = 7, .tokens = 40, .steps = 2};
+    rank_setting set = {.dir = Q3A, .batches = 7, .tokens = 40, .steps = 2, .rows = rows};
     esp_ctx *ctx;
     OK(esp_ctx_create(&ctx, &ESP_CTX_CONFIG(.threads = 1, .backend = "ref")));
     choosing = *ctx->backends[0];
@@ -113,8 +119,16 @@ Test(devices, choose_as_one_rank_does) {
         ranks_well(cuts[i][0], set.spread, work_choosing, &r, set.dir);
         rank_text(i == 0 ? want : got, &r.digest);
         if (i > 0) cr_expect_str_eq(got, want, "%d ranks, spread %d:\n%s\n%s", cuts[i][0], set.spread, got, want);
-        for (int few = 0; few < 2; few++) cr_expect_gt(atomic_exchange(&chosen[few], 0), 0, "kernels for %s rows", few ? "few" : "many");
+        for (int few = 0; few < 2; few++) {
+            cr_expect_gt(atomic_exchange(&chosen[few], 0), 0, "kernels for %s rows in the mean", few ? "few" : "many");
+            cr_expect_gt(atomic_exchange(&chosen_alone[few], 0), 0, "kernels for an expert's %s rows", few ? "few" : "many");
+        }
     }
+}
+
+Test(devices, choose_as_one_rank_does) {
+    expect_one_choice(0);
+    expect_one_choice(8);
 }
 
 /* ---- how often the host waits ---- */
