@@ -10,13 +10,15 @@
 
 #include <type_traits>
 
-#define BLOCK 64     /* a record's side, and the width of a k-block */
-#define SUBTILE 8192 /* bytes of 64 x 64 bf16 */
+#define BLOCK 64       /* a record's side, and the width of a k-block */
+#define SUBTILE 8192   /* bytes of 64 x 64 bf16 */
+#define LOW_BYTES 2048 /* of 64 outputs x 16 ranks */
 
 struct tile_args {
     product_args p;
-    const uint2 *plan; /* [0]: how many tiles and of how many rows at most; then the work of each tile */
-    float *partial;    /* down_back: [S,blocks] */
+    uint2 *plan;          /* [0]: how many tiles and of how many rows at most; [1]: how many were taken; then the work of each tile */
+    float *partial;       /* down_back: [S,blocks] */
+    uint8_t *low_weights; /* the low-rank branch's, rounded, as experts_wgmma.cu wants them: [E,blocks,low_steps] of LOW_BYTES */
     const uint8_t *weights;
     int64_t expert_bytes, row_bytes; /* row_bytes: of plain weights */
     int block_step, k_step;          /* records */
@@ -42,8 +44,12 @@ static __device__ __forceinline__ work unpack_work(uint32_t x, uint32_t y) {
     return work{(int)(x >> 16), (int)(x & 0xffffu), (int)(y >> 9), (int)(y & 511u)};
 }
 
+static __device__ __forceinline__ uint2 packed_work_of(const tile_args &a, int index) {
+    return __ldg(a.plan + 2 + index);
+}
+
 static __device__ __forceinline__ work work_of(const tile_args &a, int index) {
-    const uint2 t = __ldg(a.plan + 1 + index);
+    const uint2 t = packed_work_of(a, index);
     return unpack_work(t.x, t.y);
 }
 
@@ -373,15 +379,16 @@ template <typename F> static inline cudaError_t with_kind(product_kind kind, con
 
 /* The launch of a kernel; a.beside: it need not wait until the blocks of the one before are done, only until they let it begin.  It has to wait
  * for them itself before it ends, or those behind it would not. */
-template <typename K>
-static inline cudaError_t launch_beside(K kernel, const tile_args &a, int blocks, int threads, int bytes, cudaStream_t stream) {
+template <typename K, typename... More>
+static inline cudaError_t launch_beside(K kernel, const tile_args &a, int blocks, int threads, int bytes, cudaStream_t stream,
+                                        const More &...more) {
     cudaLaunchAttribute beside = {};
     beside.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     beside.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t launch = {};
     launch.gridDim = dim3((unsigned)blocks), launch.blockDim = dim3((unsigned)threads), launch.dynamicSmemBytes = (size_t)bytes;
     launch.stream = stream, launch.attrs = &beside, launch.numAttrs = a.beside ? 1 : 0;
-    return cudaLaunchKernelEx(&launch, kernel, a);
+    return cudaLaunchKernelEx(&launch, kernel, a, more...);
 }
 
 /* The launches over a plan that is there, and the rows that their tiles have at most. */

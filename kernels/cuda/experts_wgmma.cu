@@ -3,20 +3,23 @@
  *
  * D^T tile: 128 outputs (two warpgroups, 64 each) x up to 256 routed rows of one expert, the rows on the N side so that a tile wastes less
  * than 16.  Four more warps bring codes and rows (by their index: the gather is part of the load), ahead by as many k-blocks of 64 as shared
- * memory holds, also across tiles.  While the tensor cores are at one k-block, a warpgroup decodes the next one into registers: a forward
+ * memory holds, also across tiles; rows that stand one after the other come in boxes, which one warp asks of the copy engine.  Blocks take their
+ * tiles from one list, those of experts with many rows first, as they come to bring another.  While the tensor cores are at one k-block, a warpgroup decodes the next one into registers: a forward
  * multiplies from there; a backward, which reads the same records across, writes them into shared memory first.  The low-rank branch is one
  * more, shorter k-block for each 16 ranks.  A warpgroup meets the other one nowhere: while one is storing its results, the other one has the
  * tensor cores.
  *
  * The warps that copy announce their copies on a stage's barrier and the readers order them before wgmma: a fence in the warps that copy
  * would wait for all copies under way. */
+#include "kernels/cuda/boxes.cuh"
 #include "kernels/cuda/experts_tile.cuh"
 
 #define CONSUMERS 256
 #define PRODUCERS 128
 #define SHARED_BYTES 232448
 #define MOST_STAGES 16
-#define LOW_BYTES 2048 /* of 64 outputs x 16 ranks */
+#define TASKS 32 /* more than there are stages, each of which may be of another tile */
+#define BOX_ROWS 32
 
 /* Who announces what several threads have read or written and have met over: one of them.  racecheck does not follow such meetings: in a build for
  * it every thread announces for itself. */
@@ -35,15 +38,18 @@ template <int format, product_kind kind> struct form {
     static constexpr bool across = kind == PRODUCT_DOWN_BACK || kind == PRODUCT_GATE_UP_BACK, coded = format != ESP_Q_NONE;
     static constexpr bool pairs = kind == PRODUCT_GATE_UP, slopes = kind == PRODUCT_DOWN_BACK; /* what its epilogue makes */
     static constexpr bool gathers = pairs || slopes;                                           /* rows by their index */
+    static constexpr bool boxed = coded && !gathers;                                           /* rows by boxes */
     /* of 168 that each thread has at entry */
-    static constexpr int consumer_registers = slopes && coded   ? 208
-                                              : slopes || coded ? 200
-                                                                : 192,
-                         producer_registers = 3 * 168 - 2 * consumer_registers;
+    static constexpr int consumer_registers = slopes ? 208 : coded ? 200 : 192, producer_registers = 3 * 168 - 2 * consumer_registers;
     static constexpr int record = RECORD_BYTES(format), weights = coded ? 5 * 1024 : 2 * SUBTILE;
     static constexpr int own = across && coded ? 3 * SUBTILE : SUBTILE;
-    static constexpr int barriers = 2 * own, turns = barriers + 512, table = barriers + 576, indices = barriers + 1024;
+    static constexpr int barriers = 2 * own, turns = barriers + 512, table = barriers + 576, tasks = barriers + 640,
+                         indices = barriers + 1024;
     static constexpr int row_weights = indices + 8 * WIDE_ROWS, stages = row_weights + (slopes ? 4096 : 0);
+};
+
+struct row_boxes {
+    CUtensorMap rows, low;
 };
 
 struct ring {
@@ -86,7 +92,7 @@ static __device__ __forceinline__ void bring_plain(uint32_t to, const tile_args 
     using F = form<ESP_Q_NONE, kind>;
     const int piece = thread & 7;
     const uint8_t *expert = a.weights + w.expert * a.expert_bytes;
-#pragma unroll 4
+#pragma unroll(F::slopes ? 1 : 4) /* where registers are short */
     for (int line = thread / 8; line < 64; line += 8) {
         int sub = g, row = line;
         if (F::pairs) {
@@ -99,20 +105,62 @@ static __device__ __forceinline__ void bring_plain(uint32_t to, const tile_args 
     }
 }
 
-/* The weights of 16 ranks from n0 on for 64 outputs, by 64 threads: rows of B, or rows of A across; zero past the rank. */
-template <bool across>
-static __device__ __forceinline__ void bring_low(uint32_t to, const tile_args &a, int expert, int block, int n0, int thread) {
-    const int64_t outs = (int64_t)a.blocks * BLOCK, r = a.p.r;
-#pragma unroll 1
-    for (int i = thread; i < 128; i += 64) {
-        const int line = across ? i / 8 : i / 2, piece = across ? i % 8 : i % 2, n = across ? n0 + line : n0 + 8 * piece;
-        uint4 v = make_uint4(0, 0, 0, 0);
-        if (n < r)
-            v = scaled8(across ? a.p.up + (expert * r + n) * outs + block * BLOCK + 8 * piece
-                               : a.p.up + (expert * outs + block * BLOCK + line) * r + n,
-                        a.p.factor);
-        dev_store_shared(to + (across ? line * 128 + ((piece ^ (line & 7)) << 4) : line * 32 + 16 * piece), v);
-    }
+/* Where a tile's two sub-tiles have their weights of a k-block, or of 16 ranks. */
+struct weight_pair {
+    const uint8_t *first, *second;
+};
+
+static __device__ __forceinline__ weight_pair weight_pair_of(const tile_args &a, const work &w, const uint8_t *expert,
+                                                             int64_t block_bytes) {
+    return weight_pair{expert + min(block_of(a, w.m, 0), a.blocks - 1) * block_bytes,
+                       expert + min(block_of(a, w.m, 1), a.blocks - 1) * block_bytes};
+}
+
+static __device__ __forceinline__ weight_pair low_weights_of(const tile_args &a, const work &w) {
+    const int64_t bytes = (int64_t)a.low_steps * LOW_BYTES;
+    return weight_pair_of(a, w, a.low_weights + w.expert * a.blocks * bytes, bytes);
+}
+
+template <typename F> static __device__ __forceinline__ weight_pair records_of(const tile_args &a, const work &w) {
+    return weight_pair_of(a, w, a.weights + w.expert * a.expert_bytes, (int64_t)a.block_step * F::record);
+}
+
+/* By one thread, which announces that so many bytes are to come, `more` besides. */
+static __device__ __forceinline__ void bring_pair(uint32_t to, const weight_pair &from, uint32_t bytes, uint32_t more, uint32_t full) {
+    dev_barrier_expect(full, 2 * bytes + more);
+    dev_copy_bulk(to, from.first, bytes, full);
+    dev_copy_bulk(to + bytes, from.second, bytes, full);
+}
+
+static __device__ __forceinline__ void step_on(weight_pair &from, int64_t bytes) {
+    from.first += bytes, from.second += bytes;
+}
+
+/* Tiles are handed out as blocks come for them.  Who makes a tile changes no bit of it. */
+static __device__ __forceinline__ int take_ticket(const tile_args &a) {
+    return (int)gridDim.x + (int)atomicAdd(&a.plan[1].x, 1u);
+}
+
+/* When there are no more tiles, one without rows. */
+static __device__ __forceinline__ uint2 task_of(const tile_args &a, int ticket, int tiles) {
+    return ticket < tiles ? packed_work_of(a, ticket) : make_uint2(0, 0);
+}
+
+/* The block's tile of that turn. */
+static __device__ __forceinline__ uint32_t task_place(uint32_t tasks, int turn) {
+    return tasks + 8 * ((uint32_t)turn % TASKS);
+}
+
+static __device__ __forceinline__ work task_at(uint32_t tasks, int turn) {
+    const uint2 v = dev_load_shared8(task_place(tasks, turn));
+    return unpack_work(v.x, v.y);
+}
+
+/* By one thread: the block's first two tiles; returns a ticket for the third. */
+static __device__ __forceinline__ int open_tasks(uint32_t tasks, const tile_args &a, int tiles) {
+    dev_store_shared8(task_place(tasks, 0), packed_work_of(a, dev_block()));
+    dev_store_shared8(task_place(tasks, 1), task_of(a, take_ticket(a), tiles));
+    return take_ticket(a);
 }
 
 template <int format, product_kind kind>
@@ -122,43 +170,37 @@ static __device__ __forceinline__ void bring(const tile_args &a, uint32_t base, 
     const uint32_t place = line * 128 + ((piece ^ (line & 7)) << 4), row_bytes = (uint32_t)a.k_blocks * BLOCK * 2;
     const int64_t step = (int64_t)a.k_step * F::record;
     uint32_t indices = base + F::indices, other = indices + WIDE_ROWS * 4;
-    const int first = dev_block();
-    work next = work_of(a, first);
-    if (F::gathers) bring_indices(indices, a, next, thread);
-    for (int index = first; index < tiles; index += (int)gridDim.x) {
-        const work w = next;
-        if (F::gathers) {
-            dev_copy_wait<0>(); /* of the rows only those that were queued before the indices */
-            dev_meet(3, PRODUCERS);
-        }
+    int ticket = thread == 0 ? open_tasks(base + F::tasks, a, tiles) : tiles;
+    if (F::gathers) bring_indices(indices, a, work_of(a, dev_block()), thread);
+    for (int turn = 0;; turn++) {
+        if (F::gathers) dev_copy_wait<0>(); /* of the rows only those that were queued before the indices */
+        dev_meet(3, PRODUCERS);
+        const work w = task_at(base + F::tasks, turn);
+        if (w.rows == 0) break;
+        const uint2 after = task_of(a, ticket, tiles); /* both long before they are wanted */
+        if (thread == 0) ticket = take_ticket(a);
         uint32_t rows[16];
 #pragma unroll
         for (int i = 0; i < 16; i++) {
             const int row = min(16 * i + line, w.rows - 1);
             rows[i] = F::gathers ? dev_load_shared4(indices + 4 * row) : (uint32_t)(w.row0 + row);
         }
-        if (index + (int)gridDim.x < tiles) {
-            next = work_of(a, index + (int)gridDim.x);
-            if (F::gathers) bring_indices(other, a, next, thread);
+        if (F::gathers) {
+            bring_indices(other, a, task_at(base + F::tasks, turn + 1), thread);
             const uint32_t now = indices;
             indices = other, other = now;
         }
-        const int block0 = min(block_of(a, w.m, 0), a.blocks - 1), block1 = min(block_of(a, w.m, 1), a.blocks - 1);
-        const uint8_t *from0 = a.weights + w.expert * a.expert_bytes + (int64_t)block0 * a.block_step * F::record;
-        const uint8_t *from1 = a.weights + w.expert * a.expert_bytes + (int64_t)block1 * a.block_step * F::record;
+        weight_pair records = records_of<F>(a, w), low = low_weights_of(a, w);
         const char *in = (const char *)(a.p.in + 8 * piece);
         for (int k = 0; k < a.k_blocks; k++) {
             const uint32_t to = stage_of(r), full = r.full + 8 * r.stage;
             dev_barrier_wait(r.empty + 8 * r.stage, r.phase ^ 1);
             if (F::coded) {
-                if (thread == 0) {
-                    dev_barrier_expect(full, 2 * F::record);
-                    dev_copy_bulk(to + r.rows_bytes, from0, F::record, full);
-                    dev_copy_bulk(to + r.rows_bytes + F::record, from1, F::record, full);
-                } else {
+                if (thread == 0)
+                    bring_pair(to + r.rows_bytes, records, F::record, 0, full);
+                else
                     announce(full, false);
-                }
-                from0 += step, from1 += step;
+                step_on(records, step);
             } else {
                 bring_plain<kind>(to + r.rows_bytes + thread / 64 * SUBTILE, a, w, k, thread / 64, thread % 64);
                 announce(full, thread == 0);
@@ -179,15 +221,56 @@ static __device__ __forceinline__ void bring(const tile_args &a, uint32_t base, 
                 const bf16 *from = a.p.low + (int64_t)(w.row0 + min(row, w.rows - 1)) * a.p.r + (there ? n : 0);
                 dev_copy16_or_zero(to + row * 128 + ((at ^ (row & 7)) << 4), from, there ? 16 : 0);
             }
-            dev_copy_arrive(full); /* a wait would be for all rows under way */
-            bring_low<F::across>(to + r.rows_bytes + thread / 64 * LOW_BYTES, a, w.expert, thread < 64 ? block0 : block1, 16 * j,
-                                 thread % 64);
-            dev_meet(3, PRODUCERS); /* what all have stored, one announces */
-            announce(full, thread == 0);
+            if (thread == 0)
+                bring_pair(to + r.rows_bytes, low, LOW_BYTES, 0, full);
+            else
+                announce(full, false);
+            dev_copy_arrive(full);
+            step_on(low, LOW_BYTES);
             advance(r);
         }
+        if (thread == 0) dev_store_shared8(task_place(base + F::tasks, turn + 2), after);
     }
+    /* a stage of the tile without rows */
+    dev_barrier_wait(r.empty + 8 * r.stage, r.phase ^ 1);
+    announce(r.full + 8 * r.stage, thread == 0);
+    dev_copy_arrive(r.full + 8 * r.stage);
     dev_copy_wait_all(); /* the block may not end before its copies */
+    dev_wait_for_last();
+}
+
+/* By one warp: a stage of boxes from column x on, lane i's from row `row` on, and of weights. */
+template <uint32_t bytes>
+static __device__ __forceinline__ void bring_stage(ring &r, const weight_pair &from, const CUtensorMap *map, int x, int row, int boxes) {
+    const int lane = threadIdx.x % 32;
+    const uint32_t to = stage_of(r), full = r.full + 8 * r.stage;
+    dev_barrier_wait(r.empty + 8 * r.stage, r.phase ^ 1);
+    if (lane == 0) bring_pair(to + r.rows_bytes, from, bytes, (uint32_t)(boxes * BOX_ROWS) * 128, full);
+    if (lane < boxes) dev_copy_box(to + lane * BOX_ROWS * 128, map, x, row, full);
+    advance(r);
+}
+
+/* By one warp, whose lanes have a box of rows each. */
+template <int format, product_kind kind>
+static __device__ __forceinline__ void bring_boxes(const tile_args &a, const row_boxes &maps, uint32_t base, ring r, int tiles) {
+    using F = form<format, kind>;
+    const int lane = threadIdx.x % 32;
+    int ticket = lane == 0 ? open_tasks(base + F::tasks, a, tiles) : tiles;
+    for (int turn = 0;; turn++) {
+        __syncwarp();
+        const work w = task_at(base + F::tasks, turn);
+        if (w.rows == 0) break;
+        const uint2 after = task_of(a, ticket, tiles);
+        if (lane == 0) ticket = take_ticket(a);
+        const int boxes = (w.rows + BOX_ROWS - 1) / BOX_ROWS, row = w.row0 + lane * BOX_ROWS;
+        weight_pair records = records_of<F>(a, w), low = low_weights_of(a, w);
+        for (int k = 0; k < a.k_blocks; k++, step_on(records, (int64_t)a.k_step * F::record))
+            bring_stage<F::record>(r, records, &maps.rows, k * BLOCK, row, boxes);
+        for (int j = 0; j < a.low_steps; j++, step_on(low, LOW_BYTES)) bring_stage<LOW_BYTES>(r, low, &maps.low, 16 * j, row, boxes);
+        if (lane == 0) dev_store_shared8(task_place(base + F::tasks, turn + 2), after);
+    }
+    dev_barrier_wait(r.empty + 8 * r.stage, r.phase ^ 1);
+    if (lane == 0) dev_barrier_arrive(r.full + 8 * r.stage); /* a stage of the tile without rows */
     dev_wait_for_last();
 }
 
@@ -275,18 +358,18 @@ static __device__ __forceinline__ void prefetch_gu(const tile_args &a, const wor
 /* Of plain weights the k-blocks, from shared memory. */
 template <int n, int format, product_kind kind>
 static __device__ __forceinline__ void multiply_plain(float (&d)[128], const tile_args &a, const work &w, ring &r, int g) {
-    constexpr bool across = form<format, kind>::across;
+    using F = form<format, kind>;
     const int lane = threadIdx.x % 32;
     int before = 0;
 #pragma unroll 1
     for (int k = 0; k < a.k_blocks; k++) {
         const uint32_t rows = stage_of(r), left = dev_tile_low(rows + r.rows_bytes + g * SUBTILE), right = dev_tile_low(rows);
-        if (form<format, kind>::slopes && k == max(a.k_blocks - 6, 0)) prefetch_gu(a, w, g);
+        if (F::slopes && k == max(a.k_blocks - 6, 0)) prefetch_gu(a, w, g);
         dev_barrier_wait(r.full + 8 * r.stage, r.phase);
         dev_fence_async();
         dev_wgmma_begin();
 #pragma unroll
-        for (int j = 0; j < 4; j++) dev_wgmma<n, across>::run(d, left + j * (across ? 128 : 2), right + 2 * j, k | j);
+        for (int j = 0; j < 4; j++) dev_wgmma<n, F::across>::run(d, left + j * (F::across ? 128 : 2), right + 2 * j, k | j);
         dev_wgmma_commit();
         dev_wgmma_wait<1>();
         if (k > 0) announce(r.empty + 8 * before, lane == 0); /* the block before is read */
@@ -461,7 +544,8 @@ static __device__ __forceinline__ void finish(float (&d)[128], const tile_args &
 #endif
 
 template <int format, product_kind kind>
-static __global__ __launch_bounds__(CONSUMERS + PRODUCERS, 1) void product_wgmma_kernel(const __grid_constant__ tile_args a) {
+static __global__ __launch_bounds__(CONSUMERS + PRODUCERS, 1) void product_wgmma_kernel(const __grid_constant__ tile_args a,
+                                                                                        const __grid_constant__ row_boxes maps) {
 #if DEV_HOPPER
     using F = form<format, kind>;
     extern __shared__ __align__(1024) uint8_t shared[];
@@ -476,7 +560,8 @@ static __global__ __launch_bounds__(CONSUMERS + PRODUCERS, 1) void product_wgmma
     if (threadIdx.x == 0) {
         const ring r = make_ring<format, kind>(base, (int)plan.y);
         for (int i = 0; i < r.stages; i++) {
-            dev_barrier_init(r.full + 8 * i, PRODUCERS + BRINGERS_ANNOUNCE); /* every one's copies, and what is stored or the records */
+            /* every one's copies, and what is stored or the records; or what the copy engine brings */
+            dev_barrier_init(r.full + 8 * i, F::boxed ? 1 : PRODUCERS + BRINGERS_ANNOUNCE);
             dev_barrier_init(r.empty + 8 * i, READERS_ANNOUNCE);
         }
         for (int g = 0; g < 2; g++) dev_store_shared(base + F::turns + 4 * g, 0u);
@@ -486,7 +571,10 @@ static __global__ __launch_bounds__(CONSUMERS + PRODUCERS, 1) void product_wgmma
     __syncthreads();
     if (warp >= CONSUMERS / 32) {
         dev_registers_shrink<F::producer_registers>();
-        bring<format, kind>(a, base, make_ring<format, kind>(base, (int)plan.y), tiles);
+        if constexpr (!F::boxed)
+            bring<format, kind>(a, base, make_ring<format, kind>(base, (int)plan.y), tiles);
+        else if (warp == CONSUMERS / 32)
+            bring_boxes<format, kind>(a, maps, base, make_ring<format, kind>(base, (int)plan.y), tiles);
     } else {
         dev_registers_grow<F::consumer_registers>();
         ring r = make_ring<format, kind>(base, (int)plan.y);
@@ -503,10 +591,11 @@ static __global__ __launch_bounds__(CONSUMERS + PRODUCERS, 1) void product_wgmma
         for (int i = 0; i < 4; i++) values[i] = format == ESP_NF4 && !F::across ? __ldg(a.p.w.lut + lane % 4 * 4 + i) : 0;
         for (;;) {
             /* kept in shared memory: the compiler would put it on the stack */
-            const int turn = (int)dev_load_shared4(base + F::turns + 4 * g), index = dev_block() + turn * (int)gridDim.x;
-            if (index >= tiles) break;
-            const work w = work_of(a, index); /* the warps that bring have just read it */
-            const uint32_t row_weights = base + F::row_weights + 2048 * g + turn % 2 * 1024;
+            const int turn = (int)dev_load_shared4(base + F::turns + 4 * g);
+            dev_barrier_wait(r.full + 8 * r.stage, r.phase);
+            const work w = task_at(base + F::tasks, turn);
+            if (w.rows == 0) break;
+            const uint32_t row_weights = base + F::row_weights + 2048 * g + turn % 2 * 1024; /* the last tile's may still be read */
             if (F::slopes)
                 for (int i = (int)threadIdx.x % 128; i < w.rows; i += 128)
                     dev_copy4(row_weights + 4 * i, (const float *)a.p.routing.row_weight + w.row0 + i);
@@ -536,7 +625,8 @@ static __global__ __launch_bounds__(CONSUMERS + PRODUCERS, 1) void product_wgmma
 #undef MULTIPLY
             dev_meet(1 + g, 128); /* all have read it, and are through with the shared memory of their own */
             if (threadIdx.x % 128 == 0) dev_store_shared(base + F::turns + 4 * g, (uint32_t)turn + 1);
-            finish<kind>(d, a, w, base + g * F::own, row_weights, g, rows);
+            /* the tile is looked up again: beside the sums no registers are to spare */
+            finish<kind>(d, a, task_at(base + F::tasks, turn), base + g * F::own, row_weights, g, rows);
         }
     }
 #endif
@@ -551,10 +641,15 @@ bool wgmma_available() {
 }
 
 template <int format, product_kind kind> static cudaError_t launch(const tile_args &a, int multiprocessors, cudaStream_t stream) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(product_wgmma_kernel<format, kind>, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES);
+    const int64_t rows = a.p.routing.tokens * a.p.routing.top_k;
+    row_boxes maps = {};
+    cudaError_t error = cudaFuncSetAttribute(product_wgmma_kernel<format, kind>, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES);
+    if (error == cudaSuccess && form<format, kind>::boxed) {
+        error = make_boxes(&maps.rows, a.p.in, rows, (int64_t)a.k_blocks * BLOCK, BOX_ROWS);
+        if (error == cudaSuccess && a.low_steps) error = make_boxes(&maps.low, a.p.low, rows, a.p.r, BOX_ROWS);
+    }
     if (error != cudaSuccess) return error;
-    return launch_beside(product_wgmma_kernel<format, kind>, a, multiprocessors, CONSUMERS + PRODUCERS, SHARED_BYTES, stream);
+    return launch_beside(product_wgmma_kernel<format, kind>, a, multiprocessors, CONSUMERS + PRODUCERS, SHARED_BYTES, stream, maps);
 }
 
 template <int format> static cudaError_t launch_kind(const tile_args &a, int multiprocessors, cudaStream_t stream) {

@@ -4,11 +4,9 @@
  * A tile is 128 rows x 256 columns, two warpgroups of 64 rows each; a third one's first thread brings k-blocks of 64 ahead, as many as shared
  * memory holds, also across tiles.  Two blocks make two tiles of the same columns together: each brings half of the weight's rows to both.
  * Tiles of the same columns are made side by side, so that the weight is read from memory once. */
-#include "kernels/cuda/head.cuh"
-
+#include "kernels/cuda/boxes.cuh"
 #include "kernels/cuda/dev.cuh"
-
-#include <cuda.h>
+#include "kernels/cuda/head.cuh"
 
 #define ROWS 128 /* of a tile */
 #define BLOCK_K 64
@@ -224,24 +222,6 @@ bool head_wgmma_available() {
     return known && attributes.binaryVersion == 90 && attributes.numRegs > 64;
 }
 
-typedef decltype(cuTensorMapEncodeTiled) encode_map;
-
-/* Boxes of 128 rows x BLOCK_K values, as dev_tile has them. */
-static cudaError_t make_map(CUtensorMap *map, const bf16 *from, int64_t rows, int64_t columns) {
-    void *encode = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000, cudaEnableDefault, &found);
-    if (error != cudaSuccess) return error;
-    if (found != cudaDriverEntryPointSuccess) return cudaErrorSymbolNotFound;
-    const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)},
-                     row_bytes[] = {static_cast<cuuint64_t>(columns) * sizeof(bf16)};
-    const cuuint32_t box[] = {BLOCK_K, ROWS}, dense[] = {1, 1};
-    const CUresult result = reinterpret_cast<encode_map *>(encode)(
-        map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<bf16 *>(from), sizes, row_bytes, box, dense, CU_TENSOR_MAP_INTERLEAVE_NONE,
-        CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
-}
-
 template <head_output output>
 static cudaError_t launch(const head_maps &maps, const head_slice &s, int multiprocessors, cudaStream_t stream) {
     const cudaError_t error = cudaFuncSetAttribute(head_kernel<output>, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES);
@@ -261,8 +241,8 @@ static cudaError_t launch(const head_maps &maps, const head_slice &s, int multip
 
 cudaError_t head_wgmma(const head_slice *s, head_output output, const bf16 *x, const bf16 *w, int multiprocessors, cudaStream_t stream) {
     head_maps maps;
-    cudaError_t error = make_map(&maps.x, x, s->rows, s->hidden);
-    if (error == cudaSuccess) error = make_map(&maps.w, w, s->vocab, s->hidden);
+    cudaError_t error = make_boxes(&maps.x, x, s->rows, s->hidden, ROWS);
+    if (error == cudaSuccess) error = make_boxes(&maps.w, w, s->vocab, s->hidden, ROWS);
     if (error != cudaSuccess) return error;
     if (output == HEAD_PRODUCTS) return launch<HEAD_PRODUCTS>(maps, *s, multiprocessors, stream);
     if (output == HEAD_WEIGHTS) return launch<HEAD_WEIGHTS>(maps, *s, multiprocessors, stream);
