@@ -39,12 +39,35 @@ template <int D, int LEFT> __device__ void multiply_rows(float (&product)[32], u
     }
 }
 
-/* What multiply_rows left, as operands of a product with the rows of `right` of multiply_rows. */
+/* 64 rows of a tile from row on, as the registers of a warpgroup hold them for products over all D values: the tensor cores then read one operand
+ * of two from shared memory, which else would keep them waiting. */
+template <int D> struct held_rows { uint4 at[D / 16]; };
+
+template <int D, int ROWS> __device__ held_rows<D> hold_rows(uint32_t tile, int row) {
+    const int lane = static_cast<int>(threadIdx.x) % ESPI_WARP;
+    const int mine = row + static_cast<int>(threadIdx.x) % GROUP / ESPI_WARP * 16 + lane % 16;
+    held_rows<D> held;
+#pragma unroll
+    for (int k = 0; k < D / 16; k++)
+        held.at[k] = dev_ldmatrix(strip_of<ROWS>(tile, k / 4) + mine * 128 + ((k % 4 * 2 + lane / 16) ^ (mine & 7)) * 16);
+    return held;
+}
+
+/* As multiply_rows; of product 32 values are used. */
+template <int D> __device__ void multiply_held(float (&product)[128], const held_rows<D> &left, uint32_t right) {
+#pragma unroll
+    for (int k = 0; k < D / 16; k++) {
+        const uint32_t row[4] = {left.at[k].x, left.at[k].y, left.at[k].z, left.at[k].w};
+        dev_wgmma<STEP / 16, 0>::run(product, row, dev_tile_low(strip_of<STEP>(right, k / 4) + static_cast<uint32_t>(k % 4 * 32)), k);
+    }
+}
+
+/* What multiply_rows or multiply_held left, as operands of a product with the rows of its `right`. */
 struct weights {
     uint4 at[STEP / 16];
 };
 
-__device__ weights weights_of(const float (&product)[32]) {
+template <int SIZE> __device__ weights weights_of(const float (&product)[SIZE]) {
     weights w;
 #pragma unroll
     for (int k = 0; k < STEP / 16; k++)
@@ -97,7 +120,7 @@ struct row_sums {
 };
 
 /* Scores become weights relative to the new maxima, to which what was summed before must shrink. */
-__device__ void take_scores(float (&score)[32], float (&shrink)[2], row_sums *sums, float scale) {
+__device__ void take_scores(float (&score)[128], float (&shrink)[2], row_sums *sums, float scale) {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         float now = -INFINITY;
@@ -121,7 +144,7 @@ __device__ void take_scores(float (&score)[32], float (&shrink)[2], row_sums *su
 }
 
 /* As attend of attention.cu.  The next scores become weights while the product with these weights is made. */
-template <int D> __global__ void __launch_bounds__(BLOCK, 1) forward_wgmma(const __grid_constant__ espi_attention_fwd a) {
+template <int D> __global__ void __launch_bounds__(BLOCK, D == 64 ? 2 : 1) forward_wgmma(const __grid_constant__ espi_attention_fwd a) {
     extern __shared__ __align__(1024) unsigned char memory[];
     const uint32_t shared = dev_shared(memory);
     const place_of_block block(static_cast<int>(a.kv_heads));
@@ -156,7 +179,7 @@ template <int D> __global__ void __launch_bounds__(BLOCK, 1) forward_wgmma(const
     dev_copy_commit();
 
     const float scale = static_cast<float>(a.scale) * LOG2_E;
-    float out[D / 64][32] = {}, score[32], shrink[2];
+    float out[D / 64][32] = {}, score[128], shrink[2];
     row_sums sums = {{-INFINITY, -INFINITY}, {0, 0}};
     int seen[2];
 #pragma unroll
@@ -185,27 +208,28 @@ template <int D> __global__ void __launch_bounds__(BLOCK, 1) forward_wgmma(const
     if (first_step + 1 < end_step) load(k_tiles, k, first_step + 1);
     load(v_tiles, v, first_step);
     dev_copy_commit();
+    const held_rows<D> held = hold_rows<D, OWN>(q_tile, half);
     dev_wgmma_begin();
-    multiply_rows<D, OWN>(score, q_tile, half, k_tiles + first_step % 2 * STEP_BYTES<D>);
+    multiply_held<D>(score, held, k_tiles + first_step % 2 * STEP_BYTES<D>);
     dev_wgmma_commit();
     dev_wgmma_wait<0>();
-    dev_wgmma64_settle(score);
+    dev_wgmma_settle<STEP / 2>(score);
     take(first_step);
     weights p = weights_of(score);
     for (int step = first_step; step + 1 < end_step; step++) {
         dev_copy_wait<0>();
         dev_fence_async();
         __syncthreads();
-        if (step + 2 < end_step) load(k_tiles, k, step + 2);
-        load(v_tiles, v, step + 1);
-        dev_copy_commit();
         dev_wgmma_begin();
-        multiply_rows<D, OWN>(score, q_tile, half, k_tiles + (step + 1) % 2 * STEP_BYTES<D>);
+        multiply_held<D>(score, held, k_tiles + (step + 1) % 2 * STEP_BYTES<D>);
         dev_wgmma_commit();
         multiply_across<D>(out, p, v_tiles + step % 2 * STEP_BYTES<D>);
         dev_wgmma_commit();
+        if (step + 2 < end_step) load(k_tiles, k, step + 2); /* while the tensor cores are busy */
+        load(v_tiles, v, step + 1);
+        dev_copy_commit();
         dev_wgmma_wait<1>();
-        dev_wgmma64_settle(score);
+        dev_wgmma_settle<STEP / 2>(score);
         take(step + 1);
         dev_wgmma_wait<0>();
         settle<D>(out);
