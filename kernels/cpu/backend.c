@@ -18,7 +18,11 @@ const espi_backend ESPI_CPU(espi_backend_cpu) = {
 #if defined(__AVX512BF16__)
     .bf16_products = true,
     .packed_bytes = espi_cpu_packed_bytes,
+#if defined(__AMX_BF16__)
+    .pack = espi_cpu_pack_tiles,
+#else
     .pack = espi_cpu_pack,
+#endif
     .describe = espi_dense_describe_bf16,
 #else
     .describe = espi_dense_describe,

@@ -51,9 +51,9 @@ static bool tiles_permitted(void) {
 }
 
 bool espi_cpu_available_amx_bf16(void) {
-    unsigned a, b, c, d = 0;
-    const bool tiles = __get_cpuid_count(7, 0, &a, &b, &c, &d) && d >> 22 & 1 && d >> 24 & 1;
-    return tiles && espi_cpu_available_avx512_bf16() && tiles_permitted();
+    unsigned a, b, c = 0, d = 0;
+    const bool tiles = __get_cpuid_count(7, 0, &a, &b, &c, &d) && d >> 22 & 1 && d >> 24 & 1, moves_bits = c >> 8 & 1; /* GFNI */
+    return tiles && moves_bits && espi_cpu_available_avx512_bf16() && tiles_permitted();
 }
 #endif
 

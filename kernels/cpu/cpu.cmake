@@ -22,7 +22,7 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
   set(cpu_flags_avx2 -mavx2 -mfma)
   set(cpu_flags_avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512)
   set(cpu_flags_avx512_bf16 ${cpu_flags_avx512} -mavx512bf16)
-  set(cpu_flags_amx_bf16 ${cpu_flags_avx512_bf16} -mamx-tile -mamx-bf16)
+  set(cpu_flags_amx_bf16 ${cpu_flags_avx512_bf16} -mamx-tile -mamx-bf16 -mgfni)
 endif()
 
 set(espalier_cpu_objects)

@@ -22,10 +22,17 @@ static record_row row_of(const espi_stack *one, int64_t row, int64_t col) {
                         at / (one->format == ESP_MXFP4 ? ESPI_MXBLOCK : ESPI_QBLOCK)};
 }
 
+/* Where of 16 rows' codes the two units of a pair of k and of rows i, i + 4, i + 8 and i + 12 begin. */
+static int64_t units_at(int64_t pair, int64_t i, bool tiles) {
+    const int64_t q = pair % 16;
+    return tiles ? pair / 16 * 256 + i * 64 + (q % 4 * 4 + q / 4) * 4 : pair * 16 + i * 4;
+}
+
 /* The codes of rows i, i + 4, i + 8 and i + 12 of 16: of every pair of k the two units, from four bytes. */
-static void pack_units(uint8_t *out, const uint8_t *const codes[4], bool low_first) {
+static void pack_units(uint8_t *codes16, const uint8_t *const codes[4], int64_t i, bool low_first, bool tiles) {
     const int first = low_first ? 0 : 4, second = 4 - first;
-    for (int64_t pair = 0; pair < RECORD_COLS / 2; pair++, out += 16) {
+    for (int64_t pair = 0; pair < RECORD_COLS / 2; pair++) {
+        uint8_t *out = codes16 + units_at(pair, i, tiles);
         for (int low = 0; low < 2; low++) {
             const unsigned a = codes[2 * low][pair], b = codes[2 * low + 1][pair];
             out[low] = (uint8_t)((a >> first & 15u) | (b >> first & 15u) << 4);
@@ -47,7 +54,7 @@ static const uint8_t *normal_codes(uint8_t halved[RECORD_COLS / 2], const uint8_
     return halved;
 }
 
-static void pack_record(uint8_t *out, const espi_stack *one, int64_t row0, int64_t col0) {
+static void pack_record(uint8_t *out, const espi_stack *one, int64_t row0, int64_t col0, bool tiles) {
     record_row rows[RECORD_ROWS];
     uint8_t halved[RECORD_ROWS][RECORD_COLS / 2];
     for (int64_t n = 0; n < RECORD_ROWS; n++) {
@@ -58,8 +65,8 @@ static void pack_record(uint8_t *out, const espi_stack *one, int64_t row0, int64
     for (int64_t n = 0; n < RECORD_ROWS; n++) {
         const record_row *r = &rows[n];
         if (n % 16 < 4)
-            pack_units(out + n / 16 * (RECORD_CODES / 2) + n % 4 * 4,
-                       (const uint8_t *const[4]){r[0].codes, r[4].codes, r[8].codes, r[12].codes}, one->format == ESP_MXFP4);
+            pack_units(out + n / 16 * (RECORD_CODES / 2), (const uint8_t *const[4]){r[0].codes, r[4].codes, r[8].codes, r[12].codes}, n % 4,
+                       one->format == ESP_MXFP4, tiles);
         if (one->format == ESP_MXFP4) {
             for (int64_t b = 0; b < RECORD_COLS / ESPI_MXBLOCK; b++) {
                 const uint8_t scale = one->scales[r->part * one->part_blocks + r->block + b];
@@ -97,7 +104,7 @@ static bool settle_scales(uint8_t *records, const espi_stack *one, int64_t row0)
     return lowest >= NEAR_LOWEST && highest <= NEAR_HIGHEST;
 }
 
-esp_status espi_cpu_pack(const espi_exec *exec, void *packed, const espi_stack *one) {
+static esp_status pack(const espi_exec *exec, void *packed, const espi_stack *one, bool tiles) {
     const int64_t across = one->cols / RECORD_COLS, strips = one->rows / RECORD_ROWS, record = record_bytes(one->format);
     uint8_t *near = (uint8_t *)packed + strips * across * record;
     const int threads = exec->threads;
@@ -114,8 +121,16 @@ esp_status espi_cpu_pack(const espi_exec *exec, void *packed, const espi_stack *
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < strips; i++) {
         uint8_t *out = (uint8_t *)packed + i * across * record;
-        for (int64_t k = 0; k < across; k++) pack_record(out + k * record, one, i * RECORD_ROWS, k * RECORD_COLS);
+        for (int64_t k = 0; k < across; k++) pack_record(out + k * record, one, i * RECORD_ROWS, k * RECORD_COLS, tiles);
         if (one->format == ESP_MXFP4) near[i] = settle_scales(out, one, i * RECORD_ROWS);
     }
     return ESP_OK;
+}
+
+esp_status espi_cpu_pack(const espi_exec *exec, void *packed, const espi_stack *one) {
+    return pack(exec, packed, one, false);
+}
+
+esp_status espi_cpu_pack_tiles(const espi_exec *exec, void *packed, const espi_stack *one) {
+    return pack(exec, packed, one, true);
 }

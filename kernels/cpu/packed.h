@@ -3,7 +3,8 @@
  * An expert [n,k] is cut into records of 32 n by 64 k, k fastest, so that a forward reads it from one end to the other.  A record holds 1024
  * bytes of codes, then its scales: of NF4 and FP4 32 floats, one a row; of MXFP4 64 bytes, never 0, the 32 rows' of the first 32 k, then of
  * the others.  Codes of 16 n by 64 k follow each other, 16 bytes for each pair of k: eight 16-bit units, unit 2i + j of k + j with rows i, i + 4,
- * i + 8, i + 12 in its nibbles.
+ * i + 8, i + 12 in its nibbles.  For amx_bf16 they are 64 bytes for each i, the units of 16 pairs, every fourth pair beside the next, and
+ * those for the first 16 pairs come before the others.
  * Behind the records of an MXFP4 expert there is a byte for each 32 n: whether their scales are powers of two near each other and near 1.
  *
  * Forward (a lane is one n, its halves k and k + 1): the 16 bytes are repeated four times, which puts each unit where it is wanted, and a
@@ -30,6 +31,7 @@ static inline int64_t record_bytes(esp_qformat format) {
 /* Slots of a backend's table: 0 bytes for an expert that the layout cannot hold, which then stays as it is. */
 size_t espi_cpu_packed_bytes(const espi_stack *w);
 esp_status espi_cpu_pack(const espi_exec *exec, void *packed, const espi_stack *one);
+esp_status espi_cpu_pack_tiles(const espi_exec *exec, void *packed, const espi_stack *one);
 
 #if defined(__AVX512BF16__)
 #include "kernels/cpu/cpu.h"

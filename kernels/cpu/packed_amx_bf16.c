@@ -18,11 +18,15 @@ enum {
     ROWS_TOGETHER = 4 * BLOCK,    /* that meet what is decoded */
     LEFT_BYTES = 4 * TILE_BYTES,  /* of a decoded record, forward: 32 n by 64 k */
     RIGHT_BYTES = 2 * TILE_BYTES, /* and backward, of half the k */
-    PART_BYTES = 24 * 1024,       /* of decoded weights that rows meet one after the other */
-    RING_BYTES = PART_BYTES + LEFT_BYTES,
+    LEFT_PART = 5,                /* decoded records that rows meet one after the other, forward */
+    RIGHT_PART = 12,              /* and backward */
+    RING_BYTES = (RIGHT_PART + 1) * RIGHT_BYTES,
     SUMS_BYTES = ROWS_TOGETHER * BLOCK * (int)sizeof(float),
-    AHEAD = 4, /* so many records behind one another are fetched before they are decoded */
+    AHEAD = 4,                       /* so many records behind one another are fetched before they are decoded */
+    FETCHED = RECORD_CODES / 2 + 64, /* of the record behind, backward, beside the first half of one; the rest beside the other */
+    PUT_AHEAD = 8,                   /* so many rows of sums are fetched before they are written */
 };
+_Static_assert(RING_BYTES >= (LEFT_PART + 1) * LEFT_BYTES, "a ring holds a part and a record, forward too");
 
 /* The compiler does not know that these read and write memory. */
 #define TILE_LOAD(load, tile, from)                                                                                                        \
@@ -69,7 +73,7 @@ static void turn_rows(uint8_t *to, int64_t apart, const cpu_rows *a, int64_t fir
     _Alignas(64) uint8_t line[TILE_BYTES] = {0};
     for (int64_t k = 0; k < depth; k += TILE_DEPTH, to += apart) {
         for (int i = 0; i < rows; i++) _mm512_store_si512(line + i * 64, bf16_round_32(row_at(a, first + i) + k));
-            /* decoding leaves every fourth pair beside the next */
+            /* codes have every fourth pair beside the next */
 #pragma GCC unroll 16
         for (int q = 0; q < 4; q++) {
             __m512i x[4];
@@ -90,11 +94,15 @@ static void round_rows(uint8_t *to, int64_t apart, const cpu_rows *a, int64_t fi
 /* ---- decoding ---- */
 
 /* Of four rows' codes the first and the third in the low bits of the bytes; of the others, moved there, with the bit of the second half of
- * a table. */
-INLINE void split_codes(__m512i code[2], __m512i units, __m512i odd_first, __m512i odd_second) {
-    const __m512i low = _mm512_set1_epi8(15);
-    code[0] = _mm512_ternarylogic_epi32(units, low, odd_first, 0xea); /* units & low | odd */
-    code[1] = _mm512_ternarylogic_epi32(_mm512_srli_epi16(units, 4), low, odd_second, 0xea);
+ * a table.  Forward, where that is the same bit of every byte, bits are moved and added by one operation. */
+INLINE void split_left(__m512i code[2], __m512i units) {
+    code[0] = _mm512_and_si512(units, _mm512_set1_epi8(15));
+    code[1] = _mm512_gf2p8affine_epi64_epi8(units, _mm512_set1_epi64(0x1020408000000000), 16); /* bits 4 to 7 become 0 to 3 */
+}
+INLINE void split_right(__m512i code[2], __m512i units) {
+    const __m512i low = _mm512_set1_epi8(15), odd = _mm512_set1_epi32(0x10100000);
+    code[0] = _mm512_ternarylogic_epi32(units, low, odd, 0xea); /* units & low | odd */
+    code[1] = _mm512_ternarylogic_epi32(_mm512_srli_epi16(units, 4), low, odd, 0xea);
 }
 
 /* 32 entries: the values of one row, scaled, then those of another. */
@@ -113,13 +121,11 @@ INLINE void left_load(left_codes *c, float buffer[2][TILE_SIDE], const uint8_t *
         const uint8_t *codes = record + tile * (RECORD_CODES / 2) + half * (RECORD_CODES / 4);
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) c->units[half][i] = _mm512_loadu_si512(codes + i * 64);
-        bf16_turn_fours(c->units[half]);
         c->scale[half] = half == 0 || mx ? row_scales(buffer[half], record, tile, half, mx) : NULL;
     }
 }
-/* rows i, i + 4, i + 8 and i + 12, in which every fourth pair of k lies beside the next. */
+/* rows i, i + 4, i + 8 and i + 12. */
 INLINE void left_piece(uint8_t *to, const left_codes *c, __m512 lut, const int i, const bool mx) {
-    const __m512i none = _mm512_setzero_si512(), odd = _mm512_set1_epi8(16);
     __m512i low, high;
 #pragma GCC unroll 2
     for (int half = 0; half < 2; half++) {
@@ -129,7 +135,7 @@ INLINE void left_piece(uint8_t *to, const left_codes *c, __m512 lut, const int i
             low = two_tables(lut, c->scale[half] + i, c->scale[half] + i + 4);
             high = two_tables(lut, c->scale[half] + i + 8, c->scale[half] + i + 12);
         }
-        split_codes(code, c->units[half][i], none, odd);
+        split_left(code, c->units[half][i]);
         _mm512_store_si512(row, _mm512_permutexvar_epi16(code[0], low));
         _mm512_store_si512(row + 4 * 64, _mm512_permutexvar_epi16(code[1], low));
         _mm512_store_si512(row + 8 * 64, _mm512_permutexvar_epi16(_mm512_srli_epi16(code[0], 8), high));
@@ -141,16 +147,13 @@ INLINE void left_piece(uint8_t *to, const left_codes *c, __m512 lut, const int i
  * + 15 two of every four. */
 INLINE void right_piece(uint8_t *to, const uint8_t *record, int half, __m512 lut, const int p, const bool mx) {
     _Alignas(64) float buffer[TILE_SIDE];
-    const __m512i odd = _mm512_set1_epi32(0x10100000);
     const int tile = p / 2, two = p % 2 * 2;
     const float *scale = row_scales(buffer, record, tile, half, mx) + two;
-    __m512i units[4], code[2][2];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) units[i] = _mm512_loadu_si512(record + tile * (RECORD_CODES / 2) + half * (RECORD_CODES / 4) + i * 64);
-    bf16_turn_fours(units);
-    /* codes of the two for one k beside each other */
-    split_codes(code[0], _mm512_mask_blend_epi16(0xaaaaaaaa, units[two], _mm512_slli_epi32(units[two + 1], 16)), odd, odd);
-    split_codes(code[1], _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(units[two], 16), units[two + 1]), odd, odd);
+    const uint8_t *first = record + tile * (RECORD_CODES / 2) + half * (RECORD_CODES / 4) + two * 64, *second = first + 64;
+    __m512i code[2][2];
+    /* codes of the two for one k beside each other: of one every other unit from a unit further on or back */
+    split_right(code[0], _mm512_mask_loadu_epi16(_mm512_loadu_si512(first), 0xaaaaaaaa, second - 2));
+    split_right(code[1], _mm512_mask_loadu_epi16(_mm512_loadu_si512(second), 0x55555555, first + 2));
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
         const __m512i values = two_tables(lut, scale + 4 * i, scale + 4 * i + 1);
@@ -265,7 +268,7 @@ INLINE void multiply_part(float *sums, const uint8_t *x, const part *p, const fl
         } else if (left) {
             left_step(x, w, to, from, lut, rows, mx, false, true);
         } else if (from) {
-            if (half == 0) prefetch_record(from + bytes, bytes);
+            prefetch_record(from + bytes + half * FETCHED, half ? bytes - FETCHED : FETCHED);
             right_step(x, w, to, from, half, lut, rows, mx, true, true);
         } else {
             right_step(x, w, to, from, half, lut, rows, mx, false, true);
@@ -304,26 +307,36 @@ static decode_fn *const decode_of[2][2] = {{decode_right_0, decode_right_1}, {de
 
 /* ---- sums to where they belong ---- */
 
-/* Of two tiles whose rows are columns: 32 columns of up to 16 rows. */
-static void put_turned(const cpu_rows *c, const float *sums, int64_t first, int64_t rows, int64_t col, const float *bias) {
-    for (const int64_t end = col + BLOCK; col < end; col += TILE_SIDE, sums += TILE_FLOATS) {
-        const __m512 start = bias ? _mm512_loadu_ps(bias + col) : _mm512_setzero_ps();
-        for (int q = 0; q < 4 && q * 4 < rows; q++) {
+/* 32 columns of a row that will be written soon. */
+INLINE void fetch_row(const cpu_rows *c, int64_t row, int64_t end, int64_t col) {
+    if (row >= end) return;
+    const char *line = (const char *)(row_at(c, row) + col);
+    _mm_prefetch(line, _MM_HINT_T0);
+    _mm_prefetch(line + 64, _MM_HINT_T0);
+}
+/* Of two tiles whose rows are columns: 32 columns of up to 16 rows, of those before `end`. */
+static void put_turned(const cpu_rows *c, const float *sums, int64_t first, int64_t rows, int64_t end, int64_t col, const float *bias) {
+    for (int q = 0; q < 4 && q * 4 < rows; q++) {
+        for (int i = 0; i < 4; i++) fetch_row(c, first + q * 4 + i + PUT_AHEAD, end, col);
+        for (int n = 0; n < 2; n++) {
+            const __m512 start = bias ? _mm512_loadu_ps(bias + col + n * TILE_SIDE) : _mm512_setzero_ps();
             __m512i x[4];
-            turn_quarter(x, (const uint8_t *)sums, q);
+            turn_quarter(x, (const uint8_t *)(sums + n * TILE_FLOATS), q);
 #pragma GCC unroll 4
             for (int i = 0; i < 4; i++)
-                if (q * 4 + i < rows) _mm512_storeu_ps(row_at(c, first + q * 4 + i) + col, _mm512_add_ps(_mm512_castsi512_ps(x[i]), start));
+                if (q * 4 + i < rows)
+                    _mm512_storeu_ps(row_at(c, first + q * 4 + i) + col + n * TILE_SIDE, _mm512_add_ps(_mm512_castsi512_ps(x[i]), start));
         }
     }
 }
 /* Of one with even and one with odd columns. */
-static void put_zipped(const cpu_rows *c, const float *sums, int64_t first, int64_t rows, int64_t col) {
+static void put_zipped(const cpu_rows *c, const float *sums, int64_t first, int64_t rows, int64_t end, int64_t col) {
     const __m512i low = _mm512_set_epi32(29, 13, 25, 9, 21, 5, 17, 1, 28, 12, 24, 8, 20, 4, 16, 0);
     const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(2));
     for (int64_t i = 0; i < rows; i++, sums += TILE_SIDE) {
         const __m512 even = _mm512_load_ps(sums), odd = _mm512_load_ps(sums + TILE_FLOATS);
         float *to = row_at(c, first + i) + col;
+        fetch_row(c, first + i + PUT_AHEAD, end, col);
         _mm512_storeu_ps(to, _mm512_permutex2var_ps(even, low, odd));
         _mm512_storeu_ps(to + TILE_SIDE, _mm512_permutex2var_ps(even, high, odd));
     }
@@ -366,19 +379,22 @@ static void take_rows(const product *p, const cpu_rows *a) {
 }
 
 static void put_block(const product *p, int64_t col) {
+    const int64_t end = p->start + p->many;
+    for (int i = 0; i < PUT_AHEAD; i++) fetch_row(p->c, p->start + i, end, col);
     for (int64_t t = 0; t * TILE_SIDE < p->many; t++) {
         const float *sums = p->sums + t * 2 * TILE_FLOATS;
+        const int64_t first = p->start + t * TILE_SIDE;
         if (p->left)
-            put_turned(p->c, sums, p->start + t * TILE_SIDE, rows_of(p, t), col, p->bias);
+            put_turned(p->c, sums, first, rows_of(p, t), end, col, p->bias);
         else
-            put_zipped(p->c, sums, p->start + t * TILE_SIDE, rows_of(p, t), col);
+            put_zipped(p->c, sums, first, rows_of(p, t), end, col);
     }
 }
 
 /* 32 columns, whose records begin at `record`; next: those of the columns that follow, or NULL. */
 static void multiply_block(product *p, const uint8_t *record, int64_t stride, const uint8_t *next, int64_t col) {
     const bool mx = p->w->format == ESP_MXFP4;
-    const int64_t decoded = p->left ? LEFT_BYTES : RIGHT_BYTES, most = PART_BYTES / decoded;
+    const int64_t decoded = p->left ? LEFT_BYTES : RIGHT_BYTES, most = p->left ? LEFT_PART : RIGHT_PART;
     const int64_t all = p->left ? p->w->cols / RECORD_COLS : p->w->rows / RECORD_ROWS, tile_bytes = all * (decoded / 2);
     const int half = (int)(col / BLOCK % 2);
     part k = {.ring = p->ring, .slots = most + 1, .stride = stride, .half = half};

@@ -1,11 +1,12 @@
 /* esp_bench_experts: 4-bit experts in the shapes and under the names of public peers' tables, beside the roofs of this machine measured
  * between the calls.  One product of an expert, forward and backward; a layer's forward; a layer's step with a branch on every expert; a layer
  * by one thread, on another processor each round, and by all, in turn.  A number is a median over rounds; each round times every case once,
- * and the roofs, of one thread and of all at once. */
+ * and the roofs, of one thread and of all at once.  One thread of tiles goes to a quiet core before each case (quiet.h) and measures their
+ * roof before and after it. */
 #define _GNU_SOURCE /* sched_setaffinity */
 #include "measure.h"
 #include "onednn.h"
-#include "roof.h"
+#include "quiet.h"
 
 #include <jansson.h>
 #include <math.h>
@@ -32,7 +33,8 @@ typedef struct expert_case {
     void (*run)(struct expert_case *c);
     void *data;
     size_t scratch, arrays;
-    double seconds[MAX_ROUNDS];
+    double seconds[MAX_ROUNDS], tiles[MAX_ROUNDS]; /* the roof of tiles beside it; 0: none */
+    int quiet;                                     /* rounds on a core of its own */
 } expert_case;
 
 static const espi_backend *backend;
@@ -346,26 +348,29 @@ static int make_cases(expert_case *cases, const char *only) {
 }
 
 typedef struct roofs {
-    double fma[MAX_ROUNDS], dot[MAX_ROUNDS], tiles[MAX_ROUNDS], read[MAX_ROUNDS];
+    double fma[MAX_ROUNDS], dot[MAX_ROUNDS], tiles[MAX_ROUNDS], zeros[MAX_ROUNDS], read[MAX_ROUNDS];
 } roofs;
 
 /* Of so many threads at once, each timed by itself. */
 static void measure_roofs(roofs *r, int round, int n) {
-    double fma = 0, dot = 0, tiles = 0, read = 0;
+    double fma = 0, dot = 0, tiles = 0, zeros = 0, read = 0;
     (void)read_roof(0, n); /* has its memory */
-#pragma omp parallel num_threads(n) reduction(+ : fma, dot, tiles, read)
+#pragma omp parallel num_threads(n) reduction(+ : fma, dot, tiles, zeros, read)
     {
         fma += fma_roof();
 #pragma omp barrier
         dot += dot_roof();
 #pragma omp barrier
-        tiles += tile_roof(backend);
+        tiles += tile_roof(backend, false);
+#pragma omp barrier
+        zeros += tile_roof(backend, true);
 #pragma omp barrier
         read += read_roof(omp_get_thread_num(), n);
     }
     r->fma[round] = fma;
     r->dot[round] = dot;
     r->tiles[round] = tiles;
+    r->zeros[round] = zeros;
     r->read[round] = read;
 }
 
@@ -375,9 +380,16 @@ static double peak(const roofs *r, int rounds) {
 }
 
 static json_t *roof_json(const roofs *r, int rounds) {
-    return json_pack("{s:f, s:f, s:f, s:f}", "fp32_fma_gflops", 1e-9 * median(r->fma, rounds), "bf16_dot_gflops",
-                     1e-9 * median(r->dot, rounds), "bf16_tiles_gflops", 1e-9 * median(r->tiles, rounds), "dram_read_gbs",
-                     1e-9 * median(r->read, rounds));
+    return json_pack("{s:f, s:f, s:f, s:f, s:f}", "fp32_fma_gflops", 1e-9 * median(r->fma, rounds), "bf16_dot_gflops",
+                     1e-9 * median(r->dot, rounds), "bf16_tiles_gflops", 1e-9 * median(r->tiles, rounds), "bf16_tiles_of_zeros_gflops",
+                     1e-9 * median(r->zeros, rounds), "dram_read_gbs", 1e-9 * median(r->read, rounds));
+}
+
+/* The median of what the rounds reached of the roof of tiles beside them. */
+static double of_tiles(const expert_case *c, int rounds) {
+    double of[MAX_ROUNDS];
+    for (int i = 0; i < rounds; i++) of[i] = c->flops / c->seconds[i] / c->tiles[i];
+    return median(of, rounds);
 }
 
 static json_t *each_json(const expert_case *c, int rounds) {
@@ -400,6 +412,11 @@ static void write_json(const char *path, const expert_case *cases, int n, int ro
         if (scales()) json_object_set_new(row, "each_ms", each_json(c, rounds));
         if (c->regime) json_object_set_new(row, "regime", json_string(c->regime));
         if (c->bytes > 0) json_object_set_new(row, "gbs", json_real(1e-9 * c->bytes / seconds));
+        if (c->tiles[0] > 0) {
+            json_object_set_new(row, "bf16_tiles_gflops", json_real(1e-9 * median(c->tiles, rounds)));
+            json_object_set_new(row, "of_tiles", json_real(of_tiles(c, rounds)));
+            json_object_set_new(row, "quiet_windows", json_integer(c->quiet));
+        }
         json_array_append_new(rows, row);
     }
     json_t *root = json_pack("{s:s, s:s*, s:s, s:s, s:s, s:s, s:s, s:o, s:o}", "command", "esp_bench_experts", "only", part, "commit",
@@ -411,14 +428,19 @@ static void write_json(const char *path, const expert_case *cases, int n, int ro
 }
 
 static void time_case(expert_case *c, int round) {
-    const double start = now();
+    const bool alone = threads == 1 && !c->peer && strstr(backend->name, "amx");
+    const bool quiet = alone && settle();
+    const double before = alone ? tile_roof(backend, false) : 0, start = now();
     for (int i = 0; i < c->repeat; i++, c->calls++) c->run(c);
     c->seconds[round] = (now() - start) / c->repeat;
+    if (round == 0) c->quiet = 0;
+    c->quiet += quiet && shared_by() <= QUIET;
+    c->tiles[round] = alone ? fmax(before, tile_roof(backend, false)) : 0;
 }
 
 static void print_roofs(const char *who, const roofs *r, int rounds) {
-    printf("%s: %.1f GFLOP/s f32, %.1f bf16, %.1f tiles, %.1f GB/s read\n", who, 1e-9 * median(r->fma, rounds),
-           1e-9 * median(r->dot, rounds), 1e-9 * median(r->tiles, rounds), 1e-9 * median(r->read, rounds));
+    printf("%s: %.1f GFLOP/s f32, %.1f bf16, %.1f tiles (%.1f of zeros), %.1f GB/s read\n", who, 1e-9 * median(r->fma, rounds),
+           1e-9 * median(r->dot, rounds), 1e-9 * median(r->tiles, rounds), 1e-9 * median(r->zeros, rounds), 1e-9 * median(r->read, rounds));
 }
 
 /* The processors of all threads, to which one thread goes in turn: others may disturb any of them. */
@@ -476,7 +498,8 @@ int main(int argc, char **argv) {
         const double seconds = median(c->seconds, rounds), rate = c->flops / seconds;
         printf("%-7s %-14s %-8s %-5s %-5s %5lld %10.3f ms %8.1f GFLOP/s %5.1f %% of peak", c->section, c->shape, c->what, c->format,
                c->regime ? c->regime : "", (long long)c->rows, 1e3 * seconds, 1e-9 * rate,
-               100 * rate / peak(c->threads > 1 ? &all : &one, rounds));
+               100 * (c->tiles[0] > 0 ? of_tiles(c, rounds) : rate / peak(c->threads > 1 ? &all : &one, rounds)));
+        if (c->tiles[0] > 0) printf(" (%d of %d windows quiet)", c->quiet, rounds);
         if (c->peer) printf(" %s", c->peer);
         if (c->bytes > 0) printf(" %6.1f GB/s", 1e-9 * c->bytes / seconds);
         if (c->arrays) printf(", %.3f GB", 1e-9 * (double)(c->scratch + c->arrays));

@@ -117,15 +117,35 @@ static inline double read_roof(int part, int parts) {
     return (double)bytes / (now() - start);
 }
 
-/* Floating-point operations a second of products of full bf16 tiles; 0 where there are none.  The process has leave to use them once the
- * backend has been found available. */
-static inline double tile_roof(const espi_backend *b) {
+#if defined(__x86_64__)
+/* All eight tiles are full, and 0. */
+static inline void tiles_begin(void) {
+    _Alignas(64) uint8_t config[64] = {1};
+    for (int tile = 0; tile < 8; tile++) config[16 + 2 * tile] = 64, config[48 + tile] = 16;
+    __asm__ volatile("ldtilecfg %0" ::"m"(config));
+}
+static inline void tiles_end(void) {
+    __asm__ volatile("tilerelease");
+}
+#endif
+
+/* Floating-point operations a second of products of full bf16 tiles; 0 where there are none.  Of noise, as other products are: those of zeros
+ * take less power, and some machines are quicker at them than at any others.  The process has leave to use tiles once the backend has been
+ * found available. */
+static inline double tile_roof(const espi_backend *b, bool zeros) {
 #if defined(__x86_64__)
     if (strstr(b->name, "amx")) {
-        _Alignas(64) uint8_t config[64] = {1};
-        for (int tile = 0; tile < 8; tile++) config[16 + 2 * tile] = 64, config[48 + tile] = 16;
-        const int steps = 200000;
-        __asm__ volatile("ldtilecfg %0" ::"m"(config));
+        uint16_t tiles[2][512];
+        for (int i = 0; i < 1024; i++) {
+            uint32_t bits;
+            memcpy(&bits, &(float){noise((uint64_t)i)}, sizeof bits);
+            tiles[i / 512][i % 512] = (uint16_t)(bits >> 16);
+        }
+        const int steps = 50000;
+        tiles_begin();
+        if (!zeros)
+            __asm__ volatile("tileloadd (%0,%2), %%tmm6\n\ttileloadd (%1,%2), %%tmm7" ::"r"(tiles[0]), "r"(tiles[1]), "r"((int64_t)64)
+                             : "memory");
         const double start = now();
         for (int k = 0; k < steps; k++)
             __asm__ volatile("tdpbf16ps %%tmm7, %%tmm6, %%tmm0\n\ttdpbf16ps %%tmm7, %%tmm6, %%tmm1\n\t"
@@ -133,11 +153,12 @@ static inline double tile_roof(const espi_backend *b) {
                              "tdpbf16ps %%tmm7, %%tmm6, %%tmm4\n\ttdpbf16ps %%tmm7, %%tmm6, %%tmm5" ::
                                  : "memory");
         const double seconds = now() - start;
-        __asm__ volatile("tilerelease");
+        tiles_end();
         return 6.0 * 2 * 16 * 16 * 32 * steps / seconds;
     }
 #endif
     (void)b;
+    (void)zeros;
     return 0;
 }
 
