@@ -2,12 +2,12 @@
  * routed rows.
  *
  * D^T tile: 128 outputs (two warpgroups, 64 each) x up to 256 routed rows of one expert, the rows on the N side so that a tile wastes less
- * than 16.  Four more warps bring codes and rows (by their index: the gather is part of the load), ahead by as many k-blocks of 64 as shared
- * memory holds, also across tiles; rows that stand one after the other come in boxes, which one warp asks of the copy engine.  Blocks take their
- * tiles from one list, those of experts with many rows first, as they come to bring another.  While the tensor cores are at one k-block, a warpgroup decodes the next one into registers: a forward
- * multiplies from there; a backward, which reads the same records across, writes them into shared memory first.  The low-rank branch is one
- * more, shorter k-block for each 16 ranks.  A warpgroup meets the other one nowhere: while one is storing its results, the other one has the
- * tensor cores.
+ * than 16.  Four more warps bring codes and rows (by their index: the gather is part of the load), ahead by as many k-blocks of 64 as
+ * shared memory holds, also across tiles; rows that stand one after the other come in boxes, which one warp asks of the copy engine.
+ * Blocks take their tiles from one list, those of experts with many rows first, as they come to bring another.  While the tensor cores are
+ * at one k-block, a warpgroup decodes the next one into registers: a forward multiplies from there; a backward, which reads the same
+ * records across, writes them into shared memory first.  The low-rank branch is one more, shorter k-block for each 16 ranks.  A warpgroup
+ * meets the other one nowhere: while one is storing its results, the other one has the tensor cores.
  *
  * The warps that copy announce their copies on a stage's barrier and the readers order them before wgmma: a fence in the warps that copy
  * would wait for all copies under way. */
