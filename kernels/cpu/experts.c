@@ -193,6 +193,11 @@ static const void *weights_at(const espi_stack *w, int64_t e, int64_t part, int6
     return (const char *)(w->packed ? w->packed : w->data) + (size_t)e * bytes + bytes / (size_t)parts * (size_t)part;
 }
 
+/* What a backward's columns need lies all over the expert: its middle stands for that. */
+static const void *middle_of(const espi_stack *w, int64_t e) {
+    return weights_at(w, e, 1, 2);
+}
+
 /* y_s = W_e x_s + bias_e + scale B_e u_s, u_s = A_e x_s. */
 static void forward_unpacked(const espi_exec *exec, const expert_pass *p, void *y, void *u, const void *x) {
     const int64_t in = p->w->cols, out = p->w->rows, r = p->lora->r, panels = cpu_blocks(out, PANEL_COLS);
@@ -250,7 +255,7 @@ static void backward_unpacked(const espi_exec *exec, const expert_pass *p, float
         }
         for (cpu_turn turn = cpu_first(&tasks, omp_get_thread_num()); cpu_next(&tasks, &turn);) {
             const int64_t e = turn.task / panels, col = turn.task % panels * PANEL_COLS, n = cpu_min(in - col, PANEL_COLS);
-            if (!cpu_near(&tasks, &turn, weights_at(p->w, e, 1, 2))) continue;
+            if (!cpu_near(&tasks, &turn, middle_of(p->w, e))) continue;
             const int64_t first = offsets[e], m = offsets[e + 1] - first;
             const cpu_weight w = cpu_expert(p->w, e, values, false);
             const cpu_low low = {routed_rows(q, r, first), cpu_floats(cpu_branch_of(p->lora, e, in, out).a, in, 1, false), r};
@@ -418,8 +423,7 @@ static void run_packed(const espi_exec *exec, const packed_pass *k, char *scratc
             int64_t i = 0;
             while (turn.task >= begins[i + 1]) i++;
             const int64_t panel = turn.task - begins[i], panels = begins[i + 1] - begins[i];
-            if (!cpu_near(&tasks, &turn, k->backward ? weights_at(p->w, order[i], 1, 2) : weights_at(p->w, order[i], panel, panels)))
-                continue;
+            if (!cpu_near(&tasks, &turn, k->backward ? middle_of(p->w, order[i]) : weights_at(p->w, order[i], panel, panels))) continue;
             if (threads == 1 && panel == 0) low_task(k, order[i]); /* the tasks read the same rows */
             packed_task(k, order[i], panel, task_cols(k, rows_of(p->routing, order[i]), threads), &work);
         }

@@ -456,10 +456,7 @@ static void look_around(places *p) {
     p->of_thread[omp_get_thread_num()] = sched_getcpu();
 }
 static void move(const places *p, int round) {
-    cpu_set_t to;
-    CPU_ZERO(&to);
-    CPU_SET(p->of_thread[round % threads], &to);
-    if (sched_setaffinity(0, sizeof to, &to) != 0) die("sched_setaffinity");
+    if (!go_to(p->of_thread[round % threads])) die("sched_setaffinity");
 }
 static void move_back(const places *p) {
     if (sched_setaffinity(0, sizeof p->before, &p->before) != 0) die("sched_setaffinity");

@@ -217,8 +217,7 @@ static int train_busy(esp_ctx *ctx, esp_model *model, esp_optim *optim, const es
     const busy_time b = busy_end();
     espi_recordings_free(ctx);
     printf("%d steps traced: %.4f s each, of which a kernel was running %.4f s and gaps of up to 20 us took %.4f s; %.1f kernels and %.1f "
-           "waits "
-           "of the host a step\n",
+           "waits of the host a step\n",
            STEPS, seconds, b.running / STEPS, b.gaps / STEPS, (double)b.kernels / STEPS, (double)b.waits / STEPS);
     const size_t used = strlen(json);
     snprintf(json + used, room - used,

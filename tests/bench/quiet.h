@@ -47,6 +47,14 @@ static inline double shared_by(void) {
 }
 #endif
 
+/* Takes the thread to that processor, if it may go there. */
+static inline bool go_to(int cpu) {
+    cpu_set_t one;
+    CPU_ZERO(&one);
+    CPU_SET(cpu, &one);
+    return sched_setaffinity(0, sizeof one, &one) == 0;
+}
+
 /* Takes the thread to a processor that nobody shares now, of those that the process may use, or to the one that is shared least.  Whether
  * nobody shares it. */
 static inline bool settle(void) {
@@ -57,21 +65,13 @@ static inline bool settle(void) {
         if (least <= QUIET) return true;
         int best = -1;
         for (int cpu = 0; cpu < CPU_SETSIZE; cpu++) {
-            cpu_set_t one;
-            if (!CPU_ISSET(cpu, &all)) continue;
-            CPU_ZERO(&one);
-            CPU_SET(cpu, &one);
-            if (sched_setaffinity(0, sizeof one, &one) != 0) continue;
+            if (!CPU_ISSET(cpu, &all) || !go_to(cpu)) continue;
             const double by = shared_by();
             if (best >= 0 && by >= least) continue;
             best = cpu;
             least = by;
         }
-        if (best < 0) return false;
-        cpu_set_t one;
-        CPU_ZERO(&one);
-        CPU_SET(best, &one);
-        (void)sched_setaffinity(0, sizeof one, &one);
+        if (best < 0 || !go_to(best)) return false;
     }
     return false;
 }
